@@ -1,0 +1,36 @@
+"""The one error a user sees: which field, its value, what is allowed, how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ShearingError(ValueError):
+    """What the user asked for cannot be done; raised before any expensive work starts.
+
+    Args:
+        field: dotted name of the setting or the file at fault.
+        value: what was found there.
+        allowed: what would have been accepted.
+        mend: what to type or change.
+        where: file and line, or the override, that set it.
+    """
+
+    def __init__(self, field: str, *, value: object, allowed: str, mend: str, where: str | None = None) -> None:
+        self.field, self.value, self.allowed, self.mend, self.where = field, value, allowed, mend, where
+        place = f"{where}: " if where else ""
+        super().__init__(f"{place}{field} = {value!r}\n  allowed: {allowed}\n  to mend: {mend}")
+
+
+class CombinedShearingError(ShearingError):
+    """Several independent errors, reported together; the fields are those of the first.
+
+    Args:
+        errors: at least one error.
+    """
+
+    def __init__(self, errors: Sequence[ShearingError]) -> None:
+        first = errors[0]
+        super().__init__(first.field, value=first.value, allowed=first.allowed, mend=first.mend, where=first.where)
+        self.errors = tuple(errors)
+        self.args = ("\n".join(str(error) for error in errors),)

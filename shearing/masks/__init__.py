@@ -1,0 +1,1 @@
+"""Learning which units to keep: hard-concrete masks under Lagrangian constraints on the exact target shape."""

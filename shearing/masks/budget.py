@@ -1,0 +1,171 @@
+"""A parameter budget instead of a shape (the CoFi way): sizes are free, layer by layer, until made uniform.
+
+Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group, dh head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shearing.errors import ShearingError
+from shearing.masks.granularities import Granularity
+from shearing.models.shape import Shape
+
+CONSTRAINT = "total_parameters"
+
+
+@dataclass(frozen=True)
+class ParameterBudget:
+    """Number of parameters to reach, embeddings included.
+
+    Attributes:
+        parameters: the budget.
+        uniform: end in one size for all layers, which an ordinary config can hold; otherwise the result is masks
+            alone and cannot be exported.
+        accepts: whether the exported config takes a shape.
+    """
+
+    parameters: int
+    uniform: bool
+    accepts: Callable[[Shape], bool]
+
+
+def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:
+    """Parameters left when each unit is alive with the given probability (CoFi, arXiv 2204.00408, equation 4).
+
+    Args:
+        alive: granularity -> probabilities (or a binary mask) of its `log_alpha`'s shape; absent: all alive.
+        source: sizes of the source model.
+
+    Returns:
+        A scalar; exact for binary masks, differentiable for probabilities.
+    """
+    device = next(iter(alive.values())).device
+    L, K, G, dh = (
+        source.num_hidden_layers,
+        source.num_key_value_heads,
+        source.query_heads_per_group,
+        source.head_dim,
+    )
+
+    def get(name: str, *size: int) -> Tensor:
+        return alive[name] if name in alive else torch.ones(size, device=device)
+
+    layers = get("layers", L)
+    attention_L, mlp_L = alive.get("attention", layers), alive.get("mlp", layers)
+    groups_LK = get("kv_groups", L, K)
+    kv_L = groups_LK.sum(-1) * dh
+    query_L = (groups_LK * get("query_heads", L, K, G).sum(-1)).sum(-1) * dh
+    units_L = get("intermediate", L, source.intermediate_size).sum(-1)
+    d = get("hidden", source.hidden_size).sum()
+
+    attention = d + 2 * d * query_L + 2 * d * kv_L
+    attention = attention + (query_L + 2 * kv_L if source.qkv_bias else 0) + (d if source.output_bias else 0)
+    attention = attention + (2 * dh if source.qk_norms else 0)
+    mlp = d + 3 * d * units_L + (2 * units_L + d if source.mlp_bias else 0)
+    outer = d + source.vocab_size * d * (1 if source.tied else 2)
+    return outer + (attention_L * attention + mlp_L * mlp).sum()
+
+
+def round_to_budget(
+    scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity], source: Shape, parameters: int
+) -> dict[str, Tensor]:
+    """Binary masks that keep the best-scored units of all kinds while the budget lasts; one unit a row at least.
+
+    Returns:
+        Granularity -> mask of zeros and ones of its `log_alpha`'s shape; at most `parameters` are left, with as
+        many units as fit.
+
+    Raises:
+        ShearingError: not even one unit a row fits.
+    """
+    best_of_row, values = [], []
+    for granularity in granularities:
+        row_scores = scores[granularity.name].detach().float().cpu()
+        first = torch.zeros_like(row_scores, dtype=torch.bool)
+        first.scatter_(-1, row_scores.argmax(-1, keepdim=True), True)
+        best_of_row.append(first.flatten())
+        values.append(row_scores.flatten())
+    ranking = torch.cat(values).masked_fill(torch.cat(best_of_row), float("inf"))
+    order = torch.argsort(ranking, descending=True, stable=True)
+
+    def keep(count: int) -> dict[str, Tensor]:
+        flat = torch.zeros_like(ranking)
+        flat[order[:count]] = 1.0
+        parts = flat.split([value.numel() for value in values])
+        return {g.name: part.view(g.size) for g, part in zip(granularities, parts, strict=True)}
+
+    low, high = int(torch.cat(best_of_row).sum()), ranking.numel()
+    smallest = int(count_parameters(keep(low), source=source))
+    if smallest > parameters:
+        raise ShearingError(
+            "target.parameters",
+            value=parameters,
+            allowed=f"{smallest} to {source.num_parameters()} with the granularities of this recipe",
+            mend="raise target.parameters, or add granularities to prune.granularities",
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        if int(count_parameters(keep(middle), source=source)) <= parameters:
+            low = middle
+        else:
+            high = middle - 1
+    return keep(low)
+
+
+def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: ParameterBudget) -> Shape:
+    """The ordinary shape nearest to per-layer sizes: means over the layers that are kept, then within the budget.
+
+    The number of layers, KV groups and query heads are rounded means, the hidden size is the nearest one that the
+    config accepts, and the intermediate size takes what the budget leaves.
+
+    Raises:
+        ShearingError: no shape near these sizes fits the budget.
+    """
+    every_layer = torch.ones(source.num_hidden_layers)
+    layers = masks.get("layers", every_layer)
+    attention, mlp = masks.get("attention", layers).bool().cpu(), masks.get("mlp", layers).bool().cpu()
+
+    def mean(name: str, of: Tensor, full: int) -> float:
+        return float(masks[name].cpu()[of].sum(-1).float().mean()) if name in masks else float(full)
+
+    depth = max(1, round((int(attention.sum()) + int(mlp.sum())) / 2))
+    groups = max(1, round(mean("kv_groups", attention, source.num_key_value_heads)))
+    per_group = max(1, round(mean("query_heads", attention, source.query_heads_per_group)))
+    width = int(masks["hidden"].sum()) if "hidden" in masks else source.hidden_size
+    units = mean("intermediate", mlp, source.intermediate_size)
+    widths = sorted(
+        range(1, source.hidden_size + 1) if "hidden" in masks else [source.hidden_size],
+        key=lambda value: (abs(value - width), value),
+    )
+    for hidden_size in widths:
+        shape = dataclasses.replace(
+            source,
+            num_hidden_layers=depth,
+            hidden_size=hidden_size,
+            num_attention_heads=groups * per_group,
+            num_key_value_heads=groups,
+        )
+        if not budget.accepts(shape):
+            continue
+        if "intermediate" not in masks:
+            if shape.num_parameters() <= budget.parameters:
+                return shape
+            continue
+        one = dataclasses.replace(shape, intermediate_size=1).num_parameters()
+        two = dataclasses.replace(shape, intermediate_size=2).num_parameters()
+        room = 1 + (budget.parameters - one) // (two - one)
+        # Within a factor of two of what was learned; otherwise this width is not near the learned sizes.
+        if units / 2 <= room:
+            return dataclasses.replace(shape, intermediate_size=min(room, source.intermediate_size))
+    raise ShearingError(
+        "target.parameters",
+        value=budget.parameters,
+        allowed="a budget that some uniform shape near the learned sizes meets",
+        mend="raise target.parameters or prune more kinds of units (prune.granularities)",
+    )

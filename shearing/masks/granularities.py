@@ -1,0 +1,104 @@
+"""What may be pruned, on which rows it is counted, and how much of it the target keeps.
+
+A row is the last axis of a granularity's `log_alpha`: all of the residual stream for `hidden`, all layers for
+`layers`, the units of one layer for `kv_groups` and `intermediate`, the heads of one group for `query_heads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shearing.errors import ShearingError
+from shearing.models.masked import Masks
+from shearing.models.shape import Shape
+
+SIZE_OF = {
+    "layers": "num_hidden_layers",
+    "attention": "num_hidden_layers",
+    "mlp": "num_hidden_layers",
+    "kv_groups": "num_key_value_heads",
+    "query_heads": "query_heads_per_group",
+    "intermediate": "intermediate_size",
+    "hidden": "hidden_size",
+}
+"""Granularity -> the size of a `Shape` that it prunes."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """One kind of unit.
+
+    Attributes:
+        name: key in `SIZE_OF`.
+        size: shape of `log_alpha`.
+        target: units to keep in every row; None when only the number of parameters is constrained.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    target: int | None
+
+    @property
+    def units(self) -> int:
+        """Units in a row."""
+        return self.size[-1]
+
+
+def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | None) -> tuple[Granularity, ...]:
+    """The granularities that have something to prune.
+
+    Args:
+        names: as in a recipe; `sublayers` stands for `attention` and `mlp`.
+        source: sizes of the source model.
+        target: sizes to reach; None for a parameter budget, where every named granularity takes part.
+
+    Raises:
+        ShearingError: a size has to shrink and no granularity that is named can shrink it.
+    """
+    L, K, G = source.num_hidden_layers, source.num_key_value_heads, source.query_heads_per_group
+    sizes: dict[str, tuple[int, ...]] = {
+        "layers": (L,),
+        "attention": (L,),
+        "mlp": (L,),
+        "kv_groups": (L, K),
+        "query_heads": (L, K, G),
+        "intermediate": (L, source.intermediate_size),
+        "hidden": (source.hidden_size,),
+    }
+    expanded = [part for name in names for part in (("attention", "mlp") if name == "sublayers" else (name,))]
+    if target is None:
+        return tuple(Granularity(name, sizes[name], None) for name in expanded if sizes[name][-1] > 1)
+    found = []
+    for name in expanded:
+        keep = getattr(target, SIZE_OF[name])
+        if keep < sizes[name][-1]:
+            found.append(Granularity(name, sizes[name], keep))
+    for name, size in SIZE_OF.items():
+        alternatives = {"layers": "attention", "attention": "layers", "mlp": "layers"}
+        shrinks = getattr(target, size) < getattr(source, size)
+        if shrinks and name not in expanded and alternatives.get(name) not in expanded:
+            named = "layers' or 'sublayers" if name in alternatives else name
+            raise ShearingError(
+                "prune.granularities",
+                value=list(names),
+                allowed=f"a list with '{named}', as the target shrinks {size} "
+                f"from {getattr(source, size)} to {getattr(target, size)}",
+                mend=f"add '{named}' to prune.granularities, or leave target sizes of this kind as in the source",
+            )
+    return tuple(found)
+
+
+def as_masks(z: Mapping[str, Tensor]) -> Masks:
+    """Mask values by granularity as the masked model takes them."""
+    layers = z.get("layers")
+    return Masks(
+        hidden=z.get("hidden"),
+        attention=z.get("attention", layers),
+        mlp=z.get("mlp", layers),
+        kv_groups=z.get("kv_groups"),
+        query_heads=z.get("query_heads"),
+        intermediate=z.get("intermediate"),
+    )

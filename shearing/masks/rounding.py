@@ -1,0 +1,74 @@
+"""From scores to exactly the target shape: the best units of every row, and layers that an ordinary config can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shearing.masks.granularities import Granularity
+
+
+def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:
+    """Binary masks with exactly the target's number of units in each row.
+
+    Args:
+        scores: granularity -> scores of the shape of its `log_alpha`, higher is kept.
+        granularities: what to round; each has a target.
+
+    Returns:
+        Granularity -> mask of zeros and ones, fp32. Equal scores go to the unit with the lower index.
+    """
+    masks = {}
+    for granularity in granularities:
+        assert granularity.target is not None
+        masks[granularity.name] = top_k(scores[granularity.name], keep=granularity.target)
+    if "attention" in masks and "mlp" in masks:
+        target = next(g.target for g in granularities if g.name == "attention")
+        assert target is not None
+        attention, mlp = alternating(scores["attention"], scores["mlp"], keep=target)
+        masks["attention"], masks["mlp"] = attention, mlp
+    return masks
+
+
+def top_k(scores: Tensor, *, keep: int) -> Tensor:
+    """Mask of the `keep` highest of each row (last axis); ties to the lower index."""
+    order = torch.argsort(scores.detach().float(), dim=-1, descending=True, stable=True)[..., :keep]
+    return torch.zeros(scores.shape, dtype=torch.float32, device=scores.device).scatter_(-1, order, 1.0)
+
+
+def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, Tensor]:
+    """The `keep` attention and `keep` MLP sub-layers of highest total score that alternate in depth.
+
+    An ordinary layer is an attention followed by an MLP. So the sub-layers that are kept, read from the bottom up,
+    have to alternate; they may come from different layers. Dynamic programme over the 2 L sub-layers.
+
+    Args:
+        attention, mlp: [L] scores.
+        keep: number of each to keep.
+
+    Returns:
+        Two masks [L] of zeros and ones.
+    """
+    num_layers = attention.numel()
+    values = torch.stack([attention, mlp], dim=1).flatten().double().tolist()
+    impossible = float("-inf")
+    best = [0.0] + [impossible] * (2 * keep)
+    taken: list[list[bool]] = []
+    for position, value in enumerate(values):
+        took = [False] * (2 * keep + 1)
+        for count in range(2 * keep, 0, -1):
+            # The count-th sub-layer kept is an attention when count is odd; positions alternate the same way.
+            if (count - 1) % 2 == position % 2 and best[count - 1] + value > best[count]:
+                best[count] = best[count - 1] + value
+                took[count] = True
+        taken.append(took)
+    kept = torch.zeros(2 * num_layers)
+    count = 2 * keep
+    for position in range(2 * num_layers - 1, -1, -1):
+        if count and taken[position][count]:
+            kept[position] = 1.0
+            count -= 1
+    pairs = kept.view(num_layers, 2).to(attention.device)
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()

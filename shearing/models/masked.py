@@ -1,0 +1,264 @@
+"""The masked model: a dense model with rescaled output projections.
+
+Only the writes into the residual stream are masked: columns of `o_proj` and `down_proj` by the heads' and
+intermediate units' masks, their rows by the hidden and layer masks, and the embedding's output by the hidden
+mask. The residual stream then is masked already, and RMSNorm needs no more than the number of alive
+dimensions as its divisor. Nothing has a dynamic shape and nothing waits for the device.
+
+Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV groups, G query heads per group,
+dh head dimension; T = B*S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shearing.models.anatomy import anatomy_of, backbone, head_weight
+from shearing.models.shape import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Wrapper = TypeVar("Wrapper", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Mask values in [0, 1], fp32; a field that is None leaves its dimension as it is.
+
+    Attributes:
+        hidden: [d], one for the whole residual stream.
+        attention, mlp: [L], sub-layers; the same tensor when whole layers are masked.
+        kv_groups: [L, K], a KV head with all of its query heads.
+        query_heads: [L, K, G], query heads inside their group.
+        intermediate: [L, m].
+    """
+
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
+    mlp: Tensor | None = None
+    kv_groups: Tensor | None = None
+    query_heads: Tensor | None = None
+    intermediate: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are set, by name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def heads(self, layer: int) -> Tensor | None:
+        """Mask [K*G] of one layer's query heads, in Hugging Face's order (group by group)."""
+        if self.query_heads is None:
+            return None if self.kv_groups is None else self.kv_groups[layer]
+        inside = self.query_heads[layer]
+        return (inside if self.kv_groups is None else inside * self.kv_groups[layer][:, None]).flatten()
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """y = rows ⊙ (W (columns ⊙ x) + bias), keeping nothing for the backward pass but x and W themselves.
+
+    The masks multiply the weight when there are more tokens than the weight has rows (cost ∝ parameters), and
+    the activations otherwise (cost ∝ tokens).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        fold = x.numel() // x.shape[-1] > weight.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            x_cast = x.to(dtype)
+            if fold:
+                y = F.linear(x_cast, _fold(weight, columns, rows).to(dtype))
+            else:
+                y = F.linear(x_cast if columns is None else x_cast * columns.to(dtype), weight.to(dtype))
+                y = y if rows is None else y.mul_(rows.to(dtype))
+            if bias is not None:
+                y.add_((bias if rows is None else bias * rows).to(dtype))
+        ctx.save_for_backward(x, weight, bias, columns, rows)
+        ctx.fold, ctx.dtype = fold, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, columns, rows = ctx.saved_tensors
+        dtype = ctx.dtype
+        need_x, need_weight, need_bias, need_columns, need_rows = ctx.needs_input_grad
+        grad_TO = grad_outputs[0].reshape(-1, weight.shape[0]).to(dtype)
+        x_TI = x.reshape(-1, weight.shape[1]).to(dtype)
+
+        grad_x = grad_weight = grad_bias = grad_columns = grad_rows = None
+        if need_x:
+            if ctx.fold:
+                grad_TI = grad_TO @ _fold(weight, columns, rows).to(dtype)
+            else:
+                grad_TI = (grad_TO if rows is None else grad_TO * rows.to(dtype)) @ weight.to(dtype)
+                grad_TI = grad_TI if columns is None else grad_TI.mul_(columns.to(dtype))
+            grad_x = grad_TI.reshape(x.shape).to(x.dtype)
+        if need_weight or need_columns or need_rows:
+            outer_OI = (grad_TO.T @ x_TI).to(weight.dtype)
+            if need_columns or need_rows:
+                product_OI = outer_OI * weight
+                if need_columns:
+                    grad_columns = product_OI.sum(0) if rows is None else rows @ product_OI
+                if need_rows:
+                    grad_rows = product_OI.sum(1) if columns is None else product_OI @ columns
+                    if bias is not None:
+                        grad_rows = grad_rows + grad_TO.sum(0, dtype=grad_rows.dtype) * bias
+            if need_weight:
+                grad_weight = outer_OI if columns is None else outer_OI.mul_(columns)
+                grad_weight = grad_weight if rows is None else grad_weight.mul_(rows[:, None])
+        if bias is not None and need_bias:
+            total_O = grad_TO.sum(0, dtype=bias.dtype)
+            grad_bias = total_O if rows is None else total_O * rows
+        return grad_x, grad_weight, grad_bias, grad_columns, grad_rows
+
+
+def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    if columns is None:
+        return weight if rows is None else weight * rows[:, None]
+    folded = weight * columns
+    return folded if rows is None else folded.mul_(rows[:, None])
+
+
+class MaskedLinear(nn.Module):
+    """A linear layer [O, I] that writes into the residual stream; shares its parameters with the original.
+
+    `columns` [I] scales what it reads, `rows` [O] what it writes; None leaves that side as it is.
+    """
+
+    columns: Tensor | None
+    rows: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.columns = self.rows = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.columns is None and self.rows is None:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = _MaskedLinear.apply(x, self.weight, self.bias, self.columns, self.rows)  # type: ignore[no-untyped-call]
+        return y
+
+
+class MaskedRMSNorm(nn.Module):
+    """RMSNorm over a residual stream whose pruned dimensions are zero: the divisor is the number alive.
+
+    `alive` is a scalar tensor on the device, or None for the full width.
+    """
+
+    alive: Tensor | None
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        weight, epsilon = norm.weight, norm.variance_epsilon
+        assert isinstance(weight, nn.Parameter)
+        assert isinstance(epsilon, float)
+        self.weight = weight
+        self.variance_epsilon = epsilon
+        self.alive = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        square = x.pow(2)
+        if self.alive is None:
+            variance = square.mean(-1, keepdim=True)
+        else:
+            variance = square.sum(-1, keepdim=True) / self.alive
+        return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+
+class MaskedEmbedding(nn.Module):
+    """Token embedding [V, d] whose output is scaled by the hidden mask [d]."""
+
+    hidden: Tensor | None
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.padding_idx = embedding.padding_idx
+        self.hidden = None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = F.embedding(input_ids, self.weight, self.padding_idx)
+        return x if self.hidden is None else x * self.hidden.to(x.dtype)
+
+
+class MaskedModel(nn.Module):
+    """A Hugging Face causal language model whose writes are masked; the model is changed in place.
+
+    The parameters stay the model's own, under the same names below `model.`; `release` undoes the change.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        family = anatomy_of(model)
+        shape = Shape.of(model.config)
+        self.model = model
+        self._head_dim = shape.head_dim
+        self._query_heads_per_group = shape.query_heads_per_group
+        self._originals: dict[str, nn.Module] = {}
+        self._embedding = self._swap(family.embedding, MaskedEmbedding)
+        layers = [f"{family.layers}.{layer}." for layer in range(shape.num_hidden_layers)]
+        self._attention = [self._swap(layer + family.attention_write, MaskedLinear) for layer in layers]
+        self._mlp = [self._swap(layer + family.mlp_write, MaskedLinear) for layer in layers]
+        inner_norms = [layer + norm for layer in layers for norm in (family.attention_norm, family.mlp_norm)]
+        self._norms = [self._swap(norm, MaskedRMSNorm) for norm in (*inner_norms, family.final_norm)]
+
+    def _swap(self, name: str, wrapper: Callable[[Any], Wrapper]) -> Wrapper:
+        original = self.model.get_submodule(name)
+        wrapped = wrapper(original)
+        self._originals[name] = original
+        self.model.set_submodule(name, wrapped)
+        return wrapped
+
+    def set_masks(self, masks: Masks | None) -> None:
+        """Masks for the following forward passes and their backward passes; None: the dense model.
+
+        The tensors may require gradients. No value is read on the host.
+        """
+        masks = masks or Masks()
+        hidden = masks.hidden
+        alive = None if hidden is None else (hidden > 0).sum().to(torch.float32)
+        self._embedding.hidden = hidden
+        for norm in self._norms:
+            norm.alive = alive
+        repeats = self._head_dim * (self._query_heads_per_group if masks.query_heads is None else 1)
+        for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
+            heads = masks.heads(layer)
+            attention.columns = None if heads is None else heads.repeat_interleave(repeats)
+            attention.rows = _rows(hidden, masks.attention, layer=layer, width=attention.weight.shape[0])
+            mlp.columns = None if masks.intermediate is None else masks.intermediate[layer]
+            mlp.rows = _rows(hidden, masks.mlp, layer=layer, width=mlp.weight.shape[0])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [B, S, d] after the final norm, of `input_ids` [B, S]."""
+        hidden: Tensor = backbone(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def head_weight(self) -> Tensor:
+        """Weight [V, d] of the head."""
+        return head_weight(self.model)
+
+    def release(self) -> PreTrainedModel:
+        """Puts the original modules back and returns the model."""
+        for name, original in self._originals.items():
+            self.model.set_submodule(name, original)
+        return self.model
+
+
+def _rows(hidden: Tensor | None, sublayer: Tensor | None, *, layer: int, width: int) -> Tensor | None:
+    if sublayer is None:
+        return hidden
+    return sublayer[layer].expand(width) if hidden is None else hidden * sublayer[layer]

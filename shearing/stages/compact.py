@@ -1,0 +1,123 @@
+"""Cutting: the trained weights and the final masks of mask learning become a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shearing.errors import ShearingError
+from shearing.masks.learner import shape_of
+from shearing.models.anatomy import load_config
+from shearing.models.compact import Selection, compact as cut
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape, resolve_target
+from shearing.recipe import Recipe
+from shearing.run_directory import RunDirectory, flush_folder, write_json
+
+CHECK_TOKENS = 64
+LARGEST_DIFFERENCE = 1e-4
+"""Relative difference of logits, masked against cut, above which the cut is refused; rounding is below 1e-5."""
+
+
+def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Writes run_dir/compact: model, tokenizer, generation config and chat template, and shape.json.
+
+    The folder appears as a whole or not at all. Before it does, the cut model's logits are compared with those of
+    the masked model.
+
+    Args:
+        recipe: a recipe whose `prune` stage is complete.
+        console: where the summary goes; stdout if None.
+
+    Returns:
+        The content of shape.json.
+
+    Raises:
+        ShearingError: pruning is not complete, or its masks have no uniform shape.
+    """
+    console = console or Console()
+    run = RunDirectory(recipe.run_dir)
+    run.read_complete("prune")
+    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    source = Shape.of(config)
+    masks = Masks(**_masks(load_file(run.prune / "masks.safetensors")))
+    target = _target(recipe, masks, source=source, config=config)
+    selection = Selection.of(masks, source=source, target=target)
+
+    config.use_cache = False
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(
+        None, config=config, state_dict=load_file(run.prune / "model.safetensors"), dtype=torch.float32
+    ).eval()
+    small = cut(model, masks=masks, selection=selection)
+    difference = _relative_difference(model, masks, small)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ShearingError(
+            "compact (logits of the cut model)",
+            value=difference,
+            allowed=f"a relative difference to the masked model of at most {LARGEST_DIFFERENCE}",
+            mend="the weights of prune/ may hold NaN, or this family's anatomy is declared wrongly: please report it",
+        )
+    small.config.use_cache = True
+    small.generation_config = model.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+
+    shape = {
+        "source": {**source.sizes(), "parameters": source.num_parameters()},
+        "target": {**target.sizes(), "parameters": target.num_parameters()},
+        "parameters_without_embeddings": target.num_parameters(embeddings=False),
+        "layers": [{"attention": a, "mlp": m} for a, m in selection.layers],
+        "relative_logit_difference": difference,
+    }
+    beside = run.path / ".compact.partial"
+    for folder in (beside, run.compact):
+        if folder.exists():
+            shutil.rmtree(folder)
+    beside.mkdir(parents=True)
+    small.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    write_json(beside / "shape.json", shape)
+    beside.rename(run.compact)
+    flush_folder(run.path)
+    run.mark_complete("compact", {"parameters": target.num_parameters()})
+    console.print(
+        f"Cut {source.num_parameters() / 1e6:.1f} M to {target.num_parameters() / 1e6:.1f} M parameters "
+        f"({', '.join(f'{name} {size}' for name, size in target.sizes().items())}); "
+        f"logits equal the masked model's to {difference:.1e}: {run.compact}"
+    )
+    return shape
+
+
+def _masks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if "/" not in name}
+
+
+def _target(recipe: Recipe, masks: Masks, *, source: Shape, config: Any) -> Shape:
+    if recipe.target.parameters is None:
+        return resolve_target(recipe.target, source=config)
+    if not recipe.target.uniform:
+        raise ShearingError(
+            "target.uniform",
+            value=False,
+            allowed="true, as layers of different sizes have no place in an ordinary config",
+            mend="set target.uniform=true (in a new run_dir) to end mask learning in one size for all layers; "
+            "without it the result is prune/masks.safetensors alone",
+        )
+    return shape_of(masks, source=source)
+
+
+@torch.no_grad()
+def _relative_difference(model: PreTrainedModel, masks: Masks, small: PreTrainedModel) -> float:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS), generator=generator)
+    masked = MaskedModel(model)
+    masked.set_masks(masks)
+    expected = masked.model(input_ids=input_ids).logits.double()
+    masked.release()
+    found = small(input_ids=input_ids).logits.double()
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,253 @@
+"""The learner: exact constraints, noise without state, warm start, freezing, budgets, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from shearing.errors import ShearingError
+from shearing.masks import hard_concrete
+from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters
+from shearing.masks.importance import activation_importance, magnitude_importance, random_importance, select
+from shearing.masks.learner import MaskLearner, MaskSettings, grade
+from shearing.models.masked import MaskedModel
+from shearing.models.shape import Shape
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
+
+GRANULARITIES = ["layers", "kv_groups", "query_heads", "intermediate", "hidden"]
+SOURCE = Shape.of(tiny_model().config)
+TARGET = dataclasses.replace(
+    SOURCE, num_hidden_layers=2, hidden_size=24, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2
+)
+SETTINGS = MaskSettings(total_steps=40, sparsity_warmup_steps=0, freeze_step=40, mask_learning_rate=0.1)
+
+
+def learner(*, granularities=GRANULARITIES, target=TARGET, importance=None, **changes) -> MaskLearner:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return MaskLearner(granularities, source=SOURCE, target=target, settings=settings, importance=importance)
+
+
+def saturate(subject: MaskLearner) -> None:
+    """log_alpha at its limits, the target's number of units open in every row."""
+    with torch.no_grad():
+        for granularity in subject.granularities:
+            value = subject.log_alpha[granularity.name]
+            value.fill_(-hard_concrete.LOG_ALPHA_LIMIT)
+            value[..., : granularity.target] = hard_concrete.LOG_ALPHA_LIMIT
+
+
+def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
+    subject = learner()
+    saturate(subject)
+    assert all(v.abs().max() < 1e-6 for v in subject.violations(step=10).values())
+    assert float(subject.penalty(step=10).detach()) == pytest.approx(0.0, abs=1e-6)
+    assert all(row["rounding_gap"] == 0 for row in subject.summary().values())
+    assert subject.selection().shape(SOURCE) == TARGET
+
+
+def test_noise_depends_on_seed_step_and_micro_batch_only():
+    importance = random_importance(SOURCE, seed=0)
+    first, second = learner(importance=importance), learner(importance=importance)
+    second.sample(step=7, micro_batch=3)
+    a, b = first.sample(step=1, micro_batch=2), second.sample(step=1, micro_batch=2)
+    for name, value in a.tensors().items():
+        assert torch.equal(value, b.tensors()[name])
+    for other in (first.sample(step=2, micro_batch=2), first.sample(step=1, micro_batch=1)):
+        assert not torch.equal(other.intermediate, a.intermediate)
+    assert not torch.equal(learner(importance=importance, seed=1).sample(step=1, micro_batch=2).hidden, a.hidden)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 2 / 3, 0.9])
+def test_grade_meets_the_share_and_keeps_the_order(share):
+    scores = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
+    log_alpha = grade(scores, share=share, scale=3.0)
+    expected = hard_concrete.expected_alive(log_alpha).mean(-1)
+    torch.testing.assert_close(expected, torch.full((3,), share), rtol=0, atol=1e-5)
+    order = scores.argsort(-1, descending=True)
+    assert (log_alpha.gather(-1, order).diff() <= 0).all()
+
+
+def test_the_warm_start_begins_at_the_target_with_the_selection_of_the_importance():
+    importance = random_importance(SOURCE, seed=3)
+    subject = learner(importance=importance)
+    assert all(v.abs().max() < 1e-5 for v in subject.violations(step=0).values())
+    masks, _ = select(importance, source=SOURCE, target=TARGET)
+    for name, value in masks.tensors().items():
+        assert torch.equal(subject.deterministic().tensors()[name], value)
+
+
+def test_the_paper_starts_open_and_its_constraint_pulls_to_the_target():
+    subject = learner(total_steps=400, sparsity_warmup_steps=80, freeze_step=400, mask_learning_rate=0.1)
+    assert all(v.abs().max() < 1e-6 for v in subject.violations(step=0).values())
+    for step in range(400):
+        subject.penalty(step=step).backward()
+        subject.reduce_and_step(step=step)
+    for name, violation in subject.violations(step=399).items():
+        assert violation.abs().max() < 0.08, name
+    assert all(float(value.detach().abs().max()) > 0 for value in subject.lagrangian.lambda_1.values())
+
+
+def test_multipliers_ascend_and_masks_descend():
+    subject = learner()
+    before = float(subject.expected()["hidden"].mean())
+    subject.penalty(step=0).backward()
+    subject.reduce_and_step(step=0)
+    assert float(subject.lagrangian.lambda_1["hidden"]) > 0
+    subject.penalty(step=1).backward()
+    subject.reduce_and_step(step=1)
+    assert float(subject.expected()["hidden"].mean()) < before
+
+
+def test_a_skipped_step_changes_nothing():
+    subject = learner(importance=random_importance(SOURCE, seed=0))
+    before = [value.detach().clone() for value in subject.parameters()]
+    subject.penalty(step=0).backward()
+    for value in subject.log_alpha.values():
+        value.grad.fill_(float("nan"))
+    subject.reduce_and_step(step=0, skip=torch.tensor(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(subject.parameters(), before, strict=True))
+    steps = [state["step"] for state in subject.optimizer.state.values()]
+    assert all(float(step) == 0 for step in steps)
+
+
+def test_frozen_masks_are_binary_stay_and_cost_no_penalty():
+    subject = learner(importance=random_importance(SOURCE, seed=0), freeze_step=2)
+    frozen = subject.sample(step=2, micro_batch=0)
+    assert all(set(value.unique().tolist()) <= {0.0, 1.0} for value in frozen.tensors().values())
+    assert float(subject.penalty(step=2)) == 0.0
+    before = {name: value.clone() for name, value in subject.log_alpha.items()}
+    subject.reduce_and_step(step=2)
+    assert all(torch.equal(value, before[name]) for name, value in subject.log_alpha.items())
+    assert torch.equal(subject.sample(step=9, micro_batch=5).hidden, frozen.hidden)
+
+
+def test_resuming_is_exact():
+    importance = random_importance(SOURCE, seed=0)
+
+    def steps(subject: MaskLearner, first: int, last: int) -> None:
+        for step in range(first, last):
+            z = subject.sample(step=step, micro_batch=0)
+            loss = sum(
+                (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in z.tensors().values()
+            )
+            (0.01 * loss + subject.penalty(step=step)).backward()
+            subject.reduce_and_step(step=step)
+
+    whole = learner(importance=importance)
+    steps(whole, 0, 12)
+    half = learner(importance=importance)
+    steps(half, 0, 5)
+    state = half.state_dict()
+    resumed = learner()
+    resumed.load_state_dict(state)
+    steps(resumed, 5, 12)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_sizes_that_no_granularity_can_shrink_are_refused():
+    with pytest.raises(ShearingError, match="hidden_size"):
+        learner(granularities=["layers", "kv_groups", "query_heads", "intermediate"])
+
+
+def test_granularities_with_nothing_to_prune_are_left_out():
+    target = dataclasses.replace(SOURCE, intermediate_size=16)
+    assert [g.name for g in learner(target=target).granularities] == ["intermediate"]
+
+
+def test_sublayers_end_in_an_ordinary_shape():
+    target = dataclasses.replace(SOURCE, num_hidden_layers=2)
+    subject = learner(granularities=["sublayers"], target=target, importance=random_importance(SOURCE, seed=5))
+    assert subject.selection().shape(SOURCE) == target
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parameter_count_is_exact_for_binary_masks(family, tied):
+    model = tiny_model(family, tied=tied)
+    source = Shape.of(model.config)
+    assert source.num_parameters() == sum(p.numel() for p in model.parameters())
+    target = dataclasses.replace(source, num_hidden_layers=3, hidden_size=30, intermediate_size=11)
+    masks, selection = select(random_importance(source, seed=1), source=source, target=target)
+    tensors = {"layers": masks.attention, "intermediate": masks.intermediate, "hidden": masks.hidden}
+    assert (
+        int(count_parameters(tensors, source=source))
+        == target.num_parameters()
+        == selection.shape(source).num_parameters()
+    )
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_budget_is_kept_and_only_a_uniform_result_has_a_shape(uniform):
+    budget = ParameterBudget(
+        12_000, uniform=uniform, accepts=lambda shape: shape.hidden_size % shape.num_attention_heads == 0
+    )
+    subject = learner(target=budget, importance=random_importance(SOURCE, seed=0))
+    assert float(subject.metrics(step=0)[f"expected/{CONSTRAINT}"]) == pytest.approx(12_000, rel=0.02)
+    with torch.no_grad():
+        subject.log_alpha["intermediate"].add_(torch.linspace(-1, 1, 4)[:, None])
+    kept = subject.freeze()
+    left = int(count_parameters(kept, source=SOURCE))
+    assert 0.9 * 12_000 < left <= 12_000
+    if uniform:
+        assert subject.selection().shape(SOURCE).num_parameters() == left
+    else:
+        with pytest.raises(ShearingError, match="uniform"):
+            subject.selection()
+
+
+def test_an_impossible_budget_is_refused():
+    budget = ParameterBudget(10, uniform=False, accepts=lambda shape: True)
+    with pytest.raises(ShearingError, match=r"target\.parameters"):
+        learner(target=budget, importance=random_importance(SOURCE, seed=0)).freeze()
+
+
+def test_learning_opens_the_units_that_matter():
+    """Planted: the loss needs two known layers of an otherwise symmetric problem."""
+    target = dataclasses.replace(SOURCE, num_hidden_layers=2)
+    subject = learner(granularities=["layers"], target=target, total_steps=200, freeze_step=200, mask_learning_rate=0.1)
+    needed = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    for step in range(200):
+        z = subject.sample(step=step, micro_batch=0).attention
+        (((1 - z) * needed).sum() + subject.penalty(step=step)).backward()
+        subject.reduce_and_step(step=step)
+    assert subject.deterministic().attention.tolist() == needed.tolist()
+
+
+def test_activation_importance_finds_planted_units():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[5:].mul_(1e-3)
+            layer.self_attn.o_proj.weight.zero_()
+            layer.self_attn.v_proj.weight[8:].mul_(1e-3)
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    scores = activation_importance(model, batches=[tiny_ids(seed=seed) for seed in range(3)])
+    assert (scores["intermediate"].topk(5, dim=-1).indices.sort(-1).values == torch.arange(5)).all()
+    assert (scores["kv_groups"].argmax(-1) == 0).all()
+    assert int(scores["layers"].argmin()) == 2
+    sizes = {name: tuple(value.shape) for name, value in scores.items()}
+    assert sizes == {name: tuple(value.shape) for name, value in random_importance(SOURCE, seed=0).items()}
+
+
+def test_magnitude_importance_finds_planted_units():
+    model = tiny_model("qwen2", tied=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[7].mul_(10)
+        model.model.embed_tokens.weight[:, 3].mul_(100)
+    scores = magnitude_importance(model)
+    assert (scores["intermediate"].argmax(-1) == 7).all()
+    assert int(scores["hidden"].argmax()) == 3
+
+
+def test_masks_learn_jointly_with_a_real_model():
+    model = tiny_model("llama")
+    wrapped = MaskedModel(model)
+    subject = learner(importance=random_importance(SOURCE, seed=0))
+    wrapped.set_masks(subject.sample(step=0, micro_batch=0))
+    (wrapped(tiny_ids()).square().mean() + subject.penalty(step=0)).backward()
+    for name, value in subject.log_alpha.items():
+        assert value.grad is not None, name
+        assert value.grad.abs().sum() > 0, name

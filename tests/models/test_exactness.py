@@ -1,0 +1,133 @@
+"""The first test of the project: masked forward == compacted forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from shearing.errors import ShearingError
+from shearing.models.compact import Selection, compact
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
+
+GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
+SUBSETS = [subset for size in range(1, 6) for subset in combinations(GRANULARITIES, size)]
+
+
+def random_mask(size: tuple[int, ...], *, keep: int, fractional: bool, generator: torch.Generator) -> Tensor:
+    """Exactly `keep` nonzero units a row."""
+    order = torch.rand(size, generator=generator).argsort(-1)[..., :keep]
+    mask = torch.zeros(size).scatter_(-1, order, 1.0)
+    return mask * (0.05 + 0.95 * torch.rand(size, generator=generator)) if fractional else mask
+
+
+def masks_and_target(source: Shape, granularities, *, fractional: bool, seed: int) -> tuple[Masks, Shape]:
+    generator = torch.Generator().manual_seed(seed)
+    L, K, G = source.num_hidden_layers, source.num_key_value_heads, source.query_heads_per_group
+    keep_groups = 2 if "kv_groups" in granularities else K
+    keep_heads = max(1, G - 1) if "query_heads" in granularities else G
+    target = dataclasses.replace(
+        source,
+        num_hidden_layers=2 if {"layers", "sublayers"} & set(granularities) else L,
+        hidden_size=24 if "hidden" in granularities else source.hidden_size,
+        intermediate_size=17 if "intermediate" in granularities else source.intermediate_size,
+        num_attention_heads=keep_groups * keep_heads,
+        num_key_value_heads=keep_groups,
+    )
+
+    def draw(size: tuple[int, ...], keep: int) -> Tensor:
+        return random_mask(size, keep=keep, fractional=fractional, generator=generator)
+
+    fields: dict[str, Tensor] = {}
+    if "layers" in granularities:
+        fields["attention"] = fields["mlp"] = draw((L,), 2)
+    if "sublayers" in granularities:
+        # Attention of layers 0 and 2, MLP of layers 1 and 3: pairs from different layers, alternating in depth.
+        fields["attention"] = torch.tensor([1.0, 0.0, 1.0, 0.0]) * (0.5 if fractional else 1.0)
+        fields["mlp"] = torch.tensor([0.0, 1.0, 0.0, 1.0]) * (0.7 if fractional else 1.0)
+    if "kv_groups" in granularities:
+        fields["kv_groups"] = draw((L, K), keep_groups)
+    if "query_heads" in granularities:
+        fields["query_heads"] = draw((L, K, G), keep_heads)
+    if "intermediate" in granularities:
+        fields["intermediate"] = draw((L, source.intermediate_size), 17)
+    if "hidden" in granularities:
+        fields["hidden"] = draw((source.hidden_size,), 24)
+    return Masks(**fields), target
+
+
+@torch.no_grad()
+def relative_difference(family: str, granularities, *, tied: bool, fractional: bool, seed: int) -> float:
+    model = tiny_model(family, tied=tied, seed=seed)
+    source = Shape.of(model.config)
+    masks, target = masks_and_target(source, granularities, fractional=fractional, seed=seed)
+    masked = MaskedModel(model)
+    masked.set_masks(masks)
+    expected = masked.model(tiny_ids(seed=seed)).logits
+    small = compact(masked.release(), masks=masks, selection=Selection.of(masks, source=source, target=target))
+    assert Shape.of(small.config) == target
+    assert sum(p.numel() for p in small.parameters()) == target.num_parameters()
+    return float((small(tiny_ids(seed=seed)).logits - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("fractional", [False, True], ids=["binary", "fractional"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_masked_equals_compacted_for_every_family(family, tied, fractional):
+    assert relative_difference(family, GRANULARITIES, tied=tied, fractional=fractional, seed=1) < 1e-5
+
+
+@pytest.mark.parametrize("granularities", [*SUBSETS, ("sublayers",), ("sublayers", "hidden", "intermediate")])
+def test_masked_equals_compacted_for_every_subset_of_granularities(granularities):
+    assert relative_difference("qwen3", granularities, tied=True, fractional=True, seed=2) < 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(sorted(CONFIGS)),
+    granularities=st.sampled_from(SUBSETS),
+    tied=st.booleans(),
+    fractional=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_masked_equals_compacted_property(family, granularities, tied, fractional, seed):
+    assert relative_difference(family, granularities, tied=tied, fractional=fractional, seed=seed) < 1e-5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_result_is_an_ordinary_checkpoint(family, tmp_path):
+    model = tiny_model(family, tied=family != "qwen2")
+    source = Shape.of(model.config)
+    masks, target = masks_and_target(source, GRANULARITIES, fractional=False, seed=3)
+    small = compact(model, masks=masks, selection=Selection.of(masks, source=source, target=target))
+    small.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = tiny_ids()
+    torch.testing.assert_close(loaded(ids).logits, small(ids).logits, rtol=0, atol=0)
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    generated = loaded.generate(ids, max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 20)
+
+
+def test_sublayers_out_of_order_are_refused():
+    model = tiny_model()
+    source = Shape.of(model.config)
+    masks = Masks(attention=torch.tensor([0.0, 1, 0, 1]), mlp=torch.tensor([1.0, 0, 1, 0]))
+    with pytest.raises(ShearingError, match="alternate"):
+        Selection.of(masks, source=source, target=dataclasses.replace(source, num_hidden_layers=2))
+
+
+def test_masks_of_another_size_are_refused():
+    source = Shape.of(tiny_model().config)
+    masks = Masks(hidden=torch.ones(36))
+    with pytest.raises(ShearingError, match="hidden dimensions"):
+        Selection.of(masks, source=source, target=dataclasses.replace(source, hidden_size=24))

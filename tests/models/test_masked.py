@@ -1,0 +1,179 @@
+"""The masked model: gradients, both ways of applying masks, no wait for the device, checkpointing and compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shearing.models import masked as masked_module
+from shearing.models.attention import drop_attention_mask
+from shearing.models.masked import MaskedLinear, MaskedModel, Masks
+from shearing.models.shape import Shape
+from tests.models.test_exactness import GRANULARITIES, masks_and_target
+from tests.models.tiny import tiny_ids, tiny_model
+
+
+def reference(x, weight, bias, columns, rows):
+    """The same map written with ordinary differentiable operations."""
+    y = F.linear(x * columns if columns is not None else x, weight, bias)
+    return y * rows if rows is not None else y
+
+
+@pytest.mark.parametrize("tokens", [3, 40], ids=["activations", "weights"])
+@pytest.mark.parametrize("with_columns", [False, True])
+@pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_masked_linear_gradients(tokens, with_columns, with_rows, with_bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    linear = nn.Linear(7, 5, bias=with_bias, dtype=torch.float64)
+    layer = MaskedLinear(linear)
+    x = leaf(tokens, 7)
+    layer.columns = leaf(7) if with_columns else None
+    layer.rows = leaf(5) if with_rows else None
+    leaves = [t for t in (x, layer.weight, layer.bias, layer.columns, layer.rows) if t is not None]
+    cotangent = torch.randn(tokens, 5, generator=generator, dtype=torch.float64)
+    found = torch.autograd.grad(layer(x), leaves, cotangent)
+    expected = torch.autograd.grad(reference(x, layer.weight, layer.bias, layer.columns, layer.rows), leaves, cotangent)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_masked_linear_keeps_no_copy_for_the_backward_pass():
+    layer = MaskedLinear(nn.Linear(16, 8))
+    layer.columns, layer.rows = torch.rand(16).requires_grad_(), torch.rand(8).requires_grad_()
+    x = torch.randn(32, 16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        layer(x)
+    own = {t.data_ptr() for t in (x, layer.weight, layer.bias, layer.columns, layer.rows)}
+    assert set(saved) <= own
+
+
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
+    layer = MaskedLinear(nn.Linear(16, 8))
+    layer.columns, layer.rows = torch.rand(16).requires_grad_(), torch.rand(8).requires_grad_()
+    x = torch.randn(32, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    leaves = (x, layer.weight, layer.columns, layer.rows)
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+    exact = [t.grad.clone() for t in leaves]
+    for t in leaves:
+        t.grad = None
+    reference(x, layer.weight, layer.bias, layer.columns, layer.rows).square().sum().backward()
+    for a, t in zip(exact, leaves, strict=True):
+        assert (a - t.grad).norm() / t.grad.norm() < 0.03
+
+
+def test_open_masks_are_the_dense_model():
+    model = tiny_model()
+    ids = tiny_ids()
+    dense = model(ids).logits
+    source = Shape.of(model.config)
+    ones = Masks(
+        hidden=torch.ones(36),
+        attention=torch.ones(4),
+        mlp=torch.ones(4),
+        kv_groups=torch.ones(4, 3),
+        query_heads=torch.ones(4, 3, source.query_heads_per_group),
+        intermediate=torch.ones(4, 40),
+    )
+    wrapped = MaskedModel(model)
+    for masks in (ones, None):
+        wrapped.set_masks(masks)
+        torch.testing.assert_close(wrapped.model(ids).logits, dense, rtol=1e-5, atol=1e-5)
+    assert {id(p) for p in wrapped.release().parameters()} == {id(p) for p in model.parameters()}
+    torch.testing.assert_close(model(ids).logits, dense, rtol=0, atol=0)
+
+
+def test_the_state_dict_keeps_hugging_face_names():
+    model = tiny_model("qwen2", tied=False)
+    names = set(model.state_dict())
+    assert set(MaskedModel(model).model.state_dict()) == names
+
+
+class _NoHostSync(TorchDispatchMode):
+    """Fails on operations that read a value on the host or whose output's shape depends on one."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "index.Tensor", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.FORBIDDEN), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_sync_and_no_square_mask():
+    model = tiny_model()
+    source = Shape.of(model.config)
+    masks, _ = masks_and_target(source, GRANULARITIES, fractional=True, seed=0)
+    drop_attention_mask(model, sequence_length=16)
+    wrapped = MaskedModel(model)
+    ids = tiny_ids(length=16)
+    with _NoHostSync():
+        wrapped.set_masks(masks)
+        hidden = wrapped(ids)
+        hidden.sum().backward()
+
+
+def test_gradients_reach_every_mask_and_survive_activation_checkpointing():
+    model = tiny_model()
+    source = Shape.of(model.config)
+    drawn, _ = masks_and_target(source, GRANULARITIES, fractional=True, seed=0)
+    gradients = []
+    for checkpointing in (False, True):
+        leaves = {name: t.clone().requires_grad_() for name, t in drawn.tensors().items()}
+        wrapped = MaskedModel(model)
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        wrapped.set_masks(Masks(**leaves))
+        wrapped(tiny_ids()).square().mean().backward()
+        gradients.append({name: t.grad for name, t in leaves.items()})
+        wrapped.release()
+    for name in gradients[0]:
+        assert gradients[0][name].abs().sum() > 0, name
+        torch.testing.assert_close(gradients[0][name], gradients[1][name])
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_new_masks_without_recompiling():
+    model = tiny_model()
+    source = Shape.of(model.config)
+    wrapped = MaskedModel(model)
+    ids = tiny_ids()
+    eager, compiled = [], []
+    draws = [masks_and_target(source, GRANULARITIES, fractional=True, seed=seed)[0] for seed in range(3)]
+    for masks in draws:
+        wrapped.set_masks(masks)
+        eager.append(wrapped(ids).detach())
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for masks in draws:
+        wrapped.set_masks(masks)
+        with torch._dynamo.config.patch(error_on_recompile=len(compiled) > 0):
+            compiled.append(wrapped(ids).detach())
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_divisor_is_the_number_of_alive_dimensions():
+    model = tiny_model()
+    wrapped = MaskedModel(model)
+    hidden = torch.zeros(36)
+    hidden[:24] = 1.0
+    wrapped.set_masks(Masks(hidden=hidden))
+    norm = model.model.norm
+    assert isinstance(norm, masked_module.MaskedRMSNorm)
+    x = torch.randn(2, 36) * hidden
+    expected = F.rms_norm(x[:, :24], (24,), norm.weight[:24], norm.variance_epsilon)
+    torch.testing.assert_close(norm(x)[:, :24], expected)

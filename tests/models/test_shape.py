@@ -1,0 +1,102 @@
+"""Shapes: what a target may be, and what an impossible one is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+
+from shearing.errors import ShearingError
+from shearing.models.anatomy import FAMILIES, anatomy_of, load_config, load_source
+from shearing.models.shape import Shape, resolve_target
+from shearing.recipe import TargetRecipe
+from tests.models.tiny import CONFIGS, tiny_model
+
+
+def test_sizes_left_out_are_the_sources():
+    config = CONFIGS["llama"]()
+    shape = resolve_target(TargetRecipe(intermediate_size=16), source=config)
+    assert shape.sizes() == {**Shape.of(config).sizes(), "intermediate_size": 16}
+
+
+def test_heads_follow_groups():
+    assert resolve_target(TargetRecipe(num_key_value_heads=1), source=CONFIGS["llama"]()).num_attention_heads == 2
+    mha = CONFIGS["llama-mha"]()
+    assert resolve_target(TargetRecipe(num_attention_heads=4), source=mha).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "field", "mend"),
+    [
+        ({"hidden_size": 64}, "target.hidden_size", "target.hidden_size=36"),
+        ({"num_hidden_layers": 9}, "target.num_hidden_layers", "target.num_hidden_layers=4"),
+        ({"num_attention_heads": 4}, "target.num_attention_heads", "target.num_attention_heads=3"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 1},
+            "target.num_attention_heads",
+            "set target.num_attention_heads=2",
+        ),
+        ({"hidden_size": 25, "num_attention_heads": 3}, "target.hidden_size", "target.hidden_size=24"),
+    ],
+)
+def test_impossible_targets_name_the_nearest_valid_one(target, field, mend):
+    with pytest.raises(ShearingError) as caught:
+        resolve_target(TargetRecipe(**target), source=CONFIGS["llama"]())
+    assert caught.value.field == field
+    assert mend in caught.value.mend
+
+
+def test_an_unsupported_architecture_is_refused_by_name():
+    with pytest.raises(ShearingError, match="gpt2") as caught:
+        anatomy_of(GPT2Config())
+    assert all(family in caught.value.allowed for family in FAMILIES)
+
+
+def test_undeclared_parameters_are_refused():
+    model = tiny_model()
+    model.model.layers[0].self_attn.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ShearingError, match="extra"):
+        anatomy_of(model)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ShearingError, match=r"model\.source"):
+        load_config(str(tmp_path))
+    with pytest.raises(ShearingError, match=r"model\.source"):
+        load_config(str(tmp_path / "missing" / "deep" / "folder"))
+
+
+def test_nan_in_the_source_is_refused(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ShearingError, match=r"layers\.1\.mlp\.up_proj"):
+        load_source(str(tmp_path))
+
+
+def test_missing_weights_are_refused(tmp_path):
+    model = tiny_model(tied=False)
+    state = model.state_dict()
+    del state["model.layers.0.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ShearingError, match="up_proj"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parameter_counts_are_those_of_the_real_model(family):
+    for tied in (False, True):
+        config = CONFIGS[family](tie_word_embeddings=tied)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        shape = Shape.of(config)
+        assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
+        outer = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" in n or "lm_head" in n)
+        assert shape.num_parameters(embeddings=False) == shape.num_parameters() - outer
+
+
+def test_the_config_survives_a_round_trip(tmp_path):
+    model = tiny_model("qwen2-sliding")
+    model.save_pretrained(tmp_path)
+    assert Shape.of(AutoConfig.from_pretrained(tmp_path)) == Shape.of(model.config)

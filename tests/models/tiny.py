@@ -1,0 +1,54 @@
+"""Tiny random models of every supported family, with weights large enough that every part of them matters."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+VOCAB_SIZE = 97
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 36,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+SCALED_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": lambda **kw: LlamaConfig(**SIZES, **kw),
+    "llama-mha": lambda **kw: LlamaConfig(**{**SIZES, "num_key_value_heads": 6}, **kw),
+    "llama-biases": lambda **kw: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, **kw),
+    "llama-rope-scaling": lambda **kw: LlamaConfig(**SIZES, rope_parameters=SCALED_ROPE, **kw),
+    "mistral": lambda **kw: MistralConfig(**SIZES, sliding_window=4, **kw),
+    "qwen2": lambda **kw: Qwen2Config(**SIZES, **kw),
+    "qwen2-sliding": lambda **kw: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2, **kw
+    ),
+    "qwen3": lambda **kw: Qwen3Config(**SIZES, **kw),
+}
+
+
+def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+    """A random model of a key of `CONFIGS`, fp32, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tiny_ids(*, sequences: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids [sequences, length]."""
+    return torch.randint(VOCAB_SIZE, (sequences, length), generator=torch.Generator().manual_seed(seed))
