@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.masks.learner import shape_of
@@ -50,8 +50,8 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
     selection = Selection.of(masks, source=source, target=target)
 
     config.use_cache = False
-    auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = architecture.from_pretrained(
         None, config=config, state_dict=load_file(run.prune / "model.safetensors"), dtype=torch.float32
     ).eval()
     small = cut(model, masks=masks, selection=selection)
@@ -64,7 +64,7 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
             mend="the weights of prune/ may hold NaN, or this family's anatomy is declared wrongly: please report it",
         )
     small.config.use_cache = True
-    small.generation_config = model.generation_config
+    small.generation_config = _generation_config(recipe, fallback=model.generation_config)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
 
     shape = {
@@ -91,6 +91,13 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"
     )
     return shape
+
+
+def _generation_config(recipe: Recipe, *, fallback: Any) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+    except OSError:  # a source without one
+        return fallback
 
 
 def _masks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

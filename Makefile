@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Both set everything up first, in .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python that is new enough; override with `make PYTHON=/path/to/python …`.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
+
+.PHONY: demo test lint docs setup clean
+
+demo: setup
+	$(BIN)/python -m data_tools.demo --output runs/demo-data
+	$(BIN)/shear run recipes/demo.yaml
+
+# One thread in each worker: the tests' models are so small that more threads only wait for each other.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The table of keys in docs/recipe.md, from the recipe's own documentation.
+docs: setup
+	$(BIN)/python -m shearing.recipe_text docs/recipe.md
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: install one, or make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON): one to five minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "venv failed: it is a package of its own on some systems (Debian: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

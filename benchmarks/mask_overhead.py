@@ -1,0 +1,235 @@
+"""What masks cost: a mask-learning step against the same step of the dense model, and against the usual way.
+
+The usual way multiplies activations at every site (heads, intermediate units, both sub-layers' outputs, every norm's
+output). Ours scales the output projections and the embedding. Each side runs in turn in one process for the times,
+and alone in a process of its own for the memory.
+
+    python benchmarks/mask_overhead.py [--quick] [--model FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from shearing.masks.learner import MaskLearner, MaskSettings
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight, load_source
+from shearing.models.attention import drop_attention_mask
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
+from shearing.training.objectives import causal_lm_loss
+
+GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
+SIDES = ("dense", "masked", "usual")
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+QUICK = {**SMOLLM2_135M, "vocab_size": 8192, "num_hidden_layers": 6}
+
+
+class ActivationMasks:
+    """The usual way, with hooks: masks multiply activations where they arise."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        family, shape = anatomy_of(model), Shape.of(model.config)
+        self.masks = Masks()
+        self.head_dim = shape.head_dim
+        model.get_submodule(family.embedding).register_forward_hook(lambda _m, _i, x: x * self.masks.hidden)
+        for name in [family.final_norm] + [
+            f"{family.layers}.{layer}.{norm}"
+            for layer in range(shape.num_hidden_layers)
+            for norm in (family.attention_norm, family.mlp_norm)
+        ]:
+            norm = model.get_submodule(name)
+            norm.forward = self._norm(norm)
+        for index, layer in enumerate(decoder_layers(model)):
+            attention, mlp = layer.get_submodule(family.attention_write), layer.get_submodule(family.mlp_write)
+            attention.register_forward_pre_hook(self._heads(index))
+            mlp.register_forward_pre_hook(lambda _m, x, index=index: (x[0] * self.masks.intermediate[index],))
+            attention.register_forward_hook(self._write("attention", index))
+            mlp.register_forward_hook(self._write("mlp", index))
+
+    def _heads(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+        return lambda _m, x: (x[0] * self.masks.heads(layer).repeat_interleave(self.head_dim),)
+
+    def _write(self, name: str, layer: int) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        return lambda _m, _i, x: x * getattr(self.masks, name)[layer] * self.masks.hidden
+
+    def _norm(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            dtype, hidden = x.dtype, self.masks.hidden
+            x = x.float()
+            variance = (x * (hidden > 0)).pow(2).sum(-1, keepdim=True) / (hidden > 0).sum()
+            return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon)).to(dtype) * hidden
+
+        return forward
+
+
+def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int, Tensor], None]:
+    """One training step of a side: forward, loss, backward, optimisers."""
+    device = model.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    head, learner, apply = head_weight(model), None, None
+    if side != "dense":
+        source = Shape.of(model.config)
+        target = Shape.of(
+            LlamaConfig(
+                **{**model.config.to_dict(), "num_hidden_layers": 2 * source.num_hidden_layers // 3},
+            )
+        )
+        target = Shape(
+            **{
+                **target.__dict__,
+                "hidden_size": 5 * source.hidden_size // 6,
+                "intermediate_size": 2 * source.intermediate_size // 3,
+                "num_attention_heads": 2 * source.num_attention_heads // 3,
+            }
+        )
+        settings = MaskSettings(total_steps=1000, sparsity_warmup_steps=200, freeze_step=1000, mask_learning_rate=0.1)
+        learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
+        for granularity in learner.granularities:
+            with torch.no_grad():
+                learner.log_alpha[granularity.name].uniform_(-2, 2)
+        if side == "masked":
+            apply = MaskedModel(model).set_masks
+        else:
+            usual = ActivationMasks(model)
+
+            def apply(masks: Masks) -> None:
+                kv_groups = torch.ones(source.num_hidden_layers, source.num_key_value_heads, device=device)
+                usual.masks = Masks(**{"kv_groups": kv_groups, **masks.tensors()})
+
+    def step(number: int, tokens: Tensor) -> None:
+        if learner is not None and apply is not None:
+            apply(learner.sample(step=number, micro_batch=0))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = backbone(model)(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            loss = causal_lm_loss(hidden, head, tokens[:, 1:], chunk_tokens=1024) / tokens[:, 1:].numel()
+        loss.backward()
+        if learner is not None:
+            learner.penalty(step=number).backward()
+            learner.reduce_and_step(step=number)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def load(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model to measure, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.model:
+        model = load_source(arguments.model, device=device)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**(QUICK if arguments.quick else SMOLLM2_135M)))
+        model = model.to(device).eval()
+    drop_attention_mask(model, sequence_length=arguments.sequence_length)
+    return model
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_times(arguments: argparse.Namespace, *, bf16: bool) -> dict[str, float]:
+    """Median seconds a step of each side, the sides taking turns."""
+    steps = {side: make_step(side, model=load(arguments), bf16=bf16) for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for number in range(arguments.repetitions + 1):
+        for side in SIDES:
+            tokens = batch(arguments, seed=number)
+            synchronise()
+            started = time.perf_counter()
+            steps[side](number, tokens)
+            synchronise()
+            if number:
+                seconds[side].append(time.perf_counter() - started)
+        print(f"  round {number}: " + ", ".join(f"{s} {v[-1]:.2f} s" for s, v in seconds.items() if v), flush=True)
+    # Ratios pair by pair: what drifts in the machine drifts for both.
+    ratios = {
+        f"{side}_ratio": statistics.median(a / b for a, b in zip(seconds[side], seconds["dense"], strict=True))
+        for side in SIDES
+    }
+    return {**{side: statistics.median(values) for side, values in seconds.items()}, **ratios}
+
+
+def batch(arguments: argparse.Namespace, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = (QUICK if arguments.quick else SMOLLM2_135M)["vocab_size"]
+    tokens = torch.randint(vocabulary, (arguments.sequences, arguments.sequence_length + 1), generator=generator)
+    return tokens.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_memory(side: str, *, bf16: bool) -> float:
+    """Peak bytes of one side, in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", side, *(["--bf16"] if bf16 else []), *sys.argv[1:]]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def report_memory(arguments: argparse.Namespace) -> None:
+    step = make_step(arguments.memory_of, model=load(arguments), bf16=arguments.bf16)
+    for number in range(2):
+        step(number, batch(arguments, seed=number))
+    if torch.cuda.is_available():
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="six layers, small vocabulary, random weights, fp32 only")
+    parser.add_argument("--model", help="folder of a model; random weights of the 135M shape without it")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        report_memory(arguments)
+        return
+    result: dict[str, object] = {
+        "benchmark": "mask_overhead",
+        "quick": arguments.quick,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tokens_per_micro_batch": arguments.sequences * arguments.sequence_length,
+    }
+    for precision in ["fp32"] if arguments.quick else arguments.precisions:
+        bf16 = precision == "bf16"
+        print(f"{precision}: dense, masked (ours), usual (activations at each site)", flush=True)
+        times = measure_times(arguments, bf16=bf16)
+        memory = {side: measure_memory(side, bf16=bf16) for side in SIDES}
+        suffix = "" if precision == "fp32" else "_bf16"
+        result[f"seconds_per_step{suffix}"] = {side: round(times[side], 4) for side in SIDES}
+        result[f"step_time_ratio{suffix}"] = round(times["masked_ratio"], 4)
+        result[f"usual_step_time_ratio{suffix}"] = round(times["usual_ratio"], 4)
+        result[f"peak_memory_ratio{suffix}"] = round(memory["masked"] / memory["dense"], 4)
+        result[f"usual_peak_memory_ratio{suffix}"] = round(memory["usual"] / memory["dense"], 4)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

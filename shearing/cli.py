@@ -1,0 +1,150 @@
+"""`shear …`: one thin function per command. Heavy imports are inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from typer.core import TyperGroup
+
+from shearing.errors import ShearingError
+from shearing.recipe import Recipe, load_recipe
+from shearing.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from shearing.run_directory import Stage
+
+
+class _Commands(TyperGroup):
+    """Turns an error that the user can mend into one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShearingError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command continues the run", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="shear",
+    cls=_Commands,
+    help="Make a language model smaller: learn which parts to cut, cut them exactly, train on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config = typer.Typer(help="Look at a recipe without running it.", no_args_is_help=True)
+app.add_typer(config, name="config")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Dotted keys over the file: prune.learning_rate=1e-4."),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="SHEARING_DEBUG", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command("run")
+def run_all(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run all stages: prune, compact, pretrain, eval, report. An interrupted run continues."""
+    from shearing.run_directory import STAGES
+
+    _run(recipe, overrides, stages=STAGES)
+
+
+@app.command()
+def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Learn the masks."""
+    _run(recipe, overrides, stages=["prune"])
+
+
+@app.command()
+def compact(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Cut the model to the learned shape."""
+    _run(recipe, overrides, stages=["compact"])
+
+
+@app.command()
+def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train the cut model on."""
+    _run(recipe, overrides, stages=["pretrain"])
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Measure every model of the run so far and its baselines."""
+    _run(recipe, overrides, stages=["evaluate"])
+
+
+@app.command()
+def report(target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR")], overrides: Overrides = None) -> None:
+    """Write report.html from what the run has so far."""
+    from shearing.stages.run import report as write
+
+    directory = RunDirectory(target if target.is_dir() else _load(target, overrides).run_dir)
+    write(directory)
+    Console().print(str(directory.report), soft_wrap=True, highlight=False)
+
+
+@config.command()
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print the fully resolved recipe, each key documented."""
+    _print_source(_load(recipe, overrides).to_yaml(), language="yaml")
+
+
+@config.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check everything that can be checked without loading weights, and say what the run will do."""
+    resolved = _load(recipe, overrides)
+    from shearing.stages.preflight import preflight, render
+
+    # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
+    Console().print(render(preflight(resolved, stages=["prune"])))
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    _print_source(json.dumps(Recipe.model_json_schema(), indent=2), language="json")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Recipe:
+    return load_recipe(path, overrides=overrides or ())
+
+
+def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage]) -> None:
+    # The recipe first: what is wrong with it should not wait for torch.
+    recipe = _load(path, overrides)
+    from shearing.stages.run import run
+
+    run(recipe, stages=stages)
+
+
+def _print_source(text: str, *, language: str) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(text, language, background_color="default"))
+    else:
+        typer.echo(text, nl=False)

@@ -1,0 +1,471 @@
+"""A recipe: everything that defines a run, typed, documented and validated before anything expensive starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from typing_extensions import Self
+
+from shearing.errors import CombinedShearingError, ShearingError
+from shearing.quantities import BatchSize, Duration, ParameterCount
+from shearing.recipe_file import KeyPath, Places, read_recipe_file
+from shearing.recipe_text import keys, section_of, to_yaml
+
+GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A named group of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # Pydantic takes true for 1, and YAML takes `yes` and `on` for true.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("no true or false")
+        return value
+
+
+class ModelRecipe(Section):
+    """The source model."""
+
+    source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
+    revision: str | None = Field(None, description="Hub revision; only for hub names.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+
+
+class DataRecipe(Section):
+    """Tokenised domains."""
+
+    corpus: Path = Field(description="Folder written by data_tools: one sub-folder per domain.")
+    sequence_length: int = Field(4096, ge=2, description="Tokens per sequence; chosen here, not when tokenising.")
+    domains: list[str] | None = Field(None, description="Domains to train on; all of the corpus if unset.")
+
+
+class TargetRecipe(Section):
+    """The shape to reach: sizes by name (unset: as in the source), or a parameter budget alone."""
+
+    num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
+    hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
+    intermediate_size: int | None = Field(None, ge=1, description="Units kept in each MLP.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
+    parameters: ParameterCount | None = Field(
+        None, description="Parameter budget (64M, 1.3B), embeddings included; excludes every size above."
+    )
+    uniform: bool = Field(
+        False,
+        description="With `parameters`: project the learned sizes onto one size for all layers, "
+        "the only kind of result that an ordinary config can hold.",
+    )
+
+
+class MixtureRecipe(Section):
+    """Dynamic batch loading: which domain each sample comes from."""
+
+    initial_weights: dict[str, float] | Literal["uniform", "proportional"] = Field(
+        "proportional", description="Starting domain weights; proportional: by tokens in the corpus."
+    )
+    update: Literal["paper", "released", "bandit", "constant"] = Field(
+        "paper", description="Rule that turns excess loss into new weights."
+    )
+    interval: Duration = Field(Duration(steps=50), description="Time between two updates (while pruning).")
+    pretrain_interval: Duration = Field(Duration(steps=400), description="Time between two updates in pretraining.")
+    step_size: Positive = Field(1.0, description="Multiplies the excess loss in the exponent.")
+    smoothing: Fraction = Field(1e-4, description="Share of the uniform mix blended into every update (c).")
+    reference: dict[str, float] | Path | Literal["source"] = Field(
+        "source", description="Reference loss of each domain: numbers, a JSON file, or the source model's own loss."
+    )
+    heldout_tokens: int = Field(
+        2_048_000, ge=2, description="Held-out tokens per domain read at each update (the paper's 500 x 4096)."
+    )
+
+
+class StageRecipe(Section):
+    """What mask learning and continued pretraining have in common."""
+
+    duration: Duration = Field(description="Length of the stage: '3200 steps' or '0.4B tokens'.")
+    batch_size: BatchSize = Field(description="Global batch per step: '32 sequences' or '131072 tokens'.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of the weights.")
+    warmup: Duration = Field(Duration(fraction=0.03), description="Linear warm-up of the learning rate.")
+    final_learning_rate: Fraction = Field(0.1, description="Learning rate at the end of the cosine, share of the peak.")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas.")
+    epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
+    gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
+    checkpoint_interval: Duration = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+
+
+class PruneRecipe(StageRecipe):
+    """Mask learning (Sheared LLaMA, section 2.1)."""
+
+    granularities: list[GranularityName] = Field(
+        ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
+        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
+    )
+    mask_learning_rate: Positive = Field(1.0, description="Learning rate of log_alpha.")
+    multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
+    quadratic_penalty: float = Field(0.0, ge=0.0, description="Constant added to every lambda_2 from the first step.")
+    temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
+    sparsity_warmup: Duration = Field(Duration(fraction=0.2), description="Linear ramp of the target sparsity.")
+    initial_masks: Literal["open", "importance"] = Field(
+        "importance", description="open: every unit alive (paper); importance: graded by activation importance."
+    )
+    warm_start_scale: Positive = Field(3.0, description="Largest |log_alpha| of the importance warm start.")
+    calibration_tokens: int = Field(65_536, ge=2, description="Tokens read to measure activation importance.")
+    freeze: Duration = Field(
+        Duration(fraction=0.2), description="Last stretch in which masks are fixed at the exact target shape."
+    )
+
+
+class PretrainRecipe(StageRecipe):
+    """Continued pretraining of the cut model."""
+
+
+class TrainingRecipe(Section):
+    """How steps are computed; none of it changes what is computed beyond rounding."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
+    )
+    activation_checkpointing: bool = Field(False, description="Recompute each layer in the backward pass.")
+    compile: bool = Field(False, description="torch.compile every decoder layer.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
+    loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
+    max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
+    log_interval: int = Field(1, ge=1, description="Steps between two reads of metrics from the device.")
+
+
+class EvaluationRecipe(Section):
+    """Held-out evaluation of every model of the run."""
+
+    tokens_per_domain: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
+    baselines: list[Literal["random", "magnitude", "importance"]] = Field(
+        ["random", "magnitude", "importance"], description="Same shape, units chosen otherwise, scored after cutting."
+    )
+    speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")
+
+
+class Recipe(Section):
+    """A run."""
+
+    name: str = Field(description="Name of the run.")
+    run_dir: Path = Field(description="Folder of the run; relative to the working directory.")
+    seed: int = Field(0, ge=0, description="Seeds masks, mixture and random baselines.")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue what is there; never: refuse a folder that holds a run."
+    )
+    model: ModelRecipe
+    data: DataRecipe
+    target: TargetRecipe
+    mixture: MixtureRecipe = MixtureRecipe()
+    prune: PruneRecipe
+    pretrain: PretrainRecipe
+    training: TrainingRecipe = TrainingRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _without_contradictions(self) -> Self:
+        if errors := list(_contradictions(self)):
+            raise CombinedShearingError(errors)
+        return self
+
+    def to_yaml(self) -> str:
+        """The fully resolved recipe, which loads to an equal one; every key is under a comment that says what it is."""
+        return to_yaml(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> plain value."""
+        plain = self.model_dump(mode="json")
+        result = {}
+        for name, _ in keys(type(self)):
+            value = plain
+            for part in name.split("."):
+                value = value[part]
+            result[name] = value
+        return result
+
+
+def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe: the YAML file first, then overrides on top of it.
+
+    Args:
+        path: YAML file; relative paths inside it are relative to the working directory.
+        overrides: `dotted.key=value`, values in YAML, applied in order.
+
+    Raises:
+        ShearingError: all errors found, each with its place, its dotted key and the nearest valid key.
+    """
+    data, places = read_recipe_file(Path(path), overrides=overrides)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        errors = _located(error, data=data, places=places)
+    raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
+
+
+def tokens_per_step(stage: StageRecipe, *, data: DataRecipe) -> int:
+    """Tokens of one global batch of a stage.
+
+    Raises:
+        ShearingError: a batch in tokens that is no whole number of sequences.
+    """
+    return stage.batch_size.in_sequences(sequence_length=data.sequence_length) * data.sequence_length
+
+
+def total_steps(stage: StageRecipe, *, data: DataRecipe) -> int:
+    """Optimiser steps of a stage.
+
+    Raises:
+        ShearingError: as `tokens_per_step`.
+    """
+    return stage.duration.in_steps(tokens_per_step=tokens_per_step(stage, data=data))
+
+
+def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """What the types cannot say and needs neither model nor corpus: values that do not go together."""
+    yield from _target_contradictions(recipe.target)
+    yield from _granularity_contradictions(recipe)
+    yield from _mixture_contradictions(recipe)
+    for name, stage in (("prune", recipe.prune), ("pretrain", recipe.pretrain)):
+        yield from _stage_contradictions(stage, name=name, recipe=recipe)
+    for field, tokens in (
+        ("evaluation.tokens_per_domain", recipe.evaluation.tokens_per_domain),
+        ("mixture.heldout_tokens", recipe.mixture.heldout_tokens),
+        ("prune.calibration_tokens", recipe.prune.calibration_tokens),
+    ):
+        if tokens < recipe.data.sequence_length:
+            length = recipe.data.sequence_length
+            yield ShearingError(
+                field, value=tokens, allowed=f"at least one sequence: {length} tokens", mend=f"write {length} or more"
+            )
+
+
+def _target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
+    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform"))
+    given = [name for name in sizes if getattr(target, name) is not None]
+    if target.parameters is not None and given:
+        yield ShearingError(
+            "target.parameters",
+            value=target.parameters,
+            allowed="either a budget or sizes by name",
+            mend=f"remove target.parameters, or {', '.join(f'target.{name}' for name in given)}",
+        )
+    if target.parameters is None and not given:
+        yield ShearingError(
+            "target",
+            value="empty",
+            allowed=f"parameters, or at least one of {', '.join(sizes)}",
+            mend="say what to reach, as parameters: 64M",
+        )
+    if target.uniform and target.parameters is None:
+        yield ShearingError(
+            "target.uniform",
+            value=True,
+            allowed="true only with target.parameters: sizes by name are the same in every layer anyway",
+            mend="remove target.uniform",
+        )
+
+
+def _granularity_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    chosen = recipe.prune.granularities
+    if len(set(chosen)) < len(chosen) or not chosen:
+        yield ShearingError(
+            "prune.granularities",
+            value=chosen,
+            allowed="at least one granularity, each once",
+            mend=f"write {list(dict.fromkeys(chosen)) or ['hidden']}",
+        )
+    if {"layers", "sublayers"} <= set(chosen):
+        yield ShearingError(
+            "prune.granularities",
+            value=chosen,
+            allowed="layers (attention and MLP go together) or sublayers (apart)",
+            mend="remove one of the two",
+        )
+
+
+def _mixture_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    mixture, domains = recipe.mixture, recipe.data.domains
+    if domains is not None and (not domains or len(set(domains)) < len(domains)):
+        yield ShearingError(
+            "data.domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
+        )
+    for field, values in (
+        ("mixture.initial_weights", mixture.initial_weights),
+        ("mixture.reference", mixture.reference),
+    ):
+        if not isinstance(values, dict):
+            continue
+        if not values or min(values.values()) <= 0:
+            yield ShearingError(
+                field,
+                value=values,
+                allowed="a positive number for each domain",
+                mend="leave a domain out of data.domains rather than give it 0",
+            )
+        # A reference may know more domains than this run reads.
+        unfit = set() if domains is None else set(domains) - set(values)
+        if domains is not None and field == "mixture.initial_weights":
+            unfit |= set(values) - set(domains)
+        if domains is not None and unfit:
+            yield ShearingError(
+                field,
+                value=sorted(values),
+                allowed=f"the domains of data.domains: {', '.join(domains)}",
+                mend=_domain_mend(values, domains=domains),
+            )
+
+
+def _domain_mend(values: dict[str, float], *, domains: Sequence[str]) -> str:
+    missing, unknown = sorted(set(domains) - set(values)), sorted(set(values) - set(domains))
+    parts = [f"add {', '.join(missing)}"] if missing else []
+    for name in unknown:
+        near = difflib.get_close_matches(name, domains, n=1)
+        parts.append(f"remove {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return "; ".join(parts)
+
+
+def _stage_contradictions(stage: StageRecipe, *, name: str, recipe: Recipe) -> Iterator[ShearingError]:
+    if stage.duration.fraction is not None or 0 in (stage.duration.steps, stage.duration.tokens):
+        yield ShearingError(
+            f"{name}.duration",
+            value=str(stage.duration),
+            allowed="at least one step, in steps or tokens",
+            mend="write it as '3200 steps' or '0.4B tokens'",
+        )
+        return
+    try:
+        sequences = stage.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
+    except ShearingError as error:
+        yield ShearingError(f"{name}.batch_size", value=error.value, allowed=error.allowed, mend=error.mend)
+        return
+    if sequences % stage.micro_batch_size:
+        divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]
+        nearest = min(divisors, key=lambda size: abs(size - stage.micro_batch_size))
+        yield ShearingError(
+            f"{name}.micro_batch_size",
+            value=stage.micro_batch_size,
+            allowed=f"a divisor of the batch of {sequences} sequences",
+            mend=f"write {nearest}",
+        )
+    per_step = sequences * recipe.data.sequence_length
+    steps = stage.duration.in_steps(tokens_per_step=per_step)
+
+    def length(duration: Duration) -> int:
+        return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
+
+    if length(stage.warmup) > steps:
+        yield ShearingError(
+            f"{name}.warmup",
+            value=str(stage.warmup),
+            allowed=f"at most the stage's {steps} steps",
+            mend="shorten it, or write a share of the stage as 3%",
+        )
+    interval = "interval" if name == "prune" else "pretrain_interval"
+    for field, duration in (
+        (f"{name}.checkpoint_interval", stage.checkpoint_interval),
+        (f"mixture.{interval}", getattr(recipe.mixture, interval)),
+    ):
+        if 0 in (duration.steps, duration.tokens, duration.fraction):
+            yield ShearingError(field, value=str(duration), allowed="more than 0", mend="write a longer interval")
+    if isinstance(stage, PruneRecipe) and length(stage.sparsity_warmup) + length(stage.freeze) > steps:
+        yield ShearingError(
+            f"{name}.sparsity_warmup",
+            value=str(stage.sparsity_warmup),
+            allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
+            mend="shorten one of the two, or write both as shares of the stage",
+        )
+
+
+def _located(error: ValidationError, *, data: dict[str, Any], places: Places) -> list[ShearingError]:
+    """Pydantic's errors as ours: one for each key, with the place where it was written."""
+    found: dict[str, ShearingError] = {}
+    for entry in error.errors():
+        original = entry.get("ctx", {}).get("error")
+        if isinstance(original, CombinedShearingError):
+            for each in original.errors:
+                path: KeyPath = tuple(each.field.split("."))
+                found[f"{each.field}: {each.allowed}"] = ShearingError(
+                    each.field, value=each.value, allowed=each.allowed, mend=each.mend, where=places.of(path)
+                )
+            continue
+        path = _path_in_data(entry["loc"], data=data)
+        name = ".".join(map(str, path))
+        if entry["type"] == "extra_forbidden":
+            allowed, mend = _unknown_key(path)
+        elif entry["type"] == "missing":
+            allowed, mend = "a value: the key is required", f"add it: {_description(path)}"
+        else:
+            allowed = entry["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            mend = _mend(entry, path=path)
+        if name in found:
+            # One key with several allowed types has one error for each of them.
+            earlier = found[name]
+            allowed = f"{earlier.allowed}; or {allowed}"
+        value = "missing" if entry["type"] == "missing" else entry["input"]
+        found[name] = ShearingError(name, value=value, allowed=allowed, mend=mend, where=places.of(path))
+    return list(found.values())
+
+
+def _mend(entry: ErrorDetails, *, path: KeyPath) -> str:
+    choices = re.findall(r"'([^']*)'", entry.get("ctx", {}).get("expected", ""))
+    if near := difflib.get_close_matches(str(entry["input"]), choices, n=1):
+        return f"did you mean {near[0]}?"
+    return f"correct the value: {_description(path)}"
+
+
+def _description(path: KeyPath) -> str:
+    """What the key at `path`, or the key or section around it, is."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        field = section.model_fields.get(str(part))
+        below = section_of(field) if field else None
+        if field and below is None:
+            return field.description or ""
+        section = below or section
+    return " ".join((section.__doc__ or "").split())
+
+
+def _path_in_data(location: KeyPath, *, data: Any) -> KeyPath:
+    """The part of pydantic's location that exists in the file; the rest names alternatives of a type."""
+    path: list[str | int] = []
+    model: type[BaseModel] | None = Recipe
+    for part in location:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        if not inside and not (model and part in model.model_fields):
+            break
+        path.append(part)
+        data = data[part] if inside else None
+        field = model.model_fields.get(str(part)) if model else None
+        model = section_of(field) if field else None
+    return tuple(path)
+
+
+def _unknown_key(path: KeyPath) -> tuple[str, str]:
+    """What is allowed in place of an unknown key, and the nearest valid one."""
+    section: type[BaseModel] = Recipe
+    for part in path[:-1]:
+        section = section_of(section.model_fields[str(part)]) or section
+    wrong, full = str(path[-1]), ".".join(map(str, path))
+    prefix = "".join(f"{part}." for part in path[:-1])
+    everywhere = [name for name, _ in keys(Recipe)]
+    near = [f"{prefix}{name}" for name in difflib.get_close_matches(wrong, section.model_fields, n=1)]
+    near += [name for name in everywhere if name.rpartition(".")[2] == wrong]
+    near += difflib.get_close_matches(full, everywhere, n=1)
+    allowed = f"a key of {prefix.rstrip('.') or 'the recipe'}: {', '.join(section.model_fields)}"
+    return allowed, f"did you mean {near[0]}?" if near else "remove it"

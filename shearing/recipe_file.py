@@ -1,0 +1,143 @@
+"""Reading a recipe file: YAML, then dotted overrides, remembering where each value was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shearing.errors import ShearingError
+
+KeyPath = tuple[str | int, ...]
+
+
+class Places:
+    """Where the values of a recipe were written: `file:line`, or the text of the override."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._lines: dict[KeyPath, int] = {}
+        self._overrides: dict[KeyPath, str] = {}
+
+    def set_line(self, path: KeyPath, *, line: int) -> None:
+        """Remember that `path` was written at `line` (from 1) of the file."""
+        self._lines[path] = line
+
+    def set_override(self, path: KeyPath, *, text: str) -> None:
+        """Remember that `path` was set by an override; the last one counts."""
+        self._overrides[path] = text
+
+    def of(self, path: KeyPath) -> str:
+        """The override that set `path`, a part of it or all around it; else its line, or that of the key above it."""
+        for known, text in reversed(self._overrides.items()):
+            shared = min(len(known), len(path))
+            if known[:shared] == path[:shared]:
+                return f"override {text}"
+        for length in range(len(path), 0, -1):
+            if line := self._lines.get(path[:length]):
+                return f"{self._file}:{line}"
+        return self._file
+
+
+def read_recipe_file(path: Path, *, overrides: Sequence[str]) -> tuple[dict[str, Any], Places]:
+    """Read the mapping in a YAML file and apply overrides of the form `a.b=value` in order.
+
+    Args:
+        path: a YAML file whose root is a mapping.
+        overrides: `dotted.key=value`, the value in YAML; `null` unsets a key.
+
+    Returns:
+        Plain data, not validated, and the place of every key.
+
+    Raises:
+        ShearingError: no such file, no YAML, a root that is no mapping, a key written twice, a malformed override.
+    """
+    places = Places(str(path))
+    loader = yaml.SafeLoader(_read_text(path))
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise ShearingError(
+                str(path),
+                value="no mapping" if root is not None else "empty",
+                allowed="a YAML mapping: `key: value` lines",
+                mend="start from one of the files in recipes/",
+            )
+        for key_path, line in _walk(root, (), file=str(path)):
+            places.set_line(key_path, line=line)
+        data: dict[str, Any] = loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ShearingError(
+            str(path),
+            value=error.problem or "malformed",
+            allowed="valid YAML",
+            mend="look at that line and the one above it: indentation, colons, quotes, brackets",
+            where=f"{path}:{line}",
+        ) from None
+    finally:
+        loader.dispose()
+    for text in overrides:
+        key_path, value = _parse_override(text)
+        _assign(data, key_path, value)
+        places.set_override(key_path, text=text)
+    return data, places
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise ShearingError(
+            "RECIPE", value=str(path), allowed="a readable YAML file", mend=f"{reason}: check the path of the recipe"
+        ) from None
+
+
+def _walk(node: yaml.Node, path: KeyPath, *, file: str) -> Iterator[tuple[KeyPath, int]]:
+    """Every key path below `node` with its line; keys written twice are an error, YAML itself keeps the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise ShearingError(
+                    ".".join(map(str, (*path, name))),
+                    value="written twice",
+                    allowed="each key once",
+                    mend=f"remove one of lines {seen[name]} and {line}",
+                    where=f"{file}:{line}",
+                )
+            seen[name] = line
+            yield (*path, name), line
+            yield from _walk(value, (*path, name), file=file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*path, index), item.start_mark.line + 1
+            yield from _walk(item, (*path, index), file=file)
+
+
+def _parse_override(text: str) -> tuple[KeyPath, Any]:
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise ShearingError(
+            "override", value=text, allowed="key=value with a dotted key, as prune.learning_rate=1e-4", mend="add the ="
+        )
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ShearingError(
+            key, value=value, allowed="a YAML value", mend="quote the value: shells and YAML both read brackets"
+        ) from None
+
+
+def _assign(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for name in path[:-1]:
+        below = data.get(str(name))
+        if not isinstance(below, dict):
+            below = data[str(name)] = {}
+        data = below
+    data[str(path[-1])] = value

@@ -1,0 +1,135 @@
+"""Line charts as inline SVG whose colours are the page's CSS variables, so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from shearing.evaluation.table import format_tokens
+from shearing.report.series import SERIES_COLOURS, Series
+
+# Colours that occur nowhere else, replaced by CSS variables once the SVG is written.
+_PLACEHOLDERS = {"ink": "#010203", "muted": "#020304", "grid": "#030405"} | {
+    name: f"#a0b0{index:02x}" for index, name in enumerate(SERIES_COLOURS)
+}
+WIDE = (4.7, 2.35)
+SMALL = (2.45, 1.45)
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    size: tuple[float, float] = WIDE,
+    marks: Sequence[tuple[float, str]] = (),
+    zero: bool = False,
+    log: bool = False,
+) -> Markup:
+    """Draw lines over tokens.
+
+    Args:
+        series: lines; empty ones are left out.
+        title: what the chart shows, for those who cannot see it.
+        size: inches; `WIDE` for a chart of its own, `SMALL` for one of many.
+        marks: (tokens, text) of vertical lines.
+        zero: let the vertical axis begin at zero.
+        log: logarithmic vertical axis.
+
+    Returns:
+        An `<svg>` element without external references.
+    """
+    small = size == SMALL
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 7.5 if small else 8.5,
+        "axes.edgecolor": _PLACEHOLDERS["grid"],
+        "axes.labelcolor": _PLACEHOLDERS["muted"],
+        "text.color": _PLACEHOLDERS["ink"],
+        "xtick.color": _PLACEHOLDERS["muted"],
+        "ytick.color": _PLACEHOLDERS["muted"],
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "path.simplify": True,
+        "path.simplify_threshold": 0.5,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        canvas: Any = FigureCanvasSVG(figure)
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        for line in series:
+            _draw(axes, line, small=small)
+        if log:
+            axes.set_yscale("log")
+        elif zero:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.grid(axis="y", color=_PLACEHOLDERS["grid"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(3 if small else 5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
+        if not log:
+            axes.yaxis.set_major_locator(MaxNLocator(4 if small else 5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+        axes.margins(x=0.01)
+        for tokens, text in marks:
+            axes.axvline(tokens, color=_PLACEHOLDERS["muted"], linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.annotate(
+                text,
+                (tokens, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 1),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                color=_PLACEHOLDERS["muted"],
+            )
+        file = io.StringIO()
+        canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(file.getvalue(), title=title)
+
+
+def _draw(axes: Axes, line: Series, *, small: bool) -> None:
+    if not line.x:
+        return
+    axes.plot(
+        line.x,
+        line.y,
+        color=_PLACEHOLDERS[line.colour],
+        linewidth=0.6 if line.faint else 1.2 if small or line.dashed else 1.5,
+        alpha=0.4 if line.faint else 1.0,
+        linestyle=(0, (4, 2)) if line.dashed else "-",
+        drawstyle="steps-post" if line.steps else "default",
+        marker="o" if len(line.x) == 1 else "",
+        markersize=3,
+        solid_joinstyle="round",
+    )
+
+
+def _inline(svg: str, *, title: str) -> Markup:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Groups of all figures carry the same ids; clip paths and markers are referenced and carry hashes.
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace("xlink:href", "href")
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for name, colour in _PLACEHOLDERS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None
+    body = re.sub(r"\s*\n\s*", "\n", svg[svg.index(">") + 1 :])
+    head = f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="{view_box[1]}">'
+    return Markup(head + body)  # noqa: S704 - written by matplotlib, which escapes the text it is given

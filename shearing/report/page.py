@@ -1,0 +1,329 @@
+"""Gathers what a run has written and fills the page: template `page.html.j2`, no external resources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shearing.errors import ShearingError
+from shearing.evaluation.table import ComparisonTable, comparison_table, format_parameters, format_tokens, verdict
+from shearing.report.charts import SMALL, line_chart
+from shearing.report.series import (
+    SERIES_COLOURS,
+    Colour,
+    Series,
+    StageMetrics,
+    downsample,
+    keys_of,
+    nested,
+    read_stages,
+    series_of,
+    smooth,
+)
+from shearing.report.unit_map import UnitMap, unit_map
+from shearing.run_directory import RunDirectory, read_json, write_text
+
+_SIZES = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "KV heads",
+    "intermediate_size": "intermediate size",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small chart with its heading and, after it, a figure in words."""
+
+    heading: str
+    figure: str
+    svg: Markup
+    colour: Colour = "ink"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One size before and after."""
+
+    label: str
+    before: str
+    after: str
+    share: float
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write report.html of a run: one file without external resources.
+
+    Args:
+        run_dir: folder of a run; any of its files may be absent, the page says so.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ShearingError: a JSON file of the run is damaged, or the folder cannot be written.
+    """
+    run = RunDirectory(run_dir)
+    run.require_writable()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("shearing.report", package_path=""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    write_text(run.report, environment.get_template("page.html.j2").render(**_content(run)))
+    return run.report
+
+
+def _content(run: RunDirectory) -> dict[str, Any]:
+    """Everything the template names."""
+    evaluation = _read(run.evaluation)
+    summary, cut = _read(run.prune / "summary.json"), _read(run.compact / "shape.json")
+    stages = read_stages({"mask learning": run.metrics("prune"), "continued pretraining": run.metrics("pretrain")})
+    marks = _stage_marks(stages)
+    domains = list(dict.fromkeys(keys_of(stages, "weights") + keys_of(stages, "losses", updates=True)))
+    table: ComparisonTable | None = comparison_table(evaluation) if evaluation.get("models") else None
+    return {
+        "name": run.path.absolute().name,
+        "verdict": verdict(evaluation) if table else None,
+        "tiles": _tiles(evaluation) if table else [],
+        "table": table,
+        "environment": _environment(evaluation),
+        "progress": _progress(stages),
+        "loss": _noisy_chart(stages, name="loss", title="Training loss over tokens", marks=marks),
+        "domains": [(domain, _colour(index)) for index, domain in enumerate(domains)],
+        "heldout": _heldout_panels(stages, domains=domains, marks=marks),
+        "weights": _weights_chart(stages, domains=domains, marks=marks),
+        "sizes": _size_panels(stages[:1]),
+        "violations": _violation_panels(stages[:1]),
+        "multipliers": _multiplier_panels(stages[:1]),
+        "map": _map(run),
+        "summary": _summary_table(summary, cut),
+        "throughput": _noisy_chart(
+            stages, name="tokens_per_second", title="Training tokens per second", marks=marks, zero=True
+        ),
+        "data_wait": _data_wait(stages),
+        "gradient": _noisy_chart(stages, name="grad_norm", title="Gradient norm", marks=marks, zero=True),
+        "recipe": run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None,
+    }
+
+
+def _tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
+    models = evaluation["models"]
+    source, result = models.get("source"), models.get("final") or models.get("compact")
+    if source is None or result is None:
+        return []
+    tiles = [
+        Tile(
+            "parameters",
+            format_parameters(source["parameters"]),
+            format_parameters(result["parameters"]),
+            result["parameters"] / source["parameters"],
+        )
+    ]
+    for name, label in _SIZES.items():
+        before, after = source["shape"].get(name), result["shape"].get(name)
+        if before and after:
+            tiles.append(Tile(label, str(before), str(after), after / before))
+    return tiles
+
+
+def _environment(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in evaluation.get("environment", {}).items() if value is not None]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _progress(stages: Sequence[StageMetrics]) -> list[tuple[str, str]]:
+    """Name of each stage and how far it has come, in words."""
+    lines = []
+    start = 0.0
+    for stage in stages:
+        if not stage.steps:
+            lines.append((stage.name, "no steps yet"))
+            continue
+        last = stage.steps[-1]
+        text = f"{last.get('step', len(stage.steps)):,} steps, {format_tokens(stage.last_tokens - start)} tokens"
+        if isinstance(last.get("loss"), int | float):
+            text += f", last loss {last['loss']:.3f}"
+        skipped = last.get("skipped") or 0
+        lines.append((stage.name, text + (f", {skipped} steps skipped" if skipped else "")))
+        start = stage.last_tokens
+    return lines
+
+
+def _stage_marks(stages: Sequence[StageMetrics]) -> list[tuple[float, str]]:
+    """Where the model was cut, once training went on after it."""
+    return [(stages[0].last_tokens, "cut")] if all(stage.steps for stage in stages) else []
+
+
+def _noisy_chart(
+    stages: Sequence[StageMetrics], *, name: str, title: str, marks: Sequence[tuple[float, str]], zero: bool = False
+) -> Markup | None:
+    """Each step pale, the moving mean of each stage strong."""
+    lines = []
+    for stage in stages:
+        x, y = series_of([stage], read=lambda line: line.get(name))
+        if x:
+            window = max(1, len(y) // 40)
+            lines.append(Series("each step", *downsample(x, y), faint=True))
+            lines.append(Series("mean", *downsample(x, smooth(y, window=window))))
+    return line_chart(lines, title=title, marks=marks, zero=zero) if lines else None
+
+
+def _heldout_panels(
+    stages: Sequence[StageMetrics], *, domains: Sequence[str], marks: Sequence[tuple[float, str]]
+) -> list[Panel]:
+    panels = []
+    for index, domain in enumerate(domains):
+        x, y = series_of(stages, read=nested("losses", domain), updates=True)
+        if not x:
+            continue
+        reference_x, reference_y = series_of(stages, read=nested("reference", domain), updates=True)
+        lines = [Series(domain, *downsample(x, y), colour=_colour(index))]
+        figure = f"{y[-1]:.2f}"
+        if reference_x:
+            lines.append(Series("reference", *downsample(reference_x, reference_y), colour="muted", dashed=True))
+            figure += f" · reference {reference_y[-1]:.2f}"
+        svg = line_chart(lines, title=f"Held-out loss, {domain}", size=SMALL, marks=[(x, "") for x, _ in marks])
+        panels.append(Panel(domain, figure, svg, _colour(index)))
+    return panels
+
+
+def _weights_chart(
+    stages: Sequence[StageMetrics], *, domains: Sequence[str], marks: Sequence[tuple[float, str]]
+) -> Markup | None:
+    lines = []
+    for index, domain in enumerate(domains):
+        x, y = series_of(stages, read=nested("weights", domain))
+        if x:
+            x, y = downsample(x, y)
+            lines.append(Series(domain, x, y, colour=_colour(index), steps=True, dashed=index >= len(SERIES_COLOURS)))
+    return line_chart(lines, title="Domain weights over tokens", marks=marks, zero=True) if lines else None
+
+
+def _size_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
+    panels = []
+    for name in keys_of(stages, "expected"):
+        x, expected = series_of(stages, read=nested("expected", name))
+        target_x, target = series_of(stages, read=nested("target", name))
+        if not x:
+            continue
+        lines = [Series("expected", *downsample(x, expected))]
+        figure = _short(expected[-1])
+        if target_x:
+            lines.append(Series("target", *downsample(target_x, target), colour="ink", dashed=True))
+            figure += f" · target {_short(target[-1])}"
+        svg = line_chart(lines, title=f"Expected and target size, {_words(name)}", size=SMALL)
+        panels.append(Panel(_words(name), figure, svg))
+    return panels
+
+
+def _violation_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
+    panels = []
+    for name in keys_of(stages, "violation"):
+        x, y = series_of(stages, read=nested("violation", name))
+        if x:
+            lines = [
+                Series("zero", [x[0], x[-1]], [0.0, 0.0], colour="muted", dashed=True),
+                Series("violation", *downsample(x, y), colour="s3"),
+            ]
+            svg = line_chart(lines, title=f"Violation of the constraint, {_words(name)}", size=SMALL)
+            panels.append(Panel(_words(name), f"{y[-1]:.2%}", svg))
+    return panels
+
+
+def _multiplier_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
+    panels = []
+    names = dict.fromkeys(keys_of(stages, "lambda_1") + keys_of(stages, "lambda_2"))
+    for name in names:
+        lines, figures = [], []
+        for multiplier, symbol, colour in (
+            ("lambda_1", "λ₁", SERIES_COLOURS[0]),
+            ("lambda_2", "λ₂", SERIES_COLOURS[1]),
+        ):
+            x, y = series_of(stages, read=nested(multiplier, name))
+            if x:
+                lines.append(Series(symbol, *downsample(x, y), colour=colour))
+                figures.append(f"{symbol} {y[-1]:.3g}")
+        if lines:
+            svg = line_chart(lines, title=f"Multipliers, {_words(name)}", size=SMALL)
+            panels.append(Panel(_words(name), " · ".join(figures), svg))
+    return panels
+
+
+def _data_wait(stages: Sequence[StageMetrics]) -> str | None:
+    """Share of the time of all steps that was spent waiting for data."""
+    waits = [line["data_wait"] for stage in stages for line in stage.steps if _is_number(line.get("data_wait"))]
+    seconds = [line["seconds"] for stage in stages for line in stage.steps if _is_number(line.get("seconds"))]
+    if not waits or not seconds or not sum(seconds):
+        return None
+    return f"{sum(waits):.2f} s of {sum(seconds):,.0f} s spent waiting for data ({sum(waits) / sum(seconds):.2%})"
+
+
+def _map(run: RunDirectory) -> UnitMap | None:
+    path = run.prune / "masks.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        masks: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ShearingError(
+            str(path),
+            value=str(error),
+            allowed="a safetensors file",
+            mend=f"the file was damaged: remove {path.parent / 'complete.json'} and run `shear prune` again",
+        ) from error
+    return unit_map(masks)
+
+
+def _summary_table(summary: Mapping[str, Any], cut: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What prune/summary.json says of each granularity, and how exact the cut was."""
+    names = list(summary.get("rounding_gap", {}))
+    if not names:
+        return None
+    figures = {key: summary[key] for key in ("units", "target", "expected", "kept") if key in summary}
+    gaps, totals = summary["rounding_gap"], summary.get("total_units", {})
+    rows = []
+    for name in names:
+        cells = [_short(values[name]) if name in values else "–" for values in figures.values()]
+        gap = f"{gaps[name]:,} of {totals[name]:,}" if name in totals else f"{gaps[name]:,}"
+        rows.append((_words(name), [*cells, gap]))
+    facts = []
+    losses = [value for value in summary.get("heldout", {}).get("before_cutting", {}).values() if _is_number(value)]
+    if losses:
+        facts.append(("mean held-out loss under the final masks", f"{sum(losses) / len(losses):.3f}"))
+    if _is_number(cut.get("relative_logit_difference")):
+        facts.append(("relative difference of logits, masked and cut", f"{cut['relative_logit_difference']:.1e}"))
+    return {"columns": [*figures, "rounding gap"], "rows": rows, "facts": facts}
+
+
+def _colour(index: int) -> Colour:
+    return SERIES_COLOURS[index % len(SERIES_COLOURS)]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("kv ", "KV ")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,225 @@
+"""The folder of a run: where every file is, which stages are complete, and who may write in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shearing.errors import ShearingError
+
+Stage = Literal["prune", "compact", "pretrain", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class RunDirectory:
+    """Paths of a run and the completion marks of its stages.
+
+    A stage writes its files, then calls `mark_complete`; everything before that mark may be half-written, nothing
+    after it is. Nothing here reads a recipe or imports torch.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @property
+    def recipe(self) -> Path:
+        """The fully resolved recipe (YAML)."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def prune(self) -> Path:
+        """Folder of mask learning: checkpoints/, metrics.jsonl, masks.safetensors, model.safetensors, summary.json."""
+        return self.path / "prune"
+
+    @property
+    def compact(self) -> Path:
+        """Folder of the cut model, plain Hugging Face, and shape.json."""
+        return self.path / "compact"
+
+    @property
+    def pretrain(self) -> Path:
+        """Folder of continued pretraining: checkpoints/, metrics.jsonl."""
+        return self.path / "pretrain"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the final model, plain Hugging Face."""
+        return self.path / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Held-out losses and speed of every model of the run (JSON)."""
+        return self.path / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run (HTML)."""
+        return self.path / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """File whose lock the working process holds."""
+        return self.path / ".lock"
+
+    def folder(self, stage: Stage) -> Path:
+        """The folder that holds what `stage` writes."""
+        return self.path if stage == "evaluate" else self.path / stage
+
+    def checkpoints(self, stage: Literal["prune", "pretrain"]) -> Path:
+        """Folder of the checkpoints of a training stage."""
+        return self.folder(stage) / "checkpoints"
+
+    def metrics(self, stage: Literal["prune", "pretrain"]) -> Path:
+        """metrics.jsonl of a training stage."""
+        return self.folder(stage) / "metrics.jsonl"
+
+    def complete(self, stage: Stage) -> Path:
+        """The file that says that `stage` is complete; evaluation's own result is its mark."""
+        return self.evaluation if stage == "evaluate" else self.folder(stage) / "complete.json"
+
+    def is_complete(self, stage: Stage) -> bool:
+        """Whether `stage` has written everything it writes."""
+        return self.complete(stage).is_file()
+
+    def mark_complete(self, stage: Stage, payload: dict[str, Any]) -> None:
+        """Declare `stage` complete, atomically.
+
+        Args:
+            stage: the stage that has written all its other files.
+            payload: JSON-able values for the stages that follow.
+        """
+        write_json(self.complete(stage), payload)
+
+    def read_complete(self, stage: Stage) -> dict[str, Any]:
+        """What `mark_complete` was given.
+
+        Raises:
+            ShearingError: the stage is not complete, or its file is no JSON object.
+        """
+        path = self.complete(stage)
+        if not path.is_file():
+            command = "eval" if stage == "evaluate" else stage
+            raise ShearingError(
+                "run_dir",
+                value=str(self.path),
+                allowed=f"a run whose stage '{stage}' is complete ({path.name} in {path.parent})",
+                mend=f"run `shear {command}` or `shear run` with this recipe first",
+            )
+        return read_json(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and keep other processes from working in it.
+
+        The lock belongs to the open file, not to its presence: the kernel drops it when the process ends in any way,
+        so a killed run leaves nothing to clean up.
+
+        Raises:
+            ShearingError: no write permission, no folder, or another process is at work here.
+        """
+        self.require_writable()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ShearingError(
+                    "run_dir",
+                    value=str(self.path),
+                    allowed="a folder that no other process works in",
+                    mend=f"wait for process {file.read().strip() or '(unknown)'} or choose another run_dir",
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def require_writable(self) -> None:
+        """Check that the run's files can be written, without writing any.
+
+        Raises:
+            ShearingError: the folder, or the nearest folder above it that exists, is no folder or not writable.
+        """
+        existing = self.path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ShearingError(
+                "run_dir",
+                value=str(self.path),
+                allowed="a folder, existing or to be made",
+                mend=f"{existing} is a file: choose another run_dir",
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ShearingError(
+                "run_dir",
+                value=str(self.path),
+                allowed="a folder that you may write in",
+                mend=f"there is no write permission for {existing}: choose another run_dir or mend the permission",
+            )
+
+
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write a JSON object so that a reader sees the whole file or the one before it, also after a crash.
+
+    Args:
+        path: file to write; its folder is made.
+        payload: JSON-able values; NaN and infinities are refused because JSON has none.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ShearingError: no JSON object in there.
+    """
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        payload = error
+    if not isinstance(payload, dict):
+        raise ShearingError(
+            str(path),
+            value=str(payload),
+            allowed="a JSON object",
+            mend=f"the file was damaged or edited: remove {path} and run the stage that writes it again",
+        )
+    return payload
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, flush it to disk and rename it into place; see `write_json`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,309 @@
+"""Evaluation of every model of a run: the source, baselines of the same shape, the cut model and the final one.
+
+Each row is written as soon as it is measured and is kept as long as its settings and its model stay the same, so an
+interrupted evaluation continues and one after more training only measures what is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shearing.evaluation.environment import environment
+from shearing.evaluation.loss import DomainLoss, heldout_loss, macro_mean
+from shearing.evaluation.speed import measure_speed
+from shearing.evaluation.table import comparison_table, verdict
+from shearing.masks.importance import (
+    Scores,
+    activation_importance,
+    magnitude_importance,
+    random_importance,
+    select,
+)
+from shearing.mixture.corpus import Corpus
+from shearing.models.anatomy import load_config, load_source
+from shearing.models.compact import compact
+from shearing.models.shape import Shape
+from shearing.recipe import Recipe, StageRecipe, tokens_per_step, total_steps
+from shearing.run_directory import RunDirectory, read_json, write_json
+from shearing.training.engine import resolve_device, resolve_precision
+from shearing.training.metrics import activity
+from shearing.training.task import calibration_batches, open_corpus
+
+PARTIAL_NAME = "evaluation.partial.json"
+SPEED_REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A model to measure; `group` names the models that it is fairly compared with."""
+
+    name: str
+    label: str
+    group: str
+    shape: Shape
+    training_tokens: int
+    fingerprint: str
+    load: Callable[[], PreTrainedModel]
+
+
+def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Measure what exists of a run, write evaluation.json and print the comparison table.
+
+    Args:
+        recipe: a recipe whose run may have any number of its stages behind it.
+        console: where the progress and the table go; stdout if None.
+
+    Returns:
+        The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
+        `shape`, `parameters`, `parameters_without_embeddings`, `training_tokens`, `domains` (loss, perplexity,
+        bits_per_byte, tokens), `mean` and `speed`. Figures that are not finite are null.
+
+    Raises:
+        ShearingError: the corpus or the source model cannot be used.
+    """
+    run = RunDirectory(recipe.run_dir)
+    console = console or Console()
+    device = resolve_device(recipe.training)
+    precision = resolve_precision(recipe.training, device=device)
+    source_shape = Shape.of(load_config(recipe.model.source, revision=recipe.model.revision))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+    corpus = open_corpus(recipe, vocab_size=source_shape.vocab_size)
+    settings = _settings(recipe, corpus=corpus, precision=precision)
+    source = _Source(recipe, corpus=corpus, device=device)
+    rows = _rows(recipe, run=run, source=source, source_shape=source_shape, device=device)
+    earlier = _earlier_results(run, settings=settings)
+    results = {
+        row.name: earlier[row.name]
+        for row in rows
+        if row.name in earlier and earlier[row.name]["fingerprint"] == row.fingerprint
+    }
+    missing = [row for row in rows if row.name not in results]
+    partial = run.path / PARTIAL_NAME
+
+    def content() -> dict[str, Any]:
+        ordered = {row.name: results[row.name] for row in rows if row.name in results}
+        return {"settings": settings, "environment": environment(device), "models": ordered}
+
+    # Time goes with tokens times parameters: a bar in tokens alone would promise the source's pace for all.
+    tokens_per_model = sum(_heldout_tokens(recipe, corpus, domain) for domain in corpus.domains)
+    work = sum(row.shape.num_parameters() * tokens_per_model for row in missing)
+    with activity(f"held-out losses of {len(missing)} models", total=work, console=console) as advance:
+        for row in missing:
+            started = time.perf_counter()
+            losses = heldout_loss(
+                row.load(),
+                corpus,
+                tokens_per_domain=recipe.evaluation.tokens_per_domain,
+                sequence_length=recipe.data.sequence_length,
+                micro_batch_size=recipe.evaluation.micro_batch_size,
+                precision=precision,
+                tokenizer=tokenizer,
+                progress=_scaled(advance, row.shape.num_parameters()),
+                chunk_tokens=recipe.training.loss_chunk_tokens,
+            )
+            results[row.name] = {**_result(row, losses), "seconds": round(time.perf_counter() - started, 3)}
+            write_json(partial, content())
+            mean = results[row.name]["mean"]["loss"]
+            console.print(f"{row.label}: mean held-out loss {'not finite' if mean is None else f'{mean:.3f}'}")
+    if recipe.evaluation.speed:
+        _measure_speeds(recipe, rows=rows, results=results, precision=precision, console=console)
+    evaluation = content()
+    write_json(run.evaluation, evaluation)
+    partial.unlink(missing_ok=True)
+    print_comparison(evaluation, console=console)
+    return evaluation
+
+
+def print_comparison(evaluation: dict[str, Any], *, console: Console) -> None:
+    """Print the comparison table and the sentence that sums it up.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        console: where to; 100 columns are enough for the models of a run.
+    """
+    console.print(comparison_table(evaluation).rich())
+    console.print(verdict(evaluation), style="bold")
+
+
+class _Source:
+    """The source model and what is cut from it, loaded once and only when a row needs it."""
+
+    def __init__(self, recipe: Recipe, *, corpus: Corpus, device: torch.device) -> None:
+        self._recipe, self._corpus, self._device = recipe, corpus, device
+        self._model: PreTrainedModel | None = None
+
+    def model(self) -> PreTrainedModel:
+        if self._model is None:
+            self._model = load_source(
+                self._recipe.model.source,
+                revision=self._recipe.model.revision,
+                attn_implementation=self._recipe.model.attn_implementation,
+                device=self._device,
+                dtype=torch.float32,
+            )
+        return self._model
+
+    def baseline(self, criterion: str, *, target: Shape) -> PreTrainedModel:
+        """The source cut to `target`, its units chosen by `criterion`."""
+        model = self.model()
+        source = Shape.of(model.config)
+        if criterion == "random":
+            scores = random_importance(source, seed=self._recipe.seed)
+        elif criterion == "magnitude":
+            scores = magnitude_importance(model)
+        else:
+            scores = self._activation_importance()
+        masks, selection = select(scores, source=source, target=target)
+        return compact(model, masks=masks, selection=selection)
+
+    def _activation_importance(self) -> Scores:
+        """As mask learning measured it, where it did."""
+        measured = RunDirectory(self._recipe.run_dir).prune / "importance.safetensors"
+        if measured.is_file():
+            return load_file(measured)
+        batches = calibration_batches(self._recipe, corpus=self._corpus, advance=lambda _tokens: None)
+        return activation_importance(self.model(), batches=batches)
+
+
+def _rows(
+    recipe: Recipe, *, run: RunDirectory, source: _Source, source_shape: Shape, device: torch.device
+) -> list[_Row]:
+    """The models that exist, in the order of the table."""
+    source_fingerprint = _fingerprint(Path(recipe.model.source), recipe.model.revision)
+    rows = [_Row("source", "source", "source", source_shape, 0, source_fingerprint, source.model)]
+    if not run.is_complete("compact"):
+        return rows
+
+    def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> _Row:
+        def load() -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+            )
+            model.to(device)  # type: ignore[arg-type]
+            return model
+
+        shape = Shape.of(AutoConfig.from_pretrained(folder))
+        return _Row(name, label, group, shape, training_tokens, _fingerprint(folder, None), load)
+
+    prune_tokens = _tokens_of(recipe.prune, recipe)
+    cut = of_run("compact", "learned masks", "cut", run.compact, prune_tokens)
+    for criterion in recipe.evaluation.baselines:
+        fingerprint = (
+            f"{source_fingerprint} {criterion} {cut.shape} seed={recipe.seed} "
+            f"calibration={recipe.prune.calibration_tokens}"
+        )
+        load = functools.partial(source.baseline, criterion, target=cut.shape)
+        rows.append(_Row(criterion, criterion, "cut", cut.shape, 0, fingerprint, load))
+    rows.append(cut)
+    if run.is_complete("pretrain"):
+        tokens = prune_tokens + _tokens_of(recipe.pretrain, recipe)
+        rows.append(of_run("final", "learned masks, pretrained", "pretrained", run.model, tokens))
+    return rows
+
+
+def _measure_speeds(
+    recipe: Recipe,
+    *,
+    rows: list[_Row],
+    results: dict[str, dict[str, Any]],
+    precision: torch.dtype,
+    console: Console,
+) -> None:
+    """Measure the source and the run's result in turns, unless that pair has been measured before."""
+    pair = [row for row in rows if row.group in ("source", "pretrained")]
+    pair = pair if len(pair) == 2 else [row for row in rows if row.name in ("source", "compact")]
+    if all(results[row.name]["speed"] for row in pair):
+        return
+    models = {row.name: row.load() for row in pair}
+    for model in models.values():
+        model.to(precision)  # type: ignore[arg-type]
+    with activity("speed", total=(SPEED_REPETITIONS + 1) * len(pair), console=console) as advance:
+        speeds = measure_speed(
+            models,
+            prompt_tokens=min(recipe.data.sequence_length, 512),
+            repetitions=SPEED_REPETITIONS,
+            progress=lambda: advance(1),
+        )
+    for name, result in results.items():
+        result["speed"] = dataclasses.asdict(speeds[name]) if name in speeds else None
+
+
+def _settings(recipe: Recipe, *, corpus: Corpus, precision: torch.dtype) -> dict[str, Any]:
+    return {
+        "tokens_per_domain": recipe.evaluation.tokens_per_domain,
+        "sequence_length": recipe.data.sequence_length,
+        "micro_batch_size": recipe.evaluation.micro_batch_size,
+        "precision": str(precision).removeprefix("torch."),
+        "domains": list(corpus.domains),
+        "corpus": corpus.fingerprint,
+    }
+
+
+def _earlier_results(run: RunDirectory, *, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Results by row name of an interrupted or finished evaluation with the same settings."""
+    for path in (run.path / PARTIAL_NAME, run.evaluation):
+        if path.is_file():
+            earlier = read_json(path)
+            if earlier.get("settings") == settings:
+                return dict(earlier["models"])
+    return {}
+
+
+def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "group": row.group,
+        "shape": dataclasses.asdict(row.shape),
+        "parameters": row.shape.num_parameters(),
+        "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
+        "training_tokens": row.training_tokens,
+        "domains": {domain: _figures(loss) for domain, loss in losses.items()},
+        "mean": _figures(macro_mean(losses)),
+        "speed": None,
+        "fingerprint": row.fingerprint,
+    }
+
+
+def _figures(loss: DomainLoss) -> dict[str, float | int | None]:
+    """JSON has no NaN and no infinity: a model that diverged has null there."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(loss).items()
+    }
+
+
+def _fingerprint(source: Path, revision: str | None) -> str:
+    """Tells a model from another in the same place: sizes and times of its weight files, or hub name and revision."""
+    if not source.is_dir():
+        return f"{source}@{revision}"
+    files = [
+        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(source.glob("*.safetensors"))
+    ]
+    return " ".join([str(source), *files])
+
+
+def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:
+    return total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data)
+
+
+def _heldout_tokens(recipe: Recipe, corpus: Corpus, domain: str) -> int:
+    length = recipe.data.sequence_length
+    return (
+        min(recipe.evaluation.tokens_per_domain // length, corpus.heldout_rows(domain, sequence_length=length)) * length
+    )
+
+
+def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:
+    return lambda tokens: advance(tokens * factor)

@@ -1,0 +1,324 @@
+"""Everything that can be checked and foreseen before the first expensive step, without loading weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shearing.errors import CombinedShearingError, ShearingError
+from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
+from shearing.mixture.reference import resolve_reference
+from shearing.mixture.weights import resolve_weights
+from shearing.models.anatomy import load_config
+from shearing.models.shape import Shape, resolve_target
+from shearing.recipe import PruneRecipe, Recipe, StageRecipe, tokens_per_step, total_steps
+from shearing.run_directory import STAGES, RunDirectory, Stage
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_BYTES_OF_TRAINING_STATE = 12  # fp32 weight and the two moments of AdamW
+_BYTES_OF_WEIGHT = 4
+_Checked = TypeVar("_Checked")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training stage will do: optimiser steps, tokens of one step, and passes over each domain.
+
+    `passes` assumes that the mixture stays at its initial weights.
+    """
+
+    stage: Stage
+    steps: int
+    tokens_per_step: int
+    passes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and take.
+
+    Attributes:
+        source: shape of the source model.
+        target: shape to reach, or None where a budget leaves it open.
+        budget: parameters to reach, embeddings included, where the recipe gives a budget.
+        uniform: whether the result fits an ordinary config.
+        tokens: training tokens of each domain.
+        training: the training stages in order.
+        disk, free: bytes that the rest of the run needs at most, and bytes that there are.
+    """
+
+    source: Shape
+    target: Shape | None
+    budget: int | None
+    uniform: bool
+    tokens: Mapping[str, int]
+    training: Sequence[TrainingPlan]
+    disk: int
+    free: int
+
+
+def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES) -> Plan:
+    """Check that `stages` can run: model, target, corpus, tokenizer, hardware, disk, permission.
+
+    Args:
+        recipe: a valid recipe.
+        stages: the stages that are about to run.
+
+    Raises:
+        ShearingError: all that was found, together.
+    """
+    found: list[ShearingError] = []
+
+    def attempt(check: Callable[[], _Checked]) -> _Checked | None:
+        try:
+            return check()
+        except ShearingError as error:
+            found.extend(error.errors if isinstance(error, CombinedShearingError) else [error])
+            return None
+
+    attempt(RunDirectory(recipe.run_dir).require_writable)
+    attempt(lambda: _require_hardware(recipe))
+    attempt(lambda: _require_exportable(recipe, stages=stages))
+    config = attempt(lambda: load_config(recipe.model.source, revision=recipe.model.revision))
+    if config is None:
+        raise _together(found)
+    attempt(lambda: _require_context(recipe, config=config))
+    source = Shape.of(config)
+    target = attempt(lambda: _target(recipe, config=config))
+    corpus = attempt(lambda: _corpus(recipe, config=config))
+    if corpus is None:
+        raise _together(found)
+    tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
+    weights = attempt(lambda: resolve_weights(recipe.mixture.initial_weights, tokens=tokens))
+    attempt(lambda: _require_reference(recipe, corpus=corpus))
+    if found or weights is None:
+        raise _together(found)
+    disk = _disk(recipe, source=source, target=target)
+    plan = Plan(
+        source=source,
+        target=target,
+        budget=recipe.target.parameters,
+        uniform=target is not None or recipe.target.uniform,
+        tokens=tokens,
+        training=list(_training(recipe, corpus=corpus, weights=weights)),
+        disk=disk,
+        free=_free(recipe.run_dir),
+    )
+    if plan.disk > plan.free:
+        raise ShearingError(
+            "run_dir",
+            value=str(recipe.run_dir),
+            allowed=f"{_gigabytes(plan.disk)} of free disk; there are {_gigabytes(plan.free)}",
+            mend="choose a run_dir on another disk, or lower prune.keep_checkpoints and pretrain.keep_checkpoints",
+        )
+    return plan
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan as a short summary for a terminal."""
+    shapes = Table("model", "parameters", "without embeddings", "shape", box=None, pad_edge=False, header_style="bold")
+    shapes.add_row("source", *_shape_cells(plan.source))
+    if plan.target is not None:
+        shapes.add_row("target", *_shape_cells(plan.target))
+    else:
+        open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
+        shapes.add_row("target", f"{plan.budget or 0:,} at most", "", open_sizes)
+    stages = Table("stage", "steps", "tokens a step", "tokens", box=None, pad_edge=False, header_style="bold")
+    for stage in plan.training:
+        total = stage.steps * stage.tokens_per_step
+        stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}")
+    domains = Table("domain", "training tokens", box=None, pad_edge=False, header_style="bold")
+    for stage in plan.training:
+        domains.add_column(f"passes, {stage.stage}")
+    for domain, tokens in plan.tokens.items():
+        domains.add_row(domain, f"{tokens:,}", *(f"{stage.passes[domain]:.2f}" for stage in plan.training))
+    disk = Text(f"disk: at most {_gigabytes(plan.disk)} of {_gigabytes(plan.free)} free")
+    parts: list[RenderableType] = [shapes, "", stages, "", domains, "", disk]
+    if not plan.uniform:
+        parts.append(Text(f"not exportable: {_NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
+    return Group(*parts)
+
+
+_NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary config can hold that"
+
+
+def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
+    if recipe.target.parameters is not None and not recipe.target.uniform and set(stages) - {"prune"}:
+        raise ShearingError(
+            "target.uniform",
+            value=False,
+            allowed=f"true: {_NOT_EXPORTABLE}",
+            mend="set target.uniform=true, give sizes by name, or learn masks only with `shear prune`",
+        )
+
+
+def _require_hardware(recipe: Recipe) -> None:
+    if recipe.training.device == "cuda" and not torch.cuda.is_available():
+        raise ShearingError(
+            "training.device",
+            value="cuda",
+            allowed="cpu or auto: torch finds no GPU here",
+            mend="set training.device=auto, or install a torch build and a driver that fit the GPU",
+        )
+
+
+def _require_context(recipe: Recipe, *, config: PretrainedConfig) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.sequence_length > limit:
+        raise ShearingError(
+            "data.sequence_length",
+            value=recipe.data.sequence_length,
+            allowed=f"at most {limit}, the positions of the source model",
+            mend=f"set data.sequence_length={limit} or less",
+        )
+
+
+def _target(recipe: Recipe, *, config: PretrainedConfig) -> Shape | None:
+    """The target shape, or None for a budget."""
+    source = Shape.of(config)
+    if recipe.target.parameters is not None:
+        smallest = _smallest(source, granularities=recipe.prune.granularities).num_parameters()
+        if not smallest <= recipe.target.parameters < source.num_parameters():
+            raise ShearingError(
+                "target.parameters",
+                value=recipe.target.parameters,
+                allowed=f"from {smallest:,}, where these granularities have cut all they can, "
+                f"to fewer than the source's {source.num_parameters():,}",
+                mend="choose a budget in between",
+            )
+        return None
+    target = resolve_target(recipe.target, source=config)
+    pruned_by = {
+        "num_hidden_layers": ("layers", "sublayers"),
+        "hidden_size": ("hidden",),
+        "intermediate_size": ("intermediate",),
+        "num_key_value_heads": ("kv_groups",),
+        "query_heads_per_group": ("query_heads",),
+    }
+    for size, granularities in pruned_by.items():
+        if getattr(target, size) != getattr(source, size) and not set(granularities) & set(recipe.prune.granularities):
+            raise ShearingError(
+                "prune.granularities",
+                value=recipe.prune.granularities,
+                allowed=f"{' or '.join(granularities)} among them: the target's {size} is {getattr(target, size)}, "
+                f"the source's {getattr(source, size)}",
+                mend=f"add {granularities[0]}, or leave that size as it is",
+            )
+    if target == source:
+        raise ShearingError(
+            "target", value=target.sizes(), allowed="at least one size below the source's", mend="choose a smaller size"
+        )
+    return target
+
+
+def _smallest(source: Shape, *, granularities: Sequence[str]) -> Shape:
+    """One unit left of everything that may be pruned."""
+    groups = 1 if "kv_groups" in granularities else source.num_key_value_heads
+    return dataclasses.replace(
+        source,
+        num_hidden_layers=1 if {"layers", "sublayers"} & set(granularities) else source.num_hidden_layers,
+        hidden_size=1 if "hidden" in granularities else source.hidden_size,
+        intermediate_size=1 if "intermediate" in granularities else source.intermediate_size,
+        num_key_value_heads=groups,
+        num_attention_heads=groups * (1 if "query_heads" in granularities else source.query_heads_per_group),
+    )
+
+
+def _corpus(recipe: Recipe, *, config: PretrainedConfig) -> Corpus:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise ShearingError(
+            "model.source",
+            value=recipe.model.source,
+            allowed="a model with its tokenizer beside it",
+            mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
+        ) from error
+    return Corpus.open(
+        recipe.data.corpus,
+        domains=recipe.data.domains,
+        vocab_size=config.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        sequence_length=recipe.data.sequence_length,
+    )
+
+
+def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
+    if recipe.mixture.reference != "source":
+        resolve_reference(recipe.mixture, domains=corpus.domains, measure_source=dict)
+
+
+def _training(recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float]) -> Iterator[TrainingPlan]:
+    stages: tuple[tuple[Stage, StageRecipe], ...] = (("prune", recipe.prune), ("pretrain", recipe.pretrain))
+    length = recipe.data.sequence_length
+    for stage, settings in stages:
+        steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+        rows = steps * per_step // length
+        passes = {
+            domain: rows * weights[domain] / corpus.train_rows(domain, sequence_length=length)
+            for domain in corpus.domains
+        }
+        yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes)
+
+
+def _disk(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
+    """Bytes that the run will have at most, less those it has."""
+    parameters = {
+        "prune": source.num_parameters(),
+        "pretrain": recipe.target.parameters if target is None else target.num_parameters(),
+    }
+    bytes_needed = 0
+    for settings, count in ((recipe.prune, parameters["prune"]), (recipe.pretrain, parameters["pretrain"])):
+        # One more checkpoint than is kept: it is whole beside the others before the oldest goes.
+        bytes_needed += (count or 0) * _BYTES_OF_TRAINING_STATE * (settings.keep_checkpoints + 1)
+        # prune/ ends in its weights, then compact/ and model/ are of the target's size.
+        bytes_needed += (count or 0) * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 2)
+    return max(0, bytes_needed - _size_of(recipe.run_dir))
+
+
+def _size_of(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            # Another process may be at work there; the lock that keeps it apart is taken after all checks.
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(root) / name).stat().st_size
+    return total
+
+
+def _free(path: Path) -> int:
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _shape_cells(shape: Shape) -> tuple[str, str, str]:
+    sizes = (
+        f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
+        f"heads {shape.num_attention_heads} on {shape.num_key_value_heads} KV x {shape.head_dim}"
+    )
+    return f"{shape.num_parameters():,}", f"{shape.num_parameters(embeddings=False):,}", sizes
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _together(errors: Sequence[ShearingError]) -> ShearingError:
+    return errors[0] if len(errors) == 1 else CombinedShearingError(errors)

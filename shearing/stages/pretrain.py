@@ -1,0 +1,101 @@
+"""Continued pretraining of the cut model on the mixture that mask learning ended with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shearing.models.anatomy import refuse_nonfinite
+from shearing.recipe import Recipe
+from shearing.run_directory import RunDirectory, flush_folder
+from shearing.training.checkpoint import flush_tree, is_disk_full, no_space, seed_random
+from shearing.training.engine import resolve_device
+from shearing.training.loop import train
+from shearing.training.metrics import print_summary
+from shearing.training.task import initial_mixture, open_corpus, task_of
+
+# What stages write beside the model; everything else in compact/ goes with the final model.
+_OF_THE_STAGE = frozenset({"shape.json", "complete.json"})
+
+
+def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
+
+    The stream of samples, the domain weights and the reference losses go on where mask learning ended; the optimiser
+    starts afresh. Continues from the newest checkpoint.
+
+    Args:
+        recipe: a recipe whose `prune` and `compact` stages are complete.
+        console: where progress goes; stdout if None.
+
+    Returns:
+        The content of pretrain/complete.json: `weights`, `mixture_state`, `samples` (sequences drawn from each domain
+        by this stage), `steps` and `tokens`.
+
+    Raises:
+        ShearingError: a stage before is not complete, the corpus cannot be used, or training had to stop.
+        Interrupted: a signal asked to stop.
+    """
+    console = console or Console()
+    run = RunDirectory(recipe.run_dir)
+    run.read_complete("compact")
+    before = run.read_complete("prune")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        run.compact, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+    )
+    refuse_nonfinite(model, source=str(run.compact))
+    model.to(resolve_device(recipe.training))  # type: ignore[arg-type]
+    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    mixture = initial_mixture(recipe, corpus=corpus)
+    mixture.load_state_dict(before["mixture_state"])
+    start, drawn_before = mixture.next_sample, mixture.samples_per_domain()
+    task = task_of(recipe, stage="pretrain", model=model, mixture=mixture, masking=None, reference=before["reference"])
+
+    seed_random(recipe.seed)
+    totals = train(task, console=console)
+
+    _save_model(model, run=run)
+    num_samples = task.schedule.total_steps * task.schedule.sequences_per_step
+    end = start + num_samples
+    drawn = mixture.samples_per_domain(next_sample=end)
+    complete = {
+        "weights": mixture.weights,
+        "mixture_state": mixture.state_dict(next_sample=end),
+        "samples": {domain: count - drawn_before[domain] for domain, count in drawn.items()},
+        "steps": task.schedule.total_steps,
+        "tokens": num_samples * mixture.sequence_length,
+    }
+    run.mark_complete("pretrain", complete)
+    print_summary("pretrain", totals, console=console, rows={"model": str(run.model)})
+    return complete
+
+
+def _save_model(model: PreTrainedModel, *, run: RunDirectory) -> None:
+    """Write run_dir/model as a whole or not at all, with all that stood beside the cut model."""
+    beside = run.path / ".model.partial"
+    for folder in (beside, run.model):
+        if folder.exists():
+            shutil.rmtree(folder)
+    try:
+        model.save_pretrained(beside)
+        _copy_companions(run.compact, beside)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if is_disk_full(error):
+            raise no_space(run.path) from error
+        raise
+    flush_tree(beside)
+    beside.rename(run.model)
+    flush_folder(run.path)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        is_weight = ".safetensors" in path.name or path.name == "config.json"
+        if path.is_file() and not is_weight and path.name not in _OF_THE_STAGE:
+            shutil.copyfile(path, target / path.name)

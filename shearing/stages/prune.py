@@ -1,0 +1,186 @@
+"""Mask learning: masks, multipliers and weights trained together, ending at exactly the target shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from shearing.masks.budget import ParameterBudget
+from shearing.masks.importance import Scores, activation_importance
+from shearing.masks.learner import MaskLearner, MaskSettings
+from shearing.mixture.corpus import Corpus
+from shearing.mixture.reference import resolve_reference
+from shearing.models.anatomy import load_source
+from shearing.models.masked import MaskedModel
+from shearing.models.shape import Shape, export_error, resolve_target
+from shearing.recipe import Recipe, tokens_per_step, total_steps
+from shearing.run_directory import RunDirectory, read_json, write_json
+from shearing.training.checkpoint import seed_random, write_tensors
+from shearing.training.engine import resolve_device
+from shearing.training.loop import Masking, train
+from shearing.training.metrics import activity, print_summary
+from shearing.training.task import (
+    calibration_batches,
+    heldout_tokens,
+    initial_mixture,
+    measure_heldout,
+    open_corpus,
+    task_of,
+)
+
+
+def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Write run_dir/prune: final masks, trained weights of the source's size, metrics, summary.
+
+    Continues from the newest checkpoint.
+
+    Args:
+        recipe: what to do.
+        console: where progress goes; stdout if None.
+
+    Returns:
+        The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation
+        and `rounding_gap` (units that rounding to the target flipped); `heldout`: loss of each domain under the
+        final masks, before cutting; `samples`: sequences drawn from each domain; `steps` and `tokens`.
+
+    Raises:
+        ShearingError: the source model, the target or the corpus cannot be used, or training had to stop.
+        Interrupted: a signal asked to stop.
+    """
+    console = console or Console()
+    run = RunDirectory(recipe.run_dir)
+    model = load_source(
+        recipe.model.source,
+        revision=recipe.model.revision,
+        attn_implementation=recipe.model.attn_implementation,
+        device=resolve_device(recipe.training),
+        dtype=torch.float32,
+    )
+    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    run.prune.mkdir(parents=True, exist_ok=True)
+    reference = _reference(recipe, run=run, model=model, corpus=corpus, console=console)
+    importance = _importance(recipe, run=run, model=model, corpus=corpus, console=console)
+    learner = _learner(recipe, model=model, importance=importance)
+    masked = MaskedModel(model)
+    mixture = initial_mixture(recipe, corpus=corpus)
+    masking = Masking(model=masked, learner=learner)
+    task = task_of(recipe, stage="prune", model=model, mixture=mixture, masking=masking, reference=reference)
+
+    seed_random(recipe.seed)
+    totals = train(task, console=console)
+
+    masks = learner.deterministic()
+    masked.set_masks(masks)
+    losses = _heldout(recipe, model=model, corpus=corpus, name="held-out losses before cutting", console=console)
+    masked.release()
+    write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
+    # A tied weight appears once among the named parameters, as safetensors wants it.
+    write_tensors(run.prune / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
+    end = task.schedule.total_steps * task.schedule.sequences_per_step
+    summary: dict[str, Any] = {
+        **_by_figure(learner.summary()),
+        "heldout": {"before_cutting": losses},
+        "samples": mixture.samples_per_domain(next_sample=end),
+        "steps": task.schedule.total_steps,
+        "tokens": end * mixture.sequence_length,
+    }
+    write_json(run.prune / "summary.json", summary)
+    run.mark_complete(
+        "prune",
+        {"weights": mixture.weights, "mixture_state": mixture.state_dict(next_sample=end), "reference": reference},
+    )
+    gaps = {
+        f"{name}, kept of {summary['units'][name]}": f"{kept:g} (expected {summary['expected'][name]:.2f}), "
+        f"{summary['rounding_gap'][name]} units flipped in rounding"
+        for name, kept in summary["kept"].items()
+    }
+    print_summary("prune", totals, console=console, rows=gaps)
+    return summary
+
+
+def _reference(
+    recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
+) -> dict[str, float]:
+    """Reference losses, resolved once per run; none where domain weights are constant."""
+    if recipe.mixture.update == "constant":
+        return {}
+    path = run.prune / "reference.json"
+    if not path.is_file():
+        reference = resolve_reference(
+            recipe.mixture,
+            domains=corpus.domains,
+            measure_source=lambda: _heldout(
+                recipe, model=model, corpus=corpus, name="held-out losses of the source", console=console
+            ),
+        )
+        write_json(path, reference)
+    return read_json(path)
+
+
+def _importance(
+    recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
+) -> Scores | None:
+    """Activation importance, measured once per run; None where masks start open."""
+    if recipe.prune.initial_masks == "open":
+        return None
+    path = run.prune / "importance.safetensors"
+    if not path.is_file():
+        with activity("activation importance", total=recipe.prune.calibration_tokens, console=console) as advance:
+            batches = calibration_batches(recipe, corpus=corpus, advance=advance)
+            write_tensors(path, activation_importance(model, batches=batches))
+    return load_file(path)
+
+
+def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:
+    settings = recipe.prune
+    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+    target: Shape | ParameterBudget
+    if recipe.target.parameters is None:
+        target = resolve_target(recipe.target, source=model.config)
+    else:
+        target = ParameterBudget(
+            parameters=recipe.target.parameters,
+            uniform=recipe.target.uniform,
+            accepts=lambda shape: export_error(shape, source=model.config) is None,
+        )
+    return MaskLearner(
+        settings.granularities,
+        source=Shape.of(model.config),
+        target=target,
+        settings=MaskSettings(
+            total_steps=steps,
+            sparsity_warmup_steps=settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
+            freeze_step=steps - settings.freeze.in_steps(tokens_per_step=per_step, total_steps=steps),
+            warmup_steps=settings.warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
+            mask_learning_rate=settings.mask_learning_rate,
+            multiplier_learning_rate=settings.multiplier_learning_rate,
+            final_learning_rate=settings.final_learning_rate,
+            quadratic_penalty=settings.quadratic_penalty,
+            temperature=settings.temperature,
+            warm_start_scale=settings.warm_start_scale,
+            seed=recipe.seed,
+        ),
+        importance=importance,
+        device=resolve_device(recipe.training),
+    )
+
+
+def _heldout(
+    recipe: Recipe, *, model: PreTrainedModel, corpus: Corpus, name: str, console: Console
+) -> dict[str, float]:
+    with activity(name, total=heldout_tokens(recipe, corpus=corpus), console=console) as advance:
+        return measure_heldout(recipe, stage="prune", model=model, corpus=corpus, advance=advance)
+
+
+def _by_figure(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{granularity: {figure: value}} turned into {figure: {granularity: value}}."""
+    figures = {figure for values in summary.values() for figure in values}
+    return {
+        figure: {name: values[figure] for name, values in summary.items() if figure in values}
+        for figure in sorted(figures)
+    }

@@ -1,0 +1,191 @@
+"""A whole run: its folder, the order of its stages, what is skipped and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from shearing.errors import ShearingError
+from shearing.recipe import Recipe
+from shearing.recipe_file import read_recipe_file
+from shearing.run_directory import STAGES, RunDirectory, Stage, write_text
+from shearing.stages.preflight import preflight
+
+# Keys that change how a run is kept or watched, never what it computes.
+_NEUTRAL_KEYS = frozenset(
+    {
+        "name",
+        "run_dir",
+        "resume",
+        "training.log_interval",
+        "prune.keep_checkpoints",
+        "prune.checkpoint_interval",
+        "pretrain.keep_checkpoints",
+        "pretrain.checkpoint_interval",
+    }
+)
+
+
+def run(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, console: Console | None = None) -> RunDirectory:
+    """Run `stages` in order and write the report; stages that are complete are skipped.
+
+    A run that was interrupted anywhere continues where it was. Everything that can be checked before the first
+    expensive step is checked before it.
+
+    Args:
+        recipe: what to do.
+        stages: the stages to run, in the order of `STAGES`.
+        console: where progress goes; stdout if None.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ShearingError: something the user can mend; see `preflight`, `RunDirectory` and the stages.
+    """
+    console = console or Console()
+    transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
+    directory = RunDirectory(recipe.run_dir)
+    _require_stages_before(stages, directory=directory)
+    preflight(recipe, stages=stages)
+    with directory.locked():
+        _require_same_run(recipe, directory=directory)
+        write_text(directory.recipe, recipe.to_yaml())
+        for stage in stages:
+            if stage != "evaluate" and directory.is_complete(stage):
+                console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
+                continue
+            console.rule(f"[bold]{stage}")
+            started = time.monotonic()
+            _function_of(stage)(recipe, console=console)
+            console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
+        if "evaluate" in stages:
+            _report(directory)
+    _print_summary(directory, console=console)
+    return directory
+
+
+def prune(recipe: Recipe) -> RunDirectory:
+    """Learn the masks; see `run`."""
+    return run(recipe, stages=["prune"])
+
+
+def compact(recipe: Recipe) -> RunDirectory:
+    """Cut the model to the learned shape; see `run`."""
+    return run(recipe, stages=["compact"])
+
+
+def pretrain(recipe: Recipe) -> RunDirectory:
+    """Train the cut model on; see `run`."""
+    return run(recipe, stages=["pretrain"])
+
+
+def evaluate(recipe: Recipe) -> RunDirectory:
+    """Measure every model of the run so far and write the report; see `run`."""
+    return run(recipe, stages=["evaluate"])
+
+
+def report(directory: RunDirectory) -> None:
+    """Write the page about a run from what it has so far.
+
+    Raises:
+        ShearingError: no run in that folder.
+    """
+    if not directory.recipe.is_file():
+        raise ShearingError(
+            "RUN_DIR",
+            value=str(directory.path),
+            allowed="a folder that holds a run (recipe.yaml and the folders of its stages)",
+            mend="give a recipe or the run_dir of a run that was started",
+        )
+    _report(directory)
+
+
+def _report(directory: RunDirectory) -> None:
+    from shearing.report import write_report
+
+    write_report(directory.path)
+
+
+def _function_of(stage: Stage) -> Callable[..., object]:
+    # Imported one by one: evaluating needs nothing of training, and a stage's imports take seconds.
+    module = importlib.import_module(f"shearing.stages.{stage}")
+    function: Callable[..., object] = getattr(module, stage)
+    return function
+
+
+def _require_stages_before(stages: Sequence[Stage], *, directory: RunDirectory) -> None:
+    """Every stage that a stage reads is complete or about to run; evaluation takes what there is."""
+    for stage in stages:
+        needed = () if stage == "evaluate" else STAGES[: STAGES.index(stage)]
+        for before in needed:
+            if before not in stages:
+                directory.read_complete(before)
+
+
+def _require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
+    if not directory.recipe.is_file():
+        return
+    if recipe.resume == "never":
+        raise ShearingError(
+            "run_dir",
+            value=str(directory.path),
+            allowed="with resume=never, a folder that holds no run",
+            mend="choose another run_dir, remove the folder, or set resume=auto to continue that run",
+        )
+    earlier = _flat(read_recipe_file(directory.recipe, overrides=())[0])
+    now = _flat(recipe.model_dump(mode="json"))
+    changed = sorted(
+        key
+        for key in earlier.keys() | now.keys()
+        if earlier.get(key) != now.get(key) and _is_settled(key, directory=directory)
+    )
+    if changed:
+        raise ShearingError(
+            "run_dir",
+            value=str(directory.path),
+            allowed="a folder without a run, or with a run of this recipe; what differs from its recipe.yaml: "
+            + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
+            mend="choose another run_dir, or take those values back to continue that run",
+        )
+
+
+def _is_settled(key: str, *, directory: RunDirectory) -> bool:
+    """Whether the run has already used the value of `key`."""
+    section = key.partition(".")[0]
+    if key in _NEUTRAL_KEYS or section == "evaluation":
+        return False
+    if section == "pretrain" or key == "mixture.pretrain_interval":
+        return directory.pretrain.exists()
+    return directory.prune.exists()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.rstrip("."): value}
+    return {key: leaf for name, below in value.items() for key, leaf in _flat(below, f"{prefix}{name}.").items()}
+
+
+def _print_summary(directory: RunDirectory, *, console: Console) -> None:
+    console.rule("[bold]results")
+    for title, path in (
+        ("model after cutting", directory.compact / "config.json"),
+        ("final model", directory.model / "config.json"),
+        ("evaluation", directory.evaluation),
+        ("report", directory.report),
+        ("recipe", directory.recipe),
+    ):
+        if path.is_file():
+            shown = path.parent if path.name == "config.json" else path
+            console.print(f"{title:>20}: {shown}", soft_wrap=True, highlight=False)
+
+
+def _in_words(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

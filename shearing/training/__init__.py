@@ -1,0 +1,1 @@
+"""Training: objectives, engine, checkpoints, metrics and the one loop that both stages share."""

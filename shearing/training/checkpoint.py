@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or absent, whatever happens while they are written.
+
+A checkpoint is a folder. It is written beside its place, every file is flushed to disk, a manifest with each file's
+size and checksum is added, the folder is renamed into place, `latest` is moved, and only then older ones go. A
+rename is atomic, so a folder in place is complete; the manifest finds what a disk has damaged since.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shearing.errors import ShearingError
+from shearing.run_directory import flush_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_WRITING = ".writing-"
+_REMOVING = ".removing-"
+_PREFIX = "step-"
+_READ_BYTES = 1 << 24
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        folder: where they are; made if absent, and cleared of what an interrupted write left.
+        keep: checkpoints kept, newest first.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.name.startswith(_REMOVING) or entry.name.startswith(_WRITING):
+                shutil.rmtree(entry)
+            elif entry.name.startswith(".latest."):
+                entry.unlink()
+
+    def save(self, *, step: int, write: Callable[[Path], None]) -> Path:
+        """Write one checkpoint, then remove the oldest ones.
+
+        Args:
+            step: optimiser steps done; names the checkpoint.
+            write: puts the checkpoint's files into the folder it is given; at least one.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            ShearingError: no space left; the checkpoints that were there are untouched.
+        """
+        beside = self.folder / f"{_WRITING}{_PREFIX}{step:08d}"
+        place = self.folder / f"{_PREFIX}{step:08d}"
+        try:
+            beside.mkdir()
+            write(beside)
+            _write_manifest(beside)
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if is_disk_full(error):
+                raise no_space(self.folder) from error
+            raise
+        if place.exists():
+            self._remove(place)  # damaged: a good checkpoint of this step would have been continued from
+        beside.rename(place)
+        flush_folder(self.folder)
+        write_text(self.folder / "latest", place.name + "\n")
+        for old in self._newest_first()[self._keep :]:
+            self._remove(old)
+        return place
+
+    def newest(self) -> Path | None:
+        """Folder of the newest checkpoint that is undamaged, None if there is none.
+
+        Damaged ones are reported and passed over; the step they are of will be computed again.
+        """
+        for folder in self._newest_first():
+            damage = _find_damage(folder)
+            if damage is None:
+                return folder
+            logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        return sorted((entry for entry in self.folder.glob(f"{_PREFIX}*") if entry.is_dir()), reverse=True)
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first, so that a half-removed checkpoint never looks like one.
+        removing = self.folder / f"{_REMOVING}{folder.name}"
+        folder.rename(removing)
+        shutil.rmtree(removing)
+
+
+def no_space(folder: Path) -> ShearingError:
+    """The error for a full disk."""
+    return ShearingError(
+        "run_dir",
+        value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
+        allowed="a disk that can take one more checkpoint",
+        mend="free space or choose a run_dir on another disk, lower keep_checkpoints, then run the same command again",
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that a disk or a quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the operating system's error in its text.
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
+
+    Args:
+        path: file to write; its folder exists.
+        tensors: no two may share memory.
+        metadata: text for the file's header.
+
+    Raises:
+        ShearingError: no space left.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise no_space(path.parent) from error
+        raise
+    beside.replace(path)
+    flush_folder(path.parent)
+
+
+def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Write a nested state: tensors to NAME.safetensors, the rest to NAME.json.
+
+    Args:
+        folder: existing folder.
+        name: name of both files, without suffix.
+        state: dicts (keys str or int), lists, tuples, tensors, str, int, float, bool and None; floats are exact too.
+
+    Raises:
+        TypeError: any other type.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _to_json(state, path="", tensors=tensors)
+    write_tensors(folder / f"{name}.safetensors", tensors)
+    write_text(folder / f"{name}.json", json.dumps(tree) + "\n")
+
+
+def read_state(folder: Path, name: str, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `write_state` was given, tensors on `device`."""
+    tensors = load_file(folder / f"{name}.safetensors", device=str(device))
+    state: dict[str, Any] = _from_json(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+    return state
+
+
+def seed_random(seed: int) -> None:
+    """Start every random generator that code under the loop may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """State of every random generator that code under the loop may draw from."""
+    generator = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {
+            **generator,
+            "state": {
+                "key": torch.from_numpy(generator["state"]["key"].astype(np.int64)),
+                "pos": int(generator["state"]["pos"]),
+            },
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Set what `random_states` returned; generators of GPUs that are not here are left out."""
+    random.setstate(states["python"])
+    generator = states["numpy"]
+    np.random.set_state(
+        {**generator, "state": {**generator["state"], "key": generator["state"]["key"].numpy().astype(np.uint32)}}
+    )
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, index)
+
+
+def flush_tree(folder: Path) -> None:
+    """Force every file and folder below a folder, and the folder itself, to disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _write_manifest(folder: Path) -> None:
+    flush_tree(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _find_damage(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            path = folder / name
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+            if _crc32(path) != entry["crc32"]:
+                return f"the checksum of {name} is wrong"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _crc32(path: Path) -> int:
+    # Against damage, not against forgery: ten times as fast as SHA-256 where the processor has no SHA instructions.
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _to_json(value: Any, *, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # A copy, because safetensors refuses views of one memory (multipliers are often slices of a flat tensor).
+        tensors[path] = value.detach().clone()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _to_json(item, path=f"{path}/{key}", tensors=tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_to_json(item, path=f"{path}/{index}", tensors=tensors) for index, item in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{path or 'state'}: {type(value).__name__} cannot be written to a checkpoint")
+
+
+def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *_ = value.items()
+    if kind == "tensor":
+        return tensors[content].clone()
+    if kind == "dict":
+        return {key: _from_json(item, tensors) for key, item in content}
+    items = [_from_json(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)

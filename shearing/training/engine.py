@@ -1,0 +1,246 @@
+"""How one optimiser step is computed: the protocol, and plain torch on one process.
+
+The protocol is the seam for sharded engines. The mask learner is not behind it: its few fp32 tensors are replicated
+and have their own optimiser, because an engine would cast, clip and shard them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
+
+from shearing.errors import ShearingError
+from shearing.models.anatomy import decoder_layers
+from shearing.recipe import TrainingRecipe
+from shearing.training.checkpoint import write_tensors
+
+
+class Engine(Protocol):
+    """What the loop asks of whatever computes its steps."""
+
+    device: torch.device
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision in which forward passes and losses are computed."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's share of the step's loss (a scalar)."""
+        ...
+
+    def step(self, *, step: int) -> Tensor:
+        """Clip, update the weights and clear the gradients.
+
+        Args:
+            step: optimiser steps done before this one; the learning rate is a function of it alone.
+
+        Returns:
+            Boolean scalar on the device: True if loss or gradient was not finite, in which case neither weights nor
+            optimiser state have changed.
+        """
+        ...
+
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradient before clipping; scalar on the device."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser state, bit for bit, into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote into the prepared model.
+
+        Raises:
+            ShearingError: the folder holds another model's parameters.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with a cosine schedule after a linear warm-up (arXiv 2310.06694, table 7).
+
+    Args:
+        learning_rate: peak.
+        total_steps: length of the schedule, in optimiser steps.
+        warmup_steps: steps until the peak.
+        final_learning_rate: learning rate after `total_steps`, share of the peak.
+        betas: AdamW betas.
+        epsilon: AdamW epsilon.
+        weight_decay: decoupled weight decay; matrices only, not biases and norms.
+        gradient_clipping: maximum global norm of the gradient; 0: none.
+    """
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int
+    final_learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    gradient_clipping: float
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the step that follows `step` done ones."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
+
+
+class TorchEngine:
+    """One process, one device, fp32 weights; see `Engine`.
+
+    Nothing here waits for the device: whether a step is skipped is decided there.
+    """
+
+    def __init__(self, optimization: Optimization, *, device: torch.device, precision: torch.dtype) -> None:
+        self.device = device
+        self._optimization = optimization
+        self._precision = precision
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._grad_norm = torch.zeros((), device=device)
+        self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """See `Engine.prepare`."""
+        model.to(self.device)
+        self._parameters = dict(model.named_parameters())
+        trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": self._optimization.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=self._optimization.learning_rate,
+            betas=self._optimization.betas,
+            eps=self._optimization.epsilon,
+            fused=True,
+        )
+        return model
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """See `Engine.autocast`."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._precision == torch.bfloat16)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        self._losses_finite = self._losses_finite & loss.detach().isfinite()
+        loss.backward()
+
+    def step(self, *, step: int) -> Tensor:
+        """See `Engine.step`."""
+        parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+        self._grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        skipped = ~(self._losses_finite & self._grad_norm.isfinite())
+        if self._optimization.gradient_clipping:
+            clip_grads_with_norm_(parameters, self._optimization.gradient_clipping, self._grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._optimization.learning_rate_at(step)
+        # The switch torch.amp.GradScaler uses: the fused kernel returns at once and the step count does not move.
+        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._losses_finite = torch.ones_like(self._losses_finite)
+        return skipped
+
+    def grad_norm(self) -> Tensor:
+        """See `Engine.grad_norm`."""
+        return self._grad_norm
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
+        write_tensors(folder / "weights.safetensors", {n: p.detach() for n, p in self._parameters.items()})
+        moments = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                moments[f"{key}/{name}"] = value
+        write_tensors(folder / "optimizer.safetensors", moments)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        weights = load_file(folder / "weights.safetensors")
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        expected = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if shapes != expected:
+            different = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+            raise ShearingError(
+                str(folder),
+                value=f"{len(different)} parameters that differ from the model's, the first {different[0]}: "
+                f"{shapes.get(different[0])} instead of {expected.get(different[0])}",
+                allowed="a checkpoint of this model",
+                mend="use another run_dir, or go back to the model this run was started with",
+            )
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        self._optimizer.state.clear()
+        for key, value in load_file(folder / "optimizer.safetensors", device=str(self.device)).items():
+            kind, name = key.split("/", 1)
+            # A copy of its own, aligned as the original was: what a file's buffer is aligned to can change rounding.
+            self._optimizer.state[self._parameters[name]][kind] = value.clone()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute every decoder layer in the backward pass instead of keeping its activations."""
+    # Newer releases of transformers call it so and warn about the old name; older ones have the old name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every decoder layer in place; parameter names do not change.
+
+    Layers are alike, so the first one's code serves them all.
+    """
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def resolve_device(training: TrainingRecipe) -> torch.device:
+    """The device a recipe asks for.
+
+    Raises:
+        ShearingError: cuda is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if training.device == "cuda" and not available:
+        raise ShearingError(
+            "training.device",
+            value="cuda",
+            allowed="cpu or auto on this machine",
+            mend="set training.device=auto, or install a torch build that sees the GPU",
+        )
+    return torch.device("cuda" if available and training.device != "cpu" else "cpu")
+
+
+def resolve_precision(training: TrainingRecipe, *, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; `auto` takes bfloat16 where the hardware multiplies it faster than float32."""
+    if training.precision != "auto":
+        return torch.bfloat16 if training.precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        # Emulated bf16 is slower than fp32.
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Private in every release; torch.cpu.get_capabilities replaces them in later ones.
+        probes: Iterable[str] = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32

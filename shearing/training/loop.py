@@ -1,0 +1,425 @@
+"""The training loop of both stages: `train` is the loop, the rest is its bookkeeping.
+
+Shapes: B sequences of a step, T = S + 1 tokens of a row (S inputs and the last label).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from typing_extensions import Self
+
+from shearing.errors import ShearingError
+from shearing.masks.learner import MaskLearner
+from shearing.mixture.sampler import Batch, Mixture, Prefetcher
+from shearing.mixture.weights import update_weights
+from shearing.models.masked import MaskedModel
+from shearing.recipe import MixtureRecipe
+from shearing.training.checkpoint import Checkpoints, random_states, read_state, set_random_states, write_state
+from shearing.training.engine import Engine, Optimization
+from shearing.training.metrics import Display, MetricsLog, StageTotals, max_memory
+
+INTERRUPTED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later; a launcher can requeue on it."""
+
+PREFETCHED_STEPS = 2
+"""Steps dealt ahead, and so the delay until new domain weights hold: a constant, because results depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Sizes and intervals of a stage; durations in optimiser steps.
+
+    Attributes:
+        total_steps: length of the stage.
+        sequences_per_step: global batch.
+        micro_batch_size: sequences per forward pass; divides the global batch.
+        checkpoint_interval, keep_checkpoints: how often, and how many stay.
+        mixture_interval: steps between two updates of the domain weights.
+        log_interval: steps between two reads of metrics from the device.
+        max_skipped_steps: non-finite steps in a row that stop the run.
+    """
+
+    total_steps: int
+    sequences_per_step: int
+    micro_batch_size: int
+    checkpoint_interval: int
+    keep_checkpoints: int
+    mixture_interval: int
+    log_interval: int
+    max_skipped_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """The masks of mask learning: where they act and what learns them."""
+
+    model: MaskedModel
+    learner: MaskLearner
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicMixture:
+    """How domain weights follow held-out losses.
+
+    Attributes:
+        rule: update rule and its constants.
+        reference: loss of each domain that is aimed at, in nats.
+        tokens: held-out tokens of all domains together, for the progress bar.
+        measure: held-out loss of each domain now, in nats; is given what to call with tokens just done.
+    """
+
+    rule: MixtureRecipe
+    reference: Mapping[str, float]
+    tokens: int
+    measure: Callable[[Callable[[int], None]], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything that one stage trains with.
+
+    Attributes:
+        name: the stage.
+        folder: the stage's folder: checkpoints/ and metrics.jsonl appear there.
+        objective: forward pass from tokens [B, T] to the sum of their losses; not yet prepared by the engine.
+        masking: None: the weights alone are trained.
+        dynamic: None: domain weights are constant.
+    """
+
+    name: str
+    folder: Path
+    schedule: Schedule
+    objective: nn.Module
+    engine: Engine
+    optimization: Optimization
+    mixture: Mixture
+    masking: Masking | None
+    dynamic: DynamicMixture | None
+
+
+class Interrupted(SystemExit):
+    """Asked to stop by a signal; the checkpoint is written and the same command continues."""
+
+    def __init__(self) -> None:
+        super().__init__(INTERRUPTED_EXIT_CODE)
+
+
+def train(task: Task, *, console: Console) -> StageTotals:
+    """Train from the newest checkpoint, or from the start, to the end of the stage.
+
+    A step is a function of the recipe and its number: continued at any point, it is the same to the bit.
+
+    Raises:
+        Interrupted: SIGTERM, SIGINT or SIGUSR1; the step was finished and a checkpoint written.
+        ShearingError: too many non-finite steps in a row, or no space for a checkpoint.
+    """
+    model = task.engine.prepare(task.objective)
+    model.train()
+    schedule = task.schedule
+    with _Run.start(task, console=console) as run, _StopRequest() as stop:
+        while run.step < schedule.total_steps:
+            batch = run.prefetcher.next()
+            loss = _forward_backward(task, model, batch, step=run.step)
+            skipped = _update(task, step=run.step)
+            run.record(loss, skipped=skipped)
+            ends = run.step == schedule.total_steps
+            if ends or run.step % schedule.log_interval == 0:
+                run.report()
+            if task.dynamic is not None and run.mixture_is_due():
+                run.update_mixture(task.dynamic)
+            if ends or stop.requested or run.step % schedule.checkpoint_interval == 0:
+                run.save()
+            if stop.requested and not ends:
+                console.print(f"{stop.requested}: stopped after step {run.step}; the same command continues from there")
+                raise Interrupted
+    return run.totals
+
+
+def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
+    """Accumulate the gradients of one step; returns its mean loss per token, on the device."""
+    device = task.engine.device
+    tokens_BT = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
+    tokens_BT = tokens_BT.to(device, non_blocking=True)
+    num_valid = tokens_BT[:, 1:].numel()  # rows of a corpus are full: every position has a label
+    total = torch.zeros((), device=device)
+    for index, micro_BT in enumerate(tokens_BT.split(task.schedule.micro_batch_size)):
+        if task.masking is not None:
+            task.masking.model.set_masks(task.masking.learner.sample(step=step, micro_batch=index))
+        with task.engine.autocast():
+            loss = model(micro_BT) / num_valid
+        task.engine.backward(loss)
+        total += loss.detach()
+    if task.masking is not None:
+        penalty = task.masking.learner.penalty(step=step)
+        if penalty.requires_grad:
+            penalty.backward()
+    return total
+
+
+def _update(task: Task, *, step: int) -> Tensor:
+    """One optimiser step of weights and masks; returns whether it was skipped, on the device."""
+    skipped = task.engine.step(step=step)
+    if task.masking is not None:
+        gradients = [p.grad for p in task.masking.learner.parameters() if p.grad is not None]
+        if gradients:
+            skipped = skipped | ~get_total_norm(gradients).isfinite()
+        task.masking.learner.reduce_and_step(step=step, skip=skipped)
+    return skipped
+
+
+@dataclass
+class _Run:
+    """The state of a stage under way, and its output."""
+
+    task: Task
+    console: Console
+    checkpoints: Checkpoints
+    log: MetricsLog
+    display: Display
+    prefetcher: Prefetcher
+    step: int
+    skipped: Tensor
+    skipped_in_row: Tensor
+    totals: StageTotals = field(default_factory=StageTotals)
+    _unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
+    _mark: float = field(default_factory=time.monotonic)
+    _wait_mark: float = 0.0
+
+    @classmethod
+    def start(cls, task: Task, *, console: Console) -> _Run:
+        """Restore the newest checkpoint if there is one."""
+        checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep_checkpoints)
+        newest = checkpoints.newest()
+        state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_row": 0, "metrics_bytes": 0}
+        if newest is not None:
+            state = read_state(newest, "state")
+            task.engine.load(newest)
+            task.mixture.load_state_dict(state["mixture"])
+            if task.masking is not None:
+                task.masking.learner.load_state_dict(state["masks"])
+            set_random_states(state["random"])
+            console.print(f"continuing {task.name} from step {state['step']} ({newest})", soft_wrap=True)
+        log = MetricsLog(task.folder / "metrics.jsonl", num_bytes=state["metrics_bytes"])
+        prefetcher = Prefetcher(
+            task.mixture, sequences_per_step=task.schedule.sequences_per_step, depth=PREFETCHED_STEPS
+        )
+        display = Display(task.name, total_steps=task.schedule.total_steps, done_steps=state["step"], console=console)
+        return cls(
+            task=task,
+            console=console,
+            checkpoints=checkpoints,
+            log=log,
+            display=display,
+            prefetcher=prefetcher,
+            step=state["step"],
+            skipped=torch.tensor(state["skipped"], device=task.engine.device),
+            skipped_in_row=torch.tensor(state["skipped_in_row"], device=task.engine.device),
+        )
+
+    def __enter__(self) -> Self:
+        self.display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.display.__exit__(kind, error, traceback)
+        self.prefetcher.close()
+        self.log.close()
+
+    def record(self, loss: Tensor, *, skipped: Tensor) -> None:
+        """Count one step; its figures stay on the device until `report`."""
+        self.skipped = self.skipped + skipped
+        self.skipped_in_row = (self.skipped_in_row + 1) * skipped
+        figures = {
+            "loss": loss,
+            "grad_norm": self.task.engine.grad_norm(),
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+        }
+        if self.task.masking is not None:
+            figures |= self.task.masking.learner.metrics(step=self.step)
+        learning_rate = self.task.optimization.learning_rate_at(self.step)
+        self.step += 1
+        schedule = self.task.schedule
+        known = {
+            "step": self.step,
+            "tokens": self.step * schedule.sequences_per_step * self.task.mixture.sequence_length,
+            "learning_rate": learning_rate,
+            "weights": self.prefetcher.weights,
+        }
+        self._unread.append((known, figures))
+
+    def report(self) -> None:
+        """Read the figures of all steps since the last report from the device, in one transfer, and write them.
+
+        Raises:
+            ShearingError: too many steps in a row were not finite; a checkpoint is written first.
+        """
+        if not self._unread:
+            return
+        values = _read([figures for _, figures in self._unread], device=self.task.engine.device)
+        seconds = (time.monotonic() - self._mark) / len(values)
+        waited = (self.prefetcher.wait_seconds - self._wait_mark) / len(values)
+        tokens = self.task.schedule.sequences_per_step * self.task.mixture.sequence_length
+        for (known, _), figures in zip(self._unread, values, strict=True):
+            line = _line(known, figures, seconds=seconds, waited=waited, tokens=tokens)
+            self.log.write(line)
+            self.totals.add(line, tokens=tokens)
+            self.display.show(line)
+        in_row = max(int(figures["skipped_in_row"]) for figures in values)
+        self._unread.clear()
+        self._restart_clock()
+        if in_row >= self.task.schedule.max_skipped_steps:
+            self._stop_non_finite(in_row)
+
+    def mixture_is_due(self) -> bool:
+        """Whether domain weights are updated after this step; not so late that the stage would not use them."""
+        schedule = self.task.schedule
+        return self.step % schedule.mixture_interval == 0 and self.step + PREFETCHED_STEPS < schedule.total_steps
+
+    def update_mixture(self, dynamic: DynamicMixture) -> None:
+        """Measure held-out losses and announce new domain weights."""
+        self.report()
+        started = time.monotonic()
+        if self.task.masking is not None:
+            self.task.masking.model.set_masks(self.task.masking.learner.deterministic())
+        with self.display.activity("held-out losses", total=dynamic.tokens) as advance:
+            losses = dynamic.measure(advance)
+        weights = update_weights(
+            dynamic.rule.update,
+            weights=self.prefetcher.weights,
+            losses=losses,
+            reference=dynamic.reference,
+            step_size=dynamic.rule.step_size,
+            smoothing=dynamic.rule.smoothing,
+        )
+        first_sample = self.prefetcher.update_weights(weights)
+        seconds = time.monotonic() - started
+        line = {
+            "step": self.step,
+            "event": "mixture",
+            "losses": losses,
+            "reference": dict(dynamic.reference),
+            "weights": weights,
+            "first_sample": first_sample,
+            "seconds": seconds,
+        }
+        self.log.write(line)
+        self.display.show(line)
+        self.totals.heldout_seconds += seconds
+        self._restart_clock()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done."""
+        self.report()
+        masking = self.task.masking
+        state = {
+            "step": self.step,
+            "skipped": int(self.skipped),
+            "skipped_in_row": int(self.skipped_in_row),
+            "metrics_bytes": self.log.sync(),
+            "mixture": self.prefetcher.state_dict(),
+            "masks": None if masking is None else masking.learner.state_dict(),
+            "random": random_states(),
+        }
+        self.checkpoints.save(step=self.step, write=partial(self._write, state=state))
+        self._restart_clock()
+
+    def _write(self, folder: Path, *, state: dict[str, Any]) -> None:
+        self.task.engine.save(folder)
+        write_state(folder, "state", state)
+
+    def _stop_non_finite(self, in_row: int) -> None:
+        # Skipped steps changed nothing, so this is the last good state; continuing goes on behind the bad samples.
+        self.skipped_in_row = torch.zeros_like(self.skipped_in_row)
+        self.save()
+        raise ShearingError(
+            f"{self.task.name} (loss or gradient, step {self.step})",
+            value=f"not finite in {in_row} steps in a row",
+            allowed=f"fewer than training.max_skipped_steps = {self.task.schedule.max_skipped_steps}",
+            mend="the same command tries the steps that follow, from the last good weights "
+            f"({self.checkpoints.folder}); if it stops again, start a new run_dir with a lower learning rate or fp32",
+        )
+
+    def _restart_clock(self) -> None:
+        self._mark = time.monotonic()
+        self._wait_mark = self.prefetcher.wait_seconds
+
+
+class _StopRequest:
+    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a request to stop after the step; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _read(figures: list[dict[str, Tensor]], *, device: torch.device) -> list[dict[str, float]]:
+    """Values of scalar tensors, one dict per step; what is on the device comes over in one transfer."""
+    flat = [value for step in figures for value in step.values()]
+    on_device = [value.to(torch.float64) for value in flat if value.device.type == device.type]
+    read = iter(torch.stack(on_device).tolist())
+    values = iter([next(read) if value.device.type == device.type else float(value) for value in flat])
+    return [{name: next(values) for name in step} for step in figures]
+
+
+def _line(
+    known: Mapping[str, Any], figures: Mapping[str, float], *, seconds: float, waited: float, tokens: int
+) -> dict[str, Any]:
+    """One step's line of metrics.jsonl; `expected/hidden` of the learner's figures becomes `expected: {hidden: …}`."""
+    line: dict[str, Any] = {
+        "step": known["step"],
+        "tokens": known["tokens"],
+        "loss": figures["loss"],
+        "grad_norm": figures["grad_norm"],
+        "learning_rate": known["learning_rate"],
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "data_wait": waited,
+        "seconds": seconds,
+        "skipped": int(figures["skipped"]),
+        "weights": known["weights"],
+        "expected": {},
+        "target": {},
+        "violation": {},
+        "lambda_1": {},
+        "lambda_2": {},
+        "max_memory": max_memory(),
+    }
+    for name, value in figures.items():
+        kind, _, granularity = name.partition("/")
+        if granularity:
+            line[kind][granularity] = value
+    return line

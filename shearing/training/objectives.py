@@ -1,0 +1,188 @@
+"""Causal language modelling loss without the logits of the whole batch.
+
+Logits exist for `chunk_tokens` tokens at a time. Their gradient is known as soon as they are, so the forward pass
+computes the gradients of the hidden states and of the head's weight chunk by chunk and the backward pass only scales
+them: no logits are kept and no product is computed twice.
+
+Shapes: B sequences, S positions, N = B * S tokens, D hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from shearing.models.anatomy import backbone, head_weight
+
+
+class LanguageModelLoss(nn.Module):
+    """A causal language model whose forward pass is its loss: what an engine prepares and the loop calls.
+
+    Args:
+        model: Hugging Face model, or one masked in place; its parameters appear under `model.`.
+        chunk_tokens: tokens whose logits exist at the same time.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk_tokens = chunk_tokens
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Sum of the loss over B * (T - 1) tokens, in nats.
+
+        Args:
+            tokens_BT: int64, S inputs and the last label: T = S + 1.
+        """
+        hidden_BSD = backbone(self.model)(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
+        return causal_lm_loss(hidden_BSD, head_weight(self.model), tokens_BT[:, 1:], chunk_tokens=self._chunk_tokens)
+
+
+def causal_lm_loss(
+    hidden_BSD: Tensor, head_weight_VD: Tensor, labels_BS: Tensor, *, chunk_tokens: int, ignore_index: int = -100
+) -> Tensor:
+    """Sum of the cross-entropy over all tokens that have a label.
+
+    Products run in autocast's dtype where autocast is on; the softmax, the sum and the accumulation of the head's
+    gradient over chunks run in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        hidden_BSD: last hidden states, after the final norm.
+        head_weight_VD: weight of the head, or of the embedding where they are tied.
+        labels_BS: the token each position has to predict (already shifted), int64.
+        chunk_tokens: tokens whose logits exist at the same time.
+        ignore_index: label of positions that do not count.
+
+    Returns:
+        Scalar, nats. Its backward pass can run once.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_BSD,
+        head_weight_VD,
+        labels_BS,
+        chunk_tokens,
+        ignore_index,
+        _product_dtype(hidden_BSD),
+        torch.is_grad_enabled(),
+    )
+    return loss
+
+
+@torch.no_grad()
+def per_token_loss(
+    hidden_BSD: Tensor, head_weight_VD: Tensor, labels_BS: Tensor, *, chunk_tokens: int, ignore_index: int = -100
+) -> Tensor:
+    """Cross-entropy of every token, for evaluation; see `causal_lm_loss` for the arguments.
+
+    Returns:
+        [B, S], nats, without gradient; 0 where the label is `ignore_index`.
+    """
+    labels_N = labels_BS.reshape(-1)
+    losses_N = torch.zeros(labels_N.shape, dtype=_sum_dtype(hidden_BSD), device=hidden_BSD.device)
+    for tokens, _, log_probabilities_CV in _chunks(
+        hidden_BSD, head_weight_VD, chunk_tokens=chunk_tokens, product_dtype=_product_dtype(hidden_BSD)
+    ):
+        valid_C = labels_N[tokens] != ignore_index
+        picked_C1 = log_probabilities_CV.gather(1, labels_N[tokens].where(valid_C, 0)[:, None])
+        losses_N[tokens] = -picked_C1[:, 0] * valid_C
+    return losses_N.view(labels_BS.shape)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_BSD: Tensor,
+        head_weight_VD: Tensor,
+        labels_BS: Tensor,
+        chunk_tokens: int,
+        ignore_index: int,
+        product_dtype: torch.dtype,
+        with_gradient: bool,
+    ) -> Tensor:
+        labels_N = labels_BS.reshape(-1)
+        wants_hidden = with_gradient and ctx.needs_input_grad[0]
+        wants_weight = with_gradient and ctx.needs_input_grad[1]
+        loss = torch.zeros((), dtype=_sum_dtype(hidden_BSD), device=hidden_BSD.device)
+        grad_hidden_ND = hidden_BSD.new_empty(labels_N.numel(), hidden_BSD.shape[-1]) if wants_hidden else None
+        grad_weight_VD = torch.empty_like(head_weight_VD, dtype=_sum_dtype(head_weight_VD)) if wants_weight else None
+        weight_VD = head_weight_VD.to(product_dtype)
+        for tokens, hidden_CD, log_probabilities_CV in _chunks(
+            hidden_BSD, weight_VD, chunk_tokens=chunk_tokens, product_dtype=product_dtype
+        ):
+            valid_C = labels_N[tokens] != ignore_index
+            labels_C1 = labels_N[tokens].where(valid_C, 0)[:, None]
+            loss -= (log_probabilities_CV.gather(1, labels_C1)[:, 0] * valid_C).sum()
+            if not wants_hidden and not wants_weight:
+                continue
+            # d(-log p[label]) / d(logits) = p - onehot(label), and 0 for tokens that do not count.
+            grad_CV = log_probabilities_CV.exp_()
+            grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full((), -1.0).expand_as(labels_C1))
+            grad_CV = grad_CV.mul_(valid_C[:, None]).to(product_dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[tokens] = grad_CV @ weight_VD
+            if grad_weight_VD is not None:
+                first = tokens.start == 0
+                if product_dtype == grad_weight_VD.dtype:
+                    torch.addmm(grad_weight_VD, grad_CV.t(), hidden_CD, beta=0 if first else 1, out=grad_weight_VD)
+                elif first:
+                    grad_weight_VD.copy_(grad_CV.t() @ hidden_CD)
+                else:
+                    grad_weight_VD.add_(grad_CV.t() @ hidden_CD)
+        ctx.gradients = (
+            None if grad_hidden_ND is None else grad_hidden_ND.view(hidden_BSD.shape),
+            None if grad_weight_VD is None else grad_weight_VD.to(head_weight_VD.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the backward pass of causal_lm_loss scales its gradients in place and runs only once")
+        grad_hidden_BSD, grad_weight_VD = ctx.gradients
+        ctx.gradients = None
+        # On the device: asking whether the factor is 1 would cost a synchronisation.
+        if grad_hidden_BSD is not None:
+            grad_hidden_BSD.mul_(grad_loss)
+        if grad_weight_VD is not None:
+            grad_weight_VD.mul_(grad_loss)
+        return grad_hidden_BSD, grad_weight_VD, None, None, None, None, None
+
+
+def _chunks(
+    hidden_BSD: Tensor, head_weight_VD: Tensor, *, chunk_tokens: int, product_dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Token range, hidden states [C, D] and log probabilities [C, V] of each chunk.
+
+    The log probabilities are valid until the next chunk: all chunks share one buffer.
+    """
+    hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    weight_VD = head_weight_VD.to(product_dtype)
+    num_tokens = hidden_ND.shape[0]
+    rows = min(chunk_tokens, num_tokens)
+    logits_CV = torch.empty(rows, weight_VD.shape[0], dtype=product_dtype, device=hidden_ND.device)
+    log_probabilities_CV = torch.empty_like(logits_CV, dtype=_sum_dtype(hidden_BSD))
+    for start in range(0, num_tokens, chunk_tokens):
+        tokens = slice(start, min(start + chunk_tokens, num_tokens))
+        hidden_CD = hidden_ND[tokens].to(product_dtype)
+        rows = hidden_CD.shape[0]
+        torch.mm(hidden_CD, weight_VD.t(), out=logits_CV[:rows])
+        torch.log_softmax(logits_CV[:rows], -1, dtype=log_probabilities_CV.dtype, out=log_probabilities_CV[:rows])
+        yield tokens, hidden_CD, log_probabilities_CV[:rows]
+
+
+def _product_dtype(hidden_BSD: Tensor) -> torch.dtype:
+    device_type = hidden_BSD.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_BSD.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden_BSD.dtype
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

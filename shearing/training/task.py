@@ -1,0 +1,183 @@
+"""From a recipe to the task of one training stage: corpus, mixture, held-out losses, schedule, engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from shearing.evaluation.loss import heldout_loss
+from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
+from shearing.mixture.sampler import Mixture
+from shearing.quantities import Duration
+from shearing.recipe import Recipe, tokens_per_step, total_steps
+from shearing.run_directory import RunDirectory
+from shearing.training.engine import (
+    Optimization,
+    TorchEngine,
+    checkpoint_activations,
+    compile_layers,
+    resolve_device,
+    resolve_precision,
+)
+from shearing.training.loop import DynamicMixture, Masking, Schedule, Task
+from shearing.training.objectives import LanguageModelLoss
+
+TrainingStage = Literal["prune", "pretrain"]
+
+
+def task_of(
+    recipe: Recipe,
+    *,
+    stage: TrainingStage,
+    model: PreTrainedModel,
+    mixture: Mixture,
+    masking: Masking | None,
+    reference: Mapping[str, float],
+) -> Task:
+    """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
+
+    Args:
+        recipe: what to do.
+        stage: which of its training stages.
+        model: Hugging Face model with fp32 weights, masked in place while masks are learned.
+        mixture: where the stage's samples start.
+        masking: None: the weights alone are trained.
+        reference: loss of each domain aimed at; unused with constant domain weights.
+    """
+    settings, data, training = getattr(recipe, stage), recipe.data, recipe.training
+    steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
+
+    def in_steps(duration: Duration) -> int:
+        return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
+
+    device = resolve_device(training)
+    if training.activation_checkpointing:
+        checkpoint_activations(model)
+    if training.compile:
+        compile_layers(model)
+    interval = recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval
+    optimization = Optimization(
+        learning_rate=settings.learning_rate,
+        total_steps=steps,
+        warmup_steps=in_steps(settings.warmup),
+        final_learning_rate=settings.final_learning_rate,
+        betas=settings.betas,
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        gradient_clipping=settings.gradient_clipping,
+    )
+    return Task(
+        name=stage,
+        folder=RunDirectory(recipe.run_dir).folder(stage),
+        schedule=Schedule(
+            total_steps=steps,
+            sequences_per_step=per_step // data.sequence_length,
+            micro_batch_size=settings.micro_batch_size,
+            checkpoint_interval=max(1, in_steps(settings.checkpoint_interval)),
+            keep_checkpoints=settings.keep_checkpoints,
+            mixture_interval=max(1, in_steps(interval)),
+            log_interval=training.log_interval,
+            max_skipped_steps=training.max_skipped_steps,
+        ),
+        objective=LanguageModelLoss(model, chunk_tokens=training.loss_chunk_tokens),
+        engine=TorchEngine(optimization, device=device, precision=resolve_precision(training, device=device)),
+        optimization=optimization,
+        mixture=mixture,
+        masking=masking,
+        dynamic=None
+        if recipe.mixture.update == "constant"
+        else DynamicMixture(
+            rule=recipe.mixture,
+            reference=reference,
+            tokens=heldout_tokens(recipe, corpus=mixture.corpus),
+            measure=lambda advance: measure_heldout(
+                recipe, stage=stage, model=model, corpus=mixture.corpus, advance=advance
+            ),
+        ),
+    )
+
+
+def open_corpus(recipe: Recipe, *, vocab_size: int) -> Corpus:
+    """The corpus of a recipe, checked against the source model's tokenizer.
+
+    Raises:
+        ShearingError: see `Corpus.open`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+    return Corpus.open(
+        recipe.data.corpus,
+        domains=recipe.data.domains,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        sequence_length=recipe.data.sequence_length,
+    )
+
+
+def initial_mixture(recipe: Recipe, *, corpus: Corpus) -> Mixture:
+    """The mixture from its first sample on, at the recipe's starting weights."""
+    chosen = recipe.mixture.initial_weights
+    if chosen == "uniform":
+        weights = dict.fromkeys(corpus.domains, 1.0)
+    elif chosen == "proportional":
+        weights = {domain: float(corpus.manifests[domain].train.tokens) for domain in corpus.domains}
+    else:
+        weights = dict(chosen)
+    total = sum(weights.values())
+    return Mixture(
+        corpus,
+        seed=recipe.seed,
+        sequence_length=recipe.data.sequence_length,
+        weights={domain: weight / total for domain, weight in weights.items()},
+    )
+
+
+def calibration_batches(recipe: Recipe, *, corpus: Corpus, advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """The first training samples as inputs [B, S]: `prune.calibration_tokens` in whole sequences, at least one.
+
+    Args:
+        advance: called with the tokens of each batch that has been used.
+    """
+    length, size = recipe.data.sequence_length, recipe.prune.micro_batch_size
+    mixture = initial_mixture(recipe, corpus=corpus)
+    count = max(1, recipe.prune.calibration_tokens // length)
+    device = resolve_device(recipe.training)
+    for first in range(0, count, size):
+        batch = mixture.batch(first_sample=first, num_sequences=min(size, count - first))
+        yield batch.tokens[:, :-1].to(device)
+        advance(batch.tokens[:, :-1].numel())
+
+
+def measure_heldout(
+    recipe: Recipe,
+    *,
+    stage: TrainingStage,
+    model: PreTrainedModel,
+    corpus: Corpus,
+    advance: Callable[[int], None],
+) -> dict[str, float]:
+    """Mean held-out loss of each domain, nats per token, on the subset that updates the mixture.
+
+    Args:
+        advance: called with the number of tokens just read.
+    """
+    losses = heldout_loss(
+        model,
+        corpus,
+        tokens_per_domain=recipe.mixture.heldout_tokens,
+        sequence_length=recipe.data.sequence_length,
+        micro_batch_size=getattr(recipe, stage).micro_batch_size,
+        precision=resolve_precision(recipe.training, device=resolve_device(recipe.training)),
+        progress=advance,
+        chunk_tokens=recipe.training.loss_chunk_tokens,
+    )
+    return {domain: loss.loss for domain, loss in losses.items()}
+
+
+def heldout_tokens(recipe: Recipe, *, corpus: Corpus) -> int:
+    """Tokens that `measure_heldout` reads: whole rows, no more than each domain has."""
+    length = recipe.data.sequence_length
+    rows = (corpus.heldout_rows(domain, sequence_length=length) for domain in corpus.domains)
+    return sum(max(1, min(count, recipe.mixture.heldout_tokens // length)) for count in rows) * length

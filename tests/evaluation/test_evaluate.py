@@ -1,0 +1,167 @@
+"""The evaluation stage on a tiny run: what it measures, and that an interrupted one continues."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+import shearing.stages.evaluate as stage
+from shearing.masks.importance import magnitude_importance, select
+from shearing.models.anatomy import load_source
+from shearing.models.compact import compact
+from shearing.models.shape import Shape, resolve_target
+from shearing.recipe import Recipe
+from shearing.run_directory import RunDirectory
+from shearing.stages.evaluate import evaluate
+from tests.conftest import tiny_recipe_data
+
+
+@pytest.fixture
+def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
+    """A run that was cut where magnitude says, and trained on by a little."""
+    data = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run")
+    data["evaluation"]["baselines"] = ["random", "magnitude", "importance"]
+    recipe = Recipe.model_validate(data)
+    directory = RunDirectory(recipe.run_dir)
+    source = load_source(recipe.model.source)
+    masks, selection = select(
+        magnitude_importance(source),
+        source=Shape.of(source.config),
+        target=resolve_target(recipe.target, source=source.config),
+    )
+    model = compact(source, masks=masks, selection=selection)
+    model.save_pretrained(directory.compact)
+    directory.mark_complete("compact", {})
+    torch.nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    model.save_pretrained(directory.model)
+    directory.mark_complete("pretrain", {})
+    return recipe
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def count_measurements(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[None]:
+    calls: list[None] = []
+    original = stage.heldout_loss
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        if stop_after is not None and len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(stage, "heldout_loss", counted)
+    return calls
+
+
+def test_every_model_of_the_run_is_measured(recipe: Recipe) -> None:
+    console = quiet()
+    evaluation = evaluate(recipe, console=console)
+
+    assert list(evaluation["models"]) == ["source", "random", "magnitude", "importance", "compact", "final"]
+    assert json.loads(RunDirectory(recipe.run_dir).evaluation.read_text()) == evaluation
+    shapes = [model["shape"] for name, model in evaluation["models"].items() if name != "source"]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert shapes[0]["hidden_size"] == 16
+    for model in evaluation["models"].values():
+        assert list(model["domains"]) == ["digits", "letters"]
+        assert all(figures["tokens"] == 64 for figures in model["domains"].values())
+    assert evaluation["models"]["final"]["training_tokens"] == (6 + 4) * 2 * 16
+    assert losses(evaluation)["magnitude"] == losses(evaluation)["compact"]
+    assert losses(evaluation)["compact"] != losses(evaluation)["final"]
+    assert "learned" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert not list(recipe.run_dir.glob("*partial*"))
+
+
+def test_an_interrupted_evaluation_continues(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(recipe, console=quiet())
+    RunDirectory(recipe.run_dir).evaluation.unlink()
+
+    with monkeypatch.context() as patch:
+        count_measurements(patch, stop_after=3)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(recipe, console=quiet())
+    assert not RunDirectory(recipe.run_dir).evaluation.exists()
+
+    calls = count_measurements(monkeypatch)
+    continued = evaluate(recipe, console=quiet())
+
+    assert len(calls) == 3
+    assert losses(continued) == losses(whole)
+
+
+def test_nothing_is_measured_twice_until_a_setting_changes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(recipe, console=quiet())
+    calls = count_measurements(monkeypatch)
+
+    evaluate(recipe, console=quiet())
+    assert calls == []
+
+    shorter = recipe.evaluation.model_copy(update={"tokens_per_domain": 32})
+    evaluate(recipe.model_copy(update={"evaluation": shorter}), console=quiet())
+    assert len(calls) == 6
+
+
+def test_a_model_that_changed_is_measured_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(recipe, console=quiet())
+    weights = RunDirectory(recipe.run_dir).model / "model.safetensors"
+    weights.touch()
+    calls = count_measurements(monkeypatch)
+
+    evaluate(recipe, console=quiet())
+    assert len(calls) == 1
+
+
+def test_models_that_do_not_exist_yet_have_no_row(recipe: Recipe) -> None:
+    directory = RunDirectory(recipe.run_dir)
+    directory.complete("pretrain").unlink()
+    assert list(evaluate(recipe, console=quiet())["models"])[-1] == "compact"
+
+    directory.complete("compact").unlink()
+    assert list(evaluate(recipe, console=quiet())["models"]) == ["source"]
+
+
+def test_pretraining_adds_a_row_and_keeps_the_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(recipe.run_dir)
+    directory.complete("pretrain").unlink()
+    evaluate(recipe, console=quiet())
+    directory.mark_complete("pretrain", {})
+    calls = count_measurements(monkeypatch)
+
+    assert "final" in evaluate(recipe, console=quiet())["models"]
+    assert len(calls) == 1
+
+
+def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> None:
+    evaluation = evaluate(recipe, console=quiet())
+    scores = magnitude_importance(load_source(recipe.model.source))
+    directory = RunDirectory(recipe.run_dir)
+    directory.prune.mkdir()
+    save_file(scores, directory.prune / "importance.safetensors")
+    directory.evaluation.unlink()
+
+    again = evaluate(recipe, console=quiet())
+
+    assert losses(again)["importance"] == losses(again)["magnitude"]
+    assert losses(again)["importance"] != losses(evaluation)["importance"]
+
+
+def test_speed_is_measured_on_source_and_result_only(recipe: Recipe) -> None:
+    timed = recipe.evaluation.model_copy(update={"speed": True, "baselines": ["random"]})
+    evaluation = evaluate(recipe.model_copy(update={"evaluation": timed}), console=quiet())
+
+    assert [name for name, model in evaluation["models"].items() if model["speed"]] == ["source", "final"]
+    assert evaluation["models"]["final"]["speed"]["decode_milliseconds"] > 0
+
+
+def losses(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {name: model["domains"] for name, model in evaluation["models"].items()}

@@ -1,0 +1,170 @@
+"""Held-out losses against losses computed directly from the model's own logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shearing.evaluation.loss import DomainLoss, heldout_loss, macro_mean
+from shearing.models.masked import MaskedModel, Masks
+
+from .test_text_bytes import byte_level
+
+VOCAB = 320
+LENGTH = 8
+
+
+@dataclass
+class Rows:
+    """Held-out rows in memory, with the interface of a corpus."""
+
+    rows: dict[str, Tensor]
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.rows)
+
+    def heldout_batches(
+        self, domain: str, *, sequence_length: int, tokens: int, micro_batch_size: int
+    ) -> Iterator[Tensor]:
+        yield from self.rows[domain][: tokens // sequence_length].split(micro_batch_size)
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=0.5,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def corpus() -> Any:
+    generator = torch.Generator().manual_seed(1)
+    return Rows({name: torch.randint(300, (7, LENGTH + 1), generator=generator) for name in ("one", "two")})
+
+
+def measure(model: Any, corpus: Any, **changes: Any) -> dict[str, DomainLoss]:
+    settings = {
+        "tokens_per_domain": 5 * LENGTH,
+        "sequence_length": LENGTH,
+        "micro_batch_size": 2,
+        "precision": None,
+        "chunk_tokens": 3,
+    }
+    return heldout_loss(model, corpus, **{**settings, **changes})
+
+
+@torch.no_grad()
+def direct(model: LlamaForCausalLM, rows: Tensor) -> float:
+    logits = model.eval()(input_ids=rows[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def test_loss_and_perplexity_are_those_of_the_logits(model: LlamaForCausalLM, corpus: Any) -> None:
+    losses = measure(model, corpus)
+
+    assert list(losses) == ["one", "two"]
+    for domain, loss in losses.items():
+        expected = direct(model, corpus.rows[domain][:5])
+        assert loss.loss == pytest.approx(expected, rel=1e-5)
+        assert loss.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
+        assert loss.tokens == 5 * LENGTH
+        assert loss.bits_per_byte is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_mode_comes_back(model: LlamaForCausalLM, corpus: Any, training: bool) -> None:
+    model.train(training)
+    first = measure(model, corpus)
+
+    assert model.training is training
+    assert measure(model, corpus) == first
+
+
+def test_the_mode_comes_back_after_an_error(model: LlamaForCausalLM, corpus: Any) -> None:
+    model.train()
+    corpus.rows["two"] = torch.full((7, LENGTH + 1), VOCAB + 1)
+
+    with pytest.raises(IndexError):
+        measure(model, corpus)
+    assert model.training
+
+
+def test_micro_batches_and_chunks_do_not_change_the_result(model: LlamaForCausalLM, corpus: Any) -> None:
+    whole = measure(model, corpus, micro_batch_size=7, chunk_tokens=10_000)
+    pieces = measure(model, corpus, micro_batch_size=1, chunk_tokens=1)
+
+    for domain in whole:
+        assert pieces[domain].loss == pytest.approx(whole[domain].loss, rel=1e-6)
+
+
+def test_a_masked_model_is_measured_under_its_masks(model: LlamaForCausalLM, corpus: Any) -> None:
+    plain = measure(model, corpus)
+    masked = MaskedModel(model)
+
+    masked.set_masks(Masks(mlp=torch.tensor([1.0, 0.0])))
+    without_mlp = measure(masked, corpus)
+    masked.set_masks(None)
+
+    assert measure(masked, corpus)["one"].loss == pytest.approx(plain["one"].loss, rel=1e-6)
+    masked.release()
+    torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+    assert without_mlp["one"].loss == pytest.approx(direct(model, corpus.rows["one"][:5]), rel=1e-5)
+
+
+def test_bits_per_byte_of_multi_byte_text(model: LlamaForCausalLM) -> None:
+    tokenizer = byte_level()
+    end = tokenizer.eos_token_id
+    text = "日本語 naïve 👩‍🚀→→ plain"
+    tokens = [end, *tokenizer.encode(text), end]
+    corpus: Any = Rows({"text": torch.tensor([tokens])})
+
+    loss = measure(model, corpus, sequence_length=len(tokens) - 1, tokens_per_domain=999, tokenizer=tokenizer)["text"]
+
+    nats = direct(model, torch.tensor([tokens])) * (len(tokens) - 1)
+    assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_progress_counts_every_token(model: LlamaForCausalLM, corpus: Any) -> None:
+    seen: list[int] = []
+    losses = measure(model, corpus, progress=seen.append)
+
+    assert sum(seen) == sum(loss.tokens for loss in losses.values())
+    assert len(seen) == 6
+
+
+def test_autocast_changes_the_loss_only_slightly(model: LlamaForCausalLM, corpus: Any) -> None:
+    exact, rough = measure(model, corpus), measure(model, corpus, precision=torch.bfloat16)
+
+    assert rough["one"].loss != exact["one"].loss
+    assert rough["one"].loss == pytest.approx(exact["one"].loss, rel=1e-2)
+    assert measure(model, corpus, precision=torch.float32) == exact
+
+
+def test_a_model_that_diverged_has_a_loss_that_says_so(model: LlamaForCausalLM, corpus: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    assert math.isnan(measure(model, corpus)["one"].loss)
+
+
+def test_macro_mean_counts_each_domain_once() -> None:
+    mean = macro_mean({"a": DomainLoss(1.0, math.e, 0.5, 10), "b": DomainLoss(3.0, math.exp(3), 1.5, 1000)})
+
+    assert mean == DomainLoss(2.0, math.exp(2.0), 1.0, 1010)
+    assert macro_mean({"a": DomainLoss(1000.0, math.inf, None, 1)}) == DomainLoss(1000.0, math.inf, None, 1)

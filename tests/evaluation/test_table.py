@@ -1,0 +1,151 @@
+"""The comparison table and the sentence that sums it up."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from shearing.evaluation.table import comparison_table, format_parameters, format_tokens, verdict
+
+LOSSES = {
+    "source": ("source", "source", {"books": 3.0, "code": 2.0}),
+    "random": ("random", "cut", {"books": 15.0, "code": 14.0}),
+    "importance": ("importance", "cut", {"books": 8.0, "code": 5.5}),
+    "compact": ("learned masks", "cut", {"books": 5.0, "code": 6.0}),
+    "final": ("learned masks, pretrained", "pretrained", {"books": 4.0, "code": 3.0}),
+}
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    models = {}
+    for name, (label, group, losses) in LOSSES.items():
+        mean = sum(losses.values()) / len(losses)
+        size = 134_515_008 if name == "source" else 64_200_000
+        models[name] = {
+            "label": label,
+            "group": group,
+            "parameters": size,
+            "parameters_without_embeddings": size - 20_000_000,
+            "training_tokens": 409_600,
+            "domains": {domain: {"loss": loss} for domain, loss in losses.items()},
+            "mean": {"loss": mean, "perplexity": math.exp(mean), "bits_per_byte": mean / 3},
+            "speed": None,
+        }
+    settings = {"tokens_per_domain": 65_536, "sequence_length": 512, "precision": "float32"}
+    return {"settings": settings, "models": models}
+
+
+def speed(tokens_per_second: float, milliseconds: float) -> dict[str, Any]:
+    return {
+        "prefill_tokens_per_second": tokens_per_second,
+        "decode_milliseconds": milliseconds,
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 2,
+    }
+
+
+def row(evaluation: dict[str, Any], label: str) -> dict[str, Any]:
+    table = comparison_table(evaluation)
+    cells = next(cells for section in table.sections for name, cells in section.rows if name == label)
+    return dict(zip(table.models, cells, strict=True))
+
+
+def printed(evaluation: dict[str, Any], *, width: int = 100) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(comparison_table(evaluation).rich())
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def test_only_models_of_the_same_group_compete(evaluation: dict[str, Any]) -> None:
+    assert [name for name, cell in row(evaluation, "books").items() if cell.best] == ["learned masks"]
+    assert [name for name, cell in row(evaluation, "code").items() if cell.best] == ["importance"]
+    assert [name for name, cell in row(evaluation, "parameters").items() if cell.best] == []
+
+
+def test_equal_figures_are_both_best(evaluation: dict[str, Any]) -> None:
+    evaluation["models"]["random"]["domains"]["books"]["loss"] = 5.0
+
+    assert [name for name, cell in row(evaluation, "books").items() if cell.best] == ["random", "learned masks"]
+
+
+def test_the_printed_table_fits_100_columns_and_cuts_no_word(evaluation: dict[str, Any]) -> None:
+    magnitude = copy.deepcopy(evaluation["models"]["random"])
+    models = evaluation["models"]
+    evaluation["models"] = {"source": models.pop("source"), "magnitude": {**magnitude, "label": "magnitude"}, **models}
+    evaluation["models"]["source"]["speed"] = speed(512.3, 58.2)
+    evaluation["models"]["final"]["speed"] = speed(1080.0, 29.9)
+    lines = printed(evaluation)
+
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    assert not any("…" in line for line in lines)
+    assert any("★ 5.000" in line for line in lines)
+    assert any("1,080" in line for line in lines)
+
+
+def test_markdown_has_a_column_for_each_model_in_every_line(evaluation: dict[str, Any]) -> None:
+    evaluation["models"]["random"]["label"] = "a|b"
+    markdown = comparison_table(evaluation).markdown()
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {7}
+    assert "**5.000**" in markdown
+    assert markdown.rstrip().endswith("65,536 held-out tokens per domain, 512 tokens of context, float32.")
+
+
+def test_square_brackets_in_names_are_printed(evaluation: dict[str, Any]) -> None:
+    for model in evaluation["models"].values():
+        model["domains"]["[red]x"] = {"loss": 1.0}
+
+    assert any("[red]x" in line for line in printed(evaluation))
+
+
+def test_figures_that_are_not_finite_are_left_out(evaluation: dict[str, Any]) -> None:
+    diverged = evaluation["models"]["compact"]
+    diverged["domains"]["books"]["loss"] = None
+    diverged["mean"] = {"loss": None, "perplexity": None, "bits_per_byte": None}
+
+    assert row(evaluation, "books")["learned masks"].text == "–"
+    assert "lowest" not in verdict(evaluation)
+
+
+def test_verdict_counts_the_domains_won(evaluation: dict[str, Any]) -> None:
+    assert verdict(evaluation) == (
+        "Right after cutting, learned masks have the lowest loss of 3 ways to choose the same shape on 1 of 2 domains "
+        "(mean 5.50; importance: 6.75). At 64.2M of 134.5M parameters (2.1× smaller) the mean held-out loss is 3.50 "
+        "after continued pretraining, against 2.50 for the source."
+    )
+    evaluation["models"]["importance"]["domains"]["code"]["loss"] = 6.5
+    assert "on all 2 domains" in verdict(evaluation)
+
+
+def test_verdict_says_how_much_faster(evaluation: dict[str, Any]) -> None:
+    evaluation["models"]["source"]["speed"] = speed(500, 60.0)
+    evaluation["models"]["final"]["speed"] = speed(900, 30.0)
+
+    assert verdict(evaluation).endswith("and it writes a token 2.0× as fast.")
+
+
+def test_verdict_without_a_result_says_so(evaluation: dict[str, Any]) -> None:
+    evaluation["models"] = {"source": evaluation["models"]["source"]}
+
+    assert verdict(evaluation) == "Nothing has been compared yet."
+    assert comparison_table(evaluation).contest is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(134_515_008, "134.5M"), (1_300_000_000, "1.30B"), (12_345, "12.3K"), (7, "7")]
+)
+def test_parameter_counts(count: int, text: str) -> None:
+    assert format_parameters(count) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0"), (409_600, "409.6K"), (1_500_000, "1.5M"), (4e8, "400M")])
+def test_token_counts(count: float, text: str) -> None:
+    assert format_tokens(count) == text

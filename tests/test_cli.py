@@ -1,0 +1,293 @@
+"""The command line and the order of a run, on a tiny random model; every error is one message and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from shearing.cli import app
+from shearing.errors import ShearingError
+from shearing.recipe import load_recipe
+from shearing.run_directory import RunDirectory, read_json, write_json
+
+
+def shear(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def error_of(*arguments: str | Path) -> str:
+    result = shear(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    return result.stderr
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A recipe file whose run is complete, and what `shear run` said."""
+    from tests.conftest import tiny_recipe_data
+
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe_data(tiny_inputs, run_dir=folder / "run")))
+    return path, shear("run", path)
+
+
+def test_help_and_config_do_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from shearing.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'slow start'\n"
+    )
+    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    for arguments in (["--help"], ["config", "show", str(recipe)], ["run", str(recipe), "prune.lr=1"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_module_is_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "shearing", "run", "absent.yaml"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "RECIPE = 'absent.yaml'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_show_prints_the_resolved_recipe(tiny_recipe: Path, tmp_path: Path) -> None:
+    result = shear("config", "show", tiny_recipe, "seed=5")
+    assert result.exit_code == 0
+    (tmp_path / "shown.yaml").write_text(result.stdout)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe(tiny_recipe, overrides=["seed=5"])
+
+
+def test_config_schema_is_json() -> None:
+    assert json.loads(shear("config", "schema").stdout)["title"] == "Recipe"
+
+
+def test_config_check_sums_up_the_run(tiny_recipe: Path) -> None:
+    result = shear("config", "check", tiny_recipe)
+    assert result.exit_code == 0, result.output
+    source = 20 * 32 + 4 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32
+    assert f"{source:,}" in result.stdout
+    for word in ("letters", "digits", "prune", "pretrain", "disk", "192", "128"):
+        assert word in result.stdout
+    assert not load_recipe(tiny_recipe).run_dir.exists()
+
+
+def test_debug_shows_the_traceback(tiny_recipe: Path) -> None:
+    result = shear("--debug", "config", "show", tiny_recipe, "sed=1")
+    assert isinstance(result.exception, ShearingError)
+
+
+BUDGET = [
+    "target.num_hidden_layers=null",
+    "target.hidden_size=null",
+    "target.intermediate_size=null",
+    "target.num_attention_heads=null",
+    "target.num_key_value_heads=null",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["target.hidden_size=64"], "target.hidden_size = 64"),
+        (["target.num_attention_heads=3"], "target.num_attention_heads = 3"),
+        (["prune.granularities=[layers]"], "hidden among them"),
+        (["data.domains=[letters, digit]"], "digit"),
+        (["data.corpus=absent"], "absent"),
+        (["data.sequence_length=128", "evaluation.tokens_per_domain=128"], "128"),
+        (["mixture.initial_weights={letters: 1}"], "digits"),
+        (["mixture.reference={letters: 1}"], "digits"),
+        (["mixture.reference=absent.json"], "absent.json"),
+        (["model.source=absent"], "model.source = 'absent'"),
+        (["run_dir=/proc/run"], "run_dir = '/proc/run'"),
+        ([*BUDGET, "target.parameters=1B"], "fewer than the source's"),
+        ([*BUDGET, "target.parameters=10"], "a budget in between"),
+        ([*BUDGET, "target.parameters=20000"], "target.uniform = False"),
+        (["data.sequence_length=64"], "data.sequence_length = 64"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tiny_recipe: Path, overrides: list[str], expected: str) -> None:
+    if "data.sequence_length=64" in overrides:
+        overrides = [*overrides, "mixture.heldout_tokens=64"]
+        corpus = Path(load_recipe(tiny_recipe).data.corpus)
+        short = tiny_recipe.parent / "short"
+        shutil.copytree(corpus, short)
+        overrides.append(f"data.corpus={short}")
+        _shorten(short / "digits", tokens=40)
+    if "data.sequence_length=128" in overrides:
+        overrides = [*overrides, "mixture.heldout_tokens=128", "prune.calibration_tokens=128"]
+    assert expected in error_of("run", tiny_recipe, *overrides)
+    assert not load_recipe(tiny_recipe).run_dir.exists()
+
+
+def _shorten(domain: Path, *, tokens: int) -> None:
+    manifest = read_json(domain / "manifest.json")
+    manifest["heldout"]["tokens"] = tokens
+    write_json(domain / "manifest.json", manifest)
+    width = {"uint16": 2, "uint32": 4}[manifest["dtype"]]
+    os.truncate(domain / "heldout.bin", tokens * width)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(load_recipe(tiny_recipe).model.source, model)
+    tokenizer = read_json(model / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    write_json(model / "tokenizer.json", tokenizer)
+    assert "tokenize" in error_of("run", tiny_recipe, f"model.source={model}")
+
+
+def test_a_full_disk_is_foreseen(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 0))  # type: ignore[attr-defined]
+    assert "of free disk; there are 0.0 GB" in error_of("run", tiny_recipe)
+
+
+def test_an_absent_gpu_is_refused(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "training.device = 'cuda'" in error_of("run", tiny_recipe, "training.device=cuda")
+
+
+def test_a_damaged_recipe_of_the_run_is_refused(tiny_recipe: Path) -> None:
+    run = RunDirectory(load_recipe(tiny_recipe).run_dir)
+    run.path.mkdir()
+    run.recipe.write_text("name: [")
+    assert "valid YAML" in error_of("run", tiny_recipe)
+
+
+def test_a_stage_without_the_one_before_is_refused(tiny_recipe: Path) -> None:
+    assert "run `shear prune` or `shear run`" in error_of("compact", tiny_recipe)
+    assert "run `shear prune` or `shear run`" in error_of("pretrain", tiny_recipe)
+    assert not load_recipe(tiny_recipe).run_dir.exists()
+
+
+def test_report_of_no_run_is_refused(tmp_path: Path) -> None:
+    assert "a folder that holds a run" in error_of("report", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_makes_everything_it_promises(finished_run: tuple[Path, Result]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, result = finished_run
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe(path)
+    run = RunDirectory(recipe.run_dir)
+    assert load_recipe(run.recipe) == recipe
+    for file in (run.evaluation, run.report, run.metrics("prune"), run.metrics("pretrain")):
+        assert file.is_file()
+        assert file.stat().st_size > 0
+    for folder in (run.compact, run.model):
+        config = AutoModelForCausalLM.from_pretrained(folder).config
+        sizes = {name: getattr(config, name) for name in recipe.target.model_dump(exclude={"parameters", "uniform"})}
+        assert sizes == recipe.target.model_dump(exclude={"parameters", "uniform"})
+        assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"]
+    for shown in (run.model, run.report, run.evaluation):
+        assert str(shown) in result.stdout.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_not_run_again(finished_run: tuple[Path, Result]) -> None:
+    path, _ = finished_run
+    run = RunDirectory(load_recipe(path).run_dir)
+    weights = run.model / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    result = shear("run", path)
+    assert result.exit_code == 0, result.output
+    for stage in ("prune", "compact", "pretrain"):
+        assert f"{stage} is complete" in result.stdout
+    assert weights.stat().st_mtime_ns == before
+    assert shear("report", run.path).exit_code == 0
+    assert shear("report", path).exit_code == 0
+
+
+@pytest.mark.slow
+def test_another_recipe_in_the_same_folder_is_refused(finished_run: tuple[Path, Result]) -> None:
+    path, _ = finished_run
+    found = error_of("run", path, "prune.learning_rate=0.5", "pretrain.duration=5 steps")
+    assert "prune.learning_rate was 0.001 and is 0.5" in found
+    assert "pretrain.duration was '4 steps' and is '5 steps'" in found
+    assert "resume=never" in error_of("run", path, "resume=never")
+    # Keys that change nothing that was computed may differ.
+    assert shear("prune", path, "training.log_interval=2", "prune.keep_checkpoints=1", "name=other").exit_code == 0
+
+
+@pytest.mark.slow
+def test_settings_of_a_stage_may_change_until_it_begins(finished_run: tuple[Path, Result], tmp_path: Path) -> None:
+    path, _ = finished_run
+    copy = tmp_path / "run"
+    shutil.copytree(load_recipe(path).run_dir, copy)
+    for folder in ("pretrain", "model"):
+        shutil.rmtree(copy / folder)
+    result = shear("pretrain", path, f"run_dir={copy}", "pretrain.duration=2 steps")
+    assert result.exit_code == 0, result.output
+    assert load_recipe(RunDirectory(copy).recipe).pretrain.duration.steps == 2
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    holder = (
+        "import sys, time\nfrom shearing.run_directory import RunDirectory\n"
+        "with RunDirectory(sys.argv[1]).locked():\n    print('locked', flush=True)\n    time.sleep(60)\n"
+    )
+    run = RunDirectory(tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", holder, str(run.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ShearingError, match=f"wait for process {process.pid}"), run.locked():
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    # A killed process leaves its file but not its lock.
+    assert run.lock.exists()
+    with run.locked():
+        pass
+
+
+def test_json_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+    path.write_text("[1]")
+    with pytest.raises(ShearingError, match="a JSON object"):
+        read_json(path)
+
+
+def test_completion_marks(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert not run.is_complete("prune")
+    with pytest.raises(ShearingError, match="run `shear prune`"):
+        run.read_complete("prune")
+    run.mark_complete("prune", {"weights": {"a": 1.0}})
+    assert run.is_complete("prune")
+    assert run.read_complete("prune") == {"weights": {"a": 1.0}}
+
+
+def test_unwritable_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShearingError, match="is a file"):
+        RunDirectory(tmp_path / "file" / "run").require_writable()
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(ShearingError, match="no write permission"):
+            RunDirectory(tmp_path / "run").require_writable()

@@ -1,0 +1,221 @@
+"""Recipes: what they resolve to, and that every mistake is named with its place and its mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shearing.errors import CombinedShearingError, ShearingError
+from shearing.quantities import Duration
+from shearing.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.recipe_text import embed_reference, keys, reference
+
+DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(*overrides: str, path: Path = DEMO) -> str:
+    with pytest.raises(ShearingError) as raised:
+        load_recipe(path, overrides=overrides)
+    return str(raised.value)
+
+
+def test_overrides_come_after_the_file_and_are_read_as_yaml() -> None:
+    recipe = load_recipe(
+        DEMO,
+        overrides=[
+            "prune.learning_rate=1e-5",
+            "prune.duration=0.1B tokens",
+            "data.domains=[books, code]",
+            "mixture.initial_weights.books=0.25",
+            "mixture.initial_weights.code=0.75",
+            "target.intermediate_size=null",
+            "seed=1",
+            "seed=2",
+        ],
+    )
+    assert recipe.prune.learning_rate == 1e-5
+    assert recipe.prune.duration == Duration(tokens=100_000_000)
+    assert recipe.mixture.initial_weights == {"books": 0.25, "code": 0.75}
+    assert recipe.target.intermediate_size is None
+    assert recipe.seed == 2
+
+
+def test_resolved_yaml_loads_to_the_same_recipe_and_documents_every_key(tmp_path: Path) -> None:
+    recipe = load_recipe(DEMO, overrides=["mixture.reference=losses.json", "prune.warmup=7 steps"])
+    text = recipe.to_yaml()
+    assert load_recipe(write(tmp_path, text)) == recipe
+    lines = text.splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        assert line.strip().startswith("#") or not line or above.strip().startswith("#"), line
+
+
+def test_flat_names_every_key_once() -> None:
+    flat = load_recipe(DEMO).flat()
+    assert flat["prune.betas"] == [0.9, 0.95]
+    assert list(flat) == [name for name, _ in keys(Recipe)]
+
+
+def test_every_key_is_described() -> None:
+    assert [name for name, field in keys(Recipe) if not field.description] == []
+
+
+def test_reference_lists_every_key_and_is_put_between_the_marks() -> None:
+    text = reference(Recipe)
+    assert [name for name, _ in keys(Recipe) if f"`{name.rpartition('.')[2]}`" not in text] == []
+    document = "before <!-- keys: begin (make docs) --> old <!-- keys: end --> after"
+    embedded = embed_reference(document, model=Recipe)
+    assert embedded.startswith("before ")
+    assert embedded.endswith(" after")
+    assert " old " not in embedded
+    with pytest.raises(ValueError, match="keys: begin"):
+        embed_reference("no marks", model=Recipe)
+
+
+def test_json_schema_covers_every_section() -> None:
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+
+
+def test_steps_and_tokens_of_a_stage() -> None:
+    recipe = load_recipe(DEMO, overrides=["prune.batch_size=2048 tokens", "prune.duration=5000 tokens"])
+    assert tokens_per_step(recipe.prune, data=recipe.data) == 2048
+    assert total_steps(recipe.prune, data=recipe.data) == 3
+
+
+def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: Path) -> None:
+    text = DEMO.read_text().replace("  mask_learning_rate:", "  mask_learnin_rate:")
+    path = write(tmp_path, text)
+    line = text.splitlines().index(next(line for line in text.splitlines() if "mask_learnin_rate" in line)) + 1
+    found = message(path=path)
+    assert f"{path}:{line}: prune.mask_learnin_rate" in found
+    assert "did you mean prune.mask_learning_rate?" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prune.lerning_rate=1", "did you mean prune.learning_rate?"),
+        ("modle.source=x", "did you mean model?"),
+        ("learning_rate=1", "did you mean prune.learning_rate?"),
+        ("prune.target.hidden_size=1", "prune.target = {'hidden_size': 1}"),
+        ("prune.granularities=[layer]", "did you mean layers?"),
+        ("mixture.update=papr", "did you mean paper?"),
+        ("seed=x", "seed = 'x'"),
+        ("seed=1.5", "a valid integer"),
+        ("target.num_hidden_layers=true", "no true or false"),
+        ("training.compile=3", "a valid boolean"),
+        ("prune.duration=3 epochs", "'3 epochs' is no duration"),
+        ("prune=5", "Mask learning"),
+        ("prune.learning_rate=.inf", "a finite number"),
+        ("prune.learning_rate=0", "greater than 0"),
+        ("prune.betas=[0.9, 1.0]", "prune.betas.1 = 1.0"),
+        ("mixture.initial_weights={books: x}", "mixture.initial_weights"),
+        ("mixture.initial_weights.books=0", "a positive number for each domain"),
+        ("data.domains=[]", "at least one domain"),
+        ("data.domains=[books, books]", "each once"),
+        ("prune.granularities=[hidden, hidden]", "each once"),
+        ("prune.granularities=[]", "at least one granularity"),
+        ("prune.granularities=[layers, sublayers]", "remove one of the two"),
+        ("target.parameters=64M", "either a budget or sizes by name"),
+        ("target.uniform=true", "true only with target.parameters"),
+        ("prune.batch_size=1000 tokens", "'768 tokens' or '1024 tokens'"),
+        ("prune.micro_batch_size=3", "a divisor of the batch of 4 sequences"),
+        ("prune.duration=20%", "in steps or tokens"),
+        ("prune.duration=0", "at least one step"),
+        ("prune.warmup=101 steps", "at most the stage's 100 steps"),
+        ("prune.sparsity_warmup=81 steps", "together with prune.freeze = 20%"),
+        ("pretrain.checkpoint_interval=0", "more than 0"),
+        ("mixture.pretrain_interval=0%", "more than 0"),
+        ("evaluation.tokens_per_domain=100", "at least one sequence: 256 tokens"),
+        ("prune.learning_rate", "key=value"),
+        ("prune..x=1", "key=value"),
+        ("data.domains=[a", "a YAML value"),
+    ],
+)
+def test_one_mistake_in_an_override(override: str, expected: str) -> None:
+    found = message(override)
+    assert expected in found
+    assert override.split("=")[0].rstrip(".x") in found
+    assert "to mend: " in found
+
+
+def test_target_must_say_something() -> None:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    assert "parameters, or at least one of" in message(*(f"target.{name}=null" for name in names))
+
+
+def test_weights_must_be_of_the_chosen_domains_and_a_reference_may_know_more() -> None:
+    found = message("data.domains=[books, code]", "mixture.initial_weights={books: 1, coed: 1}")
+    assert "add code; remove coed (did you mean code?)" in found
+    recipe = load_recipe(DEMO, overrides=["data.domains=[books]", "mixture.reference={books: 1, code: 1}"])
+    assert recipe.mixture.reference == {"books": 1.0, "code": 1.0}
+    assert "add code" in message("data.domains=[books, code]", "mixture.reference={books: 1}")
+
+
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path, DEMO.read_text().replace("seed: 0", "sede: 0"))
+    with pytest.raises(CombinedShearingError) as raised:
+        load_recipe(path, overrides=["prune.betas=[1, 2]", "target.hidden_size=none"])
+    assert [error.field for error in raised.value.errors] == [
+        "target.hidden_size",
+        "prune.betas.0",
+        "prune.betas.1",
+        "sede",
+    ]
+    assert "override prune.betas=[1, 2]: prune.betas.0 = 1" in str(raised.value)
+    assert f"{path}:6: sede = 0" in str(raised.value)
+
+
+def test_all_contradictions_are_reported_together() -> None:
+    found = message("prune.micro_batch_size=3", "target.uniform=true")
+    assert "override prune.micro_batch_size=3: prune.micro_batch_size" in found
+    assert "override target.uniform=true: target.uniform" in found
+
+
+def test_missing_keys_are_named_with_their_section(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: x\nrun_dir: y\nmodel: {}\n")
+    found = message(path=path)
+    assert f"{path}:3: model.source = 'missing'" in found
+    assert "add it: Folder or hub name" in found
+    for section in ("data", "target", "prune", "pretrain"):
+        assert f"{path}: {section} = 'missing'" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "a YAML mapping"),
+        ("- a\n- b\n", "a YAML mapping"),
+        ("name: [1\nseed: 2\n", "valid YAML"),
+        ("name: x\nseed: 1\nseed: 2\n", "remove one of lines 2 and 3"),
+        ("name: x\nprune:\n  freeze: 1\n  freeze: 2\n", "prune.freeze = 'written twice'"),
+        ("name: \t{x\n", "valid YAML"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in message(path=write(tmp_path, text))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    assert "No such file" in message(path=tmp_path / "absent.yaml")
+    assert "a readable YAML file" in message(path=tmp_path)
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "no UTF-8 text" in message(path=path)
+
+
+def test_yaml_anchors_work(tmp_path: Path) -> None:
+    data = yaml.safe_load(DEMO.read_text())
+    stage = data.pop("pretrain")
+    text = yaml.safe_dump(data) + "pretrain:\n  <<: &base {batch_size: 4 sequences}\n  duration: 7 steps\n"
+    assert stage
+    assert load_recipe(write(tmp_path, text)).pretrain.duration == Duration(steps=7)

@@ -1,0 +1,193 @@
+"""What the repository says about itself is true: recipes load, README commands run, versions and documents agree."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+import shearing
+from shearing.cli import app
+from shearing.recipe import Recipe, load_recipe
+from shearing.recipe_text import embed_reference
+from shearing.run_directory import RunDirectory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control, or about to be."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_resolves_to_itself(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_key_of_a_recipe_has_a_comment(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        is_value = re.match(r" *[a-z_]+:\s+\S", line)
+        assert not is_value or "  # " in line or above.strip().startswith("#"), line
+
+
+def test_paper_recipes_have_the_papers_figures() -> None:
+    for name, parameters in (("1.3b", 1_345_423_360), ("2.7b", 2_701_560_320)):
+        recipe = load_recipe(ROOT / "recipes" / f"sheared-llama-{name}.yaml")
+        sizes = recipe.target
+        d, m, layers = sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers
+        assert d
+        assert m
+        assert layers
+        assert sizes.num_attention_heads == d // 128
+        assert layers * (4 * d * d + 3 * d * m + 2 * d) + d + 2 * 32_000 * d == parameters
+        assert isinstance(recipe.mixture.initial_weights, dict)
+        assert sum(recipe.mixture.initial_weights.values()) == pytest.approx(1.0)
+        assert recipe.data.domains == list(recipe.mixture.initial_weights)
+
+
+def test_constraints_pin_what_the_project_asks_for() -> None:
+    pins: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            assert str(pin.specifier).startswith("=="), line
+            assert "+" not in str(pin.specifier), f"a local build is not to be had elsewhere: {line}"
+            pins.setdefault(canonicalize_name(pin.name), []).append(pin)
+    wanted = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in map(Requirement, itertools.chain(*wanted)):
+        found = pins.get(canonicalize_name(requirement.name))
+        assert found, f"{requirement.name} is not pinned"
+        for pin in found:
+            version = str(pin.specifier).removeprefix("==")
+            assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
+
+
+def test_versions_agree() -> None:
+    assert PROJECT["version"] == shearing.__version__
+    assert (
+        f"[{shearing.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+        or "[Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+    )
+
+
+def test_public_names_exist() -> None:
+    for name in shearing.__all__:
+        assert getattr(shearing, name).__doc__
+    with pytest.raises(AttributeError):
+        _ = shearing.absent
+
+
+def test_recipe_documentation_is_current() -> None:
+    document = (ROOT / "docs" / "recipe.md").read_text()
+    assert embed_reference(document, model=Recipe) == document, "run `make docs`"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [command for block in blocks for command in block.splitlines() if command]
+
+
+@pytest.mark.parametrize("command", [each for each in readme_commands() if each.startswith("shear ")])
+def test_commands_of_the_readme(command: str, tiny_inputs: Path, tmp_path: Path) -> None:
+    _, *arguments = shlex.split(command, comments=True)
+    # The same command on a tiny model; only what exists after `make demo` is replaced.
+    replaced = [
+        f"model.source={tiny_inputs / 'model'}",
+        f"data.corpus={tiny_inputs / 'corpus'}",
+        *("target.hidden_size=16", "target.num_hidden_layers=2", "target.intermediate_size=24"),
+        *("target.num_attention_heads=2", "target.num_key_value_heads=2", "data.sequence_length=16"),
+        "mixture.heldout_tokens=32",
+    ]
+    if arguments[0] == "run":
+        arguments = ["config", "check", *arguments[1:]]
+    result = CliRunner().invoke(app, [*arguments, *replaced, f"run_dir={tmp_path}"])
+    assert result.exit_code == 0, result.output
+
+
+def test_python_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    seen: list[Recipe] = []
+
+    def run(recipe: Recipe) -> RunDirectory:
+        seen.append(recipe)
+        return RunDirectory(recipe.run_dir)
+
+    monkeypatch.setattr(shearing, "run", run, raising=False)
+    monkeypatch.chdir(ROOT)
+    exec(compile(block, "README.md", "exec"), {})
+    assert seen[0].run_dir == Path("runs/mine")
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [each.split()[1] for each in readme_commands() if each.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["prune"], ["compact"], ["pretrain"], ["eval"], ["config", "check"]])
+def test_help(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_hooks_run_what_make_lint_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    for hook in hooks:
+        command = hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude")
+        assert f"$(BIN)/{command}" in makefile
+
+
+def test_nothing_is_left_unfinished() -> None:
+    unfinished = re.compile("|".join(["NotImplemented" + "Error", r"\bTO" + "DO", r"\bFIX" + "ME", r"\bXX" + r"X\b"]))
+    for path in tracked_files():
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".j2"} or path.name in {"Makefile", "run"}:
+            found = unfinished.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{path}: {found}"
+
+
+def test_no_large_files() -> None:
+    for path in tracked_files():
+        assert path.stat().st_size < 1_000_000, f"{path} does not belong in the repository"

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from shearing.errors import ShearingError
+from shearing.training.checkpoint import (
+    Checkpoints,
+    random_states,
+    read_state,
+    set_random_states,
+    write_state,
+)
+
+
+def _write(value: int) -> Any:
+    def write(folder: Path) -> None:
+        write_state(folder, "state", {"value": value, "tensor": torch.full((3,), float(value))})
+        (folder / "engine").mkdir()
+        (folder / "engine" / "weights").write_bytes(bytes([value % 256]) * 1000)
+
+    return write
+
+
+def _value(folder: Path | None) -> int:
+    assert folder is not None
+    return int(read_state(folder, "state")["value"])
+
+
+def test_newest_is_the_last_saved_and_old_ones_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.newest() is None
+    for step in (1, 2, 12):
+        checkpoints.save(step=step, write=_write(step))
+    assert _value(checkpoints.newest()) == 12
+    assert (tmp_path / "latest").read_text().strip() == "step-00000012"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000012"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_damage_falls_back_with_a_warning(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(step=1, write=_write(1))
+    newest = checkpoints.save(step=2, write=_write(2))
+    victim = newest / "engine" / "weights"
+    if damage == "flip":
+        data = bytearray(victim.read_bytes())
+        data[500] ^= 1
+        victim.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(victim, 10)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert _value(checkpoints.newest()) == 1
+    assert "step-00000002 is damaged" in caplog.text
+    checkpoints.save(step=2, write=_write(22))
+    assert _value(checkpoints.newest()) == 22
+
+
+def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep=1).save(step=1, write=_write(1))
+    for name in (".writing-step-00000002", ".removing-step-00000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    (tmp_path / ".latest.abc").write_text("x")
+    assert _value(Checkpoints(tmp_path, keep=1).newest()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_keeps_what_was_there(tmp_path: Path, error: Exception) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(step=1, write=_write(1))
+
+    def write(folder: Path) -> None:
+        (folder / "part").write_text("x")
+        raise error
+
+    with pytest.raises(ShearingError, match="free space"):
+        checkpoints.save(step=2, write=write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert _value(checkpoints.newest()) == 1
+
+
+def test_states_come_back_exactly(tmp_path: Path) -> None:
+    flat = torch.randn(6)
+    state = {
+        "none": None,
+        "float": 0.1 + 0.2,
+        "flags": [True, 3, "x"],
+        "tuple": (1, (2.5,)),
+        "optimizer": {0: {"exp_avg": flat[:3], "step": torch.tensor(4.0)}, 1: {}},
+        "empty": [],
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "integers": torch.tensor([2**62]),
+    }
+    write_state(tmp_path, "state", state)
+    loaded = read_state(tmp_path, "state")
+    assert str(loaded) == str(state)
+    assert torch.equal(loaded["optimizer"][0]["exp_avg"], flat[:3])
+    with pytest.raises(TypeError, match="/thing"):
+        write_state(tmp_path, "state", {"thing": object()})
+
+
+def test_random_states_round_trip(tmp_path: Path) -> None:
+    write_state(tmp_path, "random", random_states())
+    drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    set_random_states(read_state(tmp_path, "random"))
+    assert [random.random(), float(np.random.rand()), float(torch.rand(()))] == drawn

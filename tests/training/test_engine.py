@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shearing.errors import ShearingError
+from shearing.recipe import TrainingRecipe
+from shearing.training.engine import Optimization, TorchEngine, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def _optimization(**changes: object) -> Optimization:
+    settings: dict[str, object] = {
+        "learning_rate": 0.01,
+        "total_steps": 10,
+        "warmup_steps": 2,
+        "final_learning_rate": 0.1,
+        "betas": (0.9, 0.95),
+        "epsilon": 1e-8,
+        "weight_decay": 0.1,
+        "gradient_clipping": 1.0,
+    }
+    return Optimization(**(settings | changes))  # type: ignore[arg-type]
+
+
+def _engine(model: nn.Module, optimization: Optimization | None = None) -> TorchEngine:
+    engine = TorchEngine(optimization or _optimization(), device=CPU, precision=torch.float32)
+    engine.prepare(model)
+    return engine
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
+    optimization = _optimization(learning_rate=1.0, total_steps=12, warmup_steps=4)
+    rates = [optimization.learning_rate_at(step) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert rates[12] == pytest.approx(0.1)
+    assert _optimization(warmup_steps=0).learning_rate_at(0) == 0.01
+
+
+def test_steps_equal_plain_adamw_with_clipping() -> None:
+    model = _model()
+    reference = copy.deepcopy(model)
+    optimization = _optimization()
+    engine = _engine(model, optimization)
+    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    biases = [p for p in reference.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for step in range(6):
+        inputs = torch.randn(5, 4)
+        for half in inputs.split([3, 2]):
+            engine.backward(model(half).square().sum())
+        skipped = engine.step(step=step)
+        reference(inputs).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = optimization.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not skipped
+        torch.testing.assert_close(engine.grad_norm(), norm)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_step_changes_nothing_and_is_reported(bad: float, tmp_path: Path) -> None:
+    model = _model()
+    engine = _engine(model)
+    inputs = torch.randn(5, 4)
+    engine.backward(model(inputs).square().sum())
+    assert not engine.step(step=0)
+    engine.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    engine.backward(model(inputs).square().sum() * bad)
+    assert engine.step(step=1)
+    engine.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    engine.backward(model(inputs).square().sum())
+    assert not engine.step(step=2)
+
+
+def test_loaded_engine_continues_bit_for_bit(tmp_path: Path) -> None:
+    batches = [torch.randn(5, 4) for _ in range(6)]
+
+    def train(model: nn.Module, engine: TorchEngine, steps: range) -> None:
+        for step in steps:
+            engine.backward(model(batches[step]).square().sum())
+            engine.step(step=step)
+
+    model = _model()
+    engine = _engine(model)
+    train(model, engine, range(3))
+    engine.save(tmp_path)
+    train(model, engine, range(3, 6))
+
+    resumed = _model()
+    resumed_engine = _engine(resumed)
+    resumed_engine.load(tmp_path)
+    train(resumed, resumed_engine, range(3, 6))
+    for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _engine(_model()).save(tmp_path)
+    other = _engine(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)))
+    with pytest.raises(ShearingError, match=r"0\.bias"):
+        other.load(tmp_path)
+
+
+def test_bf16_autocast_leaves_weights_in_fp32() -> None:
+    model = _model()
+    engine = TorchEngine(_optimization(), device=CPU, precision=torch.bfloat16)
+    engine.prepare(model)
+    with engine.autocast():
+        output = model(torch.randn(2, 4))
+    assert output.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert resolve_precision(TrainingRecipe(), device=CPU) == torch.float32
+    assert resolve_precision(TrainingRecipe(precision="bf16"), device=CPU) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert resolve_precision(TrainingRecipe(), device=CPU) == torch.bfloat16
+    assert resolve_precision(TrainingRecipe(precision="fp32"), device=CPU) == torch.float32
+
+
+def test_absent_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ShearingError, match="device"):
+        resolve_device(TrainingRecipe(device="cuda"))
+    assert resolve_device(TrainingRecipe()) == CPU

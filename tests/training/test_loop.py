@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shearing.errors import ShearingError
+from shearing.recipe import Recipe
+from shearing.stages.prune import prune
+from shearing.training import checkpoint, loop
+from shearing.training.metrics import TIMING_FIELDS
+from shearing.training.objectives import LanguageModelLoss
+from tests.conftest import tiny_recipe_data
+
+FROZEN = {"sparsity_warmup": "0%", "freeze": "100%"}
+
+
+def _recipe(inputs: Path, run_dir: Path, *, prune: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    data = tiny_recipe_data(inputs, run_dir=run_dir)
+    data["prune"] |= {"batch_size": "4 sequences", **(prune or {})}
+    for name, values in sections.items():
+        data[name] = {**data[name], **values}
+    return Recipe.model_validate(data)
+
+
+def _prune(recipe: Recipe) -> str:
+    output = io.StringIO()
+    prune(recipe, console=Console(file=output, width=200))
+    return output.getvalue()
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "prune" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
+
+
+def _weights(run_dir: Path) -> dict[str, Tensor]:
+    return load_file(run_dir / "prune" / "model.safetensors")
+
+
+def _assert_close(first: Path, second: Path, *, tolerance: float) -> None:
+    for ours, theirs in zip(_lines(first), _lines(second), strict=True):
+        if "event" not in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance)
+    for name, weight in _weights(first).items():
+        torch.testing.assert_close(weight, _weights(second)[name], rtol=tolerance, atol=tolerance)
+
+
+def test_micro_batches_do_not_change_the_trajectory(tiny_inputs: Path, tmp_path: Path) -> None:
+    for size in (1, 4):
+        # Frozen masks: the noise of learned ones depends on the micro-batch. A large epsilon: with the usual one
+        # AdamW turns the sign of gradients near zero, which is rounding, into whole steps.
+        settings = {"micro_batch_size": size, "epsilon": 1e-3, **FROZEN}
+        _prune(_recipe(tiny_inputs, tmp_path / str(size), prune=settings))
+    _assert_close(tmp_path / "1", tmp_path / "4", tolerance=1e-5)
+
+
+def test_activation_checkpointing_does_not_change_the_trajectory(tiny_inputs: Path, tmp_path: Path) -> None:
+    for on in (False, True):
+        _prune(_recipe(tiny_inputs, tmp_path / str(on), training={"activation_checkpointing": on}))
+    assert _lines(tmp_path / "False") == _lines(tmp_path / "True")
+    for name, weight in _weights(tmp_path / "False").items():
+        assert torch.equal(weight, _weights(tmp_path / "True")[name])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_layers_stay_close(tiny_inputs: Path, tmp_path: Path) -> None:
+    for on in (False, True):
+        _prune(_recipe(tiny_inputs, tmp_path / str(on), prune={"epsilon": 1e-3}, training={"compile": on}))
+    _assert_close(tmp_path / "False", tmp_path / "True", tolerance=1e-4)
+
+
+def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(tiny_inputs: Path, tmp_path: Path) -> None:
+    for interval in (1, 4):
+        output = _prune(_recipe(tiny_inputs, tmp_path / str(interval), training={"log_interval": interval}))
+        assert "prune complete" in output
+    lines = _lines(tmp_path / "1")
+    assert lines == _lines(tmp_path / "4")
+    assert [(line["step"], line.get("event")) for line in lines] == [
+        (1, None),
+        (2, None),
+        (3, None),
+        (3, "mixture"),
+        (4, None),
+        (5, None),
+        (6, None),
+    ]
+    step, update = lines[0], lines[3]
+    assert step["tokens"] == 4 * 16
+    assert step["loss"] == pytest.approx(math.log(18), rel=0.2)
+    assert set(step["weights"]) == set(update["losses"]) == set(update["reference"]) == {"letters", "digits"}
+    assert set(step["expected"]) == set(step["target"]) == set(step["violation"]) == set(step["lambda_1"])
+    # Announced after step 3, in force two steps later: what the prefetcher had not dealt yet.
+    assert update["first_sample"] == (3 + loop.PREFETCHED_STEPS) * 4
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, *, bad: Callable[[int], bool]) -> None:
+    """The loss of calls for which `bad` holds becomes NaN."""
+    forward = LanguageModelLoss.forward
+    calls = -1
+
+    def poisoned(self: nn.Module, tokens_BT: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = forward(self, tokens_BT)  # type: ignore[arg-type]
+        return loss * math.nan if bad(calls) else loss
+
+    monkeypatch.setattr(LanguageModelLoss, "forward", poisoned)
+
+
+def test_non_finite_steps_are_skipped_and_counted(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, bad=lambda call: call in (4, 5))  # step 3 (both micro-batches)
+    _prune(_recipe(tiny_inputs, tmp_path / "run"))
+    lines = [line for line in _lines(tmp_path / "run") if "event" not in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert lines[2]["loss"] is None
+    assert all(line["loss"] is not None for index, line in enumerate(lines) if index != 2)
+    # Neither weights nor masks moved in the skipped step.
+    assert lines[2]["expected"] == lines[1]["expected"] != lines[3]["expected"]
+    assert all(bool(weight.isfinite().all()) for weight in _weights(tmp_path / "run").values())
+
+
+def test_many_non_finite_steps_stop_the_run_with_a_checkpoint(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tiny_inputs, tmp_path / "run", training={"max_skipped_steps": 2})
+    with monkeypatch.context() as patch:
+        _poison(patch, bad=lambda call: call >= 4)
+        with pytest.raises(ShearingError, match="max_skipped_steps"):
+            _prune(recipe)
+    kept = tmp_path / "run" / "prune" / "checkpoints" / "step-00000004"
+    assert all(bool(weight.isfinite().all()) for weight in load_file(kept / "weights.safetensors").values())
+    assert "continuing prune from step 4" in _prune(recipe)
+    assert [line["skipped"] for line in _lines(tmp_path / "run") if "event" not in line] == [0, 0, 1, 2, 2, 2]
+
+
+def test_full_disk_is_a_clear_error_and_the_run_continues_later(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
+    save_file, saves = checkpoint.save_file, 0
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        nonlocal saves
+        saves += "weights" in str(arguments[1])
+        if saves > 1:
+            raise OSError(28, "No space left on device")
+        save_file(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(ShearingError, match="free space"):
+            _prune(recipe)
+    checkpoints = tmp_path / "run" / "prune" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002"]
+    _prune(recipe)
+    _prune(_recipe(tiny_inputs, tmp_path / "whole", prune={"checkpoint_interval": "2 steps"}))
+    assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")
+
+
+def test_signal_stops_after_the_step(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe(tiny_inputs, tmp_path / "run")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        _poison(patch, bad=lambda call: call == 3 and os.kill(os.getpid(), signal.SIGUSR1) is not None)
+        with pytest.raises(loop.Interrupted) as error:
+            _prune(recipe)
+    assert error.value.code == loop.INTERRUPTED_EXIT_CODE
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+    assert (tmp_path / "run" / "prune" / "checkpoints" / "step-00000002").is_dir()
+    _prune(recipe)
+    _prune(_recipe(tiny_inputs, tmp_path / "whole"))
+    assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_seed_is_refused(tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_inputs, tmp_path / "run")
+    _prune(recipe)
+    with pytest.raises(ShearingError, match="seed"):
+        _prune(recipe.model_copy(update={"seed": 1}))
