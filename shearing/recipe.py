@@ -124,7 +124,9 @@ class PruneRecipe(StageRecipe):
     initial_masks: Literal["open", "importance"] = Field(
         "importance", description="open: every unit alive (paper); importance: graded by activation importance."
     )
-    warm_start_scale: Positive = Field(3.0, description="Largest |log_alpha| of the importance warm start.")
+    warm_start_scale: Positive = Field(
+        10.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
+    )
     calibration_tokens: int = Field(65_536, ge=2, description="Tokens read to measure activation importance.")
     freeze: Duration = Field(
         Duration(fraction=0.2), description="Last stretch in which masks are fixed at the exact target shape."

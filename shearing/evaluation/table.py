@@ -139,12 +139,11 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
         ),
         Section(
             "all domains",
-            [
-                row("perplexity", mean("perplexity"), _format_perplexity),
-                row("bits per byte", mean("bits_per_byte"), "{:.3f}".format),
-            ],
+            [row("perplexity", mean("perplexity"), _format_perplexity)],
         ),
     ]
+    if any(model["mean"]["bits_per_byte"] is not None for model in models):
+        sections[-1].rows.append(row("bits per byte", mean("bits_per_byte"), "{:.3f}".format))
     if any(model.get("speed") for model in models):
         sections.append(
             Section(
@@ -219,10 +218,19 @@ def _against_rivals(cut: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> st
         for domain in domains
     )
     next_best = min(rivals, key=lambda model: model["mean"]["loss"])
-    where = f"on all {len(domains)} domains" if won == len(domains) > 1 else f"on {won} of {len(domains)} domains"
+    count = f"all {won}" if won == len(domains) > 1 else f"{won or 'none'} of {'the ' if not won else ''}{len(domains)}"
+    where = f"on {count} domains"
+    # Mask learning trains the weights too; baselines are usually cut from the source as it is.
+    trained = {model["training_tokens"] for model in rivals}
+    head_start = (
+        f" (trained on {format_tokens(cut['training_tokens'])} tokens, the others on "
+        f"{format_tokens(max(trained)) if max(trained) else 'none'})"
+        if trained != {cut["training_tokens"]}
+        else ""
+    )
     return (
-        f"Right after cutting, learned masks have the lowest loss of {len(rivals) + 1} ways to choose the same shape "
-        f"{where} (mean {cut['mean']['loss']:.2f}; {next_best['label']}: {next_best['mean']['loss']:.2f})."
+        f"Right after cutting, learned masks{head_start} have the lowest loss of {len(rivals) + 1} ways to choose the "
+        f"same shape {where} (mean {cut['mean']['loss']:.2f}; {next_best['label']}: {next_best['mean']['loss']:.2f})."
     )
 
 
@@ -246,7 +254,7 @@ def _note(evaluation: Evaluation) -> str:
     timed = next((model["speed"] for model in evaluation["models"].values() if model.get("speed")), None)
     if timed:
         note += f"; speed on {timed['device']}, {timed['dtype']}"
-        note += f", {timed['threads']} threads" if timed["device"] == "cpu" else ""
+        note += f", {timed['threads']} thread{'s' * (timed['threads'] != 1)}" if timed["device"] == "cpu" else ""
     return note + "."
 
 

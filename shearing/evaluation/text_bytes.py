@@ -81,9 +81,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> Token
         or (decoder["type"] == "Metaspace" and decoder.get("prepend_scheme", "always") != "never")
         for decoder in decoders
     )
-    length_V = torch.zeros(vocab_size, dtype=torch.int64)
-    first_V = torch.zeros(vocab_size, dtype=torch.int64)
-    special_V = torch.zeros(vocab_size, dtype=torch.bool)
+    # Filled as lists: setting elements of a tensor one by one takes seconds for a large vocabulary.
+    lengths, firsts, special = [0] * vocab_size, [0] * vocab_size, [False] * vocab_size
     for token, index in backend.get_vocab(with_added_tokens=False).items():
         if index >= vocab_size:
             continue
@@ -93,14 +92,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> Token
             length = 1
         else:
             length = len(token.replace("▁", " ").encode())
-        length_V[index] = length
-        first_V[index] = length - (strips_space and token.startswith("▁"))
+        lengths[index] = length
+        firsts[index] = length - (strips_space and token.startswith("▁"))
     for added in description.get("added_tokens", []):
         index = added["id"]
         if index < vocab_size:
-            length_V[index] = first_V[index] = 0 if added["special"] else len(added["content"].encode())
-            special_V[index] = added["special"]
-    return TokenBytes(length_V, first_V, special_V)
+            lengths[index] = firsts[index] = 0 if added["special"] else len(added["content"].encode())
+            special[index] = added["special"]
+    return TokenBytes(torch.tensor(lengths), torch.tensor(firsts), torch.tensor(special))
 
 
 def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

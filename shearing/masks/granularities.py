@@ -47,6 +47,20 @@ class Granularity:
         return self.size[-1]
 
 
+def unit_sizes(source: Shape) -> dict[str, tuple[int, ...]]:
+    """Granularity -> the shape of its `log_alpha`, its scores and its masks."""
+    L, K, G = source.num_hidden_layers, source.num_key_value_heads, source.query_heads_per_group
+    return {
+        "layers": (L,),
+        "attention": (L,),
+        "mlp": (L,),
+        "kv_groups": (L, K),
+        "query_heads": (L, K, G),
+        "intermediate": (L, source.intermediate_size),
+        "hidden": (source.hidden_size,),
+    }
+
+
 def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | None) -> tuple[Granularity, ...]:
     """The granularities that have something to prune.
 
@@ -58,16 +72,7 @@ def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | Non
     Raises:
         ShearingError: a size has to shrink and no granularity that is named can shrink it.
     """
-    L, K, G = source.num_hidden_layers, source.num_key_value_heads, source.query_heads_per_group
-    sizes: dict[str, tuple[int, ...]] = {
-        "layers": (L,),
-        "attention": (L,),
-        "mlp": (L,),
-        "kv_groups": (L, K),
-        "query_heads": (L, K, G),
-        "intermediate": (L, source.intermediate_size),
-        "hidden": (source.hidden_size,),
-    }
+    sizes = unit_sizes(source)
     expanded = [part for name in names for part in (("attention", "mlp") if name == "sublayers" else (name,))]
     if target is None:
         return tuple(Granularity(name, sizes[name], None) for name in expanded if sizes[name][-1] > 1)

@@ -1,4 +1,4 @@
-"""How much each unit matters before anything is learned: activation importance, weight magnitude, chance.
+"""How much each unit matters before anything is learned: activations, magnitude, chance.
 
 They warm-start the masks and serve as baselines of the same shape.
 
@@ -7,7 +7,7 @@ Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shearing.masks.granularities import as_masks, granularities_of
+from shearing.masks.granularities import as_masks, granularities_of, unit_sizes
 from shearing.masks.rounding import round_to_target
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.compact import Selection
@@ -42,17 +42,7 @@ def select(scores: Scores, *, source: Shape, target: Shape) -> tuple[Masks, Sele
 def random_importance(source: Shape, *, seed: int) -> Scores:
     """Uniform scores."""
     generator = torch.Generator().manual_seed(seed)
-    L, K, G = source.num_hidden_layers, source.num_key_value_heads, source.query_heads_per_group
-    sizes = {
-        "layers": (L,),
-        "attention": (L,),
-        "mlp": (L,),
-        "kv_groups": (L, K),
-        "query_heads": (L, K, G),
-        "intermediate": (L, source.intermediate_size),
-        "hidden": (source.hidden_size,),
-    }
-    return {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+    return {name: torch.rand(size, generator=generator) for name, size in unit_sizes(source).items()}
 
 
 @torch.no_grad()
@@ -106,9 +96,7 @@ def _squares(parameter: Tensor, axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def activation_importance(
-    model: PreTrainedModel, *, batches: Iterable[Tensor], on_batch: Callable[[], None] = lambda: None
-) -> Scores:
+def activation_importance(model: PreTrainedModel, *, batches: Iterable[Tensor]) -> Scores:
     """Activation importance of Minitron (arXiv 2407.14679, section 2) from forward passes alone.
 
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
@@ -119,7 +107,6 @@ def activation_importance(
     Args:
         model: plain model, on any device.
         batches: token ids [B, S].
-        on_batch: called after each batch, for progress.
     """
     source = Shape.of(model.config)
     K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
@@ -128,7 +115,6 @@ def activation_importance(
     try:
         for batch in batches:
             backbone(model)(input_ids=batch.to(model.device), use_cache=False)
-            on_batch()
     finally:
         for handle in handles:
             handle.remove()

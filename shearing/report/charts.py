@@ -85,6 +85,8 @@ def line_chart(
             axes.yaxis.set_major_locator(MaxNLocator(4 if small else 5))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
         axes.margins(x=0.01)
+        if not small:
+            axes.set_xlabel("tokens")
         for tokens, text in marks:
             axes.axvline(tokens, color=_PLACEHOLDERS["muted"], linewidth=0.8, linestyle=(0, (2, 2)))
             axes.annotate(
@@ -122,8 +124,10 @@ def _draw(axes: Axes, line: Series, *, small: bool) -> None:
 def _inline(svg: str, *, title: str) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Groups of all figures carry the same ids; clip paths and markers are referenced and carry hashes.
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace("xlink:href", "href")
+    svg = svg.replace("xlink:href", "href")
+    # Only clip paths and markers are referred to, by hashes of title and content; other ids are the same in each chart.
+    referred = set(re.findall(r"#([^\")]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     for name, colour in _PLACEHOLDERS.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from shearing.errors import ShearingError
 from shearing.evaluation.table import ComparisonTable, comparison_table, format_parameters, format_tokens, verdict
+from shearing.masks.granularities import SIZE_OF
 from shearing.report.charts import SMALL, line_chart
 from shearing.report.series import (
     SERIES_COLOURS,
@@ -89,13 +91,15 @@ def write_report(run_dir: Path | str) -> Path:
 def _content(run: RunDirectory) -> dict[str, Any]:
     """Everything the template names."""
     evaluation = _read(run.evaluation)
+    recipe = run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None
     summary, cut = _read(run.prune / "summary.json"), _read(run.compact / "shape.json")
     stages = read_stages({"mask learning": run.metrics("prune"), "continued pretraining": run.metrics("pretrain")})
     marks = _stage_marks(stages)
     domains = list(dict.fromkeys(keys_of(stages, "weights") + keys_of(stages, "losses", updates=True)))
     table: ComparisonTable | None = comparison_table(evaluation) if evaluation.get("models") else None
     return {
-        "name": run.path.absolute().name,
+        "name": _name(recipe) or run.path.absolute().name,
+        "folder": str(run.path),
         "verdict": verdict(evaluation) if table else None,
         "tiles": _tiles(evaluation) if table else [],
         "table": table,
@@ -115,7 +119,7 @@ def _content(run: RunDirectory) -> dict[str, Any]:
         ),
         "data_wait": _data_wait(stages),
         "gradient": _noisy_chart(stages, name="grad_norm", title="Gradient norm", marks=marks, zero=True),
-        "recipe": run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None,
+        "recipe": recipe,
     }
 
 
@@ -141,6 +145,15 @@ def _tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
 
 def _environment(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in evaluation.get("environment", {}).items() if value is not None]
+
+
+def _name(recipe: str | None) -> str | None:
+    """`name` of the recipe, which is there for this page; None for a file that somebody has damaged."""
+    try:
+        content = yaml.safe_load(recipe or "")
+    except yaml.YAMLError:
+        return None
+    return str(content["name"]) if isinstance(content, dict) and content.get("name") else None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,9 +228,15 @@ def _weights_chart(
     return line_chart(lines, title="Domain weights over tokens", marks=marks, zero=True) if lines else None
 
 
+def _granularities(stages: Sequence[StageMetrics], *names: str) -> list[str]:
+    """Keys of the dictionaries called `names`, from layers to hidden dimensions, others last."""
+    found = dict.fromkeys(key for name in names for key in keys_of(stages, name))
+    return sorted(found, key=lambda key: list(SIZE_OF).index(key) if key in SIZE_OF else len(SIZE_OF))
+
+
 def _size_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
     panels = []
-    for name in keys_of(stages, "expected"):
+    for name in _granularities(stages, "expected"):
         x, expected = series_of(stages, read=nested("expected", name))
         target_x, target = series_of(stages, read=nested("target", name))
         if not x:
@@ -234,7 +253,7 @@ def _size_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
 
 def _violation_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
     panels = []
-    for name in keys_of(stages, "violation"):
+    for name in _granularities(stages, "violation"):
         x, y = series_of(stages, read=nested("violation", name))
         if x:
             lines = [
@@ -248,8 +267,7 @@ def _violation_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
 
 def _multiplier_panels(stages: Sequence[StageMetrics]) -> list[Panel]:
     panels = []
-    names = dict.fromkeys(keys_of(stages, "lambda_1") + keys_of(stages, "lambda_2"))
-    for name in names:
+    for name in _granularities(stages, "lambda_1", "lambda_2"):
         lines, figures = [], []
         for multiplier, symbol, colour in (
             ("lambda_1", "λ₁", SERIES_COLOURS[0]),
@@ -295,7 +313,7 @@ def _summary_table(summary: Mapping[str, Any], cut: Mapping[str, Any]) -> dict[s
     names = list(summary.get("rounding_gap", {}))
     if not names:
         return None
-    figures = {key: summary[key] for key in ("units", "target", "expected", "kept") if key in summary}
+    figures = {key: summary[key] for key in ("units", "target", "expected") if key in summary}
     gaps, totals = summary["rounding_gap"], summary.get("total_units", {})
     rows = []
     for name in names:
@@ -316,7 +334,8 @@ def _colour(index: int) -> Colour:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("kv ", "KV ")
+    """A granularity as people say it; query heads are counted inside their group."""
+    return {"kv_groups": "KV groups", "query_heads": "query heads of a group"}.get(name, name.replace("_", " "))
 
 
 def _is_number(value: object) -> bool:

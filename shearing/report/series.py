@@ -60,18 +60,15 @@ def read_stages(folders: Mapping[str, Path]) -> list[StageMetrics]:
     offset = 0.0
     for name, path in folders.items():
         stage = StageMetrics(name)
-        tokens_of_step: dict[int, float] = {}
         last = offset
         for line in _lines(path):
             if "event" in line:
                 if line["event"] == "mixture":
-                    stage.updates.append(line)
+                    # An update follows the line of its step, and says no tokens of its own.
+                    stage.updates.append({**line, "tokens": last})
             elif isinstance(line.get("tokens"), int | float):
                 last = offset + line["tokens"]
-                tokens_of_step[line.get("step", len(stage.steps))] = last
                 stage.steps.append({**line, "tokens": last})
-        for update in stage.updates:
-            update["tokens"] = _tokens_at(update.get("step", 0), tokens_of_step, start=offset)
         offset = last
         stages.append(stage)
     return stages
@@ -111,11 +108,10 @@ def downsample(x: Sequence[float], y: Sequence[float], *, points: int = MAX_POIN
 
 def smooth(y: Sequence[float], *, window: int) -> list[float]:
     """Mean of the values up to `window // 2` places before and after each one."""
+    sums = [0.0, *itertools.accumulate(y)]
     half = window // 2
-    return [
-        sum(y[max(0, index - half) : index + half + 1]) / len(y[max(0, index - half) : index + half + 1])
-        for index in range(len(y))
-    ]
+    bounds = ((max(0, index - half), min(len(y), index + half + 1)) for index in range(len(y)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in bounds]
 
 
 def nested(name: str, key: str) -> Callable[[dict[str, Any]], Any]:
@@ -149,8 +145,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(line, dict):
                 yield line
-
-
-def _tokens_at(step: int, tokens_of_step: Mapping[int, float], *, start: float) -> float:
-    """Tokens seen at a step: of the last logged step that is not later."""
-    return max((tokens for logged, tokens in tokens_of_step.items() if logged <= step), default=start)

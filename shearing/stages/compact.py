@@ -95,7 +95,7 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
 
 def _generation_config(recipe: Recipe, *, fallback: Any) -> Any:
     try:
-        return GenerationConfig.from_pretrained(recipe.model.source, revision=recipe.model.revision)
+        return GenerationConfig.from_pretrained(recipe.model.source, revision=recipe.model.revision or "main")
     except OSError:  # a source without one
         return fallback
 

@@ -173,8 +173,13 @@ class _Source:
         measured = RunDirectory(self._recipe.run_dir).prune / "importance.safetensors"
         if measured.is_file():
             return load_file(measured)
-        batches = calibration_batches(self._recipe, corpus=self._corpus, advance=lambda _tokens: None)
-        return activation_importance(self.model(), batches=batches)
+        batches = calibration_batches(
+            self._recipe,
+            corpus=self._corpus,
+            micro_batch_size=self._recipe.prune.micro_batch_size,
+            advance=lambda _tokens: None,
+        )
+        return activation_importance(self.model(), batches=(tokens[:, :-1] for tokens in batches))
 
 
 def _rows(

@@ -126,13 +126,16 @@ def _importance(
     recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
 ) -> Scores | None:
     """Activation importance, measured once per run; None where masks start open."""
-    if recipe.prune.initial_masks == "open":
+    settings = recipe.prune
+    if settings.initial_masks == "open":
         return None
     path = run.prune / "importance.safetensors"
     if not path.is_file():
-        with activity("activation importance", total=recipe.prune.calibration_tokens, console=console) as advance:
-            batches = calibration_batches(recipe, corpus=corpus, advance=advance)
-            write_tensors(path, activation_importance(model, batches=batches))
+        with activity("activation importance", total=settings.calibration_tokens, console=console) as advance:
+            batches = calibration_batches(
+                recipe, corpus=corpus, micro_batch_size=settings.micro_batch_size, advance=advance
+            )
+            write_tensors(path, activation_importance(model, batches=(tokens[:, :-1] for tokens in batches)))
     return load_file(path)
 
 

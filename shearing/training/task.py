@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from shearing.evaluation.loss import heldout_loss
 from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
 from shearing.mixture.sampler import Mixture
+from shearing.models.attention import drop_attention_mask
 from shearing.quantities import Duration
 from shearing.recipe import Recipe, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory
@@ -54,6 +55,7 @@ def task_of(
         return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
 
     device = resolve_device(training)
+    drop_attention_mask(model, sequence_length=data.sequence_length)
     if training.activation_checkpointing:
         checkpoint_activations(model)
     if training.compile:
@@ -134,19 +136,22 @@ def initial_mixture(recipe: Recipe, *, corpus: Corpus) -> Mixture:
     )
 
 
-def calibration_batches(recipe: Recipe, *, corpus: Corpus, advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """The first training samples as inputs [B, S]: `prune.calibration_tokens` in whole sequences, at least one.
+def calibration_batches(
+    recipe: Recipe, *, corpus: Corpus, micro_batch_size: int, advance: Callable[[int], None]
+) -> Iterator[Tensor]:
+    """The first training samples [B, S + 1]: `prune.calibration_tokens` in whole sequences, at least one.
 
     Args:
+        micro_batch_size: sequences per batch (B).
         advance: called with the tokens of each batch that has been used.
     """
-    length, size = recipe.data.sequence_length, recipe.prune.micro_batch_size
+    length = recipe.data.sequence_length
     mixture = initial_mixture(recipe, corpus=corpus)
     count = max(1, recipe.prune.calibration_tokens // length)
     device = resolve_device(recipe.training)
-    for first in range(0, count, size):
-        batch = mixture.batch(first_sample=first, num_sequences=min(size, count - first))
-        yield batch.tokens[:, :-1].to(device)
+    for first in range(0, count, micro_batch_size):
+        batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
+        yield batch.tokens.to(device)
         advance(batch.tokens[:, :-1].numel())
 
 

@@ -71,6 +71,14 @@ def test_unknown_domains_are_refused_before_anything_is_fetched(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_reader_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    result = CliRunner().invoke(demo_app(), ["--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "pip install 'shearing[demo]'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def demo_app() -> object:
     import typer
 
@@ -82,7 +90,7 @@ def demo_app() -> object:
 def test_demo_from_small_wheels_continues_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.data_tools.test_model import tiny_gguf
+    from tests.data_tools.test_model import tiny_model
 
     stream = io.BytesIO()
     zipfile.ZipFile(stream, "w").close()
@@ -95,7 +103,7 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
         return dict.fromkeys(names, archive)
 
     monkeypatch.setattr(demo, "fetch", fetch)
-    monkeypatch.setattr(smollm, "read_model_wheel", lambda _: tiny_gguf())
+    monkeypatch.setattr(smollm, "read_model_wheel", lambda _: tiny_model())
     domains = {
         name: extraction.Domain(("sympy",), lambda _, name=name: [f"{name} {i} ab" for i in range(200)], "none")
         for name in ("first", "second")

@@ -115,14 +115,34 @@ def test_figures_that_are_not_finite_are_left_out(evaluation: dict[str, Any]) ->
     assert "lowest" not in verdict(evaluation)
 
 
+def test_bits_per_byte_are_left_out_where_no_tokenizer_tells(evaluation: dict[str, Any]) -> None:
+    assert any("bits per byte" in line for line in printed(evaluation))
+    for model in evaluation["models"].values():
+        model["mean"]["bits_per_byte"] = None
+    assert not any("bits per byte" in line for line in printed(evaluation))
+
+
+def test_verdict_admits_a_loss_everywhere(evaluation: dict[str, Any]) -> None:
+    evaluation["models"]["importance"]["domains"]["books"]["loss"] = 1.0
+
+    assert "on none of the 2 domains" in verdict(evaluation)
+
+
 def test_verdict_counts_the_domains_won(evaluation: dict[str, Any]) -> None:
+    for name in ("source", "random", "importance"):
+        evaluation["models"][name]["training_tokens"] = 0
+
     assert verdict(evaluation) == (
-        "Right after cutting, learned masks have the lowest loss of 3 ways to choose the same shape on 1 of 2 domains "
-        "(mean 5.50; importance: 6.75). At 64.2M of 134.5M parameters (2.1× smaller) the mean held-out loss is 3.50 "
-        "after continued pretraining, against 2.50 for the source."
+        "Right after cutting, learned masks (trained on 409.6K tokens, the others on none) have the lowest loss of 3 "
+        "ways to choose the same shape on 1 of 2 domains (mean 5.50; importance: 6.75). At 64.2M of 134.5M parameters "
+        "(2.1× smaller) the mean held-out loss is 3.50 after continued pretraining, against 2.50 for the source."
     )
     evaluation["models"]["importance"]["domains"]["code"]["loss"] = 6.5
     assert "on all 2 domains" in verdict(evaluation)
+
+
+def test_verdict_does_not_mention_equal_training(evaluation: dict[str, Any]) -> None:
+    assert verdict(evaluation).startswith("Right after cutting, learned masks have the lowest loss of 3 ways")
 
 
 def test_verdict_says_how_much_faster(evaluation: dict[str, Any]) -> None:

@@ -10,7 +10,12 @@ import torch
 from shearing.errors import ShearingError
 from shearing.masks import hard_concrete
 from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters
-from shearing.masks.importance import activation_importance, magnitude_importance, random_importance, select
+from shearing.masks.importance import (
+    activation_importance,
+    magnitude_importance,
+    random_importance,
+    select,
+)
 from shearing.masks.learner import MaskLearner, MaskSettings, grade
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
