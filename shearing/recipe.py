@@ -116,11 +116,17 @@ class PruneRecipe(StageRecipe):
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
         description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
     )
-    mask_learning_rate: Positive = Field(1.0, description="Learning rate of log_alpha.")
+    mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
     multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
-    quadratic_penalty: float = Field(0.0, ge=0.0, description="Constant added to every lambda_2 from the first step.")
+    quadratic_penalty: float = Field(
+        500.0,
+        ge=0.0,
+        description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
+    )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
-    sparsity_warmup: Duration = Field(Duration(fraction=0.2), description="Linear ramp of the target sparsity.")
+    sparsity_warmup: Duration = Field(
+        Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
+    )
     initial_masks: Literal["open", "importance"] = Field(
         "importance", description="open: every unit alive (paper); importance: graded by activation importance."
     )
@@ -129,7 +135,7 @@ class PruneRecipe(StageRecipe):
     )
     calibration_tokens: int = Field(65_536, ge=2, description="Tokens read to measure activation importance.")
     freeze: Duration = Field(
-        Duration(fraction=0.2), description="Last stretch in which masks are fixed at the exact target shape."
+        Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )
 
 

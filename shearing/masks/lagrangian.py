@@ -28,7 +28,10 @@ class Lagrangian(nn.Module):
         self.quadratic_penalty = quadratic_penalty
 
     def penalty(self, violations: Mapping[str, Tensor]) -> Tensor:
-        """Sum over constraints and rows of lambda_1 v + (lambda_2 + c) v^2 (Sheared LLaMA, equation for L_prune).
+        """Sum over constraints of the mean over rows of lambda_1 v + (lambda_2 + c) v^2 (Sheared LLaMA, section 2.1).
+
+        The paper sums over rows; the released code takes the mean. So do we: a row of `intermediate` is one layer's
+        share of the model, one of `hidden` or `layers` is all of it, and the pull of c has to be in proportion.
 
         Args:
             violations: constraint -> v = expected share alive - target share, of its rows' shape.
@@ -37,7 +40,7 @@ class Lagrangian(nn.Module):
             A scalar, minimised by the masks and maximised by the multipliers.
         """
         terms = [
-            (self.lambda_1[name] * v + (self.lambda_2[name] + self.quadratic_penalty) * v.square()).sum()
+            (self.lambda_1[name] * v + (self.lambda_2[name] + self.quadratic_penalty) * v.square()).mean()
             for name, v in violations.items()
         ]
         return torch.stack(terms).sum()

@@ -32,9 +32,9 @@ class MaskSettings:
     """How masks are learned; durations in steps.
 
     Attributes:
-        total_steps: length of the stage, for the learning rate's cosine.
+        total_steps: length of the stage.
         sparsity_warmup_steps: linear ramp of the target from nothing pruned to the target.
-        freeze_step: first step with fixed binary masks at the target shape.
+        freeze_step: first step with fixed binary masks at the target shape; the learning rates' cosine ends here.
         warmup_steps: linear warm-up of the learning rates.
         mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent).
         quadratic_penalty: constant part of every lambda_2.
@@ -182,7 +182,9 @@ class MaskLearner:
         if self.target.uniform:
             shape = uniform_shape(masks, source=self.source, budget=self.target)
             names = [g.name for g in self.granularities]
-            masks = round_to_target(scores, granularities=granularities_of(names, source=self.source, target=shape))
+            rounded = round_to_target(scores, granularities=granularities_of(names, source=self.source, target=shape))
+            # A size that came out as the source's has nothing to round: all of its units stay.
+            masks = {name: rounded.get(name, torch.ones_like(value)) for name, value in scores.items()}
         return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
     def selection(self) -> Selection:
@@ -254,7 +256,7 @@ class MaskLearner:
         s = self.settings
         if step < s.warmup_steps:
             return (step + 1) / s.warmup_steps
-        progress = min(1.0, (step - s.warmup_steps) / max(1, s.total_steps - s.warmup_steps))
+        progress = min(1.0, (step - s.warmup_steps) / max(1, s.freeze_step - s.warmup_steps))
         return s.final_learning_rate + (1 - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
     # -- reporting and state ---------------------------------------------------------------------------------------
