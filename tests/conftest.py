@@ -52,7 +52,7 @@ def tiny_recipe_data(inputs: Path, *, run_dir: Path) -> dict[str, Any]:
             "num_key_value_heads": 2,
         },
         "mixture": {"interval": "3 steps", "pretrain_interval": "3 steps", "heldout_tokens": 64},
-        "prune": {**stage, "duration": "6 steps", "calibration_tokens": 64},
+        "prune": {**stage, "duration": "6 steps", "freeze": "2 steps", "calibration_tokens": 64},
         "pretrain": {**stage, "duration": "4 steps"},
         "training": {"precision": "fp32", "device": "cpu"},
         "evaluation": {"tokens_per_domain": 64, "baselines": ["random"], "speed": False},

@@ -171,6 +171,8 @@ class Display:
         sizes = [
             f"{name} {_size(size)}/{_size(record['target'].get(name))}" for name, size in record["expected"].items()
         ]
+        if record["violation"]:
+            sizes.append(f"off by at most {100 * max(record['violation'].values()):.2g}%")
         weights = [f"{domain} {weight:.3f}" for domain, weight in record["weights"].items()]
         return " · ".join(parts) + "".join(f" | {' '.join(group)}" for group in (sizes, weights) if group)
 
