@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -183,7 +184,10 @@ def batch(arguments: argparse.Namespace, *, seed: int) -> Tensor:
 def measure_memory(side: str, *, bf16: bool) -> float:
     """Peak bytes of one side, in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", side, *(["--bf16"] if bf16 else []), *sys.argv[1:]]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    # Freed memory goes back at once, or the peak of the process says how glibc's heap was cut up, not what was alive.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(run.stdout.split()[-1])
 
 
 def report_memory(arguments: argparse.Namespace) -> None:
