@@ -4,7 +4,7 @@ For every seed, `learned` is a whole run of the recipe (mask learning, cutting, 
 choose units by activation importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as
 `learned` used altogether. Each is a run directory, so an interrupted benchmark continues.
 
-    python benchmarks/quality.py [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2] [key=value …]
+    python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
