@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import sync_folder, tokenizer_fingerprint
+from shearing.mixture.corpus import tokenizer_fingerprint
+from shearing.run_directory import flush_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -167,7 +168,7 @@ def save_model(source: StoredModel, *, folder: Path) -> None:
         raise RuntimeError("the saved tokenizer lost its chat template or special tokens")
     _check_saved(partial, state=state)
     partial.rename(folder)
-    sync_folder(folder.parent)
+    flush_folder(folder.parent)
 
 
 def _check_saved(folder: Path, *, state: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class MaskSettings:
         freeze_step: first step with fixed binary masks at the target shape; the learning rates' cosine ends here.
         warmup_steps: linear warm-up of the learning rates.
         mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent).
+        final_learning_rate: both rates at the freeze, share of the peak.
         quadratic_penalty: constant part of every lambda_2.
         temperature: beta of the hard concrete distribution.
         warm_start_scale: steepness of the importance warm start.

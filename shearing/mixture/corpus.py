@@ -29,6 +29,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from shearing.errors import ShearingError
+from shearing.run_directory import flush_folder, write_json
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, Split] = ("train", "heldout")
@@ -472,7 +473,7 @@ class DomainWriter:
         )
         write_json(self._folder / MANIFEST_NAME, asdict(self.manifest))
         self._folder.rename(self._final)
-        sync_folder(self._corpus.path)
+        flush_folder(self._corpus.path)
 
     def _divide(self, full: Split) -> None:
         """Few documents may all hash to one side: the lowest hash (with its duplicates) then is what is held out."""
@@ -520,26 +521,6 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     """'did you mean X?' for the nearest of `names`, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"did you mean {near[0]}?" if near else ""
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically: beside, synced, renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: BinaryIO) -> str:
