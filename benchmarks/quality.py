@@ -1,8 +1,9 @@
 """Was learning the masks worth it: the same shape, the same total tokens, units chosen in other ways.
 
-For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining). The baselines
-choose units by activation importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as
-`learned` used altogether. Each is a run directory, so an interrupted benchmark continues.
+For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining), and `start` is
+the same with its masks frozen as they start, which shows what learning adds. The baselines choose units by activation
+importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as `learned` used altogether, with
+the warm-up that `learned` has. Each is a run directory, so an interrupted benchmark continues.
 
     python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
@@ -34,7 +35,7 @@ from shearing.mixture.corpus import CorpusWriter, tokenizer_fingerprint
 from shearing.models.anatomy import load_source
 from shearing.models.compact import compact
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import Recipe, load_recipe, total_steps
+from shearing.recipe import Recipe, load_recipe, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory, read_json, write_json
 from shearing.stages.compact import compact as compact_stage
 from shearing.stages.pretrain import pretrain as pretrain_stage
@@ -42,7 +43,8 @@ from shearing.stages.prune import prune as prune_stage
 from shearing.training.engine import resolve_device, resolve_precision
 from shearing.training.task import calibration_batches, initial_mixture, open_corpus
 
-METHODS = ("learned", "importance", "magnitude", "random")
+OURS = ("learned", "start")
+METHODS = (*OURS, "importance", "magnitude", "random")
 
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, An
     if result.is_file():
         return read_json(result)
     started = time.monotonic()
-    if method == "learned":
+    if method in OURS:
         for stage, function in (("prune", prune_stage), ("compact", compact_stage)):
             if not run.is_complete(stage):
                 function(recipe, console=console)
@@ -114,10 +116,16 @@ def recipe_of(path: Path, *, method: str, seed: int, output: Path, overrides: Se
     recipe = load_recipe(path, overrides=common)
     if method == "learned":
         return recipe
+    if method == "start":
+        return load_recipe(path, overrides=[*common, "prune.freeze=100%"])
     if recipe.prune.batch_size != recipe.pretrain.batch_size:
         raise SystemExit("the stages of the recipe need the same batch_size for equal total tokens")
-    steps = sum(total_steps(stage, data=recipe.data) for stage in (recipe.prune, recipe.pretrain))
-    return load_recipe(path, overrides=[*common, f"pretrain.duration={steps} steps"])
+    steps = {stage: total_steps(getattr(recipe, stage), data=recipe.data) for stage in ("prune", "pretrain")}
+    warmup = recipe.prune.warmup.in_steps(
+        tokens_per_step=tokens_per_step(recipe.prune, data=recipe.data), total_steps=steps["prune"]
+    )
+    alone = [f"pretrain.duration={sum(steps.values())} steps", f"pretrain.warmup={warmup} steps"]
+    return load_recipe(path, overrides=[*common, *alone, "pretrain.optimizer=fresh"])
 
 
 def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             }
             for method in table
         }
-        rivals = [method for method in table if method != "learned"]
+        rivals = [method for method in table if method not in OURS]
         if "learned" in table and rivals:
             ours = means["learned"]
             figures[f"learned_wins_every_domain_{moment}"] = all(
@@ -148,6 +156,9 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             ratio = statistics.mean(seeds["learned"]) / statistics.mean(seeds[best])
             figures[f"learned_over_best_rival_{moment}"] = round(ratio, 4)
             figures[f"best_rival_{moment}"] = best
+        if set(OURS) <= set(table):
+            gain = statistics.mean(seeds["learned"]) - statistics.mean(seeds["start"])
+            figures[f"learned_minus_start_{moment}"] = round(gain, 4)
     return figures
 
 

@@ -123,6 +123,12 @@ class PruneRecipe(StageRecipe):
         ge=0.0,
         description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
     )
+    gain_learning_rate: float = Field(
+        0.03,
+        ge=0.0,
+        description="Learning rate of the gains: values that multiply the masks of sub-layers and query heads, and "
+        "that the cut folds into the weights; 0: they stay 1.",
+    )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
     sparsity_warmup: Duration = Field(
         Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
@@ -130,8 +136,16 @@ class PruneRecipe(StageRecipe):
     initial_masks: Literal["open", "importance"] = Field(
         "importance", description="open: every unit alive (paper); importance: graded by activation importance."
     )
+    log_alpha_limit: Positive = Field(
+        10.0,
+        description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
+        "that is certain to stay is drawn below 1 in 4.7 % of all cases.",
+    )
     warm_start_scale: Positive = Field(
-        10.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
+        30.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
+    )
+    warm_start_step: float = Field(
+        2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
     )
     calibration_tokens: int = Field(65_536, ge=2, description="Tokens read to measure activation importance.")
     freeze: Duration = Field(
@@ -141,6 +155,12 @@ class PruneRecipe(StageRecipe):
 
 class PretrainRecipe(StageRecipe):
     """Continued pretraining of the cut model."""
+
+    optimizer: Literal["carried", "fresh"] = Field(
+        "carried",
+        description="carried: AdamW keeps what it knew of each weight that was kept, as if there had been no cut; "
+        "fresh: it starts anew (paper), which wants a warm-up.",
+    )
 
 
 class TrainingRecipe(Section):

@@ -40,6 +40,11 @@ class RunDirectory:
         return self.path / "prune"
 
     @property
+    def moments(self) -> Path:
+        """State of mask learning's optimiser for the weights that are kept, under the cut model's names."""
+        return self.prune / "moments.safetensors"
+
+    @property
     def compact(self) -> Path:
         """Folder of the cut model, plain Hugging Face, and shape.json."""
         return self.path / "compact"

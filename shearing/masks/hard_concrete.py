@@ -17,7 +17,10 @@ TEMPERATURE = 2 / 3
 """Beta: 2/3 in the released code, 0.83 in the paper's appendix."""
 
 LOG_ALPHA_LIMIT = math.log(100.0)
-"""log_alpha is kept within ± this bound, so that a unit given up can still come back."""
+"""The released code keeps log_alpha within ± this bound, so that a unit given up can still come back.
+
+There a draw is below 1 with probability 4.7 % for a unit as open as it can get, and above 0 as often for a closed one.
+"""
 
 NOISE_EPSILON = 1e-6
 
@@ -43,15 +46,16 @@ def probability_alive(log_alpha: Tensor, *, temperature: float = TEMPERATURE) ->
     return torch.sigmoid(log_alpha - temperature * math.log(-GAMMA / ZETA))
 
 
-def expected_alive(log_alpha: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
-    """P(z != 0) stretched so that it is exactly 0 and 1 at the two ends of log_alpha's range.
+def expected_alive(log_alpha: Tensor, *, limit: float = LOG_ALPHA_LIMIT, temperature: float = TEMPERATURE) -> Tensor:
+    """P(z != 0) stretched so that it is exactly 0 and 1 at the two ends of log_alpha's range, -limit and limit.
 
-    Without the stretch a unit that is as closed as it can get still counts 4.7 % alive, and a constraint on the
-    sum is met at the wrong size. With it, a saturated mask at the target shape has violation exactly 0.
+    Without the stretch a unit that is as closed as it can get still counts as partly alive (4.7 % at ln 100), and a
+    constraint on the sum is met at the wrong size. With it, a saturated mask at the target shape has violation
+    exactly 0.
     """
-    limit = log_alpha.new_tensor(LOG_ALPHA_LIMIT)
-    lowest = probability_alive(-limit, temperature=temperature)
-    highest = probability_alive(limit, temperature=temperature)
+    end = log_alpha.new_tensor(limit)
+    lowest = probability_alive(-end, temperature=temperature)
+    highest = probability_alive(end, temperature=temperature)
     return ((probability_alive(log_alpha, temperature=temperature) - lowest) / (highest - lowest)).clamp(0.0, 1.0)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,22 @@ from torch import Tensor, nn
 
 from shearing.masks import hard_concrete
 from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters, round_to_budget, uniform_shape
-from shearing.masks.granularities import as_masks, granularities_of
+from shearing.masks.granularities import as_masks, granularities_of, unit_sizes
 from shearing.masks.importance import Scores
 from shearing.masks.lagrangian import Lagrangian, target_at
-from shearing.masks.rounding import round_to_target
+from shearing.masks.rounding import alternating, round_to_target
 from shearing.models.compact import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
+
+GAINS = ("attention", "mlp", "query_heads")
+"""What has a gain. Units of finer granularities are left to the weights: their gains learn noise at a useful rate."""
+
+GAIN_RANGE = (0.1, 10.0)
+"""Gains stay within; never 0, which would take a unit out of the shape."""
+
+# Below any difference of log_alpha that learning makes.
+_TIE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +43,17 @@ class MaskSettings:
     Attributes:
         total_steps: length of the stage.
         sparsity_warmup_steps: linear ramp of the target from nothing pruned to the target.
-        freeze_step: first step with fixed binary masks at the target shape; the learning rates' cosine ends here.
+        freeze_step: first step whose masks keep a fixed choice of units at the target shape.
         warmup_steps: linear warm-up of the learning rates.
-        mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent).
+        mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent);
+            their cosine ends at the freeze.
         final_learning_rate: both rates at the freeze, share of the peak.
+        gain_learning_rate: peak rate of the gains of sub-layers and query heads, with a cosine to a tenth at the end
+            of the stage; 0: they stay 1.
         quadratic_penalty: constant part of every lambda_2.
         temperature: beta of the hard concrete distribution.
-        warm_start_scale: steepness of the importance warm start.
+        log_alpha_limit: log_alpha is kept within plus and minus this.
+        warm_start_scale, warm_start_step: steepness of the importance warm start, see `grade`.
         seed: of the noise.
     """
 
@@ -51,9 +64,12 @@ class MaskSettings:
     mask_learning_rate: float = 1.0
     multiplier_learning_rate: float = 1.0
     final_learning_rate: float = 0.1
+    gain_learning_rate: float = 0.0
     quadratic_penalty: float = 0.0
     temperature: float = hard_concrete.TEMPERATURE
+    log_alpha_limit: float = hard_concrete.LOG_ALPHA_LIMIT
     warm_start_scale: float = 3.0
+    warm_start_step: float = 0.0
     seed: int = 0
 
 
@@ -87,6 +103,7 @@ class MaskLearner:
         self.granularities = granularities_of(granularities, source=source, target=shape)
         self.device = torch.device(device)
         self.frozen: dict[str, Tensor] | None = None
+        self._order: dict[str, Tensor] = {}
         initial = self._open() if importance is None else self._graded(importance)
         self.log_alpha = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in initial.items()})
         rows: dict[str, tuple[int, ...]]
@@ -95,22 +112,25 @@ class MaskLearner:
         else:
             rows = {granularity.name: granularity.size[:-1] for granularity in self.granularities}
         self.lagrangian = Lagrangian(rows, quadratic_penalty=settings.quadratic_penalty)
-        self._modules = nn.ModuleList([self.log_alpha, self.lagrangian]).to(device)
+        sizes = unit_sizes(source)
+        gains = GAINS if settings.gain_learning_rate > 0 else ()
+        self.gains = nn.ParameterDict({name: nn.Parameter(torch.ones(sizes[name])) for name in gains})
+        self._modules = nn.ModuleList([self.log_alpha, self.lagrangian, self.gains]).to(device)
         masks, multipliers = list(self.log_alpha.parameters()), list(self.lagrangian.parameters())
         groups = [
             {"params": masks, "lr": settings.mask_learning_rate},
             {"params": multipliers, "lr": settings.multiplier_learning_rate, "maximize": True},
+            {"params": list(self.gains.parameters()), "lr": settings.gain_learning_rate},
         ]
         # Fused: the only AdamW that skips a step on the device, without asking the host.
         self.optimizer = (
             torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True) if masks else None
         )
-        self._peak_rates = [settings.mask_learning_rate, settings.multiplier_learning_rate]
 
     # -- initial masks ---------------------------------------------------------------------------------------------
 
     def _open(self) -> dict[str, Tensor]:
-        return {g.name: torch.full(g.size, hard_concrete.LOG_ALPHA_LIMIT) for g in self.granularities}
+        return {g.name: torch.full(g.size, self.settings.log_alpha_limit) for g in self.granularities}
 
     def _graded(self, importance: Scores) -> dict[str, Tensor]:
         if isinstance(self.target, Shape):
@@ -121,15 +141,33 @@ class MaskLearner:
             name: target_at(0, final=share, warmup_steps=self.settings.sparsity_warmup_steps)
             for name, share in shares.items()
         }
+        scores = self._reachable(importance)
+        self._order = {g.name: _ranks(scores[g.name]).float().to(self.device) / g.units for g in self.granularities}
         return {
             g.name: grade(
-                importance[g.name],
+                scores[g.name],
                 share=first[g.name],
                 scale=self.settings.warm_start_scale,
+                step=self.settings.warm_start_step,
+                limit=self.settings.log_alpha_limit,
                 temperature=self.settings.temperature,
             )
             for g in self.granularities
         }
+
+    def _reachable(self, importance: Scores) -> Scores:
+        """Scores whose best units can be kept together: sub-layers that rounding would drop come last.
+
+        Attention and MLP sub-layers are compared by their share of their kind's total: what one of them does to
+        the residual stream says little about what the other kind does.
+        """
+        keep = {g.name: g.target for g in self.granularities}
+        attention, mlp = keep.get("attention"), keep.get("mlp")
+        if attention is None or mlp is None:
+            return importance
+        shares = {name: importance[name] / importance[name].sum() for name in ("attention", "mlp")}
+        kept_attention, kept_mlp = alternating(shares["attention"], shares["mlp"], keep=attention)
+        return {**importance, "attention": shares["attention"] + kept_attention, "mlp": shares["mlp"] + kept_mlp}
 
     def _even_shares(self, budget: ParameterBudget) -> dict[str, float]:
         """One share for all granularities that meets the budget in expectation."""
@@ -145,12 +183,12 @@ class MaskLearner:
     # -- masks -----------------------------------------------------------------------------------------------------
 
     def sample(self, *, step: int, micro_batch: int) -> Masks:
-        """Masks of one micro-batch: hard-concrete draws, or the fixed binary masks from `freeze_step` on.
+        """Masks of one micro-batch, gains in them: hard-concrete draws, from `freeze_step` on the fixed choice.
 
         The draw depends on (seed, step, micro_batch) and is the same on every process and device.
         """
         if step >= self.settings.freeze_step:
-            return as_masks(self.freeze())
+            return self._valued(self.freeze())
         generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, micro_batch))
         z = {}
         for granularity in self.granularities:
@@ -160,21 +198,36 @@ class MaskLearner:
                 noise = noise.pin_memory()
             noise = noise.to(log_alpha.device, non_blocking=True)
             z[granularity.name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self.settings.temperature)
-        return as_masks(z)
+        return self._valued(z)
 
+    @torch.no_grad()
     def deterministic(self) -> Masks:
-        """Binary masks without noise at exactly the target shape (for a budget alone: within the budget)."""
-        return as_masks(self.frozen if self.frozen is not None else self._rounded())
+        """Masks without noise at exactly the target shape (for a budget alone: within the budget).
+
+        Units that go are 0; units that stay are 1, or their gain.
+        """
+        return self._valued(self.frozen if self.frozen is not None else self._rounded())
+
+    def _valued(self, z: Mapping[str, Tensor]) -> Masks:
+        masks = as_masks(z)
+        return replace(
+            masks,
+            **{
+                name: gain if (mask := getattr(masks, name)) is None else mask * gain
+                for name, gain in self.gains.items()
+            },
+        )
 
     def freeze(self) -> dict[str, Tensor]:
-        """Fixes the masks at the target shape, once; later calls return the same masks."""
+        """Fixes the binary choice at the target shape, once; later calls return the same."""
         if self.frozen is None:
             self.frozen = self._rounded()
         return self.frozen
 
     @torch.no_grad()
     def _rounded(self) -> dict[str, Tensor]:
-        scores = {name: value.detach() for name, value in self.log_alpha.items()}
+        # Among units at the limit of log_alpha the order they started in decides.
+        scores = {name: value - _TIE * self._order.get(name, 0.0) for name, value in self.log_alpha.items()}
         if isinstance(self.target, Shape):
             return round_to_target(scores, granularities=self.granularities)
         masks = round_to_budget(
@@ -202,7 +255,9 @@ class MaskLearner:
     def expected(self) -> dict[str, Tensor]:
         """Expected share alive of every unit, debiased; granularity -> the shape of its log_alpha."""
         return {
-            name: hard_concrete.expected_alive(value, temperature=self.settings.temperature)
+            name: hard_concrete.expected_alive(
+                value, limit=self.settings.log_alpha_limit, temperature=self.settings.temperature
+            )
             for name, value in self.log_alpha.items()
         }
 
@@ -225,40 +280,45 @@ class MaskLearner:
         return self.lagrangian.penalty(self.violations(step=step))
 
     def reduce_and_step(self, *, step: int, skip: Tensor | None = None) -> None:
-        """One AdamW step of masks (descent) and multipliers (ascent); averages gradients over processes first.
+        """One AdamW step of masks and gains (descent) and multipliers (ascent); averages over processes first.
+
+        Masks and multipliers move until the freeze, gains all the time.
 
         Args:
             step: number of the step, from 0.
             skip: scalar tensor, nonzero where the step must change nothing (a non-finite loss); read on the device.
         """
-        if self.optimizer is None or step >= self.settings.freeze_step:
-            return
         parameters = [p for p in self.parameters() if p.grad is not None]
+        if self.optimizer is None or not parameters:
+            return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
             for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view_as(p)
-        factor = self._rate_factor(step)
-        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+        for group, rate in zip(self.optimizer.param_groups, self._rates(step), strict=True):
+            group["lr"] = rate
         optimizer: Any = self.optimizer
         optimizer.grad_scale = None
         optimizer.found_inf = None if skip is None else skip.to(torch.float32).reshape(())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            limit = hard_concrete.LOG_ALPHA_LIMIT
+            limit = self.settings.log_alpha_limit
             for value in self.log_alpha.values():
                 value.clamp_(-limit, limit)
+            for value in self.gains.values():
+                value.clamp_(*GAIN_RANGE)
 
-    def _rate_factor(self, step: int) -> float:
+    def _rates(self, step: int) -> tuple[float, float, float]:
+        """Learning rates of masks, multipliers and gains."""
         s = self.settings
-        if step < s.warmup_steps:
-            return (step + 1) / s.warmup_steps
-        progress = min(1.0, (step - s.warmup_steps) / max(1, s.freeze_step - s.warmup_steps))
-        return s.final_learning_rate + (1 - s.final_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+        warmup = min(1.0, (step + 1) / max(1, s.warmup_steps))
+        moving = warmup * _cosine(step, start=s.warmup_steps, end=s.freeze_step, final=s.final_learning_rate)
+        # Gains settle before the cut even where the weights' rate does not fall: a tenth of their peak, always.
+        gains = warmup * _cosine(step, start=s.warmup_steps, end=s.total_steps, final=0.1)
+        return s.mask_learning_rate * moving, s.multiplier_learning_rate * moving, s.gain_learning_rate * gains
 
     # -- reporting and state ---------------------------------------------------------------------------------------
 
@@ -315,14 +375,15 @@ class MaskLearner:
         return result
 
     def parameters(self) -> list[nn.Parameter]:
-        """log_alpha of every granularity, then the multipliers."""
+        """log_alpha of every granularity, the multipliers, the gains."""
         return list(self._modules.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """log_alpha, multipliers, the optimiser's moments and the frozen masks."""
+        """log_alpha, multipliers, gains, the optimiser's moments and the frozen choice."""
         return {
             "log_alpha": {name: value.detach() for name, value in self.log_alpha.items()},
             "lagrangian": self.lagrangian.state_dict(),
+            "gains": {name: value.detach() for name, value in self.gains.items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "frozen": self.frozen,
         }
@@ -332,6 +393,8 @@ class MaskLearner:
         with torch.no_grad():
             for name, value in self.log_alpha.items():
                 value.copy_(state["log_alpha"][name])
+            for name, value in self.gains.items():
+                value.copy_(state["gains"][name])
         self.lagrangian.load_state_dict(state["lagrangian"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -339,36 +402,56 @@ class MaskLearner:
         self.frozen = frozen and {name: mask.to(self.log_alpha[name].device) for name, mask in frozen.items()}
 
 
-def grade(scores: Tensor, *, share: float, scale: float, temperature: float = hard_concrete.TEMPERATURE) -> Tensor:
+def grade(
+    scores: Tensor,
+    *,
+    share: float,
+    scale: float,
+    step: float = 0.0,
+    limit: float = hard_concrete.LOG_ALPHA_LIMIT,
+    temperature: float = hard_concrete.TEMPERATURE,
+) -> Tensor:
     """log_alpha graded by rank, rows shifted so that the expected share alive is `share`.
 
-    The best unit of a row starts `2 * scale` above the worst one, the others evenly between them, all within the
-    limit of log_alpha.
+    From one unit of a row to the next best it falls by `2 * scale / n`, and by no less than `step`, all within the
+    limit. So `scale` says what share of a row starts in doubt, and `step` how many units at most.
 
     Args:
         scores: [..., n], higher is more important.
         share: expected share alive in each row.
-        scale: half of the spread.
+        scale: half of the spread of a row.
+        step: least distance of neighbours in rank.
+        limit: log_alpha is kept within plus and minus this.
         temperature: beta.
 
     Returns:
         [..., n] log_alpha.
     """
-    scores = scores.float()
-    ranks = torch.argsort(torch.argsort(scores, dim=-1, descending=True, stable=True), dim=-1).double()
     units = scores.shape[-1]
-    spread = scale * (1 - 2 * (ranks + 0.5) / units)
-    limit = hard_concrete.LOG_ALPHA_LIMIT
+    scale = max(scale, step * units / 2)
+    spread = scale * (1 - 2 * (_ranks(scores) + 0.5) / units)
     low = torch.full(scores.shape[:-1], -limit - scale, dtype=torch.float64)
     high = -low
     # All saturated would lose the order; 3 % is what the ramp takes back in its first steps.
     share = min(share, 0.97)
     for _ in range(60):
         shift = (low + high) / 2
-        alive = hard_concrete.expected_alive((spread + shift[..., None]).clamp(-limit, limit), temperature=temperature)
+        log_alpha = (spread + shift[..., None]).clamp(-limit, limit)
+        alive = hard_concrete.expected_alive(log_alpha, limit=limit, temperature=temperature)
         too_low = alive.mean(-1) < share
         low, high = torch.where(too_low, shift, low), torch.where(too_low, high, shift)
     return (spread + ((low + high) / 2)[..., None]).clamp(-limit, limit).float()
+
+
+def _cosine(step: int, *, start: int, end: int, final: float) -> float:
+    progress = min(1.0, max(0, step - start) / max(1, end - start))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
+    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
+    return torch.argsort(order, dim=-1).double()
 
 
 def shape_of(masks: Masks, *, source: Shape) -> Shape:

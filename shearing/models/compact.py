@@ -5,6 +5,7 @@ Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -127,19 +128,13 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     target = selection.shape(source)
     config = config_for(model.config, shape=target, attention_layers=[a for a, _ in selection.layers])
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state: dict[str, Tensor] = {}
-    hidden = _Index(hidden=selection.hidden)
-    for name, axes in family.outer_axes.items():
-        if name in weights:
-            state[name] = _cut(weights[name], axes, hidden)
+    state = _cut_all(family, weights, masks, selection, source)
     if masks.hidden is not None:
         values = masks.hidden.detach()[selection.hidden.to(masks.hidden.device)]
         embedding, norm = f"{family.embedding}.weight", f"{family.final_norm}.weight"
         state[embedding] = _scale(state[embedding], columns=values)
         if source.tied:
             state[norm] = (state[norm].double() / values.double()).to(state[norm].dtype)
-    for new, (attention_layer, mlp_layer) in enumerate(selection.layers):
-        state.update(_cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer))
 
     with torch.device("meta"):
         result: Any = type(model)(config)
@@ -152,6 +147,39 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     result.generation_config = model.generation_config
     compacted: PreTrainedModel = result.to(model.device).eval()
     return compacted
+
+
+ORDER_OF_MOMENT = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2}
+"""What AdamW keeps for each parameter, and the power of the gradient it is a mean of."""
+
+
+def compact_moments(
+    model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]], *, masks: Masks, selection: Selection
+) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state for each weight that is kept, under the names of the cut model.
+
+    Where a mask of value z was folded into a weight, the gradient of the folded weight is 1 / z of what it was, and a
+    moment of order p is z^-p of what it was. With masks of 0 and 1 the state is the same before and after the cut.
+
+    Args:
+        model: the source model, for its anatomy; its weights are not read.
+        moments: kind (see `ORDER_OF_MOMENT`) -> parameter of `model` -> tensor of its shape, or a scalar.
+        masks, selection: as given to `compact`.
+    """
+    family, source = anatomy_of(model), Shape.of(model.config)
+    hidden = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
+    result = {}
+    for kind, of_kind in moments.items():
+        order = ORDER_OF_MOMENT[kind]
+        unfolded = {name: z.detach().where(z == 0, z.detach() ** -order) for name, z in masks.tensors().items()}
+        state = _cut_all(family, of_kind, Masks(**unfolded) if order else Masks(), selection, source)
+        if hidden is not None and order:
+            embedding, norm = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+            state[embedding] = _scale(state[embedding], columns=hidden**-order)
+            if source.tied:
+                state[norm] = state[norm] * hidden.to(state[norm]) ** order
+        result[kind] = state
+    return result
 
 
 def _restore_buffers(model: Any, config: Any) -> None:
@@ -178,16 +206,27 @@ class _Index:
 
 
 def _cut(weight: Tensor, axes: tuple[Axis, ...], index: _Index) -> Tensor:
-    for position, axis in enumerate(axes):
+    for position, axis in enumerate(axes[: weight.ndim]):  # an optimiser's step count has no axes
         kept = index.on(axis)
         if kept is not None:
             weight = weight.index_select(position, kept.to(weight.device))
     return weight.clone()
 
 
+def _cut_all(
+    family: Family, weights: Mapping[str, Tensor], masks: Masks, selection: Selection, source: Shape
+) -> dict[str, Tensor]:
+    """Every parameter's kept part, sub-layer masks folded in; the hidden mask of the embedding is not."""
+    hidden = _Index(hidden=selection.hidden)
+    state = {name: _cut(weights[name], axes, hidden) for name, axes in family.outer_axes.items() if name in weights}
+    for new, (attention_layer, mlp_layer) in enumerate(selection.layers):
+        state.update(_cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer))
+    return state
+
+
 def _cut_layer(
     family: Family,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     masks: Masks,
     selection: Selection,
     source: Shape,
@@ -215,10 +254,10 @@ def _cut_layer(
     state = {}
     for layer, axes_of in ((attention_layer, family.attention_axes), (mlp_layer, family.mlp_axes)):
         for name, axes in axes_of.items():
-            weight = weights.get(f"{family.layers}.{layer}.{name}")
-            if weight is None:
+            old = f"{family.layers}.{layer}.{name}"
+            if old not in weights:
                 continue
-            weight = _cut(weight, axes, index)
+            weight = _cut(weights[old], axes, index)
             module, kind = name.rsplit(".", 1)
             if module in columns:
                 rows = None if masks.hidden is None else _take(masks.hidden, selection.hidden)

@@ -286,8 +286,8 @@ def _disk(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
     for settings, count in ((recipe.prune, parameters["prune"]), (recipe.pretrain, parameters["pretrain"])):
         # One more checkpoint than is kept: it is whole beside the others before the oldest goes.
         bytes_needed += (count or 0) * _BYTES_OF_TRAINING_STATE * (settings.keep_checkpoints + 1)
-        # prune/ ends in its weights, then compact/ and model/ are of the target's size.
-        bytes_needed += (count or 0) * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 2)
+        # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
+        bytes_needed += (count or 0) * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
     return max(0, bytes_needed - _size_of(recipe.run_dir))
 
 

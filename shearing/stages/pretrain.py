@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.errors import ShearingError
 from shearing.models.anatomy import refuse_nonfinite
 from shearing.recipe import Recipe
 from shearing.run_directory import RunDirectory, flush_folder
 from shearing.training.checkpoint import flush_tree, is_disk_full, no_space, seed_random
-from shearing.training.engine import resolve_device
+from shearing.training.engine import read_moments, resolve_device
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
+from shearing.training.objectives import PARAMETER_PREFIX
 from shearing.training.task import initial_mixture, open_corpus, task_of
 
 # What stages write beside the model; everything else in compact/ goes with the final model.
@@ -26,8 +29,8 @@ _OF_THE_STAGE = frozenset({"shape.json", "complete.json"})
 def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
 
-    The stream of samples, the domain weights and the reference losses go on where mask learning ended; the optimiser
-    starts afresh. Continues from the newest checkpoint.
+    The stream of samples, the domain weights, the reference losses and, with `pretrain.optimizer: carried`, AdamW's
+    moments go on where mask learning ended. Continues from the newest checkpoint.
 
     Args:
         recipe: a recipe whose `prune` and `compact` stages are complete.
@@ -54,7 +57,15 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
     mixture = initial_mixture(recipe, corpus=corpus)
     mixture.load_state_dict(before["mixture_state"])
     start, drawn_before = mixture.next_sample, mixture.samples_per_domain()
-    task = task_of(recipe, stage="pretrain", model=model, mixture=mixture, masking=None, reference=before["reference"])
+    task = task_of(
+        recipe,
+        stage="pretrain",
+        model=model,
+        mixture=mixture,
+        masking=None,
+        reference=before["reference"],
+        moments=_moments(recipe, run=run),
+    )
 
     seed_random(recipe.seed)
     totals = train(task, console=console)
@@ -73,6 +84,23 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", totals, console=console, rows={"model": str(run.model)})
     return complete
+
+
+def _moments(recipe: Recipe, *, run: RunDirectory) -> dict[str, dict[str, Tensor]] | None:
+    """AdamW state of mask learning for the parameters of the cut model; None to start from nothing."""
+    if recipe.pretrain.optimizer == "fresh":
+        return None
+    if not run.moments.is_file():
+        raise ShearingError(
+            "pretrain.optimizer",
+            value="carried",
+            allowed=f"a run with {run.moments}, which mask learning writes when it ends",
+            mend="set pretrain.optimizer=fresh with a warm-up (pretrain.warmup=3%), or put the file back",
+        )
+    return {
+        kind: {PARAMETER_PREFIX + name: value for name, value in of_kind.items()}
+        for kind, of_kind in read_moments(run.moments).items()
+    }
 
 
 def _save_model(model: PreTrainedModel, *, run: RunDirectory) -> None:

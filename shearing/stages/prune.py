@@ -16,14 +16,16 @@ from shearing.masks.learner import MaskLearner, MaskSettings
 from shearing.mixture.corpus import Corpus
 from shearing.mixture.reference import resolve_reference
 from shearing.models.anatomy import load_source
+from shearing.models.compact import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.recipe import Recipe, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory, read_json, write_json
 from shearing.training.checkpoint import seed_random, write_tensors
-from shearing.training.engine import resolve_device
+from shearing.training.engine import resolve_device, write_moments
 from shearing.training.loop import Masking, train
 from shearing.training.metrics import activity, print_summary
+from shearing.training.objectives import PARAMETER_PREFIX
 from shearing.training.task import (
     calibration_batches,
     heldout_tokens,
@@ -79,6 +81,12 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     losses = _heldout(recipe, model=model, corpus=corpus, name="held-out losses before cutting", console=console)
     masked.release()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
+    if isinstance(learner.target, Shape) or learner.target.uniform:
+        moments = {
+            kind: {name.removeprefix(PARAMETER_PREFIX): value for name, value in of_kind.items()}
+            for kind, of_kind in task.engine.moments().items()
+        }
+        write_moments(run.moments, compact_moments(model, moments, masks=masks, selection=learner.selection()))
     # A tied weight appears once among the named parameters, as safetensors wants it.
     write_tensors(run.prune / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     end = task.schedule.total_steps * task.schedule.sequences_per_step
@@ -162,10 +170,13 @@ def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | Non
             warmup_steps=settings.warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
             mask_learning_rate=settings.mask_learning_rate,
             multiplier_learning_rate=settings.multiplier_learning_rate,
+            gain_learning_rate=settings.gain_learning_rate,
             final_learning_rate=settings.final_learning_rate,
             quadratic_penalty=settings.quadratic_penalty,
             temperature=settings.temperature,
+            log_alpha_limit=settings.log_alpha_limit,
             warm_start_scale=settings.warm_start_scale,
+            warm_start_step=settings.warm_start_step,
             seed=recipe.seed,
         ),
         importance=importance,

@@ -7,7 +7,7 @@ and have their own optimiser, because an engine would cast, clip and shard them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,21 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser state, bit for bit, into an existing folder."""
+        ...
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state by kind (`exp_avg`, `exp_avg_sq` of the parameter's shape; `step`, a scalar) and parameter.
+
+        The tensors are the optimiser's own, not copies. Empty before the first step.
+        """
+        ...
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Start from AdamW state of the form `moments` returns, instead of from nothing; copies it.
+
+        Raises:
+            ShearingError: it is not of the prepared model's parameters.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -169,11 +184,34 @@ class TorchEngine:
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         write_tensors(folder / "weights.safetensors", {n: p.detach() for n, p in self._parameters.items()})
-        moments = {}
+        write_moments(folder / "optimizer.safetensors", self.moments())
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.moments`."""
+        moments: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                moments[f"{key}/{name}"] = value
-        write_tensors(folder / "optimizer.safetensors", moments)
+            for kind, value in self._optimizer.state.get(parameter, {}).items():
+                moments.setdefault(kind, {})[name] = value
+        return moments
+
+    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """See `Engine.load_moments`."""
+        for kind, of_kind in moments.items():
+            for name, value in of_kind.items():
+                parameter = self._parameters.get(name)
+                if parameter is None or value.shape not in (parameter.shape, torch.Size()):
+                    raise ShearingError(
+                        f"optimiser state ({kind} of {name})",
+                        value=tuple(value.shape),
+                        allowed="state of the model's own parameters"
+                        + ("" if parameter is None else f"; this one has shape {tuple(parameter.shape)}"),
+                        mend="set pretrain.optimizer=fresh, or learn the masks again in a new run_dir",
+                    )
+        self._optimizer.state.clear()
+        for kind, of_kind in moments.items():
+            for name, value in of_kind.items():
+                # A copy, aligned as an optimiser's own: what a file's buffer is aligned to can change rounding.
+                self._optimizer.state[self._parameters[name]][kind] = value.to(self.device, copy=True)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
@@ -192,11 +230,23 @@ class TorchEngine:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
-        self._optimizer.state.clear()
-        for key, value in load_file(folder / "optimizer.safetensors", device=str(self.device)).items():
-            kind, name = key.split("/", 1)
-            # A copy of its own, aligned as the original was: what a file's buffer is aligned to can change rounding.
-            self._optimizer.state[self._parameters[name]][kind] = value.clone()
+        self.load_moments(read_moments(folder / "optimizer.safetensors"))
+
+
+def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write AdamW state, as `Engine.moments` returns it, to one file with keys `KIND/PARAMETER`."""
+    write_tensors(
+        path, {f"{kind}/{name}": value for kind, of_kind in moments.items() for name, value in of_kind.items()}
+    )
+
+
+def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What `write_moments` wrote, on the CPU."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        kind, name = key.split("/", 1)
+        moments.setdefault(kind, {})[name] = value
+    return moments
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

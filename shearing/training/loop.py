@@ -97,6 +97,7 @@ class Task:
         objective: forward pass from tokens [B, T] to the sum of their losses; not yet prepared by the engine.
         masking: None: the weights alone are trained.
         dynamic: None: domain weights are constant.
+        moments: AdamW state to start from (see `Engine.moments`); None: from nothing.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Task:
     mixture: Mixture
     masking: Masking | None
     dynamic: DynamicMixture | None
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None
 
 
 class Interrupted(SystemExit):
@@ -212,6 +214,8 @@ class _Run:
                 task.masking.learner.load_state_dict(state["masks"])
             set_random_states(state["random"])
             console.print(f"continuing {task.name} from step {state['step']} ({newest})", soft_wrap=True)
+        elif task.moments is not None:
+            task.engine.load_moments(task.moments)
         log = MetricsLog(task.folder / "metrics.jsonl", num_bytes=state["metrics_bytes"])
         prefetcher = Prefetcher(
             task.mixture, sequences_per_step=task.schedule.sequences_per_step, depth=PREFETCHED_STEPS

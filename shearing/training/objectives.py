@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 
 from shearing.models.anatomy import backbone, head_weight
 
+PARAMETER_PREFIX = "model."
+"""What precedes a model's own parameter names in its `LanguageModelLoss`, and so in an engine."""
+
 
 class LanguageModelLoss(nn.Module):
     """A causal language model whose forward pass is its loss: what an engine prepares and the loop calls.

@@ -37,6 +37,7 @@ def task_of(
     mixture: Mixture,
     masking: Masking | None,
     reference: Mapping[str, float],
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Task:
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
 
@@ -47,6 +48,7 @@ def task_of(
         mixture: where the stage's samples start.
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
+        moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
     """
     settings, data, training = getattr(recipe, stage), recipe.data, recipe.training
     steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
@@ -99,6 +101,7 @@ def task_of(
                 recipe, stage=stage, model=model, corpus=mixture.corpus, advance=advance
             ),
         ),
+        moments=moments,
     )
 
 

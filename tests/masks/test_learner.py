@@ -52,6 +52,28 @@ def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
     assert subject.selection().shape(SOURCE) == TARGET
 
 
+def test_gains_never_change_which_units_are_kept():
+    importance = random_importance(SOURCE, seed=0)
+    subject = learner(importance=importance, freeze_step=1, total_steps=8, gain_learning_rate=5.0)
+    model = MaskedModel(tiny_model())
+    for step in range(4):
+        masks = subject.sample(step=step, micro_batch=0)
+        model.set_masks(masks)
+        model(tiny_ids()).square().mean().backward()
+        if (penalty := subject.penalty(step=step)).requires_grad:
+            penalty.backward()
+        subject.reduce_and_step(step=step)
+        assert all((value != 1).any() for value in subject.gains.values())
+    assert set(subject.gains) == {"attention", "mlp", "query_heads"}
+    assert subject.selection().shape(SOURCE) == TARGET  # at a rate this high they are at the ends of their range
+    kept = subject.deterministic()
+    assert torch.equal(kept.attention != 0, subject.freeze()["layers"] != 0)
+    assert not torch.equal(kept.attention, kept.mlp)
+    other = learner(importance=importance, freeze_step=1, total_steps=8, gain_learning_rate=5.0)
+    other.load_state_dict(subject.state_dict())
+    assert torch.equal(other.deterministic().query_heads, kept.query_heads)
+
+
 def test_noise_depends_on_seed_step_and_micro_batch_only():
     importance = random_importance(SOURCE, seed=0)
     first, second = learner(importance=importance), learner(importance=importance)
@@ -72,6 +94,25 @@ def test_grade_meets_the_share_and_keeps_the_order(share):
     torch.testing.assert_close(expected, torch.full((3,), share), rtol=0, atol=1e-5)
     order = scores.argsort(-1, descending=True)
     assert (log_alpha.gather(-1, order).diff() <= 0).all()
+
+
+def test_a_graded_start_leaves_few_units_of_a_long_row_in_doubt():
+    scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for step, doubtful in ((0.0, 200), (2.0, 5)):
+        log_alpha = grade(scores, share=0.6, scale=25.0, step=step, limit=10.0)
+        assert float(hard_concrete.expected_alive(log_alpha, limit=10.0).mean()) == pytest.approx(0.6, abs=1e-4)
+        assert int((log_alpha.abs() < 5).sum()) == pytest.approx(doubtful, abs=2)
+
+
+def test_sub_layers_start_from_a_choice_that_alternates_and_ties_keep_the_order_of_importance():
+    importance = random_importance(SOURCE, seed=1)
+    names = ["sublayers", *GRANULARITIES[1:]]
+    subject = learner(granularities=names, importance=importance, warm_start_scale=100.0, log_alpha_limit=10.0)
+    start = {name: subject.log_alpha[name].detach() for name in ("attention", "mlp")}
+    assert all(int(value.abs().eq(10.0).sum()) >= 3 for value in start.values())  # saturated: the order is gone
+    masks = subject.deterministic().tensors()
+    for name, value in start.items():
+        assert torch.equal(masks[name] > 0, value > 0), name
 
 
 def test_the_warm_start_begins_at_the_target_with_the_selection_of_the_importance():

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
-from shearing.models.compact import Selection, compact
+from shearing.models.compact import Selection, compact, compact_moments
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
@@ -131,3 +131,35 @@ def test_masks_of_another_size_are_refused():
     masks = Masks(hidden=torch.ones(36))
     with pytest.raises(ShearingError, match="hidden dimensions"):
         Selection.of(masks, source=source, target=dataclasses.replace(source, hidden_size=24))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_moments_are_those_of_the_gradients_of_the_cut_model(family, tied):
+    """First and second moments of one gradient, cut, are the cut model's own gradient and its square."""
+    model = tiny_model(family, tied=tied).double()
+    source = Shape.of(model.config)
+    masks, target = masks_and_target(source, GRANULARITIES, fractional=True, seed=1)
+    masks = Masks(**{name: value.double() for name, value in masks.tensors().items()})
+    selection = Selection.of(masks, source=source, target=target)
+    masked = MaskedModel(model)
+    masked.set_masks(masks)
+    masked.model(tiny_ids()).logits.square().mean().backward()
+    masked.release()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    moments = {
+        "exp_avg": gradients,
+        "exp_avg_sq": {name: gradient**2 for name, gradient in gradients.items()},
+        "step": dict.fromkeys(gradients, torch.tensor(3.0)),
+    }
+    small = compact(model, masks=masks, selection=selection)
+    small.requires_grad_(True)
+    small(tiny_ids()).logits.square().mean().backward()
+    found = compact_moments(model, moments, masks=masks, selection=selection)
+    expected = {name: p.grad for name, p in small.named_parameters()}
+    assert {kind: set(of_kind) for kind, of_kind in found.items()} == {kind: set(expected) for kind in moments}
+    for name, gradient in expected.items():
+        largest = float(gradient.abs().max())  # norms compute in fp32, whatever the weights are
+        torch.testing.assert_close(found["exp_avg"][name], gradient, rtol=1e-4, atol=1e-5 * largest)
+        torch.testing.assert_close(found["exp_avg_sq"][name], gradient**2, rtol=1e-3, atol=1e-5 * largest**2)
+        assert float(found["step"][name]) == 3.0
