@@ -123,12 +123,6 @@ class PruneRecipe(StageRecipe):
         ge=0.0,
         description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
     )
-    gain_learning_rate: float = Field(
-        0.03,
-        ge=0.0,
-        description="Learning rate of the gains: values that multiply the masks of sub-layers and query heads, and "
-        "that the cut folds into the weights; 0: they stay 1.",
-    )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
     sparsity_warmup: Duration = Field(
         Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +18,13 @@ from torch import Tensor, nn
 
 from shearing.masks import hard_concrete
 from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters, round_to_budget, uniform_shape
-from shearing.masks.granularities import as_masks, granularities_of, unit_sizes
+from shearing.masks.granularities import as_masks, granularities_of
 from shearing.masks.importance import Scores
 from shearing.masks.lagrangian import Lagrangian, target_at
 from shearing.masks.rounding import alternating, round_to_target
 from shearing.models.compact import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
-
-GAINS = ("attention", "mlp", "query_heads")
-"""What has a gain. Units of finer granularities are left to the weights: their gains learn noise at a useful rate."""
-
-GAIN_RANGE = (0.1, 10.0)
-"""Gains stay within; never 0, which would take a unit out of the shape."""
 
 # Below any difference of log_alpha that learning makes.
 _TIE = 1e-4
@@ -43,13 +37,10 @@ class MaskSettings:
     Attributes:
         total_steps: length of the stage.
         sparsity_warmup_steps: linear ramp of the target from nothing pruned to the target.
-        freeze_step: first step whose masks keep a fixed choice of units at the target shape.
+        freeze_step: first step with fixed binary masks at the target shape; the learning rates' cosine ends here.
         warmup_steps: linear warm-up of the learning rates.
-        mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent);
-            their cosine ends at the freeze.
+        mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent).
         final_learning_rate: both rates at the freeze, share of the peak.
-        gain_learning_rate: peak rate of the gains of sub-layers and query heads, with a cosine to a tenth at the end
-            of the stage; 0: they stay 1.
         quadratic_penalty: constant part of every lambda_2.
         temperature: beta of the hard concrete distribution.
         log_alpha_limit: log_alpha is kept within plus and minus this.
@@ -64,7 +55,6 @@ class MaskSettings:
     mask_learning_rate: float = 1.0
     multiplier_learning_rate: float = 1.0
     final_learning_rate: float = 0.1
-    gain_learning_rate: float = 0.0
     quadratic_penalty: float = 0.0
     temperature: float = hard_concrete.TEMPERATURE
     log_alpha_limit: float = hard_concrete.LOG_ALPHA_LIMIT
@@ -112,15 +102,11 @@ class MaskLearner:
         else:
             rows = {granularity.name: granularity.size[:-1] for granularity in self.granularities}
         self.lagrangian = Lagrangian(rows, quadratic_penalty=settings.quadratic_penalty)
-        sizes = unit_sizes(source)
-        gains = GAINS if settings.gain_learning_rate > 0 else ()
-        self.gains = nn.ParameterDict({name: nn.Parameter(torch.ones(sizes[name])) for name in gains})
-        self._modules = nn.ModuleList([self.log_alpha, self.lagrangian, self.gains]).to(device)
+        self._modules = nn.ModuleList([self.log_alpha, self.lagrangian]).to(device)
         masks, multipliers = list(self.log_alpha.parameters()), list(self.lagrangian.parameters())
         groups = [
             {"params": masks, "lr": settings.mask_learning_rate},
             {"params": multipliers, "lr": settings.multiplier_learning_rate, "maximize": True},
-            {"params": list(self.gains.parameters()), "lr": settings.gain_learning_rate},
         ]
         # Fused: the only AdamW that skips a step on the device, without asking the host.
         self.optimizer = (
@@ -183,12 +169,12 @@ class MaskLearner:
     # -- masks -----------------------------------------------------------------------------------------------------
 
     def sample(self, *, step: int, micro_batch: int) -> Masks:
-        """Masks of one micro-batch, gains in them: hard-concrete draws, from `freeze_step` on the fixed choice.
+        """Masks of one micro-batch: hard-concrete draws, or the fixed binary masks from `freeze_step` on.
 
         The draw depends on (seed, step, micro_batch) and is the same on every process and device.
         """
         if step >= self.settings.freeze_step:
-            return self._valued(self.freeze())
+            return as_masks(self.freeze())
         generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, micro_batch))
         z = {}
         for granularity in self.granularities:
@@ -198,28 +184,15 @@ class MaskLearner:
                 noise = noise.pin_memory()
             noise = noise.to(log_alpha.device, non_blocking=True)
             z[granularity.name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self.settings.temperature)
-        return self._valued(z)
+        return as_masks(z)
 
     @torch.no_grad()
     def deterministic(self) -> Masks:
-        """Masks without noise at exactly the target shape (for a budget alone: within the budget).
-
-        Units that go are 0; units that stay are 1, or their gain.
-        """
-        return self._valued(self.frozen if self.frozen is not None else self._rounded())
-
-    def _valued(self, z: Mapping[str, Tensor]) -> Masks:
-        masks = as_masks(z)
-        return replace(
-            masks,
-            **{
-                name: gain if (mask := getattr(masks, name)) is None else mask * gain
-                for name, gain in self.gains.items()
-            },
-        )
+        """Binary masks without noise at exactly the target shape (for a budget alone: within the budget)."""
+        return as_masks(self.frozen if self.frozen is not None else self._rounded())
 
     def freeze(self) -> dict[str, Tensor]:
-        """Fixes the binary choice at the target shape, once; later calls return the same."""
+        """Fixes the masks at the target shape, once; later calls return the same masks."""
         if self.frozen is None:
             self.frozen = self._rounded()
         return self.frozen
@@ -280,9 +253,7 @@ class MaskLearner:
         return self.lagrangian.penalty(self.violations(step=step))
 
     def reduce_and_step(self, *, step: int, skip: Tensor | None = None) -> None:
-        """One AdamW step of masks and gains (descent) and multipliers (ascent); averages over processes first.
-
-        Masks and multipliers move until the freeze, gains all the time.
+        """One AdamW step of masks (descent) and multipliers (ascent); averages gradients over processes first.
 
         Args:
             step: number of the step, from 0.
@@ -308,17 +279,15 @@ class MaskLearner:
             limit = self.settings.log_alpha_limit
             for value in self.log_alpha.values():
                 value.clamp_(-limit, limit)
-            for value in self.gains.values():
-                value.clamp_(*GAIN_RANGE)
 
-    def _rates(self, step: int) -> tuple[float, float, float]:
-        """Learning rates of masks, multipliers and gains."""
+    def _rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of masks and multipliers."""
         s = self.settings
         warmup = min(1.0, (step + 1) / max(1, s.warmup_steps))
-        moving = warmup * _cosine(step, start=s.warmup_steps, end=s.freeze_step, final=s.final_learning_rate)
-        # Gains settle before the cut even where the weights' rate does not fall: a tenth of their peak, always.
-        gains = warmup * _cosine(step, start=s.warmup_steps, end=s.total_steps, final=0.1)
-        return s.mask_learning_rate * moving, s.multiplier_learning_rate * moving, s.gain_learning_rate * gains
+        progress = min(1.0, max(0, step - s.warmup_steps) / max(1, s.freeze_step - s.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        factor = warmup * (s.final_learning_rate + (1 - s.final_learning_rate) * cosine)
+        return s.mask_learning_rate * factor, s.multiplier_learning_rate * factor
 
     # -- reporting and state ---------------------------------------------------------------------------------------
 
@@ -375,15 +344,14 @@ class MaskLearner:
         return result
 
     def parameters(self) -> list[nn.Parameter]:
-        """log_alpha of every granularity, the multipliers, the gains."""
+        """log_alpha of every granularity, then the multipliers."""
         return list(self._modules.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """log_alpha, multipliers, gains, the optimiser's moments and the frozen choice."""
+        """log_alpha, multipliers, the optimiser's moments and the frozen masks."""
         return {
             "log_alpha": {name: value.detach() for name, value in self.log_alpha.items()},
             "lagrangian": self.lagrangian.state_dict(),
-            "gains": {name: value.detach() for name, value in self.gains.items()},
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "frozen": self.frozen,
         }
@@ -393,8 +361,6 @@ class MaskLearner:
         with torch.no_grad():
             for name, value in self.log_alpha.items():
                 value.copy_(state["log_alpha"][name])
-            for name, value in self.gains.items():
-                value.copy_(state["gains"][name])
         self.lagrangian.load_state_dict(state["lagrangian"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -441,11 +407,6 @@ def grade(
         too_low = alive.mean(-1) < share
         low, high = torch.where(too_low, shift, low), torch.where(too_low, high, shift)
     return (spread + ((low + high) / 2)[..., None]).clamp(-limit, limit).float()
-
-
-def _cosine(step: int, *, start: int, end: int, final: float) -> float:
-    progress = min(1.0, max(0, step - start) / max(1, end - start))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -149,37 +149,20 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     return compacted
 
 
-ORDER_OF_MOMENT = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2}
-"""What AdamW keeps for each parameter, and the power of the gradient it is a mean of."""
-
-
 def compact_moments(
-    model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]], *, masks: Masks, selection: Selection
+    model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]], *, selection: Selection
 ) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state for each weight that is kept, under the names of the cut model.
+    """An optimiser's state for each weight that is kept, under the names of the cut model.
 
-    Where a mask of value z was folded into a weight, the gradient of the folded weight is 1 / z of what it was, and a
-    moment of order p is z^-p of what it was. With masks of 0 and 1 the state is the same before and after the cut.
+    Taken as it is: under masks of 0 and 1 the gradient of a weight that is kept is the same before and after the cut.
 
     Args:
         model: the source model, for its anatomy; its weights are not read.
-        moments: kind (see `ORDER_OF_MOMENT`) -> parameter of `model` -> tensor of its shape, or a scalar.
-        masks, selection: as given to `compact`.
+        moments: kind -> parameter of `model` -> tensor of its shape, or a scalar.
+        selection: the units to keep.
     """
     family, source = anatomy_of(model), Shape.of(model.config)
-    hidden = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
-    result = {}
-    for kind, of_kind in moments.items():
-        order = ORDER_OF_MOMENT[kind]
-        unfolded = {name: z.detach().where(z == 0, z.detach() ** -order) for name, z in masks.tensors().items()}
-        state = _cut_all(family, of_kind, Masks(**unfolded) if order else Masks(), selection, source)
-        if hidden is not None and order:
-            embedding, norm = f"{family.embedding}.weight", f"{family.final_norm}.weight"
-            state[embedding] = _scale(state[embedding], columns=hidden**-order)
-            if source.tied:
-                state[norm] = state[norm] * hidden.to(state[norm]) ** order
-        result[kind] = state
-    return result
+    return {kind: _cut_all(family, of_kind, Masks(), selection, source) for kind, of_kind in moments.items()}
 
 
 def _restore_buffers(model: Any, config: Any) -> None:

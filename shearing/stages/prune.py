@@ -86,7 +86,7 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
             kind: {name.removeprefix(PARAMETER_PREFIX): value for name, value in of_kind.items()}
             for kind, of_kind in task.engine.moments().items()
         }
-        write_moments(run.moments, compact_moments(model, moments, masks=masks, selection=learner.selection()))
+        write_moments(run.moments, compact_moments(model, moments, selection=learner.selection()))
     # A tied weight appears once among the named parameters, as safetensors wants it.
     write_tensors(run.prune / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
     end = task.schedule.total_steps * task.schedule.sequences_per_step
@@ -170,7 +170,6 @@ def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | Non
             warmup_steps=settings.warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
             mask_learning_rate=settings.mask_learning_rate,
             multiplier_learning_rate=settings.multiplier_learning_rate,
-            gain_learning_rate=settings.gain_learning_rate,
             final_learning_rate=settings.final_learning_rate,
             quadratic_penalty=settings.quadratic_penalty,
             temperature=settings.temperature,

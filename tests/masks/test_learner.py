@@ -52,28 +52,6 @@ def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
     assert subject.selection().shape(SOURCE) == TARGET
 
 
-def test_gains_never_change_which_units_are_kept():
-    importance = random_importance(SOURCE, seed=0)
-    subject = learner(importance=importance, freeze_step=1, total_steps=8, gain_learning_rate=5.0)
-    model = MaskedModel(tiny_model())
-    for step in range(4):
-        masks = subject.sample(step=step, micro_batch=0)
-        model.set_masks(masks)
-        model(tiny_ids()).square().mean().backward()
-        if (penalty := subject.penalty(step=step)).requires_grad:
-            penalty.backward()
-        subject.reduce_and_step(step=step)
-        assert all((value != 1).any() for value in subject.gains.values())
-    assert set(subject.gains) == {"attention", "mlp", "query_heads"}
-    assert subject.selection().shape(SOURCE) == TARGET  # at a rate this high they are at the ends of their range
-    kept = subject.deterministic()
-    assert torch.equal(kept.attention != 0, subject.freeze()["layers"] != 0)
-    assert not torch.equal(kept.attention, kept.mlp)
-    other = learner(importance=importance, freeze_step=1, total_steps=8, gain_learning_rate=5.0)
-    other.load_state_dict(subject.state_dict())
-    assert torch.equal(other.deterministic().query_heads, kept.query_heads)
-
-
 def test_noise_depends_on_seed_step_and_micro_batch_only():
     importance = random_importance(SOURCE, seed=0)
     first, second = learner(importance=importance), learner(importance=importance)

@@ -16,7 +16,6 @@ ALL_FROZEN = ["prune.freeze=100%", "mixture.update=constant", "prune.warmup=0 st
 CONSTANT_RATE = [
     "prune.final_learning_rate=1.0",
     "pretrain.final_learning_rate=1.0",
-    "prune.gain_learning_rate=0",
 ]
 
 
