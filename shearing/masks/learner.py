@@ -186,7 +186,6 @@ class MaskLearner:
             z[granularity.name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self.settings.temperature)
         return as_masks(z)
 
-    @torch.no_grad()
     def deterministic(self) -> Masks:
         """Binary masks without noise at exactly the target shape (for a budget alone: within the budget)."""
         return as_masks(self.frozen if self.frozen is not None else self._rounded())
@@ -259,9 +258,9 @@ class MaskLearner:
             step: number of the step, from 0.
             skip: scalar tensor, nonzero where the step must change nothing (a non-finite loss); read on the device.
         """
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        if self.optimizer is None or not parameters:
+        if self.optimizer is None or step >= self.settings.freeze_step:
             return
+        parameters = [p for p in self.parameters() if p.grad is not None]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
             torch.distributed.all_reduce(flat)
