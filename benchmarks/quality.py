@@ -76,8 +76,7 @@ def cut_at_once(method: str, *, recipe: Recipe) -> None:
     scores: Scores
     if method == "importance":
         size = recipe.prune.micro_batch_size
-        batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=lambda _: None)
-        scores = activation_importance(model, batches=(tokens[:, :-1] for tokens in batches))
+        scores = activation_importance(model, batches=calibration_batches(recipe, corpus=corpus, micro_batch_size=size))
     elif method == "magnitude":
         scores = magnitude_importance(model)
     else:

@@ -127,8 +127,16 @@ class PruneRecipe(StageRecipe):
     sparsity_warmup: Duration = Field(
         Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
     )
-    initial_masks: Literal["open", "importance"] = Field(
-        "importance", description="open: every unit alive (paper); importance: graded by activation importance."
+    initial_masks: Literal["open", "activations", "reconstruction"] = Field(
+        "reconstruction",
+        description="open: every unit alive (paper). Else graded by importance: layers and hidden dimensions by their "
+        "activations; heads and intermediate units likewise (activations), or by what the others of their layer could "
+        "not make up for (reconstruction).",
+    )
+    compensate: bool = Field(
+        True,
+        description="Before the first step, refit the weights that stay so that they make up for the units that a "
+        "graded start closes (least squares, layer by layer); only with sparsity_warmup 0.",
     )
     log_alpha_limit: Positive = Field(
         10.0,
@@ -141,7 +149,9 @@ class PruneRecipe(StageRecipe):
     warm_start_step: float = Field(
         2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
     )
-    calibration_tokens: int = Field(65_536, ge=2, description="Tokens read to measure activation importance.")
+    calibration_tokens: int = Field(
+        65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
+    )
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )

@@ -7,13 +7,15 @@ Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV group
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from shearing.masks.granularities import as_masks, granularities_of, unit_sizes
 from shearing.masks.rounding import round_to_target
@@ -108,41 +110,50 @@ def activation_importance(model: PreTrainedModel, *, batches: Iterable[Tensor]) 
         model: plain model, on any device.
         batches: token ids [B, S].
     """
-    source = Shape.of(model.config)
-    K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
-    recorder = _Recorder()
-    handles = recorder.listen(model)
-    try:
+    with ActivationRecorder.listening(model) as recorder:
         for batch in batches:
             backbone(model)(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    def of_layers(name: str) -> Tensor:
-        return torch.stack([recorder.sums[name, layer] for layer in range(source.num_hidden_layers)]).cpu()
-
-    heads = of_layers("heads").view(-1, K, G, dh).sum(-1)
-    return {
-        "layers": of_layers("layers"),
-        "attention": of_layers("attention"),
-        "mlp": of_layers("mlp"),
-        "kv_groups": heads.sum(-1).sqrt(),
-        "query_heads": heads.sqrt(),
-        "intermediate": of_layers("intermediate").sqrt(),
-        "hidden": (of_layers("attention norm").sqrt() + of_layers("mlp norm").sqrt()).sum(0),
-    }
+    return recorder.scores(Shape.of(model.config))
 
 
-class _Recorder:
-    """Running sums of what the hooks of `activation_importance` see: (name, layer) -> [channels] or scalar."""
+class ActivationRecorder:
+    """Running sums of what `activation_importance` is made of: (name, layer) -> [channels] or scalar."""
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, int], Tensor] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}
         self._layer_input = self._mlp_input = torch.empty(0)
 
-    def listen(self, model: PreTrainedModel) -> list[Any]:
-        """Registers the hooks; returns their handles."""
+    @classmethod
+    @contextmanager
+    def listening(cls, model: PreTrainedModel) -> Iterator[Self]:
+        """Records what passes through `model` inside the context."""
+        recorder = cls()
+        handles = recorder._listen(model)
+        try:
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def scores(self, source: Shape) -> Scores:
+        """Scores of everything recorded; `source` is the model's shape."""
+        K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
+
+        def of_layers(name: str) -> Tensor:
+            return torch.stack([self._sums[name, layer] for layer in range(source.num_hidden_layers)]).cpu()
+
+        heads = of_layers("heads").view(-1, K, G, dh).sum(-1)
+        return {
+            "layers": of_layers("layers"),
+            "attention": of_layers("attention"),
+            "mlp": of_layers("mlp"),
+            "kv_groups": heads.sum(-1).sqrt(),
+            "query_heads": heads.sqrt(),
+            "intermediate": of_layers("intermediate").sqrt(),
+            "hidden": (of_layers("attention norm").sqrt() + of_layers("mlp norm").sqrt()).sum(0),
+        }
+
+    def _listen(self, model: PreTrainedModel) -> list[Any]:
         family = anatomy_of(model)
         handles: list[Any] = []
         for index, layer in enumerate(decoder_layers(model)):
@@ -163,7 +174,7 @@ class _Recorder:
         return handles
 
     def _add(self, key: tuple[str, int], value: Tensor) -> None:
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def _channels(self, key: tuple[str, int], x_BSC: Tensor) -> None:
         self._add(key, x_BSC.float().abs().mean(1).square().sum(0))

@@ -61,6 +61,7 @@ class Family:
         attention_axes, mlp_axes: parameter name inside a layer -> what each of its axes is.
         outer_axes: the same for parameters outside the layers.
         attention_write, mlp_write: the linear layers that write into the residual stream.
+        mlp: the MLP, from its norm's output to what it writes.
         attention_norm, mlp_norm, final_norm: RMSNorms over the residual stream.
     """
 
@@ -77,6 +78,7 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     attention_write: str = "self_attn.o_proj"
     mlp_write: str = "mlp.down_proj"
+    mlp: str = "mlp"
     qk_norms: bool = False
 
     def axes(self, name: str) -> Axes:

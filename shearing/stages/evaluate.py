@@ -179,7 +179,7 @@ class _Source:
             micro_batch_size=self._recipe.prune.micro_batch_size,
             advance=lambda _tokens: None,
         )
-        return activation_importance(self.model(), batches=(tokens[:, :-1] for tokens in batches))
+        return activation_importance(self.model(), batches=batches)
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from shearing.masks.budget import ParameterBudget
 from shearing.masks.importance import Scores, activation_importance
 from shearing.masks.learner import MaskLearner, MaskSettings
+from shearing.masks.reconstruction import compensate, reconstruction_importance
 from shearing.mixture.corpus import Corpus
 from shearing.mixture.reference import resolve_reference
 from shearing.models.anatomy import load_source
@@ -71,7 +73,15 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     masked = MaskedModel(model)
     mixture = initial_mixture(recipe, corpus=corpus)
     masking = Masking(model=masked, learner=learner)
-    task = task_of(recipe, stage="prune", model=model, mixture=mixture, masking=masking, reference=reference)
+    task = task_of(
+        recipe,
+        stage="prune",
+        model=model,
+        mixture=mixture,
+        masking=masking,
+        reference=reference,
+        before_first_step=partial(_compensate, recipe, masking=masking, corpus=corpus, console=console),
+    )
 
     seed_random(recipe.seed)
     totals = train(task, console=console)
@@ -133,18 +143,47 @@ def _reference(
 def _importance(
     recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
 ) -> Scores | None:
-    """Activation importance, measured once per run; None where masks start open."""
+    """What grades the initial masks, measured once per run; None where they start open."""
     settings = recipe.prune
     if settings.initial_masks == "open":
         return None
     path = run.prune / "importance.safetensors"
-    if not path.is_file():
-        with activity("activation importance", total=settings.calibration_tokens, console=console) as advance:
-            batches = calibration_batches(
-                recipe, corpus=corpus, micro_batch_size=settings.micro_batch_size, advance=advance
+    size = settings.micro_batch_size
+    if path.is_file():
+        return load_file(path)
+    if settings.initial_masks == "activations":
+        with activity("importance by activations", total=settings.calibration_tokens, console=console) as advance:
+            batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=advance)
+            scores = activation_importance(model, batches=batches)
+    else:
+        shape = None if recipe.target.parameters is not None else resolve_target(recipe.target, source=model.config)
+        layers = model.config.num_hidden_layers
+        with activity("importance by reconstruction", total=layers, console=console) as advance:
+            scores = reconstruction_importance(
+                model,
+                batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=size)),
+                target=shape,
+                advance=advance,
             )
-            write_tensors(path, activation_importance(model, batches=(tokens[:, :-1] for tokens in batches)))
+    write_tensors(path, scores)
     return load_file(path)
+
+
+def _compensate(recipe: Recipe, *, masking: Masking, corpus: Corpus, console: Console) -> None:
+    """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
+    settings = recipe.prune
+    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+    ramp = settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps)
+    if not settings.compensate or settings.initial_masks == "open" or ramp:
+        return
+    layers = masking.model.model.config.num_hidden_layers
+    with activity("compensation for what the masks close", total=layers, console=console) as advance:
+        compensate(
+            masking.model,
+            masks=masking.learner.deterministic(),
+            batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=settings.micro_batch_size)),
+            advance=advance,
+        )
 
 
 def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:

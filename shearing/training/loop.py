@@ -98,6 +98,7 @@ class Task:
         masking: None: the weights alone are trained.
         dynamic: None: domain weights are constant.
         moments: AdamW state to start from (see `Engine.moments`); None: from nothing.
+        before_first_step: changes the model in place; not called where a checkpoint is continued.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Task:
     masking: Masking | None
     dynamic: DynamicMixture | None
     moments: Mapping[str, Mapping[str, Tensor]] | None = None
+    before_first_step: Callable[[], None] | None = None
 
 
 class Interrupted(SystemExit):
@@ -214,8 +216,11 @@ class _Run:
                 task.masking.learner.load_state_dict(state["masks"])
             set_random_states(state["random"])
             console.print(f"continuing {task.name} from step {state['step']} ({newest})", soft_wrap=True)
-        elif task.moments is not None:
-            task.engine.load_moments(task.moments)
+        else:
+            if task.moments is not None:
+                task.engine.load_moments(task.moments)
+            if task.before_first_step is not None:
+                task.before_first_step()
         log = MetricsLog(task.folder / "metrics.jsonl", num_bytes=state["metrics_bytes"])
         prefetcher = Prefetcher(
             task.mixture, sequences_per_step=task.schedule.sequences_per_step, depth=PREFETCHED_STEPS

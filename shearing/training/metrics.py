@@ -207,10 +207,10 @@ class Display:
 
 @contextmanager
 def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show a task of `total` tokens outside training: a bar on a terminal, a line every few seconds elsewhere.
+    """Show a task of `total` tokens or layers outside training: a bar on a terminal, else a line every few seconds.
 
     Yields:
-        What to call with the number of tokens just done.
+        What to call with the number just done.
     """
     if console.is_terminal:
         with Progress(

@@ -38,6 +38,7 @@ def task_of(
     masking: Masking | None,
     reference: Mapping[str, float],
     moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    before_first_step: Callable[[], None] | None = None,
 ) -> Task:
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
 
@@ -49,6 +50,7 @@ def task_of(
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
         moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
+        before_first_step: changes the model in place; not called where a checkpoint is continued.
     """
     settings, data, training = getattr(recipe, stage), recipe.data, recipe.training
     steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
@@ -102,6 +104,7 @@ def task_of(
             ),
         ),
         moments=moments,
+        before_first_step=before_first_step,
     )
 
 
@@ -140,9 +143,9 @@ def initial_mixture(recipe: Recipe, *, corpus: Corpus) -> Mixture:
 
 
 def calibration_batches(
-    recipe: Recipe, *, corpus: Corpus, micro_batch_size: int, advance: Callable[[int], None]
+    recipe: Recipe, *, corpus: Corpus, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Tensor]:
-    """The first training samples [B, S + 1]: `prune.calibration_tokens` in whole sequences, at least one.
+    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one.
 
     Args:
         micro_batch_size: sequences per batch (B).
@@ -154,8 +157,9 @@ def calibration_batches(
     device = resolve_device(recipe.training)
     for first in range(0, count, micro_batch_size):
         batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
-        yield batch.tokens.to(device)
-        advance(batch.tokens[:, :-1].numel())
+        inputs = batch.tokens[:, :-1].to(device)
+        yield inputs
+        advance(inputs.numel())
 
 
 def measure_heldout(
