@@ -145,12 +145,13 @@ def reconstruction_importance(
             "intermediate": m - target.intermediate_size,
         }
     orders: dict[str, list[Tensor]] = {name: [] for name in goes}
+    writes = _places(family, "attention write", "mlp norm", "mlp write")
     streams, calls = _first_inputs(model, batches)
     with ActivationRecorder.listening(model) as recorder:
         for layer in decoder_layers(model):
             heads, units = _Moment(), _Moment()
             for batch, call in enumerate(calls):
-                seen, after = _run(layer, layer, family, streams[batch], call)
+                seen, after = _run(layer, layer, streams[batch], call, places=writes)
                 heads.add(seen["attention write"], weights=_token_weights(seen["mlp norm"]))
                 units.add(seen["mlp write"], weights=_token_weights(after))
                 streams[batch] = after
@@ -208,9 +209,13 @@ def compensate(
     model.set_masks(masks)
     masked, _ = _first_inputs(source_model, batches)
     hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
+    reads = _places(family, "attention read", "mlp norm", "mlp read")
+    writes = _places(family, "attention write", "mlp norm")
     for index, layer in enumerate(decoder_layers(source_model)):
         model.set_masks(None)
-        dense = [_run(layer.forward, layer, family, stream, call) for stream, call in zip(whole, calls, strict=True)]
+        dense = [
+            _run(layer.forward, layer, stream, call, places=reads) for stream, call in zip(whole, calls, strict=True)
+        ]
         whole = [after for _, after in dense]
         model.set_masks(masks)
         units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
@@ -226,7 +231,7 @@ def compensate(
                 fit=_Fit(columns=hidden, ridge=ridge),
             )
             found = [
-                _run(layer.forward, layer, family, x, call, until="mlp norm")
+                _run(layer.forward, layer, x, call, places=writes, until="mlp norm")
                 for x, call in zip(masked, calls, strict=True)
             ]
             wanted = [seen["mlp norm"] for seen, _ in dense]
@@ -373,10 +378,10 @@ def _first_inputs(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[li
 def _run(
     forward: Callable[..., Any],
     layer: nn.Module,
-    family: Family,
     stream: Tensor,
     call: _Call,
     *,
+    places: Mapping[str, str],
     until: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One layer on a residual stream [B, S, d].
@@ -384,19 +389,12 @@ def _run(
     Args:
         forward: the layer itself, or its `forward`, which a compiled or checkpointed layer needs: what listens here
             must not be compiled in.
+        places: what to listen to, see `_places`.
         until: place whose input ends the pass.
 
     Returns:
-        The inputs of the places on the way (`attention read`, `attention write`, `mlp norm`, `mlp read`,
-        `mlp write`), and the residual stream after the layer, or before it if the pass ended early.
+        The inputs of the places, and the residual stream after the layer, or before it if the pass ended early.
     """
-    places = {
-        "attention read": _readers(family, "attention")[0],
-        "attention write": family.attention_write,
-        "mlp norm": family.mlp_norm,
-        "mlp read": _readers(family, "mlp")[0],
-        "mlp write": family.mlp_write,
-    }
     with _listening(layer, places, until=until) as seen:
         try:
             output = forward(stream, *call.arguments, **call.keywords)
@@ -405,15 +403,27 @@ def _run(
     return seen, output[0] if isinstance(output, tuple) else output
 
 
+def _places(family: Family, *names: str) -> dict[str, str]:
+    """Place -> the module of a layer whose input it is."""
+    modules = {
+        "attention read": _readers(family, "attention")[0],
+        "attention write": family.attention_write,
+        "mlp norm": family.mlp_norm,
+        "mlp read": _readers(family, "mlp")[0],
+        "mlp write": family.mlp_write,
+    }
+    return {name: modules[name] for name in names}
+
+
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:
     """What the MLP's write reads when the MLP reads x."""
-    with _listening(layer, {"mlp write": family.mlp_write}, until="mlp write") as seen, suppress(_Reached):
+    with _listening(layer, _places(family, "mlp write"), until="mlp write") as seen, suppress(_Reached):
         layer.get_submodule(family.mlp)(x)
     return seen["mlp write"]
 
 
 @contextmanager
-def _listening(layer: nn.Module, places: dict[str, str], *, until: str | None) -> Iterator[dict[str, Tensor]]:
+def _listening(layer: nn.Module, places: Mapping[str, str], *, until: str | None) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
 
     def listen(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
