@@ -1,0 +1,60 @@
+"""Where mask learning starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shearing.recipe import load_recipe
+from shearing.run_directory import RunDirectory
+from shearing.stages.prune import prune
+
+
+def pruned(recipe: Path, *overrides: str, run_dir: Path) -> RunDirectory:
+    prune(load_recipe(recipe, overrides=["prune.duration=3 steps", *overrides, f"run_dir={run_dir}"]))
+    return RunDirectory(run_dir)
+
+
+def first_loss(directory: RunDirectory) -> float:
+    loss: float = json.loads(directory.metrics("prune").read_text().splitlines()[0])["loss"]
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "compensates"),
+    [
+        (["prune.initial_masks=reconstruction"], True),
+        (["prune.initial_masks=activations"], True),
+        (["prune.initial_masks=activations", "prune.sparsity_warmup=2 steps"], False),
+        (["prune.initial_masks=open", "prune.sparsity_warmup=2 steps"], False),
+    ],
+)
+def test_what_the_start_closes_is_made_up_for_and_only_that(
+    tiny_recipe: Path, tmp_path: Path, settings: list[str], compensates: bool
+):
+    losses = [
+        first_loss(
+            pruned(tiny_recipe, "prune.freeze=1 steps", *settings, f"prune.compensate={on}", run_dir=tmp_path / on)
+        )
+        for on in ("true", "false")
+    ]
+    assert (losses[0] != losses[1]) == compensates
+
+
+def test_both_importances_agree_on_layers_and_hidden_dimensions_and_not_on_units(tiny_recipe: Path, tmp_path: Path):
+    scores = {
+        name: load_file(
+            pruned(tiny_recipe, f"prune.initial_masks={name}", run_dir=tmp_path / name).path
+            / "prune"
+            / "importance.safetensors"
+        )
+        for name in ("activations", "reconstruction")
+    }
+    for name in ("layers", "attention", "mlp", "hidden"):
+        torch.testing.assert_close(scores["activations"][name], scores["reconstruction"][name])
+    ranks = [scores[name]["intermediate"].argsort(-1) for name in scores]
+    assert not torch.equal(*ranks)
