@@ -131,7 +131,7 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("prune.micro_batch_size=3", "a divisor of the batch of 4 sequences"),
         ("prune.duration=20%", "in steps or tokens"),
         ("prune.duration=0", "at least one step"),
-        ("prune.warmup=33 steps", "at most the stage's 32 steps"),
+        ("prune.warmup=33 steps", "at most the stage's 24 steps"),
         ("prune.sparsity_warmup=17 steps", "together with prune.freeze = 80%"),
         ("pretrain.checkpoint_interval=0", "more than 0"),
         ("mixture.pretrain_interval=0%", "more than 0"),

@@ -35,7 +35,6 @@ RIDGE = 1.5
 text, see docs/lab-log.md."""
 
 _ROUNDS = 16
-_RECONSTRUCTED = ("kv_groups", "query_heads", "intermediate")
 
 
 def elimination_order(
@@ -124,7 +123,7 @@ def reconstruction_importance(
     target: Shape | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
-    """Heads, groups and intermediate units by `elimination_order`; the rest as by `activation_importance`.
+    """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `activation_importance`.
 
     A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
     divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
@@ -137,14 +136,14 @@ def reconstruction_importance(
     """
     source, family = Shape.of(model.config), anatomy_of(model)
     K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
-    goes: dict[str, int] = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
+    goes = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
     if target is not None:
         goes = {
             "kv_groups": K - target.num_key_value_heads,
             "query_heads": G - target.query_heads_per_group,
             "intermediate": m - target.intermediate_size,
         }
-    orders: dict[str, list[Tensor]] = {name: [] for name in goes}
+    orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
     writes = _places(family, "attention write", "mlp norm", "mlp write")
     streams, calls = _first_inputs(model, batches)
     with ActivationRecorder.listening(model) as recorder:
@@ -160,18 +159,16 @@ def reconstruction_importance(
                 ("query_heads", family.attention_write, heads, K, G),
                 ("intermediate", family.mlp_write, units, 1, m),
             ):
-                at_once = max(1, goes[name] // _ROUNDS)
-                order = elimination_order(
-                    _weight(layer, write), moment.mean(), rows=rows, units=count, remove=goes[name], at_once=at_once
-                )
-                orders[name].append(order.cpu())
+                if name in orders:
+                    at_once = max(1, goes[name] // _ROUNDS)
+                    order = elimination_order(
+                        _weight(layer, write), moment.mean(), rows=rows, units=count, remove=goes[name], at_once=at_once
+                    )
+                    orders[name].append(order.cpu())
             advance(1)
-    flat = {name: torch.stack(of_layers) for name, of_layers in orders.items()}
-    return {**recorder.scores(source), **{name: flat[name].view(size) for name, size in _sizes(source).items()}}
-
-
-def _sizes(source: Shape) -> dict[str, tuple[int, ...]]:
-    return {name: size for name, size in unit_sizes(source).items() if name in _RECONSTRUCTED}
+    sizes = unit_sizes(source)
+    reconstructed = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
+    return {**recorder.scores(source), **reconstructed}
 
 
 @torch.no_grad()
