@@ -38,7 +38,7 @@ _ROUNDS = 16
 
 
 def elimination_order(
-    weight: Tensor, moment: Tensor, *, rows: int, units: int, remove: int | None = None, at_once: int = 1
+    weight: Tensor, moment: Tensor, *, rows: int, units: int, remove: int, at_once: int = 1
 ) -> Tensor:
     """Scores of the units that a linear layer reads: how late each would go if the cheapest always went first.
 
@@ -46,7 +46,7 @@ def elimination_order(
 
         tr( W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ )
 
-    of the output's mean square (Optimal Brain Surgeon for blocks of columns; ZipLM, arXiv 2302.04089, eq. 2). After
+    of the output's mean square (Optimal Brain Surgeon for blocks of columns, as in ZipLM, arXiv 2302.04089). After
     each removal W and C⁻¹ are those of the refitted layer, so of two units that say the same, one goes early and the
     other late.
 
@@ -55,13 +55,12 @@ def elimination_order(
         moment: C [I, I].
         rows: rows of units; all of them lose units equally fast.
         units: units in a row.
-        remove: units of a row to remove; the rest is scored by its cost then. None: half of them.
+        remove: units of a row to remove; the rest is scored by its cost then.
         at_once: units of a row that go between two updates of the costs.
 
     Returns:
         [rows, units] fp32 scores, higher goes later.
     """
-    remove = units // 2 if remove is None else remove
     weight, inverse = weight.double(), torch.cholesky_inverse(torch.linalg.cholesky(_damped(moment, by=DAMPING)))
     width = weight.shape[1] // (rows * units)
     scores = torch.full((rows, units), float("inf"), dtype=torch.float64, device=weight.device)

@@ -177,7 +177,6 @@ class _Source:
             self._recipe,
             corpus=self._corpus,
             micro_batch_size=self._recipe.prune.micro_batch_size,
-            advance=lambda _tokens: None,
         )
         return activation_importance(self.model(), batches=batches)
 
