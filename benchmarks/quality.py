@@ -3,7 +3,9 @@
 For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining), and `start` is
 the same with its masks frozen as they start, which shows what learning adds. The baselines choose units by activation
 importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as `learned` used altogether, with
-the warm-up that `learned` has. Each is a run directory, so an interrupted benchmark continues.
+the warm-up that `learned` has. `refitted` is activation importance with the refit of the weights that stay which
+`learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an interrupted benchmark
+continues.
 
     python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
@@ -16,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from shearing.evaluation.environment import environment
 from shearing.evaluation.loss import heldout_loss
 from shearing.masks.importance import Scores, activation_importance, magnitude_importance, random_importance, select
+from shearing.masks.reconstruction import compensate
 from shearing.mixture.corpus import CorpusWriter, tokenizer_fingerprint
 from shearing.models.anatomy import load_source
 from shearing.models.compact import compact
+from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
 from shearing.recipe import Recipe, load_recipe, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory, read_json, write_json
@@ -44,7 +49,7 @@ from shearing.training.engine import resolve_device, resolve_precision
 from shearing.training.task import calibration_batches, initial_mixture, open_corpus
 
 OURS = ("learned", "start")
-METHODS = (*OURS, "importance", "magnitude", "random")
+METHODS = (*OURS, "importance", "refitted", "magnitude", "random")
 
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -74,14 +79,19 @@ def cut_at_once(method: str, *, recipe: Recipe) -> None:
     corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
     scores: Scores
-    if method == "importance":
-        size = recipe.prune.micro_batch_size
-        scores = activation_importance(model, batches=calibration_batches(recipe, corpus=corpus, micro_batch_size=size))
+    size = recipe.prune.micro_batch_size
+    calibration = partial(calibration_batches, recipe, corpus=corpus, micro_batch_size=size)
+    if method in ("importance", "refitted"):
+        scores = activation_importance(model, batches=calibration())
     elif method == "magnitude":
         scores = magnitude_importance(model)
     else:
         scores = random_importance(source, seed=recipe.seed)
     masks, selection = select(scores, source=source, target=target)
+    if method == "refitted":
+        masked = MaskedModel(model)
+        compensate(masked, masks=masks, batches=list(calibration()))
+        masked.release()
     small = compact(model, masks=masks, selection=selection)
     run.compact.mkdir(parents=True, exist_ok=True)
     small.save_pretrained(run.compact)
