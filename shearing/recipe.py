@@ -106,7 +106,8 @@ class StageRecipe(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
     gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
     checkpoint_interval: Duration = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_every: Duration | None = Field(None, description="Checkpoints at multiples of this are kept for good.")
 
 
 class PruneRecipe(StageRecipe):
@@ -152,6 +153,12 @@ class PruneRecipe(StageRecipe):
     calibration_tokens: int = Field(
         65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
     )
+    mask_draws: int = Field(
+        1,
+        ge=1,
+        description="Draws of the masks' noise in a step, each for an equal share of its batch: more draws make the "
+        "masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
+    )
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )
@@ -167,18 +174,43 @@ class PretrainRecipe(StageRecipe):
     )
 
 
+class DeepSpeedRecipe(Section):
+    """ZeRO: what of the training state is shared out among the processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where the optimiser's state is kept.")
+    offload_parameters: Literal["none", "cpu"] = Field("none", description="Where idle weights are kept (ZeRO-3).")
+    config: Path | dict[str, Any] | None = Field(
+        None, description="Further settings in DeepSpeed's own form, inline or a JSON file; they win over the defaults."
+    )
+
+
 class TrainingRecipe(Section):
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="torch: every process holds everything; deepspeed: ZeRO."
+    )
+    deepspeed: DeepSpeedRecipe = DeepSpeedRecipe()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
     )
-    activation_checkpointing: bool = Field(False, description="Recompute each layer in the backward pass.")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward pass recomputes in each layer; selective: all but the matrix products and "
+        "attention.",
+    )
     compile: bool = Field(False, description="torch.compile every decoder layer.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: int = Field(1, ge=1, description="Steps between two reads of metrics from the device.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Where metrics go besides metrics.jsonl; each is a package of its own."
+    )
+    timeout: Positive = Field(1800.0, description="Seconds that a process waits for the others in one exchange.")
 
 
 class EvaluationRecipe(Section):

@@ -62,7 +62,7 @@ def describe_type(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {len(arguments)} numbers"
     if origin is dict:
-        return "mapping of names to numbers"
+        return "mapping" if Any in arguments else "mapping of names to numbers"
     names = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "Path": "path"}
     names |= {"Duration": "duration", "BatchSize": "batch size"}
     return names[annotation.__name__]
@@ -72,12 +72,13 @@ def _either(choices: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
-def reference(model: type[BaseModel], *, heading: str = "##") -> str:
+def reference(model: type[BaseModel], *, heading: str = "##", prefix: str = "") -> str:
     """Markdown: one table per section of a recipe with every key, what it takes, its default and what it does."""
     parts = [_table(model)]
     for name, field in model.model_fields.items():
         if section := section_of(field):
-            parts.append(f"{heading} `{name}`\n\n{_paragraph(section)}\n\n{_table(section)}")
+            below = reference(section, heading=heading, prefix=f"{prefix}{name}.")
+            parts.append(f"{heading} `{prefix}{name}`\n\n{_paragraph(section)}\n\n{below}")
     return "\n\n".join(parts)
 
 

@@ -223,7 +223,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished_run: tuple[Path, 
     assert "pretrain.duration was '4 steps' and is '5 steps'" in found
     assert "resume=never" in error_of("run", path, "resume=never")
     # Keys that change nothing that was computed may differ.
-    assert shear("prune", path, "training.log_interval=2", "prune.keep_checkpoints=1", "name=other").exit_code == 0
+    assert shear("prune", path, "training.log_interval=2", "prune.keep_last=1", "name=other").exit_code == 0
 
 
 @pytest.mark.slow

@@ -74,13 +74,14 @@ class _MaskedLinear(torch.autograd.Function):
         fold = x.numel() // x.shape[-1] > weight.shape[0]
         with torch.autocast(x.device.type, enabled=False):
             x_cast = x.to(dtype)
+            scaled_bias = None if bias is None else (bias if rows is None else bias * rows).to(dtype)
             if fold:
-                y = F.linear(x_cast, _fold(weight, columns, rows).to(dtype))
+                y = F.linear(x_cast, _fold(weight, columns, rows).to(dtype), scaled_bias)
             else:
                 y = F.linear(x_cast if columns is None else x_cast * columns.to(dtype), weight.to(dtype))
-                y = y if rows is None else y.mul_(rows.to(dtype))
-            if bias is not None:
-                y.add_((bias if rows is None else bias * rows).to(dtype))
+                # Not in place: selective checkpointing may have kept the product for the backward pass.
+                y = y if rows is None else y * rows.to(dtype)
+                y = y if scaled_bias is None else y + scaled_bias
         ctx.save_for_backward(x, weight, bias, columns, rows)
         ctx.fold, ctx.dtype = fold, dtype
         return y

@@ -122,7 +122,7 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES) -> Plan:
             "run_dir",
             value=str(recipe.run_dir),
             allowed=f"{_gigabytes(plan.disk)} of free disk; there are {_gigabytes(plan.free)}",
-            mend="choose a run_dir on another disk, or lower prune.keep_checkpoints and pretrain.keep_checkpoints",
+            mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
         )
     return plan
 
@@ -285,7 +285,7 @@ def _disk(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
     bytes_needed = 0
     for settings, count in ((recipe.prune, parameters["prune"]), (recipe.pretrain, parameters["pretrain"])):
         # One more checkpoint than is kept: it is whole beside the others before the oldest goes.
-        bytes_needed += (count or 0) * _BYTES_OF_TRAINING_STATE * (settings.keep_checkpoints + 1)
+        bytes_needed += (count or 0) * _BYTES_OF_TRAINING_STATE * (settings.keep_last + 1)
         # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
         bytes_needed += (count or 0) * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
     return max(0, bytes_needed - _size_of(recipe.run_dir))

@@ -23,9 +23,9 @@ _NEUTRAL_KEYS = frozenset(
         "run_dir",
         "resume",
         "training.log_interval",
-        "prune.keep_checkpoints",
+        "prune.keep_last",
         "prune.checkpoint_interval",
-        "pretrain.keep_checkpoints",
+        "pretrain.keep_last",
         "pretrain.checkpoint_interval",
     }
 )

@@ -115,7 +115,7 @@ def no_space(folder: Path) -> ShearingError:
         "run_dir",
         value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
         allowed="a disk that can take one more checkpoint",
-        mend="free space or choose a run_dir on another disk, lower keep_checkpoints, then run the same command again",
+        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
     )
 
 

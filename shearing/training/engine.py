@@ -10,19 +10,36 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import decoder_layers
 from shearing.recipe import TrainingRecipe
 from shearing.training.checkpoint import write_tensors
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "linear",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    if hasattr(torch.ops.aten, name)
+)
 
 
 class Engine(Protocol):
@@ -249,11 +266,24 @@ def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     return moments
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute every decoder layer in the backward pass instead of keeping its activations."""
+def checkpoint_activations(model: PreTrainedModel, *, selective: bool) -> None:
+    """Recompute decoder layers in the backward pass instead of keeping their activations.
+
+    Args:
+        model: changed in place.
+        selective: keep what matrix products and attention return, and recompute the rest, which costs little.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     # Newer releases of transformers call it so and warn about the old name; older ones have the old name alone.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable(settings)
+
+
+def _keep_products(_context: Any, operator: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
+    kept = getattr(operator, "overloadpacket", operator) in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -46,7 +46,7 @@ class Schedule:
         total_steps: length of the stage.
         sequences_per_step: global batch.
         micro_batch_size: sequences per forward pass; divides the global batch.
-        checkpoint_interval, keep_checkpoints: how often, and how many stay.
+        checkpoint_interval, keep_last: how often, and how many stay.
         mixture_interval: steps between two updates of the domain weights.
         log_interval: steps between two reads of metrics from the device.
         max_skipped_steps: non-finite steps in a row that stop the run.
@@ -56,7 +56,7 @@ class Schedule:
     sequences_per_step: int
     micro_batch_size: int
     checkpoint_interval: int
-    keep_checkpoints: int
+    keep_last: int
     mixture_interval: int
     log_interval: int
     max_skipped_steps: int
@@ -205,7 +205,7 @@ class _Run:
     @classmethod
     def start(cls, task: Task, *, console: Console) -> _Run:
         """Restore the newest checkpoint if there is one."""
-        checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep_checkpoints)
+        checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep_last)
         newest = checkpoints.newest()
         state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_row": 0, "metrics_bytes": 0}
         if newest is not None:

@@ -60,8 +60,8 @@ def task_of(
 
     device = resolve_device(training)
     drop_attention_mask(model, sequence_length=data.sequence_length)
-    if training.activation_checkpointing:
-        checkpoint_activations(model)
+    if training.activation_checkpointing != "none":
+        checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
         compile_layers(model)
     interval = recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval
@@ -83,7 +83,7 @@ def task_of(
             sequences_per_step=per_step // data.sequence_length,
             micro_batch_size=settings.micro_batch_size,
             checkpoint_interval=max(1, in_steps(settings.checkpoint_interval)),
-            keep_checkpoints=settings.keep_checkpoints,
+            keep_last=settings.keep_last,
             mixture_interval=max(1, in_steps(interval)),
             log_interval=training.log_interval,
             max_skipped_steps=training.max_skipped_steps,

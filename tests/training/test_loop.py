@@ -68,12 +68,13 @@ def test_micro_batches_do_not_change_the_trajectory(tiny_inputs: Path, tmp_path:
     _assert_close(tmp_path / "1", tmp_path / "4", tolerance=1e-5)
 
 
-def test_activation_checkpointing_does_not_change_the_trajectory(tiny_inputs: Path, tmp_path: Path) -> None:
-    for on in (False, True):
-        _prune(_recipe(tiny_inputs, tmp_path / str(on), training={"activation_checkpointing": on}))
-    assert _lines(tmp_path / "False") == _lines(tmp_path / "True")
-    for name, weight in _weights(tmp_path / "False").items():
-        assert torch.equal(weight, _weights(tmp_path / "True")[name])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activation_checkpointing_does_not_change_the_trajectory(tiny_inputs: Path, tmp_path: Path, kind: str) -> None:
+    for chosen in ("none", kind):
+        _prune(_recipe(tiny_inputs, tmp_path / chosen, training={"activation_checkpointing": chosen}))
+    assert _lines(tmp_path / "none") == _lines(tmp_path / kind)
+    for name, weight in _weights(tmp_path / "none").items():
+        assert torch.equal(weight, _weights(tmp_path / kind)[name])
 
 
 @pytest.mark.slow
