@@ -120,14 +120,14 @@ def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int
 
     def step(number: int, tokens: Tensor) -> None:
         if learner is not None and apply is not None:
-            apply(learner.sample(step=number, micro_batch=0))
+            apply(learner.sample(step=number, draw=0))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = backbone(model)(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
             loss = causal_lm_loss(hidden, head, tokens[:, 1:], chunk_tokens=1024) / tokens[:, 1:].numel()
         loss.backward()
         if learner is not None:
             learner.penalty(step=number).backward()
-            learner.reduce_and_step(step=number)
+            learner.optimizer_step(step=number)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,7 +179,7 @@ class DeepSpeedRecipe(Section):
     """ZeRO: what of the training state is shared out among the processes."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."
+        2, description="0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."
     )
     offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where the optimiser's state is kept.")
     offload_parameters: Literal["none", "cpu"] = Field("none", description="Where idle weights are kept (ZeRO-3).")
@@ -289,6 +290,66 @@ def tokens_per_step(stage: StageRecipe, *, data: DataRecipe) -> int:
         ShearingError: a batch in tokens that is no whole number of sequences.
     """
     return stage.batch_size.in_sequences(sequence_length=data.sequence_length) * data.sequence_length
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How one process computes its share of a step.
+
+    Attributes:
+        sequences: of this process in a step.
+        micro_batch_size: sequences of one forward pass.
+        accumulation: forward passes in a step.
+    """
+
+    sequences: int
+    micro_batch_size: int
+    accumulation: int
+
+
+def split_batch(recipe: Recipe, *, stage: Literal["prune", "pretrain"], num_processes: int) -> BatchSplit:
+    """How `num_processes` share a stage's global batch; a process with less than one micro-batch takes a smaller one.
+
+    Raises:
+        ShearingError: they cannot share it equally.
+    """
+    settings: StageRecipe = getattr(recipe, stage)
+    batch = settings.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
+    if batch % num_processes:
+        fitting = [count for count in range(1, batch + 1) if batch % count == 0]
+        raise ShearingError(
+            f"{stage}.batch_size",
+            value=str(settings.batch_size),
+            allowed=f"a multiple of the {num_processes} processes of this run, in sequences; it is {batch}",
+            mend=f"start {_nearest(fitting, to=num_processes)} processes, or set {stage}.batch_size="
+            f"'{-(-batch // num_processes) * num_processes} sequences' in a new run_dir",
+        )
+    share = batch // num_processes
+    size = min(settings.micro_batch_size, share)
+    fitting = [count for count in range(1, share + 1) if share % count == 0]
+    if share % size:
+        raise ShearingError(
+            f"{stage}.micro_batch_size",
+            value=settings.micro_batch_size,
+            allowed=f"a divisor of the batch of {batch} sequences shared by {num_processes} process(es), {share} each: "
+            + ", ".join(map(str, fitting)),
+            mend=f"set {stage}.micro_batch_size={_nearest(fitting, to=size)}",
+        )
+    draws = recipe.prune.mask_draws if stage == "prune" else 1
+    if batch % draws or (batch // draws) % size:
+        possible = [count for count in range(1, batch // size + 1) if batch % count == 0 and batch // count % size == 0]
+        raise ShearingError(
+            "prune.mask_draws",
+            value=draws,
+            allowed=f"a number of equal parts of the batch of {batch} sequences, each a multiple of the micro-batch of "
+            f"{size}: {', '.join(map(str, possible))}",
+            mend=f"set prune.mask_draws={_nearest(possible, to=draws)}, or a smaller prune.micro_batch_size",
+        )
+    return BatchSplit(sequences=share, micro_batch_size=size, accumulation=share // size)
+
+
+def _nearest(numbers: Sequence[int], *, to: int) -> int:
+    return min(numbers, key=lambda number: abs(number - to))
 
 
 def total_steps(stage: StageRecipe, *, data: DataRecipe) -> int:
@@ -418,15 +479,10 @@ def _stage_contradictions(stage: StageRecipe, *, name: str, recipe: Recipe) -> I
     except ShearingError as error:
         yield ShearingError(f"{name}.batch_size", value=error.value, allowed=error.allowed, mend=error.mend)
         return
-    if sequences % stage.micro_batch_size:
-        divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - stage.micro_batch_size))
-        yield ShearingError(
-            f"{name}.micro_batch_size",
-            value=stage.micro_batch_size,
-            allowed=f"a divisor of the batch of {sequences} sequences",
-            mend=f"write {nearest}",
-        )
+    try:
+        split_batch(recipe, stage="prune" if name == "prune" else "pretrain", num_processes=1)
+    except ShearingError as error:
+        yield error
     per_step = sequences * recipe.data.sequence_length
     steps = stage.duration.in_steps(tokens_per_step=per_step)
 

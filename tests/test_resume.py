@@ -122,7 +122,7 @@ def _assert_same(stage: Stage, *, whole: Path, folder: Path) -> None:
     assert steps == list(range(1, STEPS + 1))
     last = Path("checkpoints") / f"step-{STEPS:08d}"
     assert _state(found / last) == _state(expected / last)
-    files = [last / "weights.safetensors", last / "optimizer.safetensors", last / "state.safetensors"]
+    files = [last / "shard-00000-of-00001.safetensors", last / "state.safetensors"]
     if stage == "prune":
         files += [Path("masks.safetensors"), Path("model.safetensors")]
         assert json.loads((found / "summary.json").read_text()) == json.loads((expected / "summary.json").read_text())
@@ -167,7 +167,7 @@ def test_pretraining_killed_at_random_moments(pretrained: Path, tiny_inputs: Pat
     "sign",
     [
         ".writing-step-*",
-        ".writing-step-*/weights.safetensors",
+        ".writing-step-*/shard-00000-of-00001.safetensors",
         ".writing-step-*/manifest.json",
         ".removing-step-*",
     ],
@@ -199,7 +199,7 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(pruned: Path, tiny_input
     checkpoints = RunDirectory(tmp_path / "run").checkpoints("prune")
     assert _kill_when(_start(recipe, stages=("prune",)), (checkpoints / "step-00000006").exists)
     newest = max(checkpoints.glob("step-*"))
-    weights = newest / "weights.safetensors"
+    weights = newest / "shard-00000-of-00001.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     weights.write_bytes(damaged)

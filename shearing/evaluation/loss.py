@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
 from shearing.models.masked import MaskedModel
 from shearing.training.objectives import per_token_loss
+from shearing.training.processes import Processes
 
 if TYPE_CHECKING:
     from shearing.mixture.corpus import Corpus
@@ -50,6 +53,8 @@ def heldout_loss(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] | None = None,
     chunk_tokens: int = 1024,
+    objective: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, DomainLoss]:
     """Mean loss of a model on the same held-out rows of every domain, every time it is called.
 
@@ -66,15 +71,19 @@ def heldout_loss(
         tokenizer: the model's tokenizer, for bits per byte.
         progress: called with the number of tokens just evaluated.
         chunk_tokens: tokens whose logits exist at the same time.
+        objective: sum of the loss over tokens [B, T], where the model's own modules cannot be called one by one
+            (sharded weights).
+        processes: those that share out the rows; all have to call this, and all get the result.
 
     Returns:
         One `DomainLoss` per domain, in the order of the corpus.
     """
     causal_lm = model.model if isinstance(model, MaskedModel) else model
-    head_weight_VD = head_weight(causal_lm)
-    device = head_weight_VD.device
-    count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=head_weight_VD.shape[0])
+    processes = processes or Processes()
+    device = head_weight(causal_lm).device
+    count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=causal_lm.config.vocab_size)
     count_bytes = None if count_bytes is None else count_bytes.to(device)
+    objective = objective or partial(_sum_of_losses, causal_lm, chunk_tokens=chunk_tokens)
 
     domains = list(corpus.domains)
     loss_sums = torch.zeros(len(domains), dtype=torch.float64, device=device)
@@ -89,22 +98,27 @@ def heldout_loss(
             torch.autocast(device.type, dtype=precision, enabled=precision not in (None, torch.float32)),
         ):
             for index, domain in enumerate(domains):
-                for batch_BT in corpus.heldout_batches(
+                batches = corpus.heldout_batches(
                     domain,
                     sequence_length=sequence_length,
                     tokens=tokens_per_domain,
                     micro_batch_size=micro_batch_size,
-                ):
-                    batch_BT = batch_BT.to(device, non_blocking=True)
-                    labels_BS = batch_BT[:, 1:]
-                    hidden_BSD = backbone(causal_lm)(input_ids=batch_BT[:, :-1], use_cache=False).last_hidden_state
-                    loss_BS = per_token_loss(hidden_BSD, head_weight_VD, labels_BS, chunk_tokens=chunk_tokens)
-                    loss_sums[index] += loss_BS.sum(dtype=torch.float64)
-                    if count_bytes is not None:
-                        byte_sums[index] += count_bytes.count(batch_BT)
-                    tokens[index] += labels_BS.numel()
+                )
+                number, batch_BT = -1, None
+                for number, batch_BT in enumerate(batches):
+                    tokens[index] += batch_BT[:, 1:].numel()
+                    if number % processes.size == processes.rank:
+                        batch_BT = batch_BT.to(device, non_blocking=True)
+                        loss_sums[index] += objective(batch_BT).to(torch.float64)
+                        if count_bytes is not None:
+                            byte_sums[index] += count_bytes.count(batch_BT)
                     if progress is not None:
-                        progress(labels_BS.numel())
+                        progress(batch_BT[:, 1:].numel())
+                left_over = (number + 1) % processes.size
+                if batch_BT is not None and left_over and processes.rank >= left_over:
+                    objective(batch_BT.to(device))  # sharded weights come together only if all processes take part
+        processes.sum(loss_sums)
+        processes.sum(byte_sums)
     finally:
         model.train(was_training)
 
@@ -114,6 +128,12 @@ def heldout_loss(
             domains, loss_sums.tolist(), byte_sums.tolist(), tokens, strict=True
         )
     }
+
+
+def _sum_of_losses(model: PreTrainedModel, batch_BT: Tensor, *, chunk_tokens: int) -> Tensor:
+    hidden_BSD = backbone(model)(input_ids=batch_BT[:, :-1], use_cache=False).last_hidden_state
+    loss_BS = per_token_loss(hidden_BSD, head_weight(model), batch_BT[:, 1:], chunk_tokens=chunk_tokens)
+    return loss_BS.sum(dtype=torch.float64)
 
 
 def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:

@@ -168,14 +168,14 @@ class MaskLearner:
 
     # -- masks -----------------------------------------------------------------------------------------------------
 
-    def sample(self, *, step: int, micro_batch: int) -> Masks:
-        """Masks of one micro-batch: hard-concrete draws, or the fixed binary masks from `freeze_step` on.
+    def sample(self, *, step: int, draw: int) -> Masks:
+        """Masks of one share of a step's batch: hard-concrete draws, or the fixed binary masks from `freeze_step` on.
 
-        The draw depends on (seed, step, micro_batch) and is the same on every process and device.
+        The draw depends on (seed, step, draw) and is the same on every process and device.
         """
         if step >= self.settings.freeze_step:
             return as_masks(self.freeze())
-        generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, micro_batch))
+        generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, draw))
         z = {}
         for granularity in self.granularities:
             log_alpha = self.log_alpha[granularity.name]
@@ -251,8 +251,25 @@ class MaskLearner:
             return torch.zeros((), device=self.device)
         return self.lagrangian.penalty(self.violations(step=step))
 
-    def reduce_and_step(self, *, step: int, skip: Tensor | None = None) -> None:
-        """One AdamW step of masks (descent) and multipliers (ascent); averages gradients over processes first.
+    def sum_gradients(self, *, scale: float = 1.0) -> None:
+        """Add up over processes what the step's micro-batches left, in one exchange; before the penalty's gradient.
+
+        The penalty is the same on every process and counts once.
+
+        Args:
+            scale: factor that the engine put on losses, and so on these gradients.
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if not parameters or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        torch.distributed.all_reduce(flat)
+        flat /= scale
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def optimizer_step(self, *, step: int, skip: Tensor | None = None) -> None:
+        """One AdamW step of masks (descent) and multipliers (ascent).
 
         Args:
             step: number of the step, from 0.
@@ -260,13 +277,6 @@ class MaskLearner:
         """
         if self.optimizer is None or step >= self.settings.freeze_step:
             return
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = part.view_as(p)
         for group, rate in zip(self.optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         optimizer: Any = self.optimizer
@@ -443,6 +453,6 @@ def shape_of(masks: Masks, *, source: Shape) -> Shape:
     )
 
 
-def _noise_seed(seed: int, step: int, micro_batch: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
+def _noise_seed(seed: int, step: int, draw: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{step}/{draw}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

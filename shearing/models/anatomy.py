@@ -239,6 +239,31 @@ def load_source(
     return model
 
 
+def skeleton(
+    config: PretrainedConfig, *, attn_implementation: str = "sdpa", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A model without weights: each parameter has its shape and dtype fp32, and takes no memory until it is filled.
+
+    What every process but the main one starts from, so that the weights exist once and not once per process.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+    model.tie_weights()
+    placeholders: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            setattr(module, name, placeholders.setdefault(id(parameter), nn.Parameter(empty)))
+    model.config.use_cache = False
+    model.eval()
+    return model
+
+
 def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
     """Raises `ShearingError` naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():

@@ -208,6 +208,7 @@ class MaskedModel(nn.Module):
         shape = Shape.of(model.config)
         self.model = model
         self._head_dim = shape.head_dim
+        self._hidden_size = shape.hidden_size  # not read from a weight, whose shape is 0 while it is sharded
         self._query_heads_per_group = shape.query_heads_per_group
         self._originals: dict[str, nn.Module] = {}
         self._embedding = self._swap(family.embedding, MaskedEmbedding)
@@ -239,9 +240,9 @@ class MaskedModel(nn.Module):
         for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
             heads = masks.heads(layer)
             attention.columns = None if heads is None else heads.repeat_interleave(repeats)
-            attention.rows = _rows(hidden, masks.attention, layer=layer, width=attention.weight.shape[0])
+            attention.rows = _rows(hidden, masks.attention, layer=layer, width=self._hidden_size)
             mlp.columns = None if masks.intermediate is None else masks.intermediate[layer]
-            mlp.rows = _rows(hidden, masks.mlp, layer=layer, width=mlp.weight.shape[0])
+            mlp.rows = _rows(hidden, masks.mlp, layer=layer, width=self._hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, S, d] after the final norm, of `input_ids` [B, S]."""

@@ -8,8 +8,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from rich.console import Group, RenderableType
@@ -22,8 +24,9 @@ from shearing.mixture.reference import resolve_reference
 from shearing.mixture.weights import resolve_weights
 from shearing.models.anatomy import load_config
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import PruneRecipe, Recipe, StageRecipe, tokens_per_step, total_steps
+from shearing.recipe import PruneRecipe, Recipe, StageRecipe, split_batch, tokens_per_step, total_steps
 from shearing.run_directory import STAGES, RunDirectory, Stage
+from shearing.training.deepspeed_config import user_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -70,12 +73,13 @@ class Plan:
     free: int
 
 
-def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES) -> Plan:
+def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, num_processes: int = 1) -> Plan:
     """Check that `stages` can run: model, target, corpus, tokenizer, hardware, disk, permission.
 
     Args:
         recipe: a valid recipe.
         stages: the stages that are about to run.
+        num_processes: processes that share the work.
 
     Raises:
         ShearingError: all that was found, together.
@@ -91,6 +95,11 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES) -> Plan:
 
     attempt(RunDirectory(recipe.run_dir).require_writable)
     attempt(lambda: _require_hardware(recipe))
+    attempt(lambda: _require_engine(recipe))
+    trained: tuple[Literal["prune", "pretrain"], ...] = ("prune", "pretrain")
+    for stage in trained:
+        if stage in stages:
+            attempt(partial(split_batch, recipe, stage=stage, num_processes=num_processes))
     attempt(lambda: _require_exportable(recipe, stages=stages))
     config = attempt(lambda: load_config(recipe.model.source, revision=recipe.model.revision))
     if config is None:
@@ -172,6 +181,34 @@ def _require_hardware(recipe: Recipe) -> None:
             value="cuda",
             allowed="cpu or auto: torch finds no GPU here",
             mend="set training.device=auto, or install a torch build and a driver that fit the GPU",
+        )
+
+
+def _require_engine(recipe: Recipe) -> None:
+    settings = recipe.training.deepspeed
+    if recipe.training.engine == "torch":
+        return
+    user_config(settings)
+    if find_spec("deepspeed") is None:
+        raise ShearingError(
+            "training.engine",
+            value="deepspeed",
+            allowed="torch: the package deepspeed is not installed",
+            mend="pip install 'shearing[deepspeed]', or set training.engine=torch",
+        )
+    if settings.offload_parameters != "none" and settings.zero_stage != 3:
+        raise ShearingError(
+            "training.deepspeed.offload_parameters",
+            value=settings.offload_parameters,
+            allowed=f"none with zero_stage {settings.zero_stage}: only ZeRO-3 cuts up weights",
+            mend="set training.deepspeed.zero_stage=3, or training.deepspeed.offload_parameters=none",
+        )
+    if settings.offload_optimizer != "none" and settings.zero_stage == 0:
+        raise ShearingError(
+            "training.deepspeed.offload_optimizer",
+            value=settings.offload_optimizer,
+            allowed="none with zero_stage 0",
+            mend="set training.deepspeed.zero_stage=1 or higher",
         )
 
 

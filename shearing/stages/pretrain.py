@@ -8,25 +8,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import refuse_nonfinite
+from shearing.models.anatomy import load_config, refuse_nonfinite, skeleton
 from shearing.recipe import Recipe
 from shearing.run_directory import RunDirectory, flush_folder
 from shearing.training.checkpoint import flush_tree, is_disk_full, no_space, seed_random
-from shearing.training.engine import read_moments, resolve_device
-from shearing.training.loop import train
+from shearing.training.engine import SavedMoments, read_moments, resolve_device
+from shearing.training.loop import Trained, train
 from shearing.training.metrics import print_summary
 from shearing.training.objectives import PARAMETER_PREFIX
+from shearing.training.processes import Processes
+from shearing.training.sharded import WEIGHT, ShardedState
 from shearing.training.task import initial_mixture, open_corpus, task_of
 
 # What stages write beside the model; everything else in compact/ goes with the final model.
 _OF_THE_STAGE = frozenset({"shape.json", "complete.json"})
 
 
-def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
 
     The stream of samples, the domain weights, the reference losses and, with `pretrain.optimizer: carried`, AdamW's
@@ -35,6 +36,7 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
     Args:
         recipe: a recipe whose `prune` and `compact` stages are complete.
         console: where progress goes; stdout if None.
+        processes: those that share the work, each of which calls this; this one alone if None.
 
     Returns:
         The content of pretrain/complete.json: `weights`, `mixture_state`, `samples` (sequences drawn from each domain
@@ -44,15 +46,11 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
         ShearingError: a stage before is not complete, the corpus cannot be used, or training had to stop.
         Interrupted: a signal asked to stop.
     """
-    console = console or Console()
+    console, processes = console or Console(), processes or Processes()
     run = RunDirectory(recipe.run_dir)
     run.read_complete("compact")
     before = run.read_complete("prune")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        run.compact, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
-    )
-    refuse_nonfinite(model, source=str(run.compact))
-    model.to(resolve_device(recipe.training))  # type: ignore[arg-type]
+    model = processes.each(lambda: _cut_model(recipe, run=run, whole=processes.is_main))
     corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
     mixture = initial_mixture(recipe, corpus=corpus)
     mixture.load_state_dict(before["mixture_state"])
@@ -64,13 +62,13 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
         mixture=mixture,
         masking=None,
         reference=before["reference"],
-        moments=_moments(recipe, run=run),
+        processes=processes,
+        moments=processes.each(lambda: _moments(recipe, run=run)),
     )
 
     seed_random(recipe.seed)
-    totals = train(task, console=console)
+    trained = train(task, console=console)
 
-    _save_model(model, run=run)
     num_samples = task.schedule.total_steps * task.schedule.sequences_per_step
     end = start + num_samples
     drawn = mixture.samples_per_domain(next_sample=end)
@@ -81,12 +79,30 @@ def pretrain(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
         "steps": task.schedule.total_steps,
         "tokens": num_samples * mixture.sequence_length,
     }
-    run.mark_complete("pretrain", complete)
-    print_summary("pretrain", totals, console=console, rows={"model": str(run.model)})
+    processes.on_main(lambda: _finish(run, complete=complete, trained=trained, console=console))
     return complete
 
 
-def _moments(recipe: Recipe, *, run: RunDirectory) -> dict[str, dict[str, Tensor]] | None:
+def _finish(run: RunDirectory, *, complete: dict[str, Any], trained: Trained, console: Console) -> None:
+    _save_model(ShardedState(trained.checkpoint), run=run)
+    run.mark_complete("pretrain", complete)
+    print_summary("pretrain", trained.totals, console=console, rows={"model": str(run.model)})
+
+
+def _cut_model(recipe: Recipe, *, run: RunDirectory, whole: bool) -> PreTrainedModel:
+    """The cut model: whole, or without its weights, which the engine then brings over from the main process."""
+    attention, device = recipe.model.attn_implementation, resolve_device(recipe.training)
+    if not whole:
+        return skeleton(load_config(str(run.compact)), attn_implementation=attention, device=device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        run.compact, dtype=torch.float32, attn_implementation=attention
+    )
+    refuse_nonfinite(model, source=str(run.compact))
+    model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def _moments(recipe: Recipe, *, run: RunDirectory) -> SavedMoments | None:
     """AdamW state of mask learning for the parameters of the cut model; None to start from nothing."""
     if recipe.pretrain.optimizer == "fresh":
         return None
@@ -97,14 +113,20 @@ def _moments(recipe: Recipe, *, run: RunDirectory) -> dict[str, dict[str, Tensor
             allowed=f"a run with {run.moments}, which mask learning writes when it ends",
             mend="set pretrain.optimizer=fresh with a warm-up (pretrain.warmup=3%), or put the file back",
         )
-    return {
-        kind: {PARAMETER_PREFIX + name: value for name, value in of_kind.items()}
-        for kind, of_kind in read_moments(run.moments).items()
-    }
+    return SavedMoments(
+        {
+            kind: {PARAMETER_PREFIX + name: value for name, value in of_kind.items()}
+            for kind, of_kind in read_moments(run.moments).items()
+        }
+    )
 
 
-def _save_model(model: PreTrainedModel, *, run: RunDirectory) -> None:
+@torch.no_grad()
+def _save_model(state: ShardedState, *, run: RunDirectory) -> None:
     """Write run_dir/model as a whole or not at all, with all that stood beside the cut model."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run.compact, dtype=torch.float32)
+    for name, weight in state.whole(WEIGHT):
+        model.get_parameter(name.removeprefix(PARAMETER_PREFIX)).copy_(weight)
     beside = run.path / ".model.partial"
     for folder in (beside, run.model):
         if folder.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from shearing.masks.learner import MaskLearner, MaskSettings
 from shearing.masks.reconstruction import compensate, reconstruction_importance
 from shearing.mixture.corpus import Corpus
 from shearing.mixture.reference import resolve_reference
-from shearing.models.anatomy import load_source
+from shearing.mixture.sampler import Mixture
+from shearing.models.anatomy import load_config, load_source, skeleton
 from shearing.models.compact import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
@@ -25,9 +27,11 @@ from shearing.recipe import Recipe, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory, read_json, write_json
 from shearing.training.checkpoint import seed_random, write_tensors
 from shearing.training.engine import resolve_device, write_moments
-from shearing.training.loop import Masking, train
+from shearing.training.loop import Masking, Task, Trained, train
 from shearing.training.metrics import activity, print_summary
 from shearing.training.objectives import PARAMETER_PREFIX
+from shearing.training.processes import Processes
+from shearing.training.sharded import WEIGHT, ShardedState
 from shearing.training.task import (
     calibration_batches,
     heldout_tokens,
@@ -38,7 +42,7 @@ from shearing.training.task import (
 )
 
 
-def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+def prune(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
     """Write run_dir/prune: final masks, trained weights of the source's size, metrics, summary.
 
     Continues from the newest checkpoint.
@@ -46,6 +50,7 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     Args:
         recipe: what to do.
         console: where progress goes; stdout if None.
+        processes: those that share the work, each of which calls this; this one alone if None.
 
     Returns:
         The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation
@@ -56,23 +61,16 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         ShearingError: the source model, the target or the corpus cannot be used, or training had to stop.
         Interrupted: a signal asked to stop.
     """
-    console = console or Console()
+    console, processes = console or Console(), processes or Processes()
     run = RunDirectory(recipe.run_dir)
-    model = load_source(
-        recipe.model.source,
-        revision=recipe.model.revision,
-        attn_implementation=recipe.model.attn_implementation,
-        device=resolve_device(recipe.training),
-        dtype=torch.float32,
-    )
+    model = processes.each(lambda: _source(recipe, whole=processes.is_main))
     corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
-    run.prune.mkdir(parents=True, exist_ok=True)
-    reference = _reference(recipe, run=run, model=model, corpus=corpus, console=console)
-    importance = _importance(recipe, run=run, model=model, corpus=corpus, console=console)
-    learner = _learner(recipe, model=model, importance=importance)
-    masked = MaskedModel(model)
+    processes.on_main(lambda: run.prune.mkdir(parents=True, exist_ok=True))
+    reference = processes.on_main(lambda: _reference(recipe, run=run, model=model, corpus=corpus, console=console))
+    path = processes.on_main(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console))
+    learner = _learner(recipe, model=model, importance=None if path is None else load_file(path))
+    masking = Masking(model=MaskedModel(model), learner=learner)
     mixture = initial_mixture(recipe, corpus=corpus)
-    masking = Masking(model=masked, learner=learner)
     task = task_of(
         recipe,
         stage="prune",
@@ -80,29 +78,59 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
+        processes=processes,
         before_first_step=partial(_compensate, recipe, masking=masking, corpus=corpus, console=console),
     )
 
     seed_random(recipe.seed)
-    totals = train(task, console=console)
+    trained = train(task, console=console, measure_end=True)
+    return processes.on_main(
+        lambda: _finish(run=run, model=model, task=task, trained=trained, mixture=mixture, console=console)
+    )
 
+
+def _source(recipe: Recipe, *, whole: bool) -> PreTrainedModel:
+    """The source model: whole, or without its weights, which the engine then brings over from the main process."""
+    settings, device = recipe.model, resolve_device(recipe.training)
+    if not whole:
+        config = load_config(settings.source, revision=settings.revision)
+        return skeleton(config, attn_implementation=settings.attn_implementation, device=device)
+    return load_source(
+        settings.source,
+        revision=settings.revision,
+        attn_implementation=settings.attn_implementation,
+        device=device,
+        dtype=torch.float32,
+    )
+
+
+def _finish(
+    *,
+    run: RunDirectory,
+    model: PreTrainedModel,
+    task: Task,
+    trained: Trained,
+    mixture: Mixture,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the results of mask learning out of its last checkpoint."""
+    assert task.masking is not None
+    learner, state = task.masking.learner, ShardedState(trained.checkpoint)
     masks = learner.deterministic()
-    masked.set_masks(masks)
-    losses = _heldout(recipe, model=model, corpus=corpus, name="held-out losses before cutting", console=console)
-    masked.release()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
         moments = {
             kind: {name.removeprefix(PARAMETER_PREFIX): value for name, value in of_kind.items()}
-            for kind, of_kind in task.engine.moments().items()
+            for kind, of_kind in state.moments().items()
         }
         write_moments(run.moments, compact_moments(model, moments, selection=learner.selection()))
     # A tied weight appears once among the named parameters, as safetensors wants it.
-    write_tensors(run.prune / "model.safetensors", {name: p.detach() for name, p in model.named_parameters()})
+    weights = {name.removeprefix(PARAMETER_PREFIX): weight for name, weight in state.whole(WEIGHT)}
+    write_tensors(run.prune / "model.safetensors", weights)
     end = task.schedule.total_steps * task.schedule.sequences_per_step
     summary: dict[str, Any] = {
         **_by_figure(learner.summary()),
-        "heldout": {"before_cutting": losses},
+        "heldout": {"before_cutting": trained.heldout},
         "samples": mixture.samples_per_domain(next_sample=end),
         "steps": task.schedule.total_steps,
         "tokens": end * mixture.sequence_length,
@@ -110,14 +138,18 @@ def prune(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     write_json(run.prune / "summary.json", summary)
     run.mark_complete(
         "prune",
-        {"weights": mixture.weights, "mixture_state": mixture.state_dict(next_sample=end), "reference": reference},
+        {
+            "weights": mixture.weights,
+            "mixture_state": mixture.state_dict(next_sample=end),
+            "reference": dict(task.dynamic.reference) if task.dynamic else {},
+        },
     )
     gaps = {
         f"{name}, kept of {summary['units'][name]}": f"{kept:g} (expected {summary['expected'][name]:.2f}), "
         f"{summary['rounding_gap'][name]} units flipped in rounding"
         for name, kept in summary["kept"].items()
     }
-    print_summary("prune", totals, console=console, rows=gaps)
+    print_summary("prune", trained.totals, console=console, rows=gaps)
     return summary
 
 
@@ -142,15 +174,15 @@ def _reference(
 
 def _importance(
     recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
-) -> Scores | None:
-    """What grades the initial masks, measured once per run; None where they start open."""
+) -> Path | None:
+    """File with what grades the initial masks, measured once per run; None where they start open."""
     settings = recipe.prune
     if settings.initial_masks == "open":
         return None
     path = run.prune / "importance.safetensors"
     size = settings.micro_batch_size
     if path.is_file():
-        return load_file(path)
+        return path
     if settings.initial_masks == "activations":
         with activity("importance by activations", total=settings.calibration_tokens, console=console) as advance:
             batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=advance)
@@ -166,7 +198,7 @@ def _importance(
                 advance=advance,
             )
     write_tensors(path, scores)
-    return load_file(path)
+    return path
 
 
 def _compensate(recipe: Recipe, *, masking: Masking, corpus: Corpus, console: Console) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import transformers
@@ -15,32 +18,45 @@ from shearing.recipe import Recipe
 from shearing.recipe_file import read_recipe_file
 from shearing.run_directory import STAGES, RunDirectory, Stage, write_text
 from shearing.stages.preflight import preflight
+from shearing.training.processes import Processes
 
-# Keys that change how a run is kept or watched, never what it computes.
+# Keys that change how a run is kept, watched or spread over processes, never what it computes beyond rounding.
 _NEUTRAL_KEYS = frozenset(
     {
         "name",
         "run_dir",
         "resume",
-        "training.log_interval",
+        "prune.micro_batch_size",
         "prune.keep_last",
+        "prune.keep_every",
         "prune.checkpoint_interval",
+        "pretrain.micro_batch_size",
         "pretrain.keep_last",
+        "pretrain.keep_every",
         "pretrain.checkpoint_interval",
+        "training.log_interval",
+        "training.engine",
+        "training.activation_checkpointing",
+        "training.compile",
+        "training.device",
+        "training.loss_chunk_tokens",
+        "training.trackers",
+        "training.timeout",
     }
 )
+_NEUTRAL_SECTIONS = ("evaluation.", "training.deepspeed.")
 
 
 def run(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, console: Console | None = None) -> RunDirectory:
     """Run `stages` in order and write the report; stages that are complete are skipped.
 
     A run that was interrupted anywhere continues where it was. Everything that can be checked before the first
-    expensive step is checked before it.
+    expensive step is checked before it. Where a launcher started several processes, each of them calls this.
 
     Args:
         recipe: what to do.
         stages: the stages to run, in the order of `STAGES`.
-        console: where progress goes; stdout if None.
+        console: where progress goes; stdout if None. Only the main process prints.
 
     Returns:
         The folder of the run.
@@ -48,26 +64,56 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, console: Console | 
     Raises:
         ShearingError: something the user can mend; see `preflight`, `RunDirectory` and the stages.
     """
-    console = console or Console()
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
+    with Processes.start(device=recipe.training.device, timeout=recipe.training.timeout) as processes:
+        if processes.is_main:
+            console = console or Console()
+        else:
+            console = Console(quiet=True)
+            logging.getLogger("shearing").setLevel(logging.CRITICAL)
+            transformers.utils.logging.set_verbosity_error()
+        return _run(recipe, stages=stages, console=console, processes=processes)
+
+
+def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes: Processes) -> RunDirectory:
     directory = RunDirectory(recipe.run_dir)
-    _require_stages_before(stages, directory=directory)
-    preflight(recipe, stages=stages)
-    with directory.locked():
-        _require_same_run(recipe, directory=directory)
-        write_text(directory.recipe, recipe.to_yaml())
+    with contextlib.ExitStack() as lock:
+        processes.on_main(lambda: _begin(recipe, stages=stages, directory=directory, lock=lock, processes=processes))
         for stage in stages:
-            if stage != "evaluate" and directory.is_complete(stage):
+            if stage != "evaluate" and processes.on_main(partial(directory.is_complete, stage)):
                 console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
                 continue
             console.rule(f"[bold]{stage}")
             started = time.monotonic()
-            _function_of(stage)(recipe, console=console)
+            if stage in ("prune", "pretrain"):
+                _function_of(stage)(recipe, console=console, processes=processes)
+            else:
+                processes.on_main(partial(_alone, stage, recipe, console=console))
             console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
         if "evaluate" in stages:
-            _report(directory)
+            processes.on_main(partial(_report, directory))
     _print_summary(directory, console=console)
     return directory
+
+
+def _begin(
+    recipe: Recipe,
+    *,
+    stages: Sequence[Stage],
+    directory: RunDirectory,
+    lock: contextlib.ExitStack,
+    processes: Processes,
+) -> None:
+    """All that is checked before the first expensive step; the folder is locked afterwards."""
+    _require_stages_before(stages, directory=directory)
+    preflight(recipe, stages=stages, num_processes=processes.size)
+    lock.enter_context(directory.locked())
+    _require_same_run(recipe, directory=directory)
+    write_text(directory.recipe, recipe.to_yaml())
+
+
+def _alone(stage: Stage, recipe: Recipe, *, console: Console) -> None:
+    _function_of(stage)(recipe, console=console)
 
 
 def prune(recipe: Recipe) -> RunDirectory:
@@ -158,7 +204,7 @@ def _require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
 def _is_settled(key: str, *, directory: RunDirectory) -> bool:
     """Whether the run has already used the value of `key`."""
     section = key.partition(".")[0]
-    if key in _NEUTRAL_KEYS or section == "evaluation":
+    if key in _NEUTRAL_KEYS or key.startswith(_NEUTRAL_SECTIONS):
         return False
     if section == "pretrain" or key == "mixture.pretrain_interval":
         return directory.pretrain.exists()

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, whatever happens while they are written.
 
-A checkpoint is a folder. It is written beside its place, every file is flushed to disk, a manifest with each file's
-size and checksum is added, the folder is renamed into place, `latest` is moved, and only then older ones go. A
-rename is atomic, so a folder in place is complete; the manifest finds what a disk has damaged since.
+A checkpoint is a folder. It is written beside its place, by every process its own files, every file is flushed to disk,
+a manifest with each file's size and checksum is added, the folder is renamed into place, `latest` is moved, and only
+then older ones go. A rename is atomic, so a folder in place is complete; the manifest finds what a disk has damaged
+since.
 """
 
 from __future__ import annotations
@@ -26,40 +27,47 @@ from torch import Tensor
 
 from shearing.errors import ShearingError
 from shearing.run_directory import flush_folder, write_text
+from shearing.training.fingerprints import Fingerprints, add_fingerprints
+from shearing.training.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+FINGERPRINTS = "fingerprints.json"
+"""File of a checkpoint: what `sharded.fingerprints` says of its weights and moments."""
 
 _MANIFEST = "manifest.json"
 _WRITING = ".writing-"
 _REMOVING = ".removing-"
 _PREFIX = "step-"
 _READ_BYTES = 1 << 24
+_Entries = dict[str, dict[str, int]]
 
 
 class Checkpoints:
-    """The checkpoints of one stage.
+    """The checkpoints of one stage, on a file system that all processes share.
 
     Args:
         folder: where they are; made if absent, and cleared of what an interrupted write left.
-        keep: checkpoints kept, newest first.
+        keep_last: checkpoints kept, newest first.
+        keep_every: steps; checkpoints at multiples of it are kept for good. None: none are.
+        processes: those that write together; all have to call the same methods.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, keep_every: int | None = None, processes: Processes | None = None
+    ) -> None:
         self.folder = folder
-        self._keep = keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
-            if entry.name.startswith(_REMOVING) or entry.name.startswith(_WRITING):
-                shutil.rmtree(entry)
-            elif entry.name.startswith(".latest."):
-                entry.unlink()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._processes = processes or Processes()
+        self._processes.on_main(self._clear)
 
-    def save(self, *, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, *, step: int, write: Callable[[Path], Fingerprints]) -> Path:
         """Write one checkpoint, then remove the oldest ones.
 
         Args:
             step: optimiser steps done; names the checkpoint.
-            write: puts the checkpoint's files into the folder it is given; at least one.
+            write: puts this process's files into the folder it is given: `shard-RANK…` and, on the main process, any
+                others, at least one; returns the fingerprints of what is in its shard.
 
         Returns:
             The checkpoint's folder.
@@ -68,36 +76,80 @@ class Checkpoints:
             ShearingError: no space left; the checkpoints that were there are untouched.
         """
         beside = self.folder / f"{_WRITING}{_PREFIX}{step:08d}"
-        place = self.folder / f"{_PREFIX}{step:08d}"
         try:
-            beside.mkdir()
-            write(beside)
-            _write_manifest(beside)
+            self._processes.on_main(lambda: self._make_room(beside))
+            parts = self._processes.together(lambda: self._write_own(beside, write=write))
+            self._processes.on_main(lambda: self._commit(beside, self.place(step), parts=parts))
         except BaseException as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            if self._processes.is_main:
+                shutil.rmtree(beside, ignore_errors=True)
             if is_disk_full(error):
                 raise no_space(self.folder) from error
             raise
-        if place.exists():
-            self._remove(place)  # damaged: a good checkpoint of this step would have been continued from
-        beside.rename(place)
-        flush_folder(self.folder)
-        write_text(self.folder / "latest", place.name + "\n")
-        for old in self._newest_first()[self._keep :]:
-            self._remove(old)
-        return place
+        return self.place(step)
+
+    def place(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"{_PREFIX}{step:08d}"
 
     def newest(self) -> Path | None:
         """Folder of the newest checkpoint that is undamaged, None if there is none.
 
         Damaged ones are reported and passed over; the step they are of will be computed again.
         """
+        return self._processes.on_main(self._newest_undamaged)
+
+    def _newest_undamaged(self) -> Path | None:
         for folder in self._newest_first():
             damage = _find_damage(folder)
             if damage is None:
                 return folder
             logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
         return None
+
+    def _clear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.name.startswith(_REMOVING) or entry.name.startswith(_WRITING):
+                shutil.rmtree(entry)
+            elif entry.name.startswith(".latest."):
+                entry.unlink()
+
+    def _make_room(self, beside: Path) -> None:
+        """Refuse before a byte is written when the last checkpoint would not fit once more."""
+        earlier = self._newest_first()
+        if earlier:
+            size = sum(path.stat().st_size for path in earlier[0].iterdir())
+            if size > shutil.disk_usage(self.folder).free:
+                raise no_space(self.folder)
+        beside.mkdir()
+
+    def _write_own(self, beside: Path, *, write: Callable[[Path], Fingerprints]) -> tuple[Fingerprints, _Entries]:
+        marks = write(beside)
+        rank, is_main = self._processes.rank, self._processes.is_main
+        own = [
+            path
+            for path in sorted(beside.rglob("*"))
+            if path.is_file()
+            and (path.name.startswith(f"shard-{rank:05d}") or (is_main and not path.name.startswith("shard-")))
+        ]
+        return marks, {str(path.relative_to(beside)): _entry(path) for path in own}
+
+    def _commit(self, beside: Path, place: Path, *, parts: list[tuple[Fingerprints, _Entries]]) -> None:
+        write_text(beside / FINGERPRINTS, json.dumps(add_fingerprints(marks for marks, _ in parts)) + "\n")
+        entries = {name: entry for _, of_process in parts for name, entry in of_process.items()}
+        entries[FINGERPRINTS] = _entry(beside / FINGERPRINTS)
+        write_text(beside / _MANIFEST, json.dumps(entries, indent=1) + "\n")
+        flush_tree(beside)
+        if place.exists():
+            self._remove(place)  # damaged: a good checkpoint of this step would have been continued from
+        beside.rename(place)
+        flush_folder(self.folder)
+        write_text(self.folder / "latest", place.name + "\n")
+        for old in self._newest_first()[self._keep_last :]:
+            step = int(old.name.removeprefix(_PREFIX))
+            if not self._keep_every or step % self._keep_every:
+                self._remove(old)
 
     def _newest_first(self) -> list[Path]:
         return sorted((entry for entry in self.folder.glob(f"{_PREFIX}*") if entry.is_dir()), reverse=True)
@@ -223,11 +275,8 @@ def flush_tree(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _write_manifest(folder: Path) -> None:
-    flush_tree(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in files}
-    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1) + "\n")
+def _entry(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
 def _find_damage(folder: Path) -> str | None:

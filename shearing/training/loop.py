@@ -1,6 +1,8 @@
 """The training loop of both stages: `train` is the loop, the rest is its bookkeeping.
 
-Shapes: B sequences of a step, T = S + 1 tokens of a row (S inputs and the last label).
+Every process runs it; what they do together is the same in number and order on all of them.
+
+Shapes: B sequences of a step on this process, T = S + 1 tokens of a row (S inputs and the last label).
 """
 
 from __future__ import annotations
@@ -27,9 +29,20 @@ from shearing.mixture.sampler import Batch, Mixture, Prefetcher
 from shearing.mixture.weights import update_weights
 from shearing.models.masked import MaskedModel
 from shearing.recipe import MixtureRecipe
-from shearing.training.checkpoint import Checkpoints, random_states, read_state, set_random_states, write_state
+from shearing.run_directory import read_json
+from shearing.training.checkpoint import (
+    FINGERPRINTS,
+    Checkpoints,
+    random_states,
+    read_state,
+    set_random_states,
+    write_state,
+)
 from shearing.training.engine import Engine, Optimization
+from shearing.training.fingerprints import Fingerprints
 from shearing.training.metrics import Display, MetricsLog, StageTotals, max_memory
+from shearing.training.processes import Processes
+from shearing.training.sharded import SavedState
 
 INTERRUPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later; a launcher can requeue on it."""
@@ -45,8 +58,9 @@ class Schedule:
     Attributes:
         total_steps: length of the stage.
         sequences_per_step: global batch.
-        micro_batch_size: sequences per forward pass; divides the global batch.
-        checkpoint_interval, keep_last: how often, and how many stay.
+        micro_batch_size: sequences per forward pass of one process; divides its share of the batch.
+        mask_draws: equal shares of the global batch that see one draw of the masks each.
+        checkpoint_interval, keep_last, keep_every: how often, how many stay, and which stay for good (None: none).
         mixture_interval: steps between two updates of the domain weights.
         log_interval: steps between two reads of metrics from the device.
         max_skipped_steps: non-finite steps in a row that stop the run.
@@ -55,8 +69,10 @@ class Schedule:
     total_steps: int
     sequences_per_step: int
     micro_batch_size: int
+    mask_draws: int
     checkpoint_interval: int
     keep_last: int
+    keep_every: int | None
     mixture_interval: int
     log_interval: int
     max_skipped_steps: int
@@ -77,14 +93,24 @@ class DynamicMixture:
     Attributes:
         rule: update rule and its constants.
         reference: loss of each domain that is aimed at, in nats.
-        tokens: held-out tokens of all domains together, for the progress bar.
-        measure: held-out loss of each domain now, in nats; is given what to call with tokens just done.
     """
 
     rule: MixtureRecipe
     reference: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out text.
+
+    Attributes:
+        tokens: of all domains together, for the progress bar.
+        measure: loss of each domain now, in nats, from a forward pass (sum of losses of tokens [B, T]) that all
+            processes take part in; is given what to call with tokens just done.
+    """
+
     tokens: int
-    measure: Callable[[Callable[[int], None]], dict[str, float]]
+    measure: Callable[[Callable[[Tensor], Tensor], Callable[[int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +123,10 @@ class Task:
         objective: forward pass from tokens [B, T] to the sum of their losses; not yet prepared by the engine.
         masking: None: the weights alone are trained.
         dynamic: None: domain weights are constant.
-        moments: AdamW state to start from (see `Engine.moments`); None: from nothing.
-        before_first_step: changes the model in place; not called where a checkpoint is continued.
+        heldout: the text that updates domain weights and tells how good the masks are in the end.
+        moments: AdamW state to start from; None: from nothing.
+        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+        processes: those that share the work.
     """
 
     name: str
@@ -110,8 +138,10 @@ class Task:
     mixture: Mixture
     masking: Masking | None
     dynamic: DynamicMixture | None
-    moments: Mapping[str, Mapping[str, Tensor]] | None = None
+    heldout: HeldOut
+    moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
+    processes: Processes = field(default_factory=Processes)
 
 
 class Interrupted(SystemExit):
@@ -121,22 +151,40 @@ class Interrupted(SystemExit):
         super().__init__(INTERRUPTED_EXIT_CODE)
 
 
-def train(task: Task, *, console: Console) -> StageTotals:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What `train` leaves.
+
+    Attributes:
+        totals: figures of this process's part of the stage.
+        checkpoint: folder of the last checkpoint, that of the final step.
+        heldout: loss of each domain at the end, in nats, under the final masks; None unless asked for.
+    """
+
+    totals: StageTotals
+    checkpoint: Path
+    heldout: dict[str, float] | None
+
+
+def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained:
     """Train from the newest checkpoint, or from the start, to the end of the stage.
 
     A step is a function of the recipe and its number: continued at any point, it is the same to the bit.
 
+    Args:
+        task: what to train, and with what.
+        console: where progress goes.
+        measure_end: measure held-out losses after the last step.
+
     Raises:
-        Interrupted: SIGTERM, SIGINT or SIGUSR1; the step was finished and a checkpoint written.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 on any process; the step was finished and a checkpoint written.
         ShearingError: too many non-finite steps in a row, or no space for a checkpoint.
     """
-    model = task.engine.prepare(task.objective)
-    model.train()
     schedule = task.schedule
-    with _Run.start(task, console=console) as run, _StopRequest() as stop:
+    with _StopRequest() as stop, _Run.start(task, console=console, stop=stop) as run:
         while run.step < schedule.total_steps:
             batch = run.prefetcher.next()
-            loss = _forward_backward(task, model, batch, step=run.step)
+            loss = _forward_backward(task, run.model, batch, step=run.step)
             skipped = _update(task, step=run.step)
             run.record(loss, skipped=skipped)
             ends = run.step == schedule.total_steps
@@ -144,29 +192,36 @@ def train(task: Task, *, console: Console) -> StageTotals:
                 run.report()
             if task.dynamic is not None and run.mixture_is_due():
                 run.update_mixture(task.dynamic)
-            if ends or stop.requested or run.step % schedule.checkpoint_interval == 0:
+            if ends or run.stopping or run.step % schedule.checkpoint_interval == 0:
                 run.save()
-            if stop.requested and not ends:
-                console.print(f"{stop.requested}: stopped after step {run.step}; the same command continues from there")
+            if run.stopping and not ends:
+                console.print(f"{run.stopping}: stopped after step {run.step}; the same command continues from there")
                 raise Interrupted
-    return run.totals
+        heldout = run.measure("held-out losses at the end") if measure_end else None
+    return Trained(totals=run.totals, checkpoint=run.newest(), heldout=heldout)
 
 
 def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
-    """Accumulate the gradients of one step; returns its mean loss per token, on the device."""
-    device = task.engine.device
+    """Accumulate the gradients of one step; returns this process's share of its mean loss per token, on the device."""
+    device, schedule = task.engine.device, task.schedule
     tokens_BT = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
     tokens_BT = tokens_BT.to(device, non_blocking=True)
-    num_valid = tokens_BT[:, 1:].numel()  # rows of a corpus are full: every position has a label
+    # Rows of a corpus are full: every position has a label.
+    num_valid = schedule.sequences_per_step * (tokens_BT.shape[1] - 1)
+    offset = task.processes.rank * tokens_BT.shape[0]
     total = torch.zeros((), device=device)
-    for index, micro_BT in enumerate(tokens_BT.split(task.schedule.micro_batch_size)):
+    micro_batches = tokens_BT.split(schedule.micro_batch_size)
+    for index, micro_BT in enumerate(micro_batches):
         if task.masking is not None:
-            task.masking.model.set_masks(task.masking.learner.sample(step=step, micro_batch=index))
+            first = offset + index * schedule.micro_batch_size
+            draw = first * schedule.mask_draws // schedule.sequences_per_step
+            task.masking.model.set_masks(task.masking.learner.sample(step=step, draw=draw))
         with task.engine.autocast():
             loss = model(micro_BT) / num_valid
-        task.engine.backward(loss)
+        task.engine.backward(loss, last=index + 1 == len(micro_batches))
         total += loss.detach()
     if task.masking is not None:
+        task.masking.learner.sum_gradients(scale=task.engine.loss_scale)
         penalty = task.masking.learner.penalty(step=step)
         if penalty.requires_grad:
             penalty.backward()
@@ -180,7 +235,7 @@ def _update(task: Task, *, step: int) -> Tensor:
         gradients = [p.grad for p in task.masking.learner.parameters() if p.grad is not None]
         if gradients:
             skipped = skipped | ~get_total_norm(gradients).isfinite()
-        task.masking.learner.reduce_and_step(step=step, skip=skipped)
+        task.masking.learner.optimizer_step(step=step, skip=skipped)
     return skipped
 
 
@@ -189,50 +244,68 @@ class _Run:
     """The state of a stage under way, and its output."""
 
     task: Task
+    model: nn.Module
     console: Console
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | None
     display: Display
     prefetcher: Prefetcher
+    stop: _StopRequest
     step: int
     skipped: Tensor
     skipped_in_row: Tensor
     totals: StageTotals = field(default_factory=StageTotals)
+    _agreed_stop: str | None = None
     _unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)
     _mark: float = field(default_factory=time.monotonic)
     _wait_mark: float = 0.0
 
     @classmethod
-    def start(cls, task: Task, *, console: Console) -> _Run:
+    def start(cls, task: Task, *, console: Console, stop: _StopRequest) -> _Run:
         """Restore the newest checkpoint if there is one."""
-        checkpoints = Checkpoints(task.folder / "checkpoints", keep=task.schedule.keep_last)
+        processes = task.processes
+        checkpoints = Checkpoints(
+            task.folder / "checkpoints",
+            keep_last=task.schedule.keep_last,
+            keep_every=task.schedule.keep_every,
+            processes=processes,
+        )
         newest = checkpoints.newest()
         state: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_row": 0, "metrics_bytes": 0}
+        if newest is None and task.before_first_step is not None:
+            processes.on_main(task.before_first_step)
+        model = task.engine.prepare(task.objective)
+        model.train()
         if newest is not None:
             state = read_state(newest, "state")
-            task.engine.load(newest)
+            task.engine.load(newest, saved=read_json(newest / FINGERPRINTS))
             task.mixture.load_state_dict(state["mixture"])
             if task.masking is not None:
                 task.masking.learner.load_state_dict(state["masks"])
             set_random_states(state["random"])
             console.print(f"continuing {task.name} from step {state['step']} ({newest})", soft_wrap=True)
-        else:
-            if task.moments is not None:
-                task.engine.load_moments(task.moments)
-            if task.before_first_step is not None:
-                task.before_first_step()
-        log = MetricsLog(task.folder / "metrics.jsonl", num_bytes=state["metrics_bytes"])
+        elif task.moments is not None:
+            task.engine.load_moments(task.moments)
+        log = None
+        if processes.is_main:
+            log = MetricsLog(task.folder / "metrics.jsonl", num_bytes=state["metrics_bytes"])
         prefetcher = Prefetcher(
-            task.mixture, sequences_per_step=task.schedule.sequences_per_step, depth=PREFETCHED_STEPS
+            task.mixture,
+            sequences_per_step=task.schedule.sequences_per_step,
+            rank=processes.rank,
+            world_size=processes.size,
+            depth=PREFETCHED_STEPS,
         )
         display = Display(task.name, total_steps=task.schedule.total_steps, done_steps=state["step"], console=console)
         return cls(
             task=task,
+            model=model,
             console=console,
             checkpoints=checkpoints,
             log=log,
             display=display,
             prefetcher=prefetcher,
+            stop=stop,
             step=state["step"],
             skipped=torch.tensor(state["skipped"], device=task.engine.device),
             skipped_in_row=torch.tensor(state["skipped_in_row"], device=task.engine.device),
@@ -247,7 +320,13 @@ class _Run:
     ) -> None:
         self.display.__exit__(kind, error, traceback)
         self.prefetcher.close()
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
+
+    @property
+    def stopping(self) -> str | None:
+        """The signal that asked this run to stop; among several processes, once all of them know."""
+        return self.stop.requested if self.task.processes.size == 1 else self._agreed_stop
 
     def record(self, loss: Tensor, *, skipped: Tensor) -> None:
         """Count one step; its figures stay on the device until `report`."""
@@ -280,13 +359,18 @@ class _Run:
         """
         if not self._unread:
             return
+        self._sum_losses()
         values = _read([figures for _, figures in self._unread], device=self.task.engine.device)
         seconds = (time.monotonic() - self._mark) / len(values)
         waited = (self.prefetcher.wait_seconds - self._wait_mark) / len(values)
+        everywhere = self.task.processes.gather((waited, max_memory(), self.stop.requested))
+        waited = max(wait for wait, _, _ in everywhere)
+        memory = max(peak for _, peak, _ in everywhere)
+        self._agreed_stop = next((name for _, _, name in everywhere if name), None)
         tokens = self.task.schedule.sequences_per_step * self.task.mixture.sequence_length
         for (known, _), figures in zip(self._unread, values, strict=True):
-            line = _line(known, figures, seconds=seconds, waited=waited, tokens=tokens)
-            self.log.write(line)
+            line = _line(known, figures, seconds=seconds, waited=waited, tokens=tokens, memory=memory)
+            self._write_line(line)
             self.totals.add(line, tokens=tokens)
             self.display.show(line)
         in_row = max(int(figures["skipped_in_row"]) for figures in values)
@@ -300,14 +384,28 @@ class _Run:
         schedule = self.task.schedule
         return self.step % schedule.mixture_interval == 0 and self.step + PREFETCHED_STEPS < schedule.total_steps
 
+    def measure(self, name: str) -> dict[str, float]:
+        """Held-out loss of each domain now, in nats, under the masks without noise."""
+        heldout, engine = self.task.heldout, self.task.engine
+        if self.task.masking is not None:
+            self.task.masking.model.set_masks(self.task.masking.learner.deterministic())
+
+        def forward(tokens_BT: Tensor) -> Tensor:
+            with torch.no_grad(), engine.autocast():
+                loss: Tensor = self.model(tokens_BT)
+            return loss
+
+        self.model.eval()
+        with self.display.activity(name, total=heldout.tokens) as advance:
+            losses = heldout.measure(forward, advance)
+        self.model.train()
+        return losses
+
     def update_mixture(self, dynamic: DynamicMixture) -> None:
         """Measure held-out losses and announce new domain weights."""
         self.report()
         started = time.monotonic()
-        if self.task.masking is not None:
-            self.task.masking.model.set_masks(self.task.masking.learner.deterministic())
-        with self.display.activity("held-out losses", total=dynamic.tokens) as advance:
-            losses = dynamic.measure(advance)
+        losses = self.measure("held-out losses")
         weights = update_weights(
             dynamic.rule.update,
             weights=self.prefetcher.weights,
@@ -327,7 +425,7 @@ class _Run:
             "first_sample": first_sample,
             "seconds": seconds,
         }
-        self.log.write(line)
+        self._write_line(line)
         self.display.show(line)
         self.totals.heldout_seconds += seconds
         self._restart_clock()
@@ -340,7 +438,7 @@ class _Run:
             "step": self.step,
             "skipped": int(self.skipped),
             "skipped_in_row": int(self.skipped_in_row),
-            "metrics_bytes": self.log.sync(),
+            "metrics_bytes": 0 if self.log is None else self.log.sync(),
             "mixture": self.prefetcher.state_dict(),
             "masks": None if masking is None else masking.learner.state_dict(),
             "random": random_states(),
@@ -348,9 +446,27 @@ class _Run:
         self.checkpoints.save(step=self.step, write=partial(self._write, state=state))
         self._restart_clock()
 
-    def _write(self, folder: Path, *, state: dict[str, Any]) -> None:
-        self.task.engine.save(folder)
-        write_state(folder, "state", state)
+    def newest(self) -> Path:
+        """Folder of the checkpoint of the steps done."""
+        return self.checkpoints.place(self.step)
+
+    def _write(self, folder: Path, *, state: dict[str, Any]) -> Fingerprints:
+        marks = self.task.engine.save(folder)
+        if self.task.processes.is_main:
+            write_state(folder, "state", state)
+        return marks
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(line)
+
+    def _sum_losses(self) -> None:
+        """Turn each process's share of the losses not yet read into the step's loss and the largest of a process."""
+        steps = [figures for _, figures in self._unread]
+        shares_PN = self.task.processes.all_gather(torch.stack([figures["loss"] for figures in steps]))
+        for figures, total, largest in zip(steps, shares_PN.sum(0), shares_PN.amax(0), strict=True):
+            figures["loss"] = total
+            figures["loss_max"] = largest * self.task.processes.size
 
     def _stop_non_finite(self, in_row: int) -> None:
         # Skipped steps changed nothing, so this is the last good state; continuing goes on behind the bad samples.
@@ -406,13 +522,20 @@ def _read(figures: list[dict[str, Tensor]], *, device: torch.device) -> list[dic
 
 
 def _line(
-    known: Mapping[str, Any], figures: Mapping[str, float], *, seconds: float, waited: float, tokens: int
+    known: Mapping[str, Any],
+    figures: Mapping[str, float],
+    *,
+    seconds: float,
+    waited: float,
+    tokens: int,
+    memory: int,
 ) -> dict[str, Any]:
     """One step's line of metrics.jsonl; `expected/hidden` of the learner's figures becomes `expected: {hidden: …}`."""
     line: dict[str, Any] = {
         "step": known["step"],
         "tokens": known["tokens"],
         "loss": figures["loss"],
+        "loss_max": figures["loss_max"],
         "grad_norm": figures["grad_norm"],
         "learning_rate": known["learning_rate"],
         "tokens_per_second": tokens / max(seconds, 1e-9),
@@ -425,7 +548,7 @@ def _line(
         "violation": {},
         "lambda_1": {},
         "lambda_2": {},
-        "max_memory": max_memory(),
+        "max_memory": memory,
     }
     for name, value in figures.items():
         kind, _, granularity = name.partition("/")

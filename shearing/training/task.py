@@ -13,9 +13,10 @@ from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
 from shearing.mixture.sampler import Mixture
 from shearing.models.attention import drop_attention_mask
 from shearing.quantities import Duration
-from shearing.recipe import Recipe, tokens_per_step, total_steps
+from shearing.recipe import BatchSplit, Recipe, split_batch, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory
 from shearing.training.engine import (
+    Engine,
     Optimization,
     TorchEngine,
     checkpoint_activations,
@@ -23,8 +24,10 @@ from shearing.training.engine import (
     resolve_device,
     resolve_precision,
 )
-from shearing.training.loop import DynamicMixture, Masking, Schedule, Task
+from shearing.training.loop import DynamicMixture, HeldOut, Masking, Schedule, Task
 from shearing.training.objectives import LanguageModelLoss
+from shearing.training.processes import Processes
+from shearing.training.sharded import SavedState
 
 TrainingStage = Literal["prune", "pretrain"]
 
@@ -37,7 +40,8 @@ def task_of(
     mixture: Mixture,
     masking: Masking | None,
     reference: Mapping[str, float],
-    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    processes: Processes,
+    moments: SavedState | None = None,
     before_first_step: Callable[[], None] | None = None,
 ) -> Task:
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
@@ -49,8 +53,12 @@ def task_of(
         mixture: where the stage's samples start.
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
+        processes: those of the run.
         moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
-        before_first_step: changes the model in place; not called where a checkpoint is continued.
+        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+
+    Raises:
+        ShearingError: the processes cannot share a batch equally, or an engine that is not installed.
     """
     settings, data, training = getattr(recipe, stage), recipe.data, recipe.training
     steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
@@ -58,7 +66,7 @@ def task_of(
     def in_steps(duration: Duration) -> int:
         return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
 
-    device = resolve_device(training)
+    split = split_batch(recipe, stage=stage, num_processes=processes.size)
     drop_attention_mask(model, sequence_length=data.sequence_length)
     if training.activation_checkpointing != "none":
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
@@ -81,30 +89,56 @@ def task_of(
         schedule=Schedule(
             total_steps=steps,
             sequences_per_step=per_step // data.sequence_length,
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=split.micro_batch_size,
+            mask_draws=recipe.prune.mask_draws if stage == "prune" else 1,
             checkpoint_interval=max(1, in_steps(settings.checkpoint_interval)),
             keep_last=settings.keep_last,
+            keep_every=None if settings.keep_every is None else max(1, in_steps(settings.keep_every)),
             mixture_interval=max(1, in_steps(interval)),
             log_interval=training.log_interval,
             max_skipped_steps=training.max_skipped_steps,
         ),
         objective=LanguageModelLoss(model, chunk_tokens=training.loss_chunk_tokens),
-        engine=TorchEngine(optimization, device=device, precision=resolve_precision(training, device=device)),
+        engine=_engine(recipe, optimization=optimization, split=split, processes=processes),
         optimization=optimization,
         mixture=mixture,
         masking=masking,
         dynamic=None
         if recipe.mixture.update == "constant"
-        else DynamicMixture(
-            rule=recipe.mixture,
-            reference=reference,
+        else DynamicMixture(rule=recipe.mixture, reference=reference),
+        heldout=HeldOut(
             tokens=heldout_tokens(recipe, corpus=mixture.corpus),
-            measure=lambda advance: measure_heldout(
-                recipe, stage=stage, model=model, corpus=mixture.corpus, advance=advance
+            measure=lambda forward, advance: measure_heldout(
+                recipe,
+                stage=stage,
+                model=model,
+                corpus=mixture.corpus,
+                advance=advance,
+                objective=forward,
+                processes=processes,
             ),
         ),
         moments=moments,
         before_first_step=before_first_step,
+        processes=processes,
+    )
+
+
+def _engine(recipe: Recipe, *, optimization: Optimization, split: BatchSplit, processes: Processes) -> Engine:
+    device = resolve_device(recipe.training)
+    precision = resolve_precision(recipe.training, device=device)
+    if recipe.training.engine == "torch":
+        return TorchEngine(optimization, device=device, precision=precision, processes=processes)
+    from shearing.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        optimization,
+        settings=recipe.training.deepspeed,
+        device=device,
+        precision=precision,
+        processes=processes,
+        micro_batch_size=split.micro_batch_size,
+        accumulation=split.accumulation,
     )
 
 
@@ -169,11 +203,14 @@ def measure_heldout(
     model: PreTrainedModel,
     corpus: Corpus,
     advance: Callable[[int], None],
+    objective: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Mean held-out loss of each domain, nats per token, on the subset that updates the mixture.
 
     Args:
         advance: called with the number of tokens just read.
+        objective, processes: see `heldout_loss`.
     """
     losses = heldout_loss(
         model,
@@ -184,6 +221,8 @@ def measure_heldout(
         precision=resolve_precision(recipe.training, device=resolve_device(recipe.training)),
         progress=advance,
         chunk_tokens=recipe.training.loss_chunk_tokens,
+        objective=objective,
+        processes=processes,
     )
     return {domain: loss.loss for domain, loss in losses.items()}
 

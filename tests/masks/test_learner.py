@@ -55,13 +55,13 @@ def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
 def test_noise_depends_on_seed_step_and_micro_batch_only():
     importance = random_importance(SOURCE, seed=0)
     first, second = learner(importance=importance), learner(importance=importance)
-    second.sample(step=7, micro_batch=3)
-    a, b = first.sample(step=1, micro_batch=2), second.sample(step=1, micro_batch=2)
+    second.sample(step=7, draw=3)
+    a, b = first.sample(step=1, draw=2), second.sample(step=1, draw=2)
     for name, value in a.tensors().items():
         assert torch.equal(value, b.tensors()[name])
-    for other in (first.sample(step=2, micro_batch=2), first.sample(step=1, micro_batch=1)):
+    for other in (first.sample(step=2, draw=2), first.sample(step=1, draw=1)):
         assert not torch.equal(other.intermediate, a.intermediate)
-    assert not torch.equal(learner(importance=importance, seed=1).sample(step=1, micro_batch=2).hidden, a.hidden)
+    assert not torch.equal(learner(importance=importance, seed=1).sample(step=1, draw=2).hidden, a.hidden)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 2 / 3, 0.9])
@@ -107,7 +107,7 @@ def test_the_paper_starts_open_and_its_constraint_pulls_to_the_target():
     assert all(v.abs().max() < 1e-6 for v in subject.violations(step=0).values())
     for step in range(400):
         subject.penalty(step=step).backward()
-        subject.reduce_and_step(step=step)
+        subject.optimizer_step(step=step)
     for name, violation in subject.violations(step=399).items():
         assert violation.abs().max() < 0.08, name
     assert all(float(value.detach().abs().max()) > 0 for value in subject.lagrangian.lambda_1.values())
@@ -117,10 +117,10 @@ def test_multipliers_ascend_and_masks_descend():
     subject = learner()
     before = float(subject.expected()["hidden"].detach().mean())
     subject.penalty(step=0).backward()
-    subject.reduce_and_step(step=0)
+    subject.optimizer_step(step=0)
     assert float(subject.lagrangian.lambda_1["hidden"]) > 0
     subject.penalty(step=1).backward()
-    subject.reduce_and_step(step=1)
+    subject.optimizer_step(step=1)
     assert float(subject.expected()["hidden"].detach().mean()) < before
 
 
@@ -130,7 +130,7 @@ def test_a_skipped_step_changes_nothing():
     subject.penalty(step=0).backward()
     for value in subject.log_alpha.values():
         value.grad.fill_(float("nan"))
-    subject.reduce_and_step(step=0, skip=torch.tensor(1.0))
+    subject.optimizer_step(step=0, skip=torch.tensor(1.0))
     assert all(torch.equal(a, b) for a, b in zip(subject.parameters(), before, strict=True))
     steps = [state["step"] for state in subject.optimizer.state.values()]
     assert all(float(step) == 0 for step in steps)
@@ -138,13 +138,13 @@ def test_a_skipped_step_changes_nothing():
 
 def test_frozen_masks_are_binary_stay_and_cost_no_penalty():
     subject = learner(importance=random_importance(SOURCE, seed=0), freeze_step=2)
-    frozen = subject.sample(step=2, micro_batch=0)
+    frozen = subject.sample(step=2, draw=0)
     assert all(set(value.unique().tolist()) <= {0.0, 1.0} for value in frozen.tensors().values())
     assert float(subject.penalty(step=2)) == 0.0
     before = {name: value.clone() for name, value in subject.log_alpha.items()}
-    subject.reduce_and_step(step=2)
+    subject.optimizer_step(step=2)
     assert all(torch.equal(value, before[name]) for name, value in subject.log_alpha.items())
-    assert torch.equal(subject.sample(step=9, micro_batch=5).hidden, frozen.hidden)
+    assert torch.equal(subject.sample(step=9, draw=5).hidden, frozen.hidden)
 
 
 def test_resuming_is_exact():
@@ -152,12 +152,12 @@ def test_resuming_is_exact():
 
     def steps(subject: MaskLearner, first: int, last: int) -> None:
         for step in range(first, last):
-            z = subject.sample(step=step, micro_batch=0)
+            z = subject.sample(step=step, draw=0)
             loss = sum(
                 (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in z.tensors().values()
             )
             (0.01 * loss + subject.penalty(step=step)).backward()
-            subject.reduce_and_step(step=step)
+            subject.optimizer_step(step=step)
 
     whole = learner(importance=importance)
     steps(whole, 0, 12)
@@ -233,9 +233,9 @@ def test_learning_opens_the_units_that_matter():
     subject = learner(granularities=["layers"], target=target, total_steps=200, freeze_step=200, mask_learning_rate=0.1)
     needed = torch.tensor([0.0, 1.0, 0.0, 1.0])
     for step in range(200):
-        z = subject.sample(step=step, micro_batch=0).attention
+        z = subject.sample(step=step, draw=0).attention
         (((1 - z) * needed).sum() + subject.penalty(step=step)).backward()
-        subject.reduce_and_step(step=step)
+        subject.optimizer_step(step=step)
     assert subject.deterministic().attention.tolist() == needed.tolist()
 
 
@@ -270,7 +270,7 @@ def test_masks_learn_jointly_with_a_real_model():
     model = tiny_model("llama")
     wrapped = MaskedModel(model)
     subject = learner(importance=random_importance(SOURCE, seed=0))
-    wrapped.set_masks(subject.sample(step=0, micro_batch=0))
+    wrapped.set_masks(subject.sample(step=0, draw=0))
     (wrapped(tiny_ids()).square().mean() + subject.penalty(step=0)).backward()
     for name, value in subject.log_alpha.items():
         assert value.grad is not None, name

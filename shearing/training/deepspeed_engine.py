@@ -1,0 +1,358 @@
+"""Steps by DeepSpeed: ZeRO 0 to 3, with offloading; see `Engine`.
+
+DeepSpeed is driven directly. accelerate's wrapper would do the optimiser's step inside `backward` and, on a machine
+without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `sharded`.
+
+What is read of DeepSpeed's insides, to know which elements a process holds, is in `_pieces` alone. What comes back
+from a checkpoint is compared with what was saved, so a release that lays them out differently is refused and not
+trained with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from shearing.errors import ShearingError
+from shearing.recipe import DeepSpeedRecipe
+from shearing.training.deepspeed_config import deepspeed_config
+from shearing.training.engine import (
+    Optimization,
+    adamw,
+    fill,
+    materialise,
+    require_moments,
+    save_pieces,
+    set_learning_rate,
+    set_steps,
+    start_state,
+)
+from shearing.training.fingerprints import Fingerprints, add_fingerprints, require_same
+from shearing.training.processes import Processes
+from shearing.training.sharded import (
+    MOMENTS,
+    WEIGHT,
+    Piece,
+    SavedState,
+    ShardedState,
+    fingerprints,
+    require_parameters,
+)
+
+
+class DeepSpeedEngine:
+    """ZeRO on the processes of the run.
+
+    Args:
+        optimization: AdamW and its schedule.
+        settings: the recipe's section.
+        device, precision: where and in what forward passes are computed; bf16 keeps fp32 master weights.
+        processes: those of the run.
+        micro_batch_size: sequences of a forward pass of one process.
+        accumulation: micro-batches of a step of one process.
+
+    Raises:
+        ShearingError: DeepSpeed is not installed, or its settings are wrong (see `deepspeed_config`).
+    """
+
+    def __init__(
+        self,
+        optimization: Optimization,
+        *,
+        settings: DeepSpeedRecipe,
+        device: torch.device,
+        precision: torch.dtype,
+        processes: Processes,
+        micro_batch_size: int,
+        accumulation: int,
+    ) -> None:
+        self.device = device
+        # DeepSpeed averages over processes; a loss is already a share of the global batch.
+        self.loss_scale = float(processes.size)
+        self._optimization = optimization
+        self._settings = settings
+        self._precision = precision
+        self._processes = processes
+        self._micro_batch_size, self._accumulation = micro_batch_size, accumulation
+        self._grad_norm = torch.zeros((), device=device)
+        self._engine: Any = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._optimizer: torch.optim.AdamW
+
+    @property
+    def _stage(self) -> int:
+        return self._settings.zero_stage
+
+    @property
+    def _low_precision(self) -> bool:
+        # ZeRO-0 shares out nothing, so it computes as plain torch does: fp32 weights under autocast.
+        return self._precision == torch.bfloat16 and self._stage > 0
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """See `Engine.prepare`."""
+        deepspeed = import_deepspeed()
+        _join(self._processes, device=self.device)
+        originals = self._originals(model) if self._low_precision else {}
+        config = deepspeed_config(
+            self._settings,
+            low_precision=self._low_precision,
+            gradient_clipping=self._optimization.gradient_clipping,
+            micro_batch_size=self._micro_batch_size,
+            accumulation=self._accumulation,
+            num_processes=self._processes.size,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            on_gpu=self.device.type == "cuda",
+        )
+        buffers = self._place(model, config=config, deepspeed=deepspeed)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = adamw(trained, optimization=self._optimization)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=config, dist_init_required=False
+        )
+        for name, buffer in buffers.items():
+            # Casting a model casts its rotary frequencies too, which costs long sequences their positions.
+            module, _, own_name = name.rpartition(".")
+            model.get_submodule(module).register_buffer(own_name, buffer, persistent=False)
+        if self._stage == 0:
+            start_state(self._optimizer)
+        else:
+            self._start_sharded_state()
+        self._restore_precision(originals)
+        prepared: nn.Module = self._engine
+        return prepared
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """See `Engine.autocast`."""
+        if self._precision == torch.bfloat16 and not self._low_precision:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Engine.backward`."""
+        self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro-batch
+
+    def step(self, *, step: int) -> Tensor:
+        """See `Engine.step`."""
+        set_learning_rate(self._optimizer, self._optimization.learning_rate_at(step))
+        if self._stage == 0:
+            return self._plain_step()
+        self._engine.step()
+        skipped = not self._engine.was_step_applied()
+        norm = self._engine.get_global_grad_norm()
+        self._grad_norm = torch.as_tensor(float("nan") if skipped or norm is None else norm, device=self.device)
+        return torch.tensor(skipped, device=self.device)
+
+    def _plain_step(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        self._grad_norm = get_total_norm(gradients)
+        skipped = ~self._grad_norm.isfinite()
+        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self._engine.step()
+        return skipped
+
+    def grad_norm(self) -> Tensor:
+        """See `Engine.grad_norm`."""
+        return self._grad_norm
+
+    def save(self, folder: Path) -> Fingerprints:
+        """See `Engine.save`."""
+        return save_pieces(folder, self._pieces(shared=True), optimizer=self._optimizer, processes=self._processes)
+
+    def load(self, folder: Path, *, saved: Fingerprints) -> None:
+        """See `Engine.load`."""
+        state = ShardedState(folder)
+        require_parameters(state, shapes=self._shapes(), folder=folder)
+        fill(self._pieces(shared=False), state, kinds=(WEIGHT, *MOMENTS))
+        set_steps(self._optimizer, state.step)
+        self._publish()
+        found = self._processes.gather(fingerprints(self._pieces(shared=True)))
+        require_same(add_fingerprints(found), saved=saved, folder=folder)
+
+    def load_moments(self, moments: SavedState) -> None:
+        """See `Engine.load_moments`."""
+        require_moments(moments, shapes=self._shapes())
+        fill(self._pieces(shared=False), moments, kinds=MOMENTS)
+        set_steps(self._optimizer, moments.step)
+
+    # -- placement -------------------------------------------------------------------------------------------------
+
+    def _place(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> dict[str, Tensor]:
+        """Bring weights to the devices, cut up for ZeRO-3; returns the buffers as they are."""
+        if self._stage < 3:
+            materialise(model, device=self.device, processes=self._processes)
+        else:
+            self._cut_up(model, config=config, deepspeed=deepspeed)
+        return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+    @torch.no_grad()
+    def _cut_up(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> None:
+        """ZeRO-3: one module's weights at a time exist whole; DeepSpeed hands out those of the main process."""
+        dtype = torch.bfloat16 if self._low_precision else torch.float32
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if hasattr(parameter, "ds_id"):
+                    continue  # tied, and cut up already
+                if self._processes.is_main:
+                    parameter.data = parameter.data.to(self.device, dtype)
+                else:
+                    parameter.data = torch.empty(parameter.shape, dtype=dtype, device=self.device)
+            if any(not hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+                only_own = nn.Module()
+                for name, parameter in module.named_parameters(recurse=False):
+                    only_own.register_parameter(name, parameter)
+                deepspeed.zero.Init(module=only_own, config_dict_or_path=dict(config), dtype=dtype)
+            for buffer in module.buffers(recurse=False):
+                buffer.data = buffer.data.to(self.device)
+                if self._processes.size > 1:
+                    dist.broadcast(buffer.data, src=0)
+
+    def _originals(self, model: nn.Module) -> dict[str, Tensor]:
+        """The main process's fp32 weights on the host: DeepSpeed makes its master weights from rounded ones."""
+        if not self._processes.is_main:
+            return {}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def _restore_precision(self, originals: Mapping[str, Tensor]) -> None:
+        if not self._low_precision:
+            return
+        held = {piece.name: piece for piece in self._pieces(shared=False)}
+        for name, shape in self._shapes().items():
+            whole = (
+                originals[name].to(self.device) if self._processes.is_main else torch.empty(shape, device=self.device)
+            )
+            if self._processes.size > 1:
+                dist.broadcast(whole, src=0)
+            if (piece := held.get(name)) is not None:
+                piece.values[WEIGHT].copy_(whole.view(-1)[piece.start : piece.start + piece.numel])
+
+    # -- what this process holds -----------------------------------------------------------------------------------
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+
+    def _flat(self) -> list[Tensor]:
+        """The fp32 master weights of this process, flat, as AdamW sees them."""
+        zero = self._engine.optimizer
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return flat
+
+    def _start_sharded_state(self) -> None:
+        for flat in self._flat():
+            self._optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+            }
+
+    def _pieces(self, *, shared: bool) -> Iterator[Piece]:
+        """What this process holds of every parameter; where all hold all (ZeRO-0) and `shared`, its share of it."""
+        for name, parameter in self._parameters.items():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            numel = torch.Size(shape).numel()
+            if self._stage == 0:
+                share = -(-numel // self._processes.size) if shared else numel
+                start = min(self._processes.rank * share, numel) if shared else 0
+                whole = {
+                    WEIGHT: parameter.detach(),
+                    **{kind: self._optimizer.state[parameter][kind] for kind in MOMENTS},
+                }
+                values = {kind: value.view(-1)[start : start + share] for kind, value in whole.items()}
+                yield Piece(name=name, shape=shape, start=start, values=values)
+            elif self._stage < 3:
+                mapping: Any = vars(parameter)["_hp_mapping"]  # set by DeepSpeed; see the module's docstring
+                if mapping is None:
+                    continue  # all of it is held elsewhere
+                flat = self._flat()[mapping.param_group_index]
+                inside = mapping.hp_fragment_address
+                yield self._piece(
+                    name, shape, mapping.lp_fragment_address.start, flat=flat, first=inside.start, numel=inside.numel
+                )
+            else:
+                zero = self._engine.optimizer
+                group, first, partition = zero.grad_position[zero.get_param_id(parameter)]
+                start = min(self._processes.rank * partition, numel)
+                # The last partitions are padded.
+                yield self._piece(
+                    name, shape, start, flat=self._flat()[group], first=first, numel=min(partition, numel - start)
+                )
+
+    def _piece(self, name: str, shape: tuple[int, ...], start: int, *, flat: Tensor, first: int, numel: int) -> Piece:
+        state = self._optimizer.state[flat]
+        whole = {WEIGHT: flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
+        values = {kind: value.narrow(0, first, numel) for kind, value in whole.items()}
+        return Piece(name=name, shape=shape, start=start, values=values)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """The weights that forward passes use, from the master weights."""
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero._partition_all_parameters()  # noqa: SLF001  as in the optimiser's own step
+            for group in range(len(self._flat())):
+                zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def import_deepspeed() -> Any:
+    """The package, quiet.
+
+    Raises:
+        ShearingError: it is not installed.
+    """
+    # DeepSpeed asks each operator at import what it could build; the answers are of no use here.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ShearingError(
+            "training.engine",
+            value="deepspeed",
+            allowed=f"torch: DeepSpeed cannot be imported ({error})",
+            mend="pip install 'shearing[deepspeed]', or set training.engine=torch",
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An extension for processes on CPUs that it compiles, a minute or two, and that waits for ever for a lost process.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _single_store() -> Any:
+    store: Any = dist
+    return store.HashStore()
+
+
+def _join(processes: Processes, *, device: torch.device) -> None:
+    """What DeepSpeed expects of its surroundings: a process group, also of one, and the launcher's variables."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("RANK", str(processes.rank))
+    os.environ.setdefault("WORLD_SIZE", str(processes.size))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_single_store(),
+            rank=0,
+            world_size=1,
+        )
+    from deepspeed import comm
+
+    if not comm.is_initialized():
+        comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)

@@ -1,0 +1,188 @@
+"""Weights and AdamW moments on disk, in pieces that any number of processes can write and any other can read.
+
+Every process writes the pieces of the flattened parameters that it holds, and reads back whatever ranges it holds
+then: no process ever needs a whole tensor, and nothing is gathered. What is restored is compared with what was saved by
+fingerprints that do not depend on how a tensor is cut, so an engine that puts a piece in the wrong place is found out.
+
+Why not DeepSpeed's universal checkpoint: with several parameter groups it restores group 0's hyperparameters and step
+count to all of them (docs/distributed.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from shearing.errors import ShearingError
+from shearing.training.checkpoint import write_tensors
+from shearing.training.fingerprints import Fingerprints, add_fingerprints, fingerprint
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start … start + n - 1` of one flattened parameter, as an engine holds them.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the whole parameter.
+        start: position of the first element.
+        values: kind (`weight`, `exp_avg`, `exp_avg_sq`) -> view [n] of the engine's own memory, fp32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Mapping[str, Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (n)."""
+        return self.values[WEIGHT].numel()
+
+
+class SavedState(Protocol):
+    """Weights or moments by range, from wherever they are kept."""
+
+    @property
+    def step(self) -> float:
+        """AdamW's step count."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameter -> shape."""
+        ...
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What there is of each parameter."""
+        ...
+
+    def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
+        """Elements [numel] of one flattened parameter, on the CPU."""
+        ...
+
+
+def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerprints:
+    """Write this process's pieces to one safetensors file; returns their fingerprints.
+
+    Args:
+        path: the file.
+        pieces: what this process writes; over all processes every element occurs once.
+        step: AdamW's step count, the same for all parameters.
+    """
+    held = list(pieces)
+    tensors = {
+        # The parts of one flat tensor share its storage, which the format does not allow: copies, on the host.
+        f"{kind}/{piece.name}@{piece.start}": value.detach().to("cpu", copy=True)
+        for piece in held
+        for kind, value in piece.values.items()
+    }
+    shapes = {piece.name: piece.shape for piece in held}
+    write_tensors(path, tensors, metadata={"shapes": json.dumps(shapes), STEP: repr(float(step))})
+    return fingerprints(held)
+
+
+def fingerprints(pieces: Iterable[Piece]) -> Fingerprints:
+    """Of every kind of every parameter among these pieces; those of all processes' pieces add up."""
+    return add_fingerprints(
+        {f"{kind}/{piece.name}": fingerprint(value, start=piece.start) for kind, value in piece.values.items()}
+        for piece in pieces
+    )
+
+
+class ShardedState:
+    """What `write_pieces` wrote into the files `shard-*.safetensors` of a folder.
+
+    Raises:
+        ShearingError: the files do not belong together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
+        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        steps = set()
+        for file in self._files:
+            metadata = file.metadata()
+            steps.add(float(metadata[STEP]))
+            self.shapes |= {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            for key in file.keys():  # noqa: SIM118  not a dict
+                whole, _, start = key.rpartition("@")
+                self._pieces[whole].append((int(start), file.get_slice(key).get_shape()[0], file, key))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+        if len(steps) != 1:
+            raise ShearingError(
+                str(folder),
+                value=f"shards of the steps {sorted(steps)}",
+                allowed="shards of one step",
+                mend="remove this checkpoint; the one before it is used",
+            )
+        self.step = steps.pop()
+        self.kinds = frozenset(key.partition("/")[0] for key in self._pieces)
+
+    def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
+        """See `SavedState.read`.
+
+        Raises:
+            ShearingError: elements are missing.
+        """
+        found: list[Tensor] = []
+        position, end = start, start + numel
+        for first, count, file, key in self._pieces.get(f"{kind}/{name}", []):
+            if first <= position < min(end, first + count):
+                stop = min(end, first + count)
+                found.append(file.get_slice(key)[position - first : stop - first])
+                position = stop
+        if position < end:
+            raise ShearingError(
+                str(self._folder),
+                value=f"elements {position} to {end} of {kind}/{name} are in no shard",
+                allowed="all shards of the checkpoint",
+                mend="remove this checkpoint; the one before it is used",
+            )
+        return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and its whole tensor of one kind, on the CPU."""
+        for name, shape in self.shapes.items():
+            numel = int(torch.Size(shape).numel())
+            yield name, self.read(kind, name, start=0, numel=numel).view(shape)
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state by kind and parameter, with its step count for each, as `write_moments` takes it."""
+        kinds = [kind for kind in MOMENTS if kind in self.kinds]
+        found = {kind: dict(self.whole(kind)) for kind in kinds}
+        return {**found, STEP: {name: torch.tensor(self.step) for name in self.shapes}}
+
+
+def require_parameters(state: SavedState, *, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Check that a saved state is of these parameters.
+
+    Raises:
+        ShearingError: another model's.
+    """
+    saved = dict(state.shapes)
+    different = sorted(name for name in saved | dict(shapes) if saved.get(name) != shapes.get(name))
+    if different:
+        raise ShearingError(
+            str(folder),
+            value=f"{len(different)} parameters that differ from the model's, the first {different[0]}: "
+            f"{saved.get(different[0])} instead of {shapes.get(different[0])}",
+            allowed="a checkpoint of this model",
+            mend="use another run_dir, or go back to the model this run was started with",
+        )
