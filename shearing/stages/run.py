@@ -109,6 +109,8 @@ def _begin(
     preflight(recipe, stages=stages, num_processes=processes.size)
     lock.enter_context(directory.locked())
     _require_same_run(recipe, directory=directory)
+    for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
+        left_by_a_kill.unlink()
     write_text(directory.recipe, recipe.to_yaml())
 
 

@@ -29,6 +29,8 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 
+_SAVED = "saved"  # one entry of a file's header, as the order of several is not always the same
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -91,7 +93,7 @@ def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerp
         for kind, value in piece.values.items()
     }
     shapes = {piece.name: piece.shape for piece in held}
-    write_tensors(path, tensors, metadata={"shapes": json.dumps(shapes), STEP: repr(float(step))})
+    write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(step), "shapes": shapes})})
     return fingerprints(held)
 
 
@@ -117,9 +119,9 @@ class ShardedState:
         self.shapes: dict[str, tuple[int, ...]] = {}
         steps = set()
         for file in self._files:
-            metadata = file.metadata()
-            steps.add(float(metadata[STEP]))
-            self.shapes |= {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            saved = json.loads(file.metadata()[_SAVED])
+            steps.add(saved[STEP])
+            self.shapes |= {name: tuple(shape) for name, shape in saved["shapes"].items()}
             for key in file.keys():  # noqa: SIM118  not a dict
                 whole, _, start = key.rpartition("@")
                 self._pieces[whole].append((int(start), file.get_slice(key).get_shape()[0], file, key))

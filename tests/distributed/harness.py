@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["shearing.stages.prune", "shearing.stages.pretrain", "shearing.stages.run"])
+PROCESSES.set_forkserver_preload(["tests.distributed.preload"])
 SECONDS = 240.0
 
 

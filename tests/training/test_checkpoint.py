@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from shearing.training.checkpoint import (
 
 
 def _write(value: int) -> Any:
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, int]:
         write_state(folder, "state", {"value": value, "tensor": torch.full((3,), float(value))})
         (folder / "engine").mkdir()
         (folder / "engine" / "weights").write_bytes(bytes([value % 256]) * 1000)
+        return {"weight/x": value}
 
     return write
 
@@ -37,7 +39,7 @@ def _value(folder: Path | None) -> int:
 
 
 def test_newest_is_the_last_saved_and_old_ones_go(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
     assert checkpoints.newest() is None
     for step in (1, 2, 12):
         checkpoints.save(step=step, write=_write(step))
@@ -46,9 +48,26 @@ def test_newest_is_the_last_saved_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000012"]
 
 
+def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=4)
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.save(step=step, write=_write(step))
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert kept == ["step-00000004", "step-00000008", "step-00000010"]
+
+
+def test_what_will_not_fit_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(step=1, write=_write(1))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(ShearingError, match="free space"):
+        checkpoints.save(step=2, write=lambda _: pytest.fail("written to a full disk"))
+    assert _value(checkpoints.newest()) == 1
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_damage_falls_back_with_a_warning(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
     checkpoints.save(step=1, write=_write(1))
     newest = checkpoints.save(step=2, write=_write(2))
     victim = newest / "engine" / "weights"
@@ -70,12 +89,12 @@ def test_damage_falls_back_with_a_warning(tmp_path: Path, damage: str, caplog: p
 
 
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, keep=1).save(step=1, write=_write(1))
+    Checkpoints(tmp_path, keep_last=1).save(step=1, write=_write(1))
     for name in (".writing-step-00000002", ".removing-step-00000000"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
     (tmp_path / ".latest.abc").write_text("x")
-    assert _value(Checkpoints(tmp_path, keep=1).newest()) == 1
+    assert _value(Checkpoints(tmp_path, keep_last=1).newest()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
 
@@ -87,7 +106,7 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
     ],
 )
 def test_full_disk_keeps_what_was_there(tmp_path: Path, error: Exception) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(step=1, write=_write(1))
 
     def write(folder: Path) -> None:

@@ -3,14 +3,18 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shearing.errors import ShearingError
 from shearing.recipe import TrainingRecipe
-from shearing.training.engine import Optimization, TorchEngine, resolve_device, resolve_precision
+from shearing.training.engine import Optimization, TorchEngine, fill, resolve_device, resolve_precision
+from shearing.training.fingerprints import add_fingerprints
+from shearing.training.processes import Processes
+from shearing.training.sharded import ShardedState
 
 CPU = torch.device("cpu")
 
@@ -33,6 +37,10 @@ def _engine(model: nn.Module, optimization: Optimization | None = None) -> Torch
     engine = TorchEngine(optimization or _optimization(), device=CPU, precision=torch.float32)
     engine.prepare(model)
     return engine
+
+
+def engine_loss(engine: TorchEngine) -> Tensor:
+    return sum(parameter.square().sum() for parameter in engine._parameters.values())  # type: ignore[return-value]
 
 
 def _model() -> nn.Module:
@@ -62,7 +70,7 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
     for step in range(6):
         inputs = torch.randn(5, 4)
         for half in inputs.split([3, 2]):
-            engine.backward(model(half).square().sum())
+            engine.backward(model(half).square().sum(), last=True)
         skipped = engine.step(step=step)
         reference(inputs).square().sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -81,17 +89,17 @@ def test_non_finite_step_changes_nothing_and_is_reported(bad: float, tmp_path: P
     model = _model()
     engine = _engine(model)
     inputs = torch.randn(5, 4)
-    engine.backward(model(inputs).square().sum())
+    engine.backward(model(inputs).square().sum(), last=True)
     assert not engine.step(step=0)
     engine.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    engine.backward(model(inputs).square().sum() * bad)
+    engine.backward(model(inputs).square().sum() * bad, last=True)
     assert engine.step(step=1)
     engine.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    engine.backward(model(inputs).square().sum())
+    engine.backward(model(inputs).square().sum(), last=True)
     assert not engine.step(step=2)
 
 
@@ -100,28 +108,71 @@ def test_loaded_engine_continues_bit_for_bit(tmp_path: Path) -> None:
 
     def train(model: nn.Module, engine: TorchEngine, steps: range) -> None:
         for step in steps:
-            engine.backward(model(batches[step]).square().sum())
+            engine.backward(model(batches[step]).square().sum(), last=True)
             engine.step(step=step)
 
     model = _model()
     engine = _engine(model)
     train(model, engine, range(3))
-    engine.save(tmp_path)
+    saved = engine.save(tmp_path)
     train(model, engine, range(3, 6))
 
     resumed = _model()
     resumed_engine = _engine(resumed)
-    resumed_engine.load(tmp_path)
+    resumed_engine.load(tmp_path, saved=saved)
     train(resumed, resumed_engine, range(3, 6))
     for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    _engine(_model()).save(tmp_path)
+    saved = _engine(_model()).save(tmp_path)
     other = _engine(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)))
     with pytest.raises(ShearingError, match=r"0\.bias"):
-        other.load(tmp_path)
+        other.load(tmp_path, saved=saved)
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
+def test_state_that_came_back_different_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine(_model())
+    engine.backward(engine_loss(engine), last=True)
+    engine.step(step=0)
+    saved = engine.save(tmp_path)
+
+    def wrong_place(pieces: Any, state: Any, *, kinds: Any) -> None:
+        held = list(pieces)
+        fill(held, state, kinds=kinds)
+        held[0].values[kind].copy_(held[0].values[kind].roll(1))
+
+    monkeypatch.setattr("shearing.training.engine.fill", wrong_place)
+    with pytest.raises(ShearingError, match=rf"1 of \d+ tensors came back different, the first {kind}/0"):
+        _engine(_model()).load(tmp_path, saved=saved)
+
+
+def test_shards_of_any_cut_hold_the_same_tensors(tmp_path: Path) -> None:
+    engine = _engine(_model())
+    engine.backward(engine_loss(engine), last=True)
+    engine.step(step=0)
+    whole = engine.save(tmp_path)
+    for size in (2, 3, 5):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        marks = []
+        for rank in range(size):
+            part = TorchEngine(_optimization(), device=CPU, precision=torch.float32)
+            part.prepare(_model())
+            part.load(tmp_path, saved=whole)
+            part._processes = Processes(rank=rank, size=size)
+            marks.append(part.save(folder))
+        assert add_fingerprints(marks) == whole
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            for (name, ours), (_, theirs) in zip(
+                ShardedState(tmp_path).whole(kind), ShardedState(folder).whole(kind), strict=True
+            ):
+                assert torch.equal(ours, theirs), name
+        (folder / f"shard-00001-of-{size:05d}.safetensors").unlink()
+        with pytest.raises(ShearingError, match="are in no shard"):
+            list(ShardedState(folder).whole("weight"))
 
 
 def test_bf16_autocast_leaves_weights_in_fp32() -> None:

@@ -1,0 +1,78 @@
+"""Tiny runs on several processes: their recipe, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shearing.recipe import Recipe
+from shearing.run_directory import Stage
+from shearing.stages.run import run
+from tests.conftest import tiny_recipe_data
+
+STEPS = 20
+
+
+def recipe(
+    inputs: Path,
+    *,
+    run_dir: Path,
+    engine: str = "torch",
+    zero_stage: int = 2,
+    micro_batch_size: int = 1,
+    steps: int = STEPS,
+    **training: Any,
+) -> Recipe:
+    """Four sequences a step in two draws of the masks, and domain weights that move."""
+    data = tiny_recipe_data(inputs, run_dir=run_dir)
+    for stage in ("prune", "pretrain"):
+        # A large epsilon: with the usual one AdamW turns the sign of gradients near zero, which is rounding, into
+        # whole steps.
+        data[stage] |= {
+            "duration": f"{steps} steps",
+            "batch_size": "4 sequences",
+            "micro_batch_size": micro_batch_size,
+            "checkpoint_interval": "4 steps",
+            "weight_decay": 0.1,
+            "epsilon": 1e-3,
+        }
+    data["prune"] |= {"mask_draws": 2, "freeze": "6 steps"}
+    data["training"] |= {
+        "engine": engine,
+        "deepspeed": {
+            "zero_stage": zero_stage,
+            **{key: training.pop(key) for key in ("offload_optimizer", "offload_parameters") if key in training},
+        },
+        **training,
+    }
+    return Recipe.model_validate(data)
+
+
+def train(chosen: Recipe, stages: tuple[Stage, ...]) -> None:
+    """What every process runs."""
+    run(chosen, stages=stages)
+
+
+def lines(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    path = run_dir / stage / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def trajectory(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
+    """What every step computed, without times."""
+    kept = ("step", "loss", "grad_norm", "skipped", "expected", "lambda_1", "lambda_2", "weights", "losses")
+    return [{name: line[name] for name in kept if name in line} for line in lines(run_dir, stage)]
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest relative difference of two trajectories; infinite where they differ in form."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        return max((difference(ours[key], theirs[key]) for key in ours), default=0.0)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    if isinstance(ours, int | float) and isinstance(theirs, int | float):
+        # Multipliers start at 0: what is below 0.01 is compared in absolute terms.
+        return abs(ours - theirs) / max(abs(ours), abs(theirs), 1e-2)
+    return 0.0 if ours == theirs else float("inf")

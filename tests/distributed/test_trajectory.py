@@ -1,0 +1,64 @@
+"""The same maths everywhere: engines, ZeRO stages, numbers of processes and splits of a batch give one trajectory.
+
+`trajectory.json` beside this file is that trajectory, committed. After a change that is meant to change it:
+`UPDATE_TRAJECTORY=1 python -m pytest tests/distributed/test_trajectory.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import runs
+from tests.distributed.harness import spawn
+
+COMMITTED = Path(__file__).with_name("trajectory.json")
+TOLERANCE = 1e-5
+STAGES = ("prune", "compact", "pretrain")
+OFFLOADED = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
+
+CLASSES: dict[str, tuple[int, dict[str, Any]]] = {
+    "torch, 1 process": (1, {"micro_batch_size": 2}),
+    "torch, 1 process, micro-batches of 1": (1, {}),
+    "torch, 2 processes": (2, {}),
+    "torch, 4 processes": (4, {}),
+    "ZeRO-0, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 0}),
+    "ZeRO-1, 1 process": (1, {"engine": "deepspeed", "zero_stage": 1}),
+    "ZeRO-1, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 1, "micro_batch_size": 2}),
+    "ZeRO-2, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 2}),
+    "ZeRO-2, 4 processes": (4, {"engine": "deepspeed", "zero_stage": 2}),
+    "ZeRO-3, 1 process": (1, {"engine": "deepspeed", "zero_stage": 3, "micro_batch_size": 2}),
+    "ZeRO-3, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 3}),
+    "ZeRO-3, 4 processes": (4, {"engine": "deepspeed", "zero_stage": 3}),
+    "ZeRO-3, 2 processes, offloaded": (2, {"engine": "deepspeed", "zero_stage": 3, **OFFLOADED}),
+    "ZeRO-2, 2 processes, offloaded": (2, {"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"}),
+    "ZeRO-2, 2 processes, checkpointing": (
+        2,
+        {"engine": "deepspeed", "zero_stage": 2, "activation_checkpointing": "selective"},
+    ),
+    "ZeRO-3, 2 processes, checkpointing": (
+        2,
+        {"engine": "deepspeed", "zero_stage": 3, "activation_checkpointing": "full"},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_trajectory(name: str, tiny_inputs: Path, tmp_path: Path) -> None:
+    size, settings = CLASSES[name]
+    if settings.get("engine") == "deepspeed":
+        pytest.importorskip("deepspeed")
+    run_dir = tmp_path / "run"
+    spawn(runs.train, runs.recipe(tiny_inputs, run_dir=run_dir, **settings), STAGES, size=size, folder=tmp_path / "out")
+    found = {stage: runs.trajectory(run_dir, stage) for stage in ("prune", "pretrain")}
+    assert [line["step"] for line in found["prune"] if "loss" in line] == list(range(1, runs.STEPS + 1))
+    if os.environ.get("UPDATE_TRAJECTORY") and name == next(iter(CLASSES)):
+        COMMITTED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    for stage, steps in found.items():
+        assert runs.difference(committed[stage], steps) < TOLERANCE, stage
