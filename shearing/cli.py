@@ -94,6 +94,23 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Processes, one on each GPU; unset: the GPUs here, or 1.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="What kind, as H100 or A100-SXM4-80GB; unset: the one here.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of one GPU; unset: as its kind has.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
+) -> None:
+    """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
+    resolved = _load(recipe, overrides)
+    from shearing.stages.plan import Hardware, plan as make, render
+
+    hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
+    Console().print(render(make(resolved, hardware=hardware)))
+
+
+@app.command()
 def report(target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR")], overrides: Overrides = None) -> None:
     """Write report.html from what the run has so far."""
     from shearing.stages.run import report as write

@@ -139,9 +139,9 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, num_processes
 def render(plan: Plan) -> RenderableType:
     """The plan as a short summary for a terminal."""
     shapes = Table("model", "parameters", "without embeddings", "shape", box=None, pad_edge=False, header_style="bold")
-    shapes.add_row("source", *_shape_cells(plan.source))
+    shapes.add_row("source", *shape_cells(plan.source))
     if plan.target is not None:
-        shapes.add_row("target", *_shape_cells(plan.target))
+        shapes.add_row("target", *shape_cells(plan.target))
     else:
         open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
         shapes.add_row("target", f"{plan.budget or 0:,} at most", "", open_sizes)
@@ -345,7 +345,8 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _shape_cells(shape: Shape) -> tuple[str, str, str]:
+def shape_cells(shape: Shape) -> tuple[str, str, str]:
+    """A table's cells about a shape: parameters, those without embeddings, sizes."""
     sizes = (
         f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
         f"heads {shape.num_attention_heads} on {shape.num_key_value_heads} KV x {shape.head_dim}"

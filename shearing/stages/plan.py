@@ -1,0 +1,514 @@
+"""What a run will take on given GPUs, before anything is started: memory, FLOPs, time and disk of both stages.
+
+Everything is computed from the recipe and the source's config; neither weights nor the corpus are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shearing.errors import ShearingError
+from shearing.models.anatomy import load_config
+from shearing.models.shape import Shape, resolve_target
+from shearing.recipe import Recipe, StageRecipe, tokens_per_step, total_steps
+from shearing.stages.preflight import shape_cells
+from shearing.training.engine import resolve_device, resolve_precision
+from shearing.training.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
+from shearing.training.loop import PREFETCHED_STEPS
+from shearing.training.memory import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    Checkpointing,
+    Memory,
+    Sharding,
+    Workload,
+    ZeroStage,
+    estimate,
+)
+from shearing.training.task import TrainingStage
+
+Fit = Literal["yes", "tight", "no", "?"]
+
+# CUDA's context, the workspaces of libraries and fragmentation want about a tenth of a GPU.
+_USABLE = 0.9
+_CHECKPOINTING: Sequence[Checkpointing] = ("none", "selective", "full")
+_ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
+_STAGES: Sequence[TrainingStage] = ("prune", "pretrain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What to plan for.
+
+    Attributes:
+        processes: one on each GPU.
+        name: the GPU as it was named, or "cpu".
+        gpu: its row of the table; None if it has none.
+        memory: bytes of one GPU; None if unknown.
+        mfu: share of the peak that training reaches.
+    """
+
+    processes: int
+    name: str
+    gpu: GPU | None
+    memory: int | None
+    mfu: float
+
+    @classmethod
+    def of(cls, *, processes: int | None, gpu: str | None, gigabytes: float | None, mfu: float) -> Hardware:
+        """What the user gave, and for the rest what is here.
+
+        Raises:
+            ShearingError: a number that cannot be.
+        """
+        for field, value, valid, allowed in (
+            ("--gpus", processes, processes is None or processes >= 1, "at least 1"),
+            ("--memory", gigabytes, gigabytes is None or gigabytes > 0, "more than 0 (GB)"),
+            ("--mfu", mfu, 0 < mfu <= 1, "more than 0 and at most 1: 0.4 is usual"),
+        ):
+            if not valid:
+                raise ShearingError(field, value=value, allowed=allowed, mend="correct the value, or leave it out")
+        here = torch.cuda.is_available()
+        name = gpu or (torch.cuda.get_device_name() if here else "cpu")
+        known = gpu_of(name)
+        memory = known.memory if known else None
+        if gigabytes is not None:
+            memory = int(gigabytes * 1e9)
+        elif gpu is None and here:
+            memory = torch.cuda.get_device_properties(0).total_memory
+        return cls(
+            processes=processes or max(1, torch.cuda.device_count()), name=name, gpu=known, memory=memory, mfu=mfu
+        )
+
+    def fit(self, memory: Memory) -> Fit:
+        """Whether a GPU can hold that."""
+        if self.memory is None:
+            return "?"
+        if memory.total <= _USABLE * self.memory:
+            return "yes"
+        return "tight" if memory.total <= self.memory else "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The settings that decide what a step holds, beside the micro-batch.
+
+    Attributes:
+        zero_stage: DeepSpeed's; 0: the torch engine, or ZeRO-0, which holds the same.
+        checkpointing: `training.activation_checkpointing`.
+        offload_optimizer, offload_parameters: whether they are in host memory.
+    """
+
+    zero_stage: ZeroStage
+    checkpointing: Checkpointing
+    offload_optimizer: bool
+    offload_parameters: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Choice:
+        """The recipe's."""
+        training, deepspeed = recipe.training, recipe.training.deepspeed
+        return cls(
+            zero_stage=deepspeed.zero_stage if training.engine == "deepspeed" else 0,
+            checkpointing=training.activation_checkpointing,
+            offload_optimizer=deepspeed.offload_optimizer == "cpu",
+            offload_parameters=deepspeed.offload_parameters == "cpu",
+        )
+
+    def sharding(self, processes: int) -> Sharding:
+        """What it shares out among so many processes."""
+        return Sharding(
+            processes=processes,
+            zero_stage=self.zero_stage,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+        )
+
+    def overrides(self, before: Choice) -> list[str]:
+        """What to add to a command to get this choice instead of the one before."""
+        changed = []
+        if self.zero_stage != before.zero_stage:
+            changed += ["training.engine=deepspeed", f"training.deepspeed.zero_stage={self.zero_stage}"]
+        if self.checkpointing != before.checkpointing:
+            changed.append(f"training.activation_checkpointing={self.checkpointing}")
+        if self.offload_optimizer != before.offload_optimizer:
+            changed.append("training.deepspeed.offload_optimizer=cpu")
+        return changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What one training stage takes.
+
+    Attributes:
+        stage: which one.
+        shape: of the model it trains.
+        sequences: of a step, over all processes.
+        micro_batch_size: the recipe's; a process with fewer sequences of a step has a smaller one.
+        steps: optimiser steps.
+        tokens: training tokens.
+        workload: what one process computes in a step, with the recipe's settings.
+        flops: of training.
+        heldout_flops: of the held-out losses that the mixture follows; None where the domains are not known.
+        seconds: of both; None where the GPU's peak is not known.
+        memory: peak of one process for each ZeRO stage, otherwise with the recipe's settings.
+        disk: bytes of all checkpoints that are there at the same time.
+    """
+
+    stage: TrainingStage
+    shape: Shape
+    sequences: int
+    micro_batch_size: int
+    steps: int
+    tokens: int
+    workload: Workload
+    flops: float
+    heldout_flops: float | None
+    seconds: float | None
+    memory: Mapping[ZeroStage, Memory]
+    disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run takes.
+
+    Attributes:
+        name: of the run.
+        hardware: on what.
+        precision: dtype of matrix products.
+        source, target: shapes; the target is a stand-in where the recipe gives a budget alone.
+        budget: parameters to reach, where the recipe gives them instead of sizes.
+        choice: the recipe's.
+        stages: the training stages in order.
+        advice: what to change, where the recipe's choice does not fit.
+    """
+
+    name: str
+    hardware: Hardware
+    precision: torch.dtype
+    source: Shape
+    target: Shape
+    budget: int | None
+    choice: Choice
+    stages: Sequence[StagePlan]
+    advice: str | None
+
+
+def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
+    """What a recipe takes on given hardware.
+
+    Raises:
+        ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
+    """
+    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    source = Shape.of(config)
+    budget = recipe.target.parameters
+    target = resolve_target(recipe.target, source=config) if budget is None else _stand_in(source, parameters=budget)
+    precision = _precision(recipe, hardware=hardware)
+    stages = [
+        _stage_plan(recipe, stage=stage, shape=shape, hardware=hardware, precision=precision)
+        for stage, shape in zip(_STAGES, (source, target), strict=True)
+    ]
+    choice = Choice.of(recipe)
+    return RunPlan(
+        name=recipe.name,
+        hardware=hardware,
+        precision=precision,
+        source=source,
+        target=target,
+        budget=budget,
+        choice=choice,
+        stages=stages,
+        advice=_advice(stages, choice=choice, hardware=hardware),
+    )
+
+
+def _stand_in(source: Shape, *, parameters: int) -> Shape:
+    """A shape of about so many parameters, for what a budget leaves open: the source with fewer layers."""
+    fixed = source.num_parameters() - source.num_hidden_layers * sum(source.layer_parameters())
+    layers = (parameters - fixed) // sum(source.layer_parameters())
+    return dataclasses.replace(source, num_hidden_layers=min(max(layers, 1), source.num_hidden_layers))
+
+
+def _precision(recipe: Recipe, *, hardware: Hardware) -> torch.dtype:
+    training = recipe.training
+    if training.precision == "auto" and (hardware.gpu is not None or training.device == "cuda"):
+        # For the GPU that is planned for, not for what is here; one that is not in the table has bf16, as all newer do.
+        return torch.bfloat16 if hardware.gpu is None or torch.bfloat16 in hardware.gpu.peak else torch.float32
+    device = resolve_device(training) if training.precision == "auto" else torch.device("cpu")
+    return resolve_precision(training, device=device)
+
+
+def _stage_plan(
+    recipe: Recipe, *, stage: TrainingStage, shape: Shape, hardware: Hardware, precision: torch.dtype
+) -> StagePlan:
+    settings: StageRecipe = getattr(recipe, stage)
+    length = recipe.data.sequence_length
+    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+    sequences = per_step // length
+    if sequences % hardware.processes:
+        fitting = [count for count in range(1, sequences + 1) if sequences % count == 0]
+        nearest = min(fitting, key=lambda count: abs(count - hardware.processes))
+        raise ShearingError(
+            "--gpus",
+            value=hardware.processes,
+            allowed=f"what shares the {sequences} sequences of {stage}.batch_size equally: {fitting}",
+            mend=f"plan for {nearest}, or set another {stage}.batch_size",
+        )
+    flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
+    heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
+    heldout_flops = None if heldout is None else forward_flops_per_token(shape, sequence_length=length) * heldout
+    peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
+    speed = None if peak is None else peak * hardware.mfu * hardware.processes
+    workload = _workload(
+        Workload(
+            micro_batch_size=settings.micro_batch_size,
+            micro_batches=1,
+            sequence_length=length,
+            bf16=precision == torch.bfloat16,
+            checkpointing=recipe.training.activation_checkpointing,
+            chunk_tokens=recipe.training.loss_chunk_tokens,
+            masked=stage == "prune",
+            eager_attention=recipe.model.attn_implementation == "eager",
+        ),
+        sequences=sequences,
+        processes=hardware.processes,
+        micro_batch_size=settings.micro_batch_size,
+    )
+    choice = Choice.of(recipe)
+    return StagePlan(
+        stage=stage,
+        shape=shape,
+        sequences=sequences,
+        micro_batch_size=settings.micro_batch_size,
+        steps=steps,
+        tokens=steps * per_step,
+        workload=workload,
+        flops=flops,
+        heldout_flops=heldout_flops,
+        seconds=None if speed is None else (flops + (heldout_flops or 0.0)) / speed,
+        memory={
+            zero_stage: estimate(
+                shape,
+                workload=workload,
+                sharding=dataclasses.replace(choice, zero_stage=zero_stage).sharding(hardware.processes),
+            )
+            for zero_stage in _ZERO_STAGES
+        },
+        disk=CHECKPOINT_BYTES_PER_PARAMETER * shape.num_parameters() * _checkpoints(settings, per_step=per_step),
+    )
+
+
+def _workload(workload: Workload, *, sequences: int, processes: int, micro_batch_size: int) -> Workload:
+    """The workload of one of so many processes at another micro-batch."""
+    own = sequences // processes
+    size = min(micro_batch_size, own)
+    return dataclasses.replace(workload, micro_batch_size=size, micro_batches=-(-own // size))
+
+
+def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:
+    """Tokens read for held-out losses: at each update of the mixture, and of pruning also at the start and the end.
+
+    None where nothing says how many domains there are.
+    """
+    mixture = recipe.mixture
+    updates = 0
+    if mixture.update != "constant":
+        interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
+        per_step = tokens_per_step(getattr(recipe, stage), data=recipe.data)
+        every = max(1, interval.in_steps(tokens_per_step=per_step, total_steps=steps))
+        updates = max(0, steps - PREFETCHED_STEPS - 1) // every
+        updates += int(stage == "prune" and mixture.reference == "source")
+    readings = updates + int(stage == "prune")
+    domains = _num_domains(recipe)
+    if readings and domains is None:
+        return None
+    length = recipe.data.sequence_length
+    return readings * (domains or 0) * max(1, mixture.heldout_tokens // length) * length
+
+
+def _num_domains(recipe: Recipe) -> int | None:
+    for named in (recipe.data.domains, recipe.mixture.initial_weights):
+        if isinstance(named, (list, dict)):
+            return len(named)
+    return len(list(recipe.data.corpus.glob("*/manifest.json"))) or None
+
+
+def _checkpoints(settings: StageRecipe, *, per_step: int) -> int:
+    """Checkpoints of a stage that can be there at the same time, with the one that is being written."""
+    steps = settings.duration.in_steps(tokens_per_step=per_step)
+    forever = 0
+    if settings.keep_every is not None:
+        every = settings.keep_every.in_steps(tokens_per_step=per_step, total_steps=steps)
+        forever = steps // max(1, every)
+    return settings.keep_last + 1 + forever
+
+
+def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:
+    """The smallest change with which both stages fit, where they do not; None where nothing is to be said."""
+    unfit = [stage.stage for stage in stages if hardware.fit(stage.memory[choice.zero_stage]) == "no"]
+    if not unfit:
+        return None
+    start = f"{' and '.join(unfit)} will not fit"
+    processes = hardware.processes
+    while all(stage.sequences % processes == 0 for stage in stages):
+        changes = _smallest_change(stages, choice=choice, hardware=dataclasses.replace(hardware, processes=processes))
+        if changes is not None:
+            ways = [" ".join(changes)] if changes else []
+            ways += [f"--gpus {processes}"] if processes > hardware.processes else []
+            return f"{start}; this would: {' and '.join(ways)}"
+        processes *= 2
+    return f"{start}, whatever is shared out, offloaded or recomputed: it takes GPUs with more memory"
+
+
+def _smallest_change(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> list[str] | None:
+    """Overrides with which every stage fits, the least that cost anything; None if there are none.
+
+    Offloading is the last resort; otherwise the fewest keys, then the least sharing and recomputation.
+    """
+    found: list[tuple[tuple[int, ...], list[str]]] = []
+    for candidate in _candidates(choice, processes=hardware.processes):
+        changed, reduction = candidate.overrides(choice), 0
+        for stage in stages:
+            size = _largest_micro_batch(stage, choice=candidate, hardware=hardware)
+            if size is None:
+                break
+            if size < stage.micro_batch_size:
+                changed.append(f"{stage.stage}.micro_batch_size={size}")
+                reduction += stage.micro_batch_size - size
+        else:
+            depth = _CHECKPOINTING.index(candidate.checkpointing)
+            cost = (int(candidate.offload_optimizer), len(changed), candidate.zero_stage, depth, reduction)
+            found.append((cost, changed))
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _candidates(choice: Choice, *, processes: int) -> Iterator[Choice]:
+    """The choice and those that hold less in some way."""
+    deeper = _CHECKPOINTING[_CHECKPOINTING.index(choice.checkpointing) :]
+    for zero_stage, checkpointing, offload in itertools.product(_ZERO_STAGES, deeper, (False, True)):
+        if zero_stage < choice.zero_stage or offload < choice.offload_optimizer:
+            continue
+        if offload and zero_stage == 0:
+            continue  # only ZeRO has another place for it
+        # One process has nobody to share with; what ZeRO gives it is that place.
+        if zero_stage != choice.zero_stage and processes == 1 and not offload:
+            continue
+        yield dataclasses.replace(choice, zero_stage=zero_stage, checkpointing=checkpointing, offload_optimizer=offload)
+
+
+def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware) -> int | None:
+    """The largest micro-batch up to the recipe's with which a stage fits; None if it does not with one sequence."""
+    own = stage.sequences // hardware.processes
+    for size in range(stage.micro_batch_size, 0, -1):
+        if own % min(size, own):
+            continue
+        workload = _workload(
+            dataclasses.replace(stage.workload, checkpointing=choice.checkpointing),
+            sequences=stage.sequences,
+            processes=hardware.processes,
+            micro_batch_size=size,
+        )
+        memory = estimate(stage.shape, workload=workload, sharding=choice.sharding(hardware.processes))
+        if hardware.fit(memory) == "yes":
+            return size
+    return None
+
+
+def render(plan: RunPlan) -> RenderableType:
+    """The plan as tables for a terminal."""
+    hardware = plan.hardware
+    size = "" if hardware.memory is None else f" of {hardware.memory / 1e9:.0f} GB"
+    precision = "bf16" if plan.precision == torch.bfloat16 else "fp32"
+    title = Text(f"{plan.name} on {hardware.processes} x {hardware.name}{size}, {precision}")
+    parts: list[RenderableType] = [title, "", _shapes(plan), "", _stages(plan)]
+    parts += [Text(note, style="dim") for note in _notes(plan)]
+    parts += ["", Text(f"memory of one GPU in GB when it holds most ({_settings(plan)})"), _memory(plan)]
+    if hardware.memory is None:
+        parts.append(Text("whether it fits: give --memory GB, or --gpu with one of the names above"))
+    if any(hardware.fit(stage.memory[plan.choice.zero_stage]) == "tight" for stage in plan.stages):
+        parts.append(Text("tight: less than a tenth is left for CUDA's context, workspaces and fragmentation"))
+    if plan.advice is not None:
+        parts += ["", Text(plan.advice, style="bold")]
+    return Group(*parts)
+
+
+def _shapes(plan: RunPlan) -> Table:
+    table = _table("model", "parameters", "without embeddings", "shape")
+    table.add_row("source", *shape_cells(plan.source))
+    if plan.budget is None:
+        table.add_row("target", *shape_cells(plan.target))
+    else:
+        about = f"to be learned; figures below are of the source with {plan.target.num_hidden_layers} layers"
+        table.add_row("target", f"{plan.budget:,} at most", "", about)
+    return table
+
+
+def _stages(plan: RunPlan) -> Table:
+    hours = f"hours at MFU {plan.hardware.mfu:g}"
+    table = _table("stage", "steps", "tokens", "FLOPs", "held-out FLOPs", hours, "checkpoints", "staged")
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.steps:,}",
+            f"{stage.tokens / 1e9:,.2f}B",
+            f"{stage.flops:.2e}",
+            "n/a" if stage.heldout_flops is None else f"{stage.heldout_flops:.2e}",
+            "n/a" if stage.seconds is None else f"{stage.seconds / 3600:,.1f}",
+            f"{stage.disk / 1e9:,.1f} GB",
+            f"{stage.memory[plan.choice.zero_stage].staging / 1e9:,.1f} GB",
+        )
+    return table
+
+
+def _notes(plan: RunPlan) -> Iterator[str]:
+    yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
+    if any(stage.seconds is None for stage in plan.stages):
+        known = ", ".join(gpu.name for gpu in GPUS)
+        yield f"hours: no peak is known of {plan.hardware.name}; name a GPU with --gpu: {known}"
+    if any(stage.heldout_flops is None for stage in plan.stages):
+        yield "held-out losses are left out: neither data.domains nor the corpus says how many domains there are"
+
+
+def _settings(plan: RunPlan) -> str:
+    batches = ", ".join(f"{stage.stage} {stage.workload.micro_batch_size}" for stage in plan.stages)
+    return f"micro-batch: {batches} sequences; activation checkpointing: {plan.choice.checkpointing}"
+
+
+def _memory(plan: RunPlan) -> Table:
+    table = _table("stage", "engine", "weights", "gradients", "optimizer", "activations", "total", "fits", "when")
+    host = any(memory.host for stage in plan.stages for memory in stage.memory.values())
+    if host:
+        table.add_column("in host memory", justify="right")
+    for stage in plan.stages:
+        for zero_stage, memory in stage.memory.items():
+            chosen = zero_stage == plan.choice.zero_stage
+            engine = "torch" if zero_stage == 0 else f"ZeRO-{zero_stage}"
+            held = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+            table.add_row(
+                stage.stage if zero_stage == 0 else "",
+                f"{engine} (chosen)" if chosen else engine,
+                *(f"{count / 1e9:,.1f}" for count in held),
+                plan.hardware.fit(memory),
+                memory.moment.partition(",")[0],
+                *([f"{memory.host / 1e9:,.1f}"] if host else []),
+                style="bold" if chosen else None,
+            )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        words = column in ("model", "shape", "stage", "engine", "fits", "when")
+        table.add_column(column, justify="left" if words else "right")
+    return table

@@ -1,0 +1,400 @@
+"""What a training step holds in memory: pure arithmetic on a shape and settings, every term a tensor one can name.
+
+A step's memory is estimated at the moments when it can be largest: while the loss is computed, at both ends of the
+backward pass, and while the optimiser steps. The largest of them is the estimate. `benchmarks/memory.py` compares it
+with what allocators measure. Left out are what allocators lose to fragmentation, the CUDA context and the workspaces
+of libraries, the masks themselves (a few thousand numbers), and what `training.compile` saves.
+
+Legend: d hidden, m intermediate, H query heads, K KV groups, dh head dimension, L layers, V vocabulary; T tokens of a
+micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from shearing.models.shape import Shape
+
+Checkpointing: TypeAlias = Literal["none", "selective", "full"]
+ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the fp32 weight and AdamW's two moments."""
+
+_FP32 = 4
+_BF16 = 2
+_MOMENTS = 2 * _FP32
+
+# Parameters of one exchange between processes: of the torch engine, where the parameter that fills a bucket closes it;
+# of DeepSpeed (reduce_bucket_size); and the most that ZeRO-3 leaves gathered (stage3_max_live_parameters).
+_TORCH_BUCKET_PARAMETERS = 8 << 20
+_ZERO_BUCKET_PARAMETERS = 200_000_000
+_ZERO_LIVE_PARAMETERS = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one process computes in a step.
+
+    Attributes:
+        micro_batch_size: sequences per forward pass.
+        micro_batches: forward passes per step.
+        sequence_length: tokens of a sequence.
+        bf16: matrix products in bf16, instead of all in fp32.
+        checkpointing: what the backward pass recomputes (`training.activation_checkpointing`).
+        chunk_tokens: tokens whose logits exist at the same time.
+        masked: masks are being learned.
+        eager_attention: attention weights are tensors, instead of a fused kernel's own business.
+    """
+
+    micro_batch_size: int
+    micro_batches: int
+    sequence_length: int
+    bf16: bool
+    checkpointing: Checkpointing
+    chunk_tokens: int
+    masked: bool
+    eager_attention: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of a micro-batch."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of a number that a matrix product reads or writes."""
+        return _BF16 if self.bf16 else _FP32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """What the processes share out among them.
+
+    Attributes:
+        processes: N.
+        zero_stage: DeepSpeed's; 0 is also the torch engine, where each process holds everything.
+        offload_optimizer: the optimiser's state is in host memory (from stage 1 on).
+        offload_parameters: idle weights are in host memory (stage 3).
+    """
+
+    processes: int = 1
+    zero_stage: ZeroStage = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def share(self, count: int) -> int:
+        """Of `count` parameters those that one process has when they are shared out."""
+        return -(-count // self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that one process holds at the moment when it holds most.
+
+    Attributes:
+        moment: when that is.
+        weights: what is multiplied, with the bf16 copies that autocast makes and the layers ZeRO-3 has gathered.
+        gradients: of the weights, those that exist at that moment, with the buckets they are exchanged in.
+        optimizer: AdamW's moments, and the fp32 weights where the model has bf16 ones or ZeRO its own.
+        activations: all that depends on the number of tokens, the loss included.
+        host: bytes in host memory beside it: what is offloaded.
+        staging: bytes in host memory that a checkpoint adds while it is written: this process's share of it.
+    """
+
+    moment: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(shape: Shape, *, workload: Workload, sharding: Sharding) -> Memory:
+    """Peak memory of a training step of one process.
+
+    Args:
+        shape: the model that is trained: the source's while masks are learned.
+        workload: what a step computes.
+        sharding: what of it this process holds.
+    """
+    weight_bytes = _BF16 if workload.bf16 and sharding.zero_stage else _FP32
+    phases = _phases(shape, workload=workload, weight_bytes=weight_bytes)
+    moments = (_sharded(phase, shape=shape, sharding=sharding, weight_bytes=weight_bytes) for phase in phases)
+    return max(moments, key=lambda memory: memory.total)
+
+
+def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    """Bytes per token that a decoder layer keeps for its backward pass when nothing is recomputed.
+
+    Args:
+        shape: the model's.
+        workload: what a step computes.
+        weight_bytes: of a weight, and so of a number in the residual stream: 4 under autocast.
+
+    Returns:
+        Name of each tensor -> its bytes per token.
+    """
+    attention = _saved_by_attention(shape, workload=workload, weight_bytes=weight_bytes)
+    return attention | _saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes)
+
+
+def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    product = workload.product_bytes
+    query, kv = _widths(shape)
+    saved = _saved_by_norm(shape, "attention", readers=3, workload=workload, weight_bytes=weight_bytes)
+    if shape.qk_norms:
+        factors = _FP32 * (shape.num_attention_heads + shape.num_key_value_heads)
+        saved["query and key norms"] = (_FP32 + product) * (query + kv) + factors
+    # Without a fused kernel, keys and values are repeated for every query head.
+    attended = query if workload.eager_attention else kv
+    saved |= {
+        "queries": product * query,
+        "keys": product * attended,
+        "values": product * attended,
+        "attention's output": product * query,
+    }
+    if workload.eager_attention:
+        weights = shape.num_attention_heads * workload.sequence_length
+        saved["attention weights"] = _FP32 * weights  # softmax runs in fp32
+        saved["attention weights in bf16"] = _BF16 * weights if workload.bf16 else 0
+    else:
+        saved["attention's log of sums"] = _FP32 * shape.num_attention_heads
+    return saved
+
+
+def _saved_by_mlp(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    units = workload.product_bytes * shape.intermediate_size
+    saved = _saved_by_norm(shape, "MLP", readers=2, workload=workload, weight_bytes=weight_bytes)
+    return saved | {"gate": units, "activated gate": units, "up": units, "MLP's product": units}
+
+
+def _saved_by_norm(shape: Shape, name: str, *, readers: int, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    d, product = shape.hidden_size, workload.product_bytes
+    # Autocast makes a bf16 copy of an activation for each product that reads it; only weights' copies are shared.
+    output = product * d * readers if product != weight_bytes else weight_bytes * d
+    return {
+        # The residual stream itself where it is fp32, else the copy that the norm is computed from.
+        f"{name} norm's input": _FP32 * d,
+        f"{name} norm's normalised input": weight_bytes * d,
+        f"{name} norm's factor": _FP32,
+        f"{name} norm's output": output,
+    }
+
+
+def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    """Bytes per token that each decoder layer keeps until the backward pass; see `saved_by_layer`."""
+    if workload.checkpointing == "none":
+        return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes)
+    kept = {"layer's input": weight_bytes * shape.hidden_size}
+    if workload.checkpointing == "selective":
+        product = workload.product_bytes
+        query, kv = _widths(shape)
+        kept |= {
+            "query, key and value products": product * (query + 2 * kv),
+            "attention's output": product * query,
+            "attention's write": product * shape.hidden_size,
+            "gate and up products": 2 * product * shape.intermediate_size,
+            "MLP's write": product * shape.hidden_size,
+        }
+        if workload.eager_attention:
+            kept["attention scores"] = product * shape.num_attention_heads * workload.sequence_length
+        else:
+            kept["attention's log of sums"] = _FP32 * shape.num_attention_heads
+    return kept
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A moment of a step, before anything is shared out.
+
+    Attributes:
+        name: for people.
+        activations: bytes that depend on the number of tokens, the loss's buffers included.
+        copies: bytes of the bf16 copies of weights that autocast has made.
+        accumulated: parameters that have their gradient.
+        loose: bytes of gradients that are not accumulated yet.
+    """
+
+    name: str
+    activations: int
+    copies: int
+    accumulated: int
+    loose: int
+
+
+def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[_Phase]:
+    """The moments of a step's last micro-batch at which memory can be largest."""
+    tokens, layers, d = workload.tokens, shape.num_hidden_layers, shape.hidden_size
+    product = workload.product_bytes
+    casts = product != weight_bytes
+    stream = tokens * weight_bytes * d  # the residual stream, or its gradient
+    saved = tokens * sum(saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes).values())
+    kept = tokens * sum(kept_by_layer(shape, workload=workload, weight_bytes=weight_bytes).values())
+    # What is there from the first layer to the end of the backward pass: the embedding's output, which its mask needs,
+    # and cosines and sines of the positions.
+    outside = (stream if workload.masked else 0) + 2 * weight_bytes * workload.sequence_length * shape.head_dim
+    final_norm = tokens * (_FP32 * d + weight_bytes * d + _FP32)
+    layer_copies = _BF16 * _autocast_parameters(shape, masked=workload.masked) if casts else 0
+    # Without recomputation the graph holds all copies; with it, autocast's cache does until the forward pass ends.
+    copies_behind = layer_copies * (layers if workload.checkpointing == "none" else 1)
+
+    head = shape.vocab_size * d
+    total, layer = shape.num_parameters(), sum(shape.layer_parameters())
+    before = total if workload.micro_batches > 1 else 0  # parameters that have a gradient of earlier micro-batches
+    # A head that is the embedding too waits for the embedding's gradient; another one's is accumulated at once.
+    waiting = weight_bytes * head if shape.tied else 0
+    done = 0 if shape.tied else head
+
+    yield _Phase(
+        name="loss",
+        # The hidden states and their gradient are of the stream's size.
+        activations=layers * kept + outside + final_norm + 2 * stream + _loss_buffers(shape, workload=workload),
+        copies=layers * layer_copies + (product * head if casts else 0),
+        accumulated=before,
+        loose=_FP32 * head,
+    )
+    yield _Phase(
+        name="backward, final norm",
+        # Gradients of the norm's two ways to its input, of the mean, and two factors of the square's.
+        activations=layers * kept + outside + final_norm + stream + 3 * tokens * _FP32 * d,
+        copies=copies_behind,
+        accumulated=max(before, done),
+        loose=waiting,
+    )
+    for name, behind, finished in (("last", layers - 1, 0), ("first", 0, layers - 1)):
+        for part in _layer_backward(shape, workload=workload, weight_bytes=weight_bytes):
+            yield _Phase(
+                name=f"backward, {part.name} of the {name} layer",
+                activations=behind * kept + saved + outside + part.activations,
+                copies=layer_copies if name == "first" else copies_behind,
+                accumulated=max(before, done + finished * layer + part.finished),
+                loose=waiting + part.loose,
+            )
+    yield _Phase(
+        name="backward, embedding",
+        activations=outside + stream,
+        copies=0,
+        accumulated=max(before, total - head),
+        loose=waiting + weight_bytes * head,
+    )
+    yield _Phase(name="optimizer", activations=0, copies=0, accumulated=total, loose=0)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A moment in the backward pass of a layer.
+
+    Attributes:
+        name: of what is differentiated.
+        activations: bytes beyond what the layer saved; less than 0 where some of it is released by then.
+        finished: parameters of the layer that have their gradient.
+        loose: bytes of gradients that are not accumulated yet.
+    """
+
+    name: str
+    activations: int
+    finished: int
+    loose: int
+
+
+def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[_Part]:
+    """The moments at which a layer's backward pass can hold most."""
+    tokens, d, m = workload.tokens, shape.hidden_size, shape.intermediate_size
+    query, kv = _widths(shape)
+    product = workload.product_bytes
+    casts = product != weight_bytes
+    stream = tokens * weight_bytes * d
+    units = tokens * product * m
+    yield _Part(
+        name="down_proj",
+        activations=stream + (tokens * product * d if casts else 0) + units,
+        finished=0,
+        # The gradient, the bf16 one it is cast from, and under masks its product with the weight.
+        loose=(weight_bytes + (product if casts else 0) + (weight_bytes if workload.masked else 0)) * m * d,
+    )
+    # The gradients of both factors and of their product, which is itself released.
+    yield _Part(name="gate", activations=stream + 2 * units, finished=m * d, loose=0)
+    released = tokens * sum(_saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes).values())
+    if workload.eager_attention:
+        weights = tokens * shape.num_attention_heads * workload.sequence_length
+        # In fp32 the gradients before and after the softmax; the weights' bf16 copy is released.
+        inside = weights * (2 * _FP32 - (_BF16 if workload.bf16 else 0))
+    else:
+        inside = tokens * product * (2 * query + 2 * kv)  # gradients of the output, the queries, keys and values
+    yield _Part(name="attention", activations=stream + inside - released, finished=3 * m * d + query * d, loose=0)
+
+
+def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
+    """Bytes of the chunked loss beyond hidden states and gradients; see `shearing.training.objectives`."""
+    rows = min(workload.chunk_tokens, workload.tokens)
+    logits, states = rows * shape.vocab_size, rows * shape.hidden_size
+    if not workload.bf16:
+        # Logits, log probabilities (which become the gradient), and the hidden states' gradient.
+        return _FP32 * (2 * logits + states)
+    earlier = (
+        _BF16 * (logits + states) if rows < workload.tokens else 0
+    )  # of the last chunk, until this one's are there
+    # Logits and log probabilities, and with them either the logits in fp32 or the gradient in bf16 and the head's.
+    softmax = _FP32 * logits + earlier
+    products = _BF16 * (logits + shape.vocab_size * shape.hidden_size)
+    return (_BF16 + _FP32) * logits + _BF16 * states + max(softmax, products)
+
+
+def _widths(shape: Shape) -> tuple[int, int]:
+    """Numbers per token in the queries, and in the keys or the values."""
+    return shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+
+
+def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
+    """Weights of a layer's products; without those that masks scale, which are cast each time they are used."""
+    d, m = shape.hidden_size, shape.intermediate_size
+    query, kv = _widths(shape)
+    return d * (query + 2 * kv + 2 * m) + (0 if masked else d * (query + m))
+
+
+def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int) -> Memory:
+    """What one process holds of a moment."""
+    stage, total = sharding.zero_stage, shape.num_parameters()
+    share = sharding.share(total)
+    offload_optimizer = stage > 0 and sharding.offload_optimizer
+    offload_parameters = stage == 3 and sharding.offload_parameters
+    host = 0
+
+    weights = weight_bytes * (total if stage < 3 else min(total, _ZERO_LIVE_PARAMETERS))
+    if stage == 3:
+        idle = weight_bytes * share
+        weights, host = (weights, idle) if offload_parameters else (weights + idle, 0)
+
+    # From stage 2 on, gradients go where the optimiser's state is.
+    accumulated = phase.accumulated if stage < 2 else sharding.share(phase.accumulated)
+    gradients = phase.loose + (0 if offload_optimizer and stage >= 2 else _FP32 * accumulated)
+    if stage:
+        # One bucket is filled while the other is under way.
+        gradients += 2 * weight_bytes * min(total, _ZERO_BUCKET_PARAMETERS)
+    elif sharding.processes > 1 and phase.accumulated:
+        largest = shape.hidden_size * max(shape.vocab_size, shape.intermediate_size)
+        gradients += _FP32 * min(total, _TORCH_BUCKET_PARAMETERS + largest)
+
+    optimizer = _MOMENTS * total if stage == 0 else (_FP32 + _MOMENTS) * share
+    if stage and phase.name == "optimizer":
+        optimizer += _FP32 * share  # the gradient of the share, in one piece
+    if offload_optimizer:
+        optimizer, host = 0, host + (2 * _FP32 + _MOMENTS) * share
+    return Memory(
+        moment=phase.name,
+        weights=weights + phase.copies,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=phase.activations,
+        host=host,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share,
+    )

@@ -1,0 +1,152 @@
+"""`shear plan`: what it says of a recipe, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from shearing.recipe import Recipe, load_recipe
+from shearing.stages.plan import Hardware, RunPlan, plan
+from tests.test_cli import BUDGET, error_of, shear
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    """Override that makes a folder with nothing but Llama 2 7B's config the source."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    return f"model.source={tmp_path / 'llama'}"
+
+
+def sheared_llama(llama: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / "sheared-llama-1.3b.yaml", overrides=[llama, *overrides])
+
+
+def planned(recipe: Recipe, *, gpus: int = 8, gpu: str = "H100", gigabytes: float | None = None) -> RunPlan:
+    return plan(recipe, hardware=Hardware.of(processes=gpus, gpu=gpu, gigabytes=gigabytes, mfu=0.4))
+
+
+def test_figures_of_sheared_llama(llama: str) -> None:
+    made = planned(sheared_llama(llama))
+    prune, pretrain = made.stages
+    assert made.precision == torch.bfloat16
+    assert (made.source.num_parameters(), made.target.num_parameters()) == (6_738_415_616, 1_345_423_360)
+    assert (prune.tokens, pretrain.tokens) == (3200 * 32 * 4096, 48000 * 256 * 4096)
+    # 6 FLOPs for each parameter and token, and 6 L d S for attention.
+    per_token = 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
+    assert prune.flops == pytest.approx(per_token * prune.tokens)
+    # 63 updates and the losses at the end, of 7 domains with 500 sequences each; a third of a training step's FLOPs.
+    assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * 500 * 4096)
+    assert prune.seconds == pytest.approx((prune.flops + prune.heldout_flops) / (8 * 0.4 * 989.4e12))
+    assert prune.disk == 12 * made.source.num_parameters() * 3
+    assert (prune.workload.micro_batch_size, prune.workload.micro_batches) == (4, 1)
+    assert (pretrain.workload.micro_batch_size, pretrain.workload.micro_batches) == (16, 2)
+
+
+def test_the_advice_fits(llama: str) -> None:
+    made = planned(sheared_llama(llama))
+    assert made.advice is not None
+    assert made.advice.startswith("prune will not fit; this would: ")
+    changes = made.advice.partition("this would: ")[2].split()
+    assert "training.engine=deepspeed" in changes
+    again = planned(sheared_llama(llama, *changes))
+    assert again.advice is None
+    assert all(again.hardware.fit(stage.memory[again.choice.zero_stage]) == "yes" for stage in again.stages)
+
+
+def test_advice_for_one_gpu_and_for_too_few(llama: str) -> None:
+    alone = planned(sheared_llama(llama), gpus=1)
+    assert alone.advice is not None
+    assert "training.deepspeed.offload_optimizer=cpu" in alone.advice
+    small = planned(sheared_llama(llama), gpus=2, gigabytes=12)
+    assert small.advice is not None
+    assert small.advice.endswith(" and --gpus 4")
+    hopeless = planned(sheared_llama(llama), gpu="H100", gigabytes=1)
+    assert hopeless.advice is not None
+    assert "GPUs with more memory" in hopeless.advice
+
+
+def test_nothing_to_say_where_all_fits(llama: str) -> None:
+    assert planned(sheared_llama(llama), gigabytes=400).advice is None
+
+
+def test_a_gpu_without_bf16_computes_in_fp32(llama: str) -> None:
+    assert planned(sheared_llama(llama, "training.precision=auto"), gpu="V100 SXM2").precision == torch.float32
+
+
+def test_checkpoints_kept_for_good_take_disk(llama: str) -> None:
+    usual = planned(sheared_llama(llama)).stages[0].disk
+    more = planned(sheared_llama(llama, "prune.keep_every=800 steps")).stages[0].disk
+    assert more == usual // 3 * (3 + 4)
+
+
+def test_the_command(tiny_recipe: Path) -> None:
+    result = shear("plan", tiny_recipe, "--gpus", "2", "--gpu", "NVIDIA H100 80GB HBM3", "--mfu", "0.5")
+    assert result.exit_code == 0, result.output
+    for words in ("2 x NVIDIA H100 80GB HBM3 of 80 GB, fp32", "hours at MFU 0.5", "torch (chosen)", "ZeRO-3"):
+        assert words in result.stdout
+    assert result.stdout.count(" yes ") == 8
+    assert "n/a" not in result.stdout
+    assert not load_recipe(tiny_recipe).run_dir.exists()
+
+
+def test_neither_weights_nor_corpus_are_needed(tiny_recipe: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(load_recipe(tiny_recipe).model.source) / "config.json", bare)
+    overrides = (f"model.source={bare}", "data.corpus=absent")
+    result = shear("plan", tiny_recipe, *overrides, "--gpu", "H100")
+    assert result.exit_code == 0, result.output
+    assert "how many domains" in result.stdout
+    named = shear("plan", tiny_recipe, *overrides, "data.domains=[letters, digits]", "--gpu", "H100")
+    assert "how many domains" not in named.stdout
+
+
+def test_an_unknown_gpu_has_no_times_but_says_how_to_get_them(tiny_recipe: Path) -> None:
+    result = shear("plan", tiny_recipe, "--gpu", "Abacus")
+    assert result.exit_code == 0, result.output
+    assert "no peak is known of Abacus" in result.stdout
+    assert "H100 SXM" in result.stdout
+    assert "give --memory GB" in result.stdout
+    assert "give --memory GB" not in shear("plan", tiny_recipe, "--gpu", "Abacus", "--memory", "12").stdout
+
+
+def test_a_budget_is_planned_with_a_stand_in(tiny_recipe: Path) -> None:
+    result = shear("plan", tiny_recipe, *BUDGET, "target.parameters=20000", "--gpu", "H100")
+    assert result.exit_code == 0, result.output
+    assert "20,000 at most" in result.stdout
+    assert "the source with 2 layers" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus", "0"], "--gpus = 0"),
+        (["--gpus", "3"], "the 2 sequences of prune.batch_size equally: [1, 2]"),
+        (["--mfu", "0"], "--mfu = 0"),
+        (["--mfu", "40"], "--mfu = 40"),
+        (["--memory", "-1"], "--memory = -1"),
+        (["model.source=absent"], "model.source = 'absent'"),
+        (["target.hidden_size=64"], "target.hidden_size = 64"),
+    ],
+)
+def test_bad_input_is_refused(tiny_recipe: Path, arguments: list[str], expected: str) -> None:
+    assert expected in error_of("plan", tiny_recipe, *arguments)
