@@ -207,7 +207,9 @@ class TrainingRecipe(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
-    log_interval: int = Field(1, ge=1, description="Steps between two reads of metrics from the device.")
+    log_interval: int = Field(
+        10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."
+    )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         [], description="Where metrics go besides metrics.jsonl; each is a package of its own."
     )

@@ -54,7 +54,7 @@ def tiny_recipe_data(inputs: Path, *, run_dir: Path) -> dict[str, Any]:
         "mixture": {"interval": "3 steps", "pretrain_interval": "3 steps", "heldout_tokens": 64},
         "prune": {**stage, "duration": "6 steps", "freeze": "2 steps", "calibration_tokens": 64},
         "pretrain": {**stage, "duration": "4 steps"},
-        "training": {"precision": "fp32", "device": "cpu"},
+        "training": {"precision": "fp32", "device": "cpu", "log_interval": 1},
         "evaluation": {"tokens_per_domain": 64, "baselines": ["random"], "speed": False},
     }
 

@@ -27,6 +27,7 @@ from shearing.models.shape import Shape, resolve_target
 from shearing.recipe import PruneRecipe, Recipe, StageRecipe, split_batch, tokens_per_step, total_steps
 from shearing.run_directory import STAGES, RunDirectory, Stage
 from shearing.training.deepspeed_config import user_config
+from shearing.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,6 +97,7 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, num_processes
     attempt(RunDirectory(recipe.run_dir).require_writable)
     attempt(lambda: _require_hardware(recipe))
     attempt(lambda: _require_engine(recipe))
+    attempt(lambda: require_trackers(recipe))
     trained: tuple[Literal["prune", "pretrain"], ...] = ("prune", "pretrain")
     for stage in trained:
         if stage in stages:

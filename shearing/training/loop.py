@@ -43,6 +43,7 @@ from shearing.training.fingerprints import Fingerprints
 from shearing.training.metrics import Display, MetricsLog, StageTotals, max_memory
 from shearing.training.processes import Processes
 from shearing.training.sharded import SavedState
+from shearing.training.trackers import Trackers
 
 INTERRUPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later; a launcher can requeue on it."""
@@ -114,6 +115,19 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compute:
+    """For the share of the hardware's peak that training reaches (MFU).
+
+    Attributes:
+        flops_per_token: of the dense model that is executed, masks or not.
+        peak_flops: of one process's device, per second; None where it is not known.
+    """
+
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Everything that one stage trains with.
 
@@ -127,6 +141,8 @@ class Task:
         moments: AdamW state to start from; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         processes: those that share the work.
+        compute: what a token costs, and what the hardware could do.
+        open_trackers: opens where metrics go besides metrics.jsonl, given the first step to come; main process only.
     """
 
     name: str
@@ -142,6 +158,8 @@ class Task:
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     processes: Processes = field(default_factory=Processes)
+    compute: Compute = field(default_factory=Compute)
+    open_trackers: Callable[[int], Trackers] = field(default=lambda _: Trackers({}))
 
 
 class Interrupted(SystemExit):
@@ -248,6 +266,7 @@ class _Run:
     console: Console
     checkpoints: Checkpoints
     log: MetricsLog | None
+    trackers: Trackers
     display: Display
     prefetcher: Prefetcher
     stop: _StopRequest
@@ -303,6 +322,7 @@ class _Run:
             console=console,
             checkpoints=checkpoints,
             log=log,
+            trackers=task.open_trackers(state["step"] + 1) if processes.is_main else Trackers({}),
             display=display,
             prefetcher=prefetcher,
             stop=stop,
@@ -320,6 +340,7 @@ class _Run:
     ) -> None:
         self.display.__exit__(kind, error, traceback)
         self.prefetcher.close()
+        self.trackers.close()
         if self.log is not None:
             self.log.close()
 
@@ -369,7 +390,8 @@ class _Run:
         self._agreed_stop = next((name for _, _, name in everywhere if name), None)
         tokens = self.task.schedule.sequences_per_step * self.task.mixture.sequence_length
         for (known, _), figures in zip(self._unread, values, strict=True):
-            line = _line(known, figures, seconds=seconds, waited=waited, tokens=tokens, memory=memory)
+            line = _line(known, figures) | self._speed(tokens / max(seconds, 1e-9))
+            line |= {"data_wait": waited, "seconds": seconds, "max_memory": memory}
             self._write_line(line)
             self.totals.add(line, tokens=tokens)
             self.display.show(line)
@@ -459,6 +481,14 @@ class _Run:
     def _write_line(self, line: Mapping[str, Any]) -> None:
         if self.log is not None:
             self.log.write(line)
+            self.trackers.log(line)
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float | None]:
+        """Of all processes, of one, and as a share of the hardware's peak."""
+        each = tokens_per_second / self.task.processes.size
+        compute = self.task.compute
+        mfu = None if compute.peak_flops is None else each * compute.flops_per_token / compute.peak_flops
+        return {"tokens_per_second": tokens_per_second, "tokens_per_second_per_gpu": each, "mfu": mfu}
 
     def _sum_losses(self) -> None:
         """Turn each process's share of the losses not yet read into the step's loss and the largest of a process."""
@@ -521,15 +551,7 @@ def _read(figures: list[dict[str, Tensor]], *, device: torch.device) -> list[dic
     return [{name: next(values) for name in step} for step in figures]
 
 
-def _line(
-    known: Mapping[str, Any],
-    figures: Mapping[str, float],
-    *,
-    seconds: float,
-    waited: float,
-    tokens: int,
-    memory: int,
-) -> dict[str, Any]:
+def _line(known: Mapping[str, Any], figures: Mapping[str, float]) -> dict[str, Any]:
     """One step's line of metrics.jsonl; `expected/hidden` of the learner's figures becomes `expected: {hidden: …}`."""
     line: dict[str, Any] = {
         "step": known["step"],
@@ -538,9 +560,6 @@ def _line(
         "loss_max": figures["loss_max"],
         "grad_norm": figures["grad_norm"],
         "learning_rate": known["learning_rate"],
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "data_wait": waited,
-        "seconds": seconds,
         "skipped": int(figures["skipped"]),
         "weights": known["weights"],
         "expected": {},
@@ -548,7 +567,6 @@ def _line(
         "violation": {},
         "lambda_1": {},
         "lambda_2": {},
-        "max_memory": memory,
     }
     for name, value in figures.items():
         kind, _, granularity = name.partition("/")

@@ -27,7 +27,9 @@ from shearing.run_directory import flush_folder
 
 logger = logging.getLogger(__name__)
 
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "data_wait", "max_memory"})
+TIMING_FIELDS = frozenset(
+    {"seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait", "max_memory"}
+)
 """Fields of metrics.jsonl that differ between two runs of the same recipe."""
 
 _PLAIN_SECONDS = 10.0
@@ -77,6 +79,8 @@ class StageTotals:
     tokens: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+    mfu: float | None = None
 
     def add(self, record: Mapping[str, Any], *, tokens: int) -> None:
         """Count one step's line of metrics.jsonl, in which it trained on `tokens` tokens."""
@@ -85,6 +89,8 @@ class StageTotals:
         self.tokens += tokens
         self.skipped = record["skipped"]
         self.losses.append(record["loss"])
+        self.peak_memory = max(self.peak_memory, record["max_memory"])
+        self.mfu = record["mfu"]
 
 
 class Display:
@@ -164,7 +170,7 @@ class Display:
             f"{self._name} {self._step}/{self._total_steps} ({100 * self._step / self._total_steps:.0f}%)",
             f"{_clock(self.seconds_left())} left",
             f"loss {_figure(record['loss'])}",
-            f"{record['tokens_per_second']:.0f} tok/s",
+            f"{record['tokens_per_second']:.0f} tok/s" + _mfu(record["mfu"], before=", "),
         ]
         if record["skipped"]:
             parts.append(f"skipped {record['skipped']}")
@@ -184,6 +190,7 @@ class Display:
             return Group(self._progress)
         figures = (
             f"loss [bold]{_figure(record['loss'])}[/]   {record['tokens_per_second']:.0f} tokens/s   "
+            f"{_mfu(record['mfu'], after='   ')}"
             f"learning rate {record['learning_rate']:.2e}   gradient norm {_figure(record['grad_norm'])}   "
             f"skipped {record['skipped']}"
         )
@@ -257,7 +264,10 @@ def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Map
         table.add_row("time", f"{_clock(wall)}, of which {_share(totals.heldout_seconds, wall)} held-out losses")
         table.add_row("waited for data", _share(totals.data_wait, wall))
         table.add_row("skipped steps", str(totals.skipped))
-    table.add_row("peak memory", f"{max_memory() / 1e9:.2f} GB")
+        if totals.mfu is not None:
+            table.add_row("MFU, last steps", f"{100 * totals.mfu:.1f} %")
+    peak = max(totals.peak_memory, max_memory())
+    table.add_row("peak memory of a process", f"{peak / 1e9:.2f} GB")
     for label, value in rows.items():
         table.add_row(label, value)
     console.print(table)
@@ -279,6 +289,10 @@ def _finite(value: Any) -> Any:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _mfu(value: float | None, *, before: str = "", after: str = "") -> str:
+    return "" if value is None else f"{before}MFU {100 * value:.1f}%{after}"
 
 
 def _size(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -12,6 +13,7 @@ from shearing.evaluation.loss import heldout_loss
 from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
 from shearing.mixture.sampler import Mixture
 from shearing.models.attention import drop_attention_mask
+from shearing.models.shape import Shape
 from shearing.quantities import Duration
 from shearing.recipe import BatchSplit, Recipe, split_batch, tokens_per_step, total_steps
 from shearing.run_directory import RunDirectory
@@ -24,10 +26,12 @@ from shearing.training.engine import (
     resolve_device,
     resolve_precision,
 )
-from shearing.training.loop import DynamicMixture, HeldOut, Masking, Schedule, Task
+from shearing.training.hardware import peak_flops, training_flops_per_token
+from shearing.training.loop import Compute, DynamicMixture, HeldOut, Masking, Schedule, Task
 from shearing.training.objectives import LanguageModelLoss
 from shearing.training.processes import Processes
 from shearing.training.sharded import SavedState
+from shearing.training.trackers import Trackers
 
 TrainingStage = Literal["prune", "pretrain"]
 
@@ -121,7 +125,25 @@ def task_of(
         moments=moments,
         before_first_step=before_first_step,
         processes=processes,
+        compute=_compute(recipe, shape=Shape.of(model.config)),
+        open_trackers=lambda first_step: Trackers.open(
+            training.trackers,
+            run_name=f"{recipe.name}-{stage}",
+            folder=recipe.run_dir / "trackers",
+            configuration=recipe.flat(),
+            first_step=first_step,
+        ),
     )
+
+
+def _compute(recipe: Recipe, *, shape: Shape) -> Compute:
+    device = resolve_device(recipe.training)
+    peak = None
+    if device.type == "cuda":
+        precision = resolve_precision(recipe.training, device=device)
+        peak = peak_flops(torch.cuda.get_device_name(), precision=precision)
+    cost = training_flops_per_token(shape, sequence_length=recipe.data.sequence_length)
+    return Compute(flops_per_token=cost, peak_flops=peak)
 
 
 def _engine(recipe: Recipe, *, optimization: Optimization, split: BatchSplit, processes: Processes) -> Engine:
