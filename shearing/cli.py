@@ -141,7 +141,9 @@ def launch(
     if not slurm:
         launching.require_slurm(submit=submit)
         processes = launching.gpus_here() if gpus_per_node is None else gpus_per_node
-        typer.echo(launching.commands(recipe, overrides=overrides or (), nodes=nodes, processes=processes), nl=False)
+        text = launching.commands(recipe, overrides=overrides or (), nodes=nodes, processes=processes)
+        launching.require_equal_shares(resolved, num_processes=nodes * processes)
+        typer.echo(text, nl=False)
         return
     job = launching.SlurmJob(
         name=name or launching.job_name(resolved),
@@ -162,6 +164,7 @@ def launch(
     script = launching.slurm_script(
         job, recipe=recipe, overrides=overrides or (), folder=Path.cwd(), gpus=resolved.training.device != "cpu"
     )
+    launching.require_equal_shares(resolved, num_processes=job.nodes * job.gpus_per_node)
     typer.echo(launching.submit(script, job=job) if submit else script, nl=submit)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shearing.errors import ShearingError
-from shearing.recipe import Recipe
+from shearing.recipe import Recipe, split_batch
 
 GPUS_PER_NODE = 8
 """What a node has unless the user says otherwise."""
@@ -286,6 +286,16 @@ def require_slurm(*, submit: bool) -> None:
             allowed="a Slurm job to submit",
             mend="add --slurm, or leave out --submit",
         )
+
+
+def require_equal_shares(recipe: Recipe, *, num_processes: int) -> None:
+    """Refuse a number of processes that cannot share the batches: better here than after days in a queue.
+
+    Raises:
+        ShearingError: see `split_batch`.
+    """
+    split_batch(recipe, stage="prune", num_processes=num_processes)
+    split_batch(recipe, stage="pretrain", num_processes=num_processes)
 
 
 def gpus_here() -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings, strategies as st
 
 from shearing.errors import ShearingError
@@ -80,6 +81,16 @@ PROGRAM = """\
             time.sleep(0.3 * rank)  # processes do not end together
             sys.exit(75)
 """
+
+
+@pytest.fixture
+def tiny_recipe(tiny_recipe: Path) -> Path:
+    """With batches that many processes can share."""
+    data = yaml.safe_load(tiny_recipe.read_text())
+    for stage in ("prune", "pretrain"):
+        data[stage] |= {"batch_size": "16 sequences", "micro_batch_size": 1}
+    tiny_recipe.write_text(yaml.safe_dump(data))
+    return tiny_recipe
 
 
 class Cluster:
@@ -381,6 +392,8 @@ def test_submit_wants_sbatch(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch)
         (["--slurm", "--sbatch", "constraint=a b"], "--sbatch constraint = 'a b'"),
         (["--slurm", "--sbatch", "C=h100"], "--sbatch = 'C=h100'"),
         (["--submit"], "add --slurm"),
+        (["--slurm", "--nodes", "3", "--gpus-per-node", "1"], "prune.batch_size"),
+        (["--gpus-per-node", "3"], "prune.batch_size"),
     ],
 )
 def test_bad_input_is_refused(tiny_recipe: Path, options: list[str], expected: str) -> None:
