@@ -54,6 +54,10 @@ Overrides = Annotated[
 ]
 
 
+def _slurm(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="With --slurm")
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", envvar="SHEARING_DEBUG", help="Show tracebacks.")] = False,
@@ -118,6 +122,67 @@ def report(target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR")], ov
     directory = RunDirectory(target if target.is_dir() else _load(target, overrides).run_dir)
     write(directory)
     Console().print(str(directory.report), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print the script of a Slurm job.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it instead and print its number.")] = False,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs, and so processes, on each: the GPUs of this machine; with --slurm, 8.")
+    ] = None,
+    time: Annotated[str, _slurm("Time limit of one start of the job; a longer run is queued again.")] = "24:00:00",
+    partition: Annotated[str | None, _slurm("Partition.")] = None,
+    account: Annotated[str | None, _slurm("Account.")] = None,
+    qos: Annotated[str | None, _slurm("Quality of service.")] = None,
+    cpus_per_task: Annotated[int | None, _slurm("CPU cores of each process.")] = None,
+    mem: Annotated[str | None, _slurm("Memory of each node.")] = None,
+    name: Annotated[str | None, _slurm("Name of the job; from the recipe if unset.", "--job-name")] = None,
+    output: Annotated[str, _slurm("Log of the job.")] = "slurm-%j.out",
+    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = 300,
+    directives: Annotated[
+        list[str] | None, _slurm("Any other option of sbatch, KEY=VALUE or KEY; may be repeated.", "--sbatch")
+    ] = None,
+    setup: Annotated[
+        list[str] | None, _slurm("Shell line to run before, as 'module load cuda'; may be repeated.")
+    ] = None,
+    python: Annotated[str | None, _slurm("Interpreter on the nodes; the one that runs now if unset.")] = None,
+) -> None:
+    """Start a recipe on many processes: print what to type, or a Slurm job that continues until the run is complete."""
+    from shearing import launch as launching
+
+    resolved = _load(recipe, overrides)
+    if not slurm:
+        launching.require_slurm(submit=submit)
+        processes = launching.gpus_here() if gpus_per_node is None else gpus_per_node
+        text = launching.commands(recipe, overrides=overrides or (), nodes=nodes, processes=processes)
+        launching.require_equal_shares(resolved, num_processes=nodes * processes)
+        typer.echo(text, nl=False)
+        return
+    job = launching.SlurmJob(
+        name=name or launching.job_name(resolved),
+        nodes=nodes,
+        gpus_per_node=launching.GPUS_PER_NODE if gpus_per_node is None else gpus_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        output=output,
+        signal_before=signal_before,
+        directives=directives or (),
+        setup=setup or (),
+        python=python,
+    )
+    script = launching.slurm_script(
+        job, recipe=recipe, overrides=overrides or (), folder=Path.cwd(), gpus=resolved.training.device != "cpu"
+    )
+    launching.require_equal_shares(resolved, num_processes=job.nodes * job.gpus_per_node)
+    typer.echo(launching.submit(script, job=job) if submit else script, nl=submit)
 
 
 @config.command()
