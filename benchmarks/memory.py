@@ -115,14 +115,14 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
         for index in range(configuration.micro_batches):
             tokens = torch.randint(configuration.model["vocab_size"], shape, device=device)
             if masked is not None and learner is not None:
-                masked.set_masks(learner.sample(step=step, micro_batch=index))
+                masked.set_masks(learner.sample(step=step, draw=index))
             with engine.autocast():
                 loss = objective(tokens) / tokens[:, 1:].numel()
-            engine.backward(loss)
+            engine.backward(loss, last=index + 1 == configuration.micro_batches)
         engine.step(step=step)
         if learner is not None:
             learner.penalty(step=step).backward()
-            learner.reduce_and_step(step=step)
+            learner.optimizer_step(step=step)
 
 
 def measured(configuration: Configuration) -> int:

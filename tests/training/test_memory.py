@@ -117,7 +117,7 @@ def peak(workload: Workload, *, layers: int, tied: bool) -> int:
             tokens = torch.zeros(workload.micro_batch_size, workload.sequence_length + 1, dtype=torch.int64)
             with engine.autocast():
                 loss = objective(tokens)
-            engine.backward(loss)
+            engine.backward(loss, last=index == workload.micro_batches - 1)
             if index == workload.micro_batches - 1:
                 engine.step(step=step)
     events = recorded.profiler.kineto_results.events()

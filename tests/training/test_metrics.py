@@ -22,6 +22,7 @@ def _record(step: int) -> dict[str, Any]:
         "grad_norm": 0.5,
         "learning_rate": 1e-4,
         "tokens_per_second": 143.0,
+        "mfu": 0.415,
         "data_wait": 0.0,
         "seconds": 0.7,
         "skipped": 1,
@@ -71,7 +72,7 @@ def test_plain_lines_tell_percent_and_time_left(monkeypatch: pytest.MonkeyPatch)
     assert first.startswith("prune 2/4 (50%)")
     assert "left" in first
     assert "loss 3.25" in first
-    assert "143 tok/s" in first
+    assert "143 tok/s, MFU 41.5%" in first
     assert "skipped 1" in first
     assert "hidden 500.2/480" in first
     assert "web 0.750" in first
@@ -88,7 +89,7 @@ def test_live_view_shows_everything() -> None:
             advance(50)
             console.print(display._panel())
     text = output.getvalue()
-    for part in ("25%", "1/4", "left", "3.25", "143 tokens/s", "500.2", "480", "0.035", "0.750", "2.875", "held-out"):
+    for part in ("25%", "1/4", "left", "3.25", "143 tokens/s", "MFU 41.5%", "500.2", "480", "0.035", "0.750", "2.875", "held-out"):
         assert part in text
 
 
@@ -110,4 +111,5 @@ def test_summary_tells_what_time_went_into() -> None:
     assert "1.500 → 19.500" in text
     assert "2,000 at 143 tokens/s" in text
     assert "4.8 %" in text
+    assert "41.5 %" in text
     assert "kept of 576" in text
