@@ -105,7 +105,8 @@ class _MaskedLinear(torch.autograd.Function):
         if need_weight or need_columns or need_rows:
             outer_OI = (grad_TO.T @ x_TI).to(weight.dtype)
             if need_columns or need_rows:
-                product_OI = outer_OI * weight
+                # In the masks' precision, which is fp32 also where the weights are bf16.
+                product_OI = outer_OI.to(_dtype_of(columns, rows)) * weight
                 if need_columns:
                     grad_columns = product_OI.sum(0) if rows is None else rows @ product_OI
                 if need_rows:
@@ -117,8 +118,14 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_weight = grad_weight if rows is None else grad_weight.mul_(rows[:, None])
         if bias is not None and need_bias:
             total_O = grad_TO.sum(0, dtype=bias.dtype)
-            grad_bias = total_O if rows is None else total_O * rows
+            grad_bias = total_O if rows is None else (total_O * rows).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, grad_columns, grad_rows
+
+
+def _dtype_of(columns: Tensor | None, rows: Tensor | None) -> torch.dtype:
+    mask = columns if rows is None else rows
+    assert mask is not None
+    return mask.dtype
 
 
 def _fold(weight: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -48,6 +48,21 @@ CLASSES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_stays_close(zero_stage: int, tiny_inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    recipe = runs.recipe(
+        tiny_inputs, run_dir=tmp_path / "run", engine="deepspeed", zero_stage=zero_stage, precision="bf16"
+    )
+    spawn(runs.train, recipe, STAGES, size=2, folder=tmp_path / "out")
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    for stage in ("prune", "pretrain"):
+        expected = [line["loss"] for line in committed[stage] if "loss" in line]
+        found = [line["loss"] for line in runs.trajectory(tmp_path / "run", stage) if "loss" in line]
+        assert found == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_one_trajectory(name: str, tiny_inputs: Path, tmp_path: Path) -> None:
     size, settings = CLASSES[name]
