@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -320,6 +321,8 @@ def import_deepspeed() -> Any:
     # DeepSpeed asks each operator at import what it could build; the answers are of no use here.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls torch's exchanges by names that torch is about to change, in every process.
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed.c10d_logger")
     try:
         import deepspeed
     except ImportError as error:

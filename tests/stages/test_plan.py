@@ -62,7 +62,7 @@ def test_figures_of_sheared_llama(llama: str) -> None:
 
 
 def test_the_advice_fits(llama: str) -> None:
-    made = planned(sheared_llama(llama))
+    made = planned(sheared_llama(llama, "training.engine=torch"))
     assert made.advice is not None
     assert made.advice.startswith("prune will not fit; this would: ")
     changes = made.advice.partition("this would: ")[2].split()
