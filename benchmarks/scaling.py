@@ -13,9 +13,9 @@ fused AdamW; the engines as the training loop drives them:
   there.
 
 A turn is a fresh group of processes, one torch thread each on a CPU, one GPU each otherwise, that takes warm-up steps
-and then timed ones; the fastest counts, because what else runs on the machine only ever adds to a step. Sides take
-turns, from another one on in each round. A figure is the median over rounds, a ratio the median of the ratios within a
-round: what drifts in the machine drifts for both sides. On a machine with other work, add rounds.
+and then timed ones. Sides take turns, from another one on in each round. Figures and ratios are of the fastest step of
+all rounds, because what else runs on the machine only ever adds to a step; on a machine with other work, add rounds.
+`spread` says whether they can be relied on: a side's slowest round over its fastest, as times.
 
 `update_share` is the share of a step's time outside of the calls of forward and backward: `engine.step` and everything
 else; the clock of a GPU's own stream where there is one. `overhead_share` also has what an engine does inside of the
@@ -464,17 +464,20 @@ def summarise(turns: dict[tuple[str, int], list[Turn]], *, workload: Workload) -
     """The figures of every side, and the ratios."""
     tokens = workload.sequences * workload.sequence_length
 
+    fastest = {side: min(of_side, key=lambda turn: turn.step) for side, of_side in turns.items()}
+
     def ratio(of: tuple[str, int], to: tuple[str, int]) -> float:
-        """Median of how many times as fast."""
-        return statistics.median(b.step / a.step for a, b in zip(turns[of], turns[to], strict=True))
+        """How many times as fast."""
+        return fastest[to].step / fastest[of].step
 
     figures = {}
     for (side, size), of_side in turns.items():
         checkpoints = [turn.checkpoint for turn in of_side if turn.checkpoint]
         figures[f"{side}-{size}"] = {
             "processes": size,
-            "tokens_per_second": tokens / statistics.median(turn.step for turn in of_side),
-            "update_share": statistics.median(turn.update / turn.step for turn in of_side),
+            "tokens_per_second": tokens / fastest[side, size].step,
+            "spread": max(turn.step for turn in of_side) / fastest[side, size].step,
+            "update_share": fastest[side, size].update / fastest[side, size].step,
             "overhead_share": 1 - ratio((side, size), ("compute", size)),
             "over_one_process": ratio((side, size), (side, 1)),
             "checkpoint": {key: statistics.median(each[key] for each in checkpoints) for key in checkpoints[0]}
