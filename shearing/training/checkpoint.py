@@ -130,7 +130,9 @@ class Checkpoints:
         own = [
             path
             for path in sorted(beside.rglob("*"))
+            # Another process's file is hidden while it is being written.
             if path.is_file()
+            and not path.name.startswith(".")
             and (path.name.startswith(f"shard-{rank:05d}") or (is_main and not path.name.startswith("shard-")))
         ]
         return marks, {str(path.relative_to(beside)): _entry(path) for path in own}

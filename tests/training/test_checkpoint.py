@@ -48,6 +48,20 @@ def test_newest_is_the_last_saved_and_old_ones_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000012"]
 
 
+def test_what_another_process_still_writes_is_not_ours_to_list(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    half_written: list[Path] = []
+
+    def write(folder: Path) -> dict[str, int]:
+        half_written.append(folder / ".shard-00001-of-00002.safetensors.writing")
+        half_written[0].write_bytes(b"half")
+        return _write(1)(folder)
+
+    place = checkpoints.save(step=1, write=write)
+    (place / half_written[0].name).unlink()  # as the other process renames it
+    assert _value(checkpoints.newest()) == 1
+
+
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_every=4)
     for step in (2, 4, 6, 8, 10):
