@@ -89,7 +89,20 @@ def test_live_view_shows_everything() -> None:
             advance(50)
             console.print(display._panel())
     text = output.getvalue()
-    for part in ("25%", "1/4", "left", "3.25", "143 tokens/s", "MFU 41.5%", "500.2", "480", "0.035", "0.750", "2.875", "held-out"):
+    for part in (
+        "25%",
+        "1/4",
+        "left",
+        "3.25",
+        "143 tokens/s",
+        "MFU 41.5%",
+        "500.2",
+        "480",
+        "0.035",
+        "0.750",
+        "2.875",
+        "held-out",
+    ):
         assert part in text
 
 
