@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,7 +220,16 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Recipe:
 
 def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage]) -> None:
     # The recipe first: what is wrong with it should not wait for torch.
-    recipe = _load(path, overrides)
+    try:
+        recipe = _load(path, overrides)
+    except ShearingError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        # The first process of the host says it; a launcher would kill that one as soon as this one has ended.
+        time.sleep(2)
+        raise typer.Exit(2) from None
+    # Before torch: its C++ warnings of a lost connection come with a page of frames, ahead of our own message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from shearing.stages.run import run
 
     run(recipe, stages=stages)

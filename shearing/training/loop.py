@@ -41,7 +41,7 @@ from shearing.training.checkpoint import (
 from shearing.training.engine import Engine, Optimization
 from shearing.training.fingerprints import Fingerprints
 from shearing.training.metrics import Display, MetricsLog, StageTotals, max_memory
-from shearing.training.processes import Processes
+from shearing.training.processes import AgreedEnd, Processes
 from shearing.training.sharded import SavedState
 from shearing.training.trackers import Trackers
 
@@ -162,7 +162,7 @@ class Task:
     open_trackers: Callable[[int], Trackers] = field(default=lambda _: Trackers({}))
 
 
-class Interrupted(SystemExit):
+class Interrupted(AgreedEnd):
     """Asked to stop by a signal; the checkpoint is written and the same command continues."""
 
     def __init__(self) -> None:

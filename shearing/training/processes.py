@@ -9,6 +9,7 @@ while the others wait.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
@@ -17,10 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from typing_extensions import Self
 
 from shearing.errors import ShearingError
-from shearing.training.watch import Watch
+from shearing.training.watch import Watch, exit_code
 
 Value = TypeVar("Value")
 
@@ -28,11 +30,16 @@ _PATIENCE = timedelta(days=7)
 """For what the main process does alone. Whether it is alive at all is the watch's business."""
 
 
-class FailedElsewhere(SystemExit):
-    """Another process failed and says so itself; this one ends without a word."""
+_SECONDS_TO_TELL = 2.0
+"""For the process that failed to print why: a launcher kills it as soon as another one has ended."""
 
-    def __init__(self) -> None:
-        super().__init__(2)
+
+class AgreedEnd(SystemExit):
+    """An end that all processes of the run know of: each of them raises it, or the error that is its reason."""
+
+
+class FailedElsewhere(AgreedEnd):
+    """Another process failed and says so itself; this one ends without a word, with the same exit code."""
 
 
 class Processes:
@@ -52,7 +59,7 @@ class Processes:
         self.rank, self.size = rank, size
         self._control: dist.ProcessGroup | None = None
         self._watch: Watch | None = None
-        self._agreed = False  # whether all processes know that they end
+        self._agreed: BaseException | None = None  # the error of this process that the others have been told
 
     @classmethod
     def start(cls, *, device: str = "auto", timeout: float = 1800.0) -> Self:
@@ -63,30 +70,27 @@ class Processes:
             timeout: seconds that training's exchanges wait for the slowest process.
 
         Raises:
-            ShearingError: the launcher's variables are incomplete or do not fit this machine.
+            ShearingError: the launcher's variables are incomplete or do not fit this machine; the processes do not
+                come, or cannot reach each other.
         """
         rank, size, local_rank = _environment()
         on_gpu = device != "cpu" and torch.cuda.is_available()
-        if on_gpu:
-            if local_rank >= torch.cuda.device_count():
-                raise ShearingError(
-                    "LOCAL_RANK (set by the launcher)",
-                    value=local_rank,
-                    allowed=f"one process per GPU: this machine has {torch.cuda.device_count()}",
-                    mend="start as many processes as there are GPUs (torchrun --nproc-per-node), "
-                    "or set training.device=cpu",
-                )
-            torch.cuda.set_device(local_rank)
         processes = cls(rank=rank, size=size)
-        if size > 1:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                timeout=timedelta(seconds=timeout),
-                rank=rank,
-                world_size=size,
-            )
-            processes._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            processes._watch = Watch.start(rank=rank, size=size, share=processes.broadcast)
+        if size == 1:
+            if on_gpu:
+                _take_gpu(local_rank)
+            return processes
+        meeting = _meet(size, seconds=timeout)
+        # The watch is first: what fails from here on, on whatever host, ends all.
+        watch = Watch.start(rank=rank, size=size, meeting=meeting, seconds=timeout, tells=rank == 0 or local_rank == 0)
+        processes._watch = watch
+        try:
+            if on_gpu:
+                _take_gpu(local_rank)
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            processes._control = _connect(backend, store=meeting, rank=rank, size=size, seconds=timeout)
+        except BaseException as error:  # noqa: BLE001  told to all, and the end of this process
+            watch.fail(error, lost_peer=_is_lost_peer(error))
         return processes
 
     @property
@@ -103,11 +107,19 @@ class Processes:
         if self.size == 1:
             return
         assert self._watch is not None
-        if error is not None and not self._agreed and not isinstance(error, SystemExit):
+        agreed = error is None or error is self._agreed or isinstance(error, AgreedEnd)
+        if error is not None and not agreed:
             self._watch.fail(error, lost_peer=_is_lost_peer(error))
-        self.barrier()
+        try:
+            self.barrier()
+        except BaseException as lost:  # noqa: BLE001  told to all, and the end of this process
+            if error is None or isinstance(error, AgreedEnd):
+                self._watch.fail(lost, lost_peer=_is_lost_peer(lost))
+            self._watch.fail(error, lost_peer=False)
         self._watch.close()
         dist.destroy_process_group()
+        if isinstance(error, FailedElsewhere):
+            time.sleep(_SECONDS_TO_TELL)
 
     def broadcast(self, value: Value | None = None) -> Value:
         """The main process's value, on every process; it is pickled."""
@@ -160,17 +172,14 @@ class Processes:
                 raise
             except BaseException as raised:  # noqa: BLE001  told to the others first, then raised
                 error = raised
-        if only_main:
-            box = self.broadcast((error is not None, result))
-            outcomes = [box]
-        else:
-            outcomes = self.gather((error is not None, result))
-        failed = [rank for rank, (has_failed, _) in enumerate(outcomes) if has_failed]
-        self._agreed = bool(failed)
+        own = (0 if error is None else exit_code(error), result)
+        outcomes = [self.broadcast(own)] if only_main else self.gather(own)
+        failed = [rank for rank, (code, _) in enumerate(outcomes) if code]
         if failed and failed[0] == self.rank and error is not None:
+            self._agreed = error
             raise error
         if failed:
-            raise FailedElsewhere
+            raise FailedElsewhere(outcomes[failed[0]][0])
         return [outcome for _, outcome in outcomes]  # type: ignore[misc]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -188,6 +197,62 @@ class Processes:
         return torch.stack(parts)
 
 
+def _take_gpu(local_rank: int) -> None:
+    """Make one GPU this process's own."""
+    if local_rank >= torch.cuda.device_count():
+        raise ShearingError(
+            "LOCAL_RANK (set by the launcher)",
+            value=local_rank,
+            allowed=f"one process per GPU: this machine has {torch.cuda.device_count()}",
+            mend="start as many processes as there are GPUs (torchrun --nproc-per-node), or set training.device=cpu",
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _meet(size: int, *, seconds: float) -> Any:
+    """The launcher's store, or the main process's where the launcher has none."""
+    try:
+        return next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ShearingError(
+            "MASTER_ADDR and MASTER_PORT (environment)",
+            value=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            allowed=f"an address of the first host, reached by all {size} processes, with a free port; "
+            f"instead: {_first_line(error)}",
+            mend="try another port; on several hosts: are all of them started, with the same MASTER_ADDR, and does the "
+            "firewall let them in?",
+        ) from error
+
+
+def _connect(backend: str, *, store: Any, rank: int, size: int, seconds: float) -> dist.ProcessGroup:
+    """Make training's group, and one for what is agreed on."""
+    prefixed: Any = vars(dist)["PrefixStore"]
+    try:
+        dist.init_process_group(
+            backend,
+            store=prefixed("training", store),
+            timeout=timedelta(seconds=seconds),
+            rank=rank,
+            world_size=size,
+        )
+        control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise ShearingError(
+            "GLOO_SOCKET_IFNAME (environment)",
+            value=os.environ.get("GLOO_SOCKET_IFNAME"),
+            allowed="the network interface that reaches the other hosts; unset, it is the one to which this host's "
+            f"own name leads. {_first_line(error)}",
+            mend="on every host: export GLOO_SOCKET_IFNAME=eth0, as `ip addr` names it there (docs/launching.md)",
+        ) from error
+    return control
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _environment() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK; (0, 1, 0) where no launcher set them."""
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
@@ -201,7 +266,7 @@ def _environment() -> tuple[int, int, int]:
                 value=text,
                 allowed="a whole number, set by the launcher together with RANK, WORLD_SIZE and LOCAL_RANK",
                 mend="start with torchrun, accelerate launch, deepspeed or `shear launch --slurm`; "
-                "for one process: unset RANK WORLD_SIZE (see docs/distributed.md)",
+                "for one process: unset RANK WORLD_SIZE (see docs/launching.md)",
             )
         numbers[name] = int(text)
     if numbers["WORLD_SIZE"] > 1:
@@ -213,6 +278,13 @@ def _environment() -> tuple[int, int, int]:
                     allowed="address and port at which the processes meet",
                     mend="start with torchrun, or set MASTER_ADDR to the first host and MASTER_PORT to a free port",
                 )
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise ShearingError(
+            "RANK (environment)",
+            value=numbers["RANK"],
+            allowed=f"0 to WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}",
+            mend="give every process a number of its own, or start with a launcher",
+        )
     return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
 
 
