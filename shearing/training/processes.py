@@ -244,7 +244,7 @@ def _connect(backend: str, *, store: Any, rank: int, size: int, seconds: float) 
             value=os.environ.get("GLOO_SOCKET_IFNAME"),
             allowed="the network interface that reaches the other hosts; unset, it is the one to which this host's "
             f"own name leads. {_first_line(error)}",
-            mend="on every host: export GLOO_SOCKET_IFNAME=eth0, as `ip addr` names it there (docs/launching.md)",
+            mend="on every host: export GLOO_SOCKET_IFNAME=eth0, as `ip addr` names it there (docs/distributed.md)",
         ) from error
     return control
 
@@ -266,7 +266,7 @@ def _environment() -> tuple[int, int, int]:
                 value=text,
                 allowed="a whole number, set by the launcher together with RANK, WORLD_SIZE and LOCAL_RANK",
                 mend="start with torchrun, accelerate launch, deepspeed or `shear launch --slurm`; "
-                "for one process: unset RANK WORLD_SIZE (see docs/launching.md)",
+                "for one process: unset RANK WORLD_SIZE (see docs/distributed.md)",
             )
         numbers[name] = int(text)
     if numbers["WORLD_SIZE"] > 1:

@@ -133,7 +133,7 @@ def _torchrun(hosts: Sequence[Host], rank: int, recipe: Path, *, output: Path, i
     )
     environment = {
         **{name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"},
-        # gloo would look the host's name up, which nobody knows here; docs/launching.md says the same to users.
+        # gloo would look the host's name up, which nobody knows here; docs/distributed.md says the same to users.
         **({"GLOO_SOCKET_IFNAME": host.interface} if interfaces else {}),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
