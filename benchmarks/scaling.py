@@ -432,25 +432,25 @@ def make_workload(*, quick: bool, on_gpu: bool) -> Workload:
     if quick:
         return Workload(
             model=QUICK,
-            sequences=4,
+            sequences=8,
             micro_batch_size=1,
             sequence_length=128,
             precision="fp32",
             rounds=2,
             checkpoint_rounds=1,
             warmup_steps=1,
-            timed_steps=4,
+            timed_steps=2,
         )
     return Workload(
         model=SMOLLM2_135M,
-        sequences=4,
-        micro_batch_size=1,
+        sequences=16,
+        micro_batch_size=4,
         sequence_length=64,
         precision="fp32",
-        rounds=3,
+        rounds=2,
         checkpoint_rounds=1,
         warmup_steps=1,
-        timed_steps=2,
+        timed_steps=1,
     )
 
 
