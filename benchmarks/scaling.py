@@ -25,6 +25,9 @@ ZeRO 1 to 3 compute with bf16 weights and `compute` casts fp32 ones.
 Checkpoints are written through `Checkpoints`: all processes, flushed to disk, checksums. `load` is `Engine.load` with
 its comparison of fingerprints, `verify` the reading of checksums before it. `bytes` is of the folder.
 
+A step on a CPU has 1,024 tokens, as the demo's. Where models are really trained it has a hundred times more, and
+what an engine does once a step weighs as much less: these shares are upper bounds.
+
 Ratios are of tokens/s on all processes (one if there is one GPU): `deepspeed_over_ddp` (ZeRO-1), `torch_over_ddp`, and
 `engine_over_trainer` (the torch engine) on as many processes as `trainer` was measured on.
 """

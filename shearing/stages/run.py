@@ -64,6 +64,8 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] = STAGES, console: Console | 
     Raises:
         ShearingError: something the user can mend; see `preflight`, `RunDirectory` and the stages.
     """
+    # transformers imports DeepSpeed where it is installed, which says on every machine without a GPU that it has none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
     with Processes.start(device=recipe.training.device, timeout=recipe.training.timeout) as processes:
         if processes.is_main:
