@@ -25,15 +25,16 @@ lint: setup
 
 # The tables of keys in docs/, from the recipes' own documentation.
 docs: setup
-	$(BIN)/python -m shearing.recipe_text docs/recipe.md docs/sparsity.md
-	$(BIN)/python -m data_tools.recipe docs/data.md
+	$(BIN)/python -m shearing.runs.recipe docs/recipe.md
+	$(BIN)/python -m shearing.pruning.sparse.recipe docs/sparsity.md
+	$(BIN)/python -m data_tools.preparation.recipe docs/data.md
 
 # Optional: our masks beside llm-compressor's, in an environment of its own, as it wants other versions of libraries.
 compare-llmcompressor:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
 	@test -x $(COMPARISON)/bin/python || $(PYTHON) -m venv $(COMPARISON)
 	$(COMPARISON)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' llmcompressor==0.14.0.1
-	OMP_NUM_THREADS=1 $(COMPARISON)/bin/python -m pytest tests/sparsity/test_llmcompressor.py
+	OMP_NUM_THREADS=1 $(COMPARISON)/bin/python -m pytest tests/pruning/sparse/test_llmcompressor.py
 
 setup: $(STAMP)
 

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shearing.data.documents import DocumentRules
 from shearing.evaluation.environment import environment
 from shearing.models.anatomy import backbone, head_weight
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
-from shearing.models.documents import DocumentRules
-from shearing.training.metrics import max_memory
-from shearing.training.objectives import LanguageModelLoss, causal_lm_loss
+from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.progress import max_memory
 
 CHUNK_TOKENS = 1024
 SIDES = ("full", "documents", "mask")

@@ -30,9 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shearing.mixture import Corpus, CorpusWriter, Mixture, Prefetcher
-from shearing.mixture.corpus import FORMAT, DomainManifest, SourceFile, SplitManifest
-from shearing.run_directory import write_json
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import FORMAT, DomainManifest, SourceFile, SplitManifest
+from shearing.data.corpus.writer import CorpusWriter
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.data.mixture.sampler import Mixture
+from shearing.files.durable import write_json
 
 VOCAB_SIZE = 49_152
 WEIGHTS = [0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15]  # the paper's, for its seven domains

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearing.evaluation.environment import environment
-from shearing.training.metrics import max_memory
-from shearing.training.objectives import causal_lm_loss
+from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.progress import max_memory
 
 CHUNK_TOKENS = 1024
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from shearing.masks.learner import MaskLearner, MaskSettings
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight, load_source
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
 from shearing.models.attention import drop_attention_mask
+from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.training.objectives import causal_lm_loss
+from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.pruning.structured.learner import MaskLearner, MaskSettings
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 SIDES = ("dense", "masked", "usual")

@@ -23,13 +23,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shearing.evaluation.environment import environment
-from shearing.masks.learner import MaskLearner, MaskSettings
 from shearing.models.attention import drop_attention_mask
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
-from shearing.training.engine import Optimization, TorchEngine, checkpoint_activations
-from shearing.training.memory import Checkpointing, Sharding, Workload, estimate
-from shearing.training.objectives import LanguageModelLoss
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, estimate
+from shearing.training.device import checkpoint_activations
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.engines.torch_engine import TorchEngine
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 QUICK = {

@@ -32,18 +32,18 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.loss import heldout_loss, macro_mean
-from shearing.mixture.corpus import Corpus
-from shearing.models.anatomy import load_source
-from shearing.run_directory import read_json, write_json
-from shearing.sparsity.allocation import Allocation, Allocator, Request
-from shearing.sparsity.allocation.choose import allocator_of, request_of
-from shearing.sparsity.allocation.msp import Msp
-from shearing.sparsity.blocks import Blocks
-from shearing.sparsity.job import Job, prepare
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.sequential import Method, prune_layers
+from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.files.durable import read_json, write_json
+from shearing.models.loading import load_source
+from shearing.pruning.sparse.allocation.allocator import Allocation, Allocator, Request
+from shearing.pruning.sparse.job import Job, prepare
+from shearing.pruning.sparse.levels import allocator_of, request_of
+from shearing.pruning.sparse.prune_layers import Method, prune_layers
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.search.msp import Msp
+from shearing.pruning.sparse.stored.pruned_layers import Blocks
 
 RULES = ("uniform", "depth", "alpha", "owl", "rank", "msp")
 CRITERIA = ("wanda", "sparsegpt", "magnitude")

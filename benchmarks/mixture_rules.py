@@ -27,14 +27,16 @@ from quality import cut_at_once, losses_of, quick_inputs
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.recipe import MixtureRecipe
 from shearing.evaluation.environment import environment
-from shearing.models.anatomy import load_config
-from shearing.recipe import MixtureRecipe, Recipe, load_recipe, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory, read_json, write_json
-from shearing.stages.pretrain import pretrain
-from shearing.stages.reference_loss import source as source_losses
-from shearing.training.engine import resolve_device
-from shearing.training.task import initial_mixture, open_corpus
+from shearing.files.durable import read_json, write_json
+from shearing.models.loading import load_config
+from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.pretrain import pretrain
+from shearing.runs.stages.reference_loss import source as source_losses
+from shearing.runs.stages.training_task import initial_mixture, open_corpus
+from shearing.training.device import resolve_device
 
 STATIC = ["mixture.update=constant"]
 # Constants of the exponential rules have no place in a recipe of robust weights.

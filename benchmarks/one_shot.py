@@ -33,25 +33,31 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.loss import heldout_loss, macro_mean
-from shearing.mixture.corpus import Corpus
-from shearing.models.anatomy import load_source
-from shearing.sparsity.calibration import load_calibration
-from shearing.sparsity.check import differences
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.output import read_manifest
-from shearing.sparsity.patterns import pattern_of
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.reconstruction import reconstructions
-from shearing.sparsity.sparsify import sparsify
-from shearing.sparsity.statistics import InputStatistics, Need
-from shearing.training.metrics import max_memory
+from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.models.loading import load_source
+from shearing.progress import max_memory
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.text import load_calibration
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.patterns import pattern_of
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.reconstruction import reconstructions
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.stored.check import differences
+from shearing.pruning.sparse.stored.manifest import read_manifest
 
 # The server imports everything once; each measurement is a fork of it that has computed nothing yet.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["shearing.sparsity.sparsify", "shearing.evaluation.loss", "transformers"])
+PROCESSES.set_forkserver_preload(
+    [
+        "shearing.pruning.sparse.one_shot",
+        "shearing.evaluation.heldout_loss",
+        "transformers",
+    ]
+)
 METHODS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt")}
 MORE_METHODS = {
     "wanda, obs": {"criterion": "wanda", "reconstruction": "obs"},

@@ -31,23 +31,26 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
 from shearing.evaluation.environment import environment
-from shearing.evaluation.loss import heldout_loss
-from shearing.masks.importance import Scores, activation_importance, magnitude_importance, random_importance, select
-from shearing.masks.reconstruction import compensate
-from shearing.mixture.corpus import tokenizer_fingerprint
-from shearing.mixture.writer import CorpusWriter
-from shearing.models.anatomy import load_source
-from shearing.models.compact import compact
+from shearing.evaluation.heldout_loss import heldout_loss
+from shearing.files.durable import read_json, write_json
+from shearing.models.cutting import compact
+from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import Recipe, load_recipe, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory, read_json, write_json
-from shearing.stages.compact import compact as compact_stage
-from shearing.stages.pretrain import pretrain as pretrain_stage
-from shearing.stages.prune import prune as prune_stage
-from shearing.training.engine import resolve_device, resolve_precision
-from shearing.training.task import calibration_batches, initial_mixture, open_corpus
+from shearing.pruning.structured.compensation import compensate
+from shearing.pruning.structured.importance.activations import activation_importance
+from shearing.pruning.structured.importance.magnitude import magnitude_importance
+from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.compact import compact as compact_stage
+from shearing.runs.stages.pretrain import pretrain as pretrain_stage
+from shearing.runs.stages.prune import prune as prune_stage
+from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus
+from shearing.training.device import resolve_device, resolve_precision
 
 OURS = ("learned", "start")
 METHODS = (*OURS, "importance", "refitted", "magnitude", "random")

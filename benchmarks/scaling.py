@@ -61,14 +61,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 from shearing.evaluation.environment import environment
+from shearing.files.durable import read_json
 from shearing.models.attention import drop_attention_mask
-from shearing.recipe import DeepSpeedRecipe
-from shearing.run_directory import read_json
-from shearing.training.checkpoint import FINGERPRINTS, Checkpoints
-from shearing.training.deepspeed_engine import DeepSpeedEngine
-from shearing.training.engine import Engine, Optimization, TorchEngine, adamw
-from shearing.training.objectives import LanguageModelLoss
-from shearing.training.processes import Processes
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
+from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
+from shearing.training.engines.engine import Engine
+from shearing.training.engines.optimizer import Optimization, adamw
+from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.recipe import DeepSpeedRecipe
 
 SMOLLM2_135M = {
     "vocab_size": 49152,
@@ -545,7 +547,14 @@ def main() -> None:
     # parent has looked at, and importing DeepSpeed is a look.
     context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    context.set_forkserver_preload(["deepspeed", "shearing.training.deepspeed_engine", "transformers.trainer", LLAMA])
+    context.set_forkserver_preload(
+        [
+            "deepspeed",
+            "shearing.training.engines.deepspeed_engine",
+            "transformers.trainer",
+            LLAMA,
+        ]
+    )
     turns: dict[tuple[str, int], list[Turn]] = {side: [] for side in sides}
     for number in range(rounds):
         first = number * len(sides) // rounds

@@ -31,14 +31,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
-from shearing.models.anatomy import decoder_layers, load_source
-from shearing.sparsity.patterns import KeptOf
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.semi_structured.export import MARGIN
-from shearing.sparsity.semi_structured.hardware import TOLERANCES, Hardware, find_hardware
-from shearing.sparsity.semi_structured.layout import misalignment
-from shearing.sparsity.semi_structured.loading import PRECISIONS, convert_layers
-from shearing.sparsity.semi_structured.timing import (
+from shearing.models.anatomy import decoder_layers
+from shearing.models.loading import load_source
+from shearing.progress import activity
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.patterns import KeptOf
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.semi_structured.export import MARGIN
+from shearing.pruning.sparse.semi_structured.hardware import TOLERANCES, Hardware, find_hardware
+from shearing.pruning.sparse.semi_structured.layout import misalignment
+from shearing.pruning.sparse.semi_structured.loading import PRECISIONS, convert_layers
+from shearing.pruning.sparse.semi_structured.timing import (
     Layer,
     best_backend,
     is_faster,
@@ -46,8 +49,6 @@ from shearing.sparsity.semi_structured.timing import (
     layers_to_measure,
     speedup,
 )
-from shearing.sparsity.sparsify import sparsify
-from shearing.training.metrics import activity
 
 WARM_UP = 2
 

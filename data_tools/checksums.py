@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
-from shearing.mixture.tokens import Tokens
+from shearing.data.corpus.tokens import Tokens
+from shearing.files.checksums import Advance
 
-BYTES_AT_A_TIME = 1 << 20
 TOKENS_AT_A_TIME = 1 << 20
-
-Advance = Callable[[int], None]
-
-
-def sha256_of_file(path: Path, *, advance: Advance = lambda _: None) -> str:
-    """SHA-256 of a file's bytes, hexadecimal.
-
-    Args:
-        advance: called with the number of bytes just read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(BYTES_AT_A_TIME):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
 
 
 def sha256_of_tokens(tokens: Tokens, *, dtype: str, advance: Advance = lambda _: None) -> str:

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.progress import (
-    BarColumn,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from shearing.mixture.corpus import Corpus, DomainManifest, SourceFile
-from shearing.mixture.writer import CorpusWriter
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import DomainManifest, SourceFile
+from shearing.data.corpus.writer import CorpusWriter
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
 
 # Enough for all cores to work on, little enough to show progress and to hold in memory.
 CHARACTERS_PER_BATCH = 500_000

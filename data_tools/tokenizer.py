@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import nearest_name, tokenizer_fingerprint
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.errors import ShearingError, nearest_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

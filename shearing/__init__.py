@@ -8,16 +8,17 @@ shearing.run(recipe)
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shearing.errors import ShearingError
+from shearing.late import late
 
 if TYPE_CHECKING:
-    from shearing.recipe import Recipe, load_recipe
-    from shearing.sparsity.recipe import SparsifyRecipe
-    from shearing.sparsity.sparsify import sparsify
-    from shearing.stages.run import compact, evaluate, pretrain, prune, run
+    from shearing.pruning.sparse.one_shot import sparsify
+    from shearing.pruning.sparse.recipe import SparsifyRecipe
+    from shearing.runs.recipe import Recipe, load_recipe
+    from shearing.runs.stages.run import compact, evaluate, pretrain, prune, run
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,13 +34,18 @@ __all__ = [
     "sparsify",
 ]
 
-_HOMES = dict.fromkeys(("compact", "evaluate", "pretrain", "prune", "run"), "shearing.stages.run")
-_HOMES |= {"Recipe": "shearing.recipe", "load_recipe": "shearing.recipe"}
-_HOMES |= {"SparsifyRecipe": "shearing.sparsity.recipe", "sparsify": "shearing.sparsity.sparsify"}
-
-
-def __getattr__(name: str) -> Any:
-    # Late, because `shear --help` and error messages should not wait for torch.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Late, because `shear --help` and error messages should not wait for torch.
+__getattr__ = late(
+    __name__,
+    {
+        "Recipe": "runs.recipe",
+        "SparsifyRecipe": "pruning.sparse.recipe",
+        "compact": "runs.stages.run",
+        "evaluate": "runs.stages.run",
+        "load_recipe": "runs.recipe",
+        "pretrain": "runs.stages.run",
+        "prune": "runs.stages.run",
+        "run": "runs.stages.run",
+        "sparsify": "pruning.sparse.one_shot",
+    },
+)

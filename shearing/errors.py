@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -46,3 +47,9 @@ def _restored(kind: type[ShearingError], arguments: tuple[object, ...], attribut
     error.args = arguments
     error.__dict__.update(attributes)
     return error
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """'did you mean X?' for the nearest of `names`, or an empty string if none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {near[0]}?" if near else ""

@@ -88,8 +88,8 @@ def _write_model(folder: Path) -> Any:
 def _write_corpus(folder: Path, *, tokenizer: Any) -> None:
     import random
 
-    from shearing.mixture.corpus import tokenizer_fingerprint
-    from shearing.mixture.writer import CorpusWriter
+    from shearing.data.corpus.format import tokenizer_fingerprint
+    from shearing.data.corpus.writer import CorpusWriter
 
     draw = random.Random(0)
     writer = CorpusWriter(

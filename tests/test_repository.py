@@ -17,20 +17,20 @@ from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
 import shearing
-from data_tools.recipe import PreparationRecipe
-from shearing.cli import app
-from shearing.mixture import Corpus
-from shearing.recipe import Recipe, load_recipe
-from shearing.recipe_text import embed_reference
-from shearing.run_directory import RunDirectory
-from shearing.sparsity.recipe import SparsifyRecipe
+from data_tools.preparation.recipe import PreparationRecipe
+from shearing.cli.app import app
+from shearing.data.corpus.corpus import Corpus
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.settings.document import embed_reference
+from tests.repository import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

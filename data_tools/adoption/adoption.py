@@ -21,18 +21,28 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from data_tools.checksums import sha256_of_file, sha256_of_tokens
-from data_tools.foreign import ForeignFile, ForeignSet, find_documents
+from data_tools.adoption.foreign import ForeignFile, ForeignSet
+from data_tools.checksums import sha256_of_tokens
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
+from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import (
+    MANIFEST_NAME,
+    SPLITS,
+    DomainManifest,
+    SourceFile,
+    Split,
+    SplitManifest,
+    require_domain_name,
+)
+from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
+from shearing.data.corpus.writer import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.errors import ShearingError
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
-from shearing.mixture.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
-from shearing.mixture.corpus import MANIFEST_NAME, SPLITS, Corpus, DomainManifest, SourceFile, Split, SplitManifest
-from shearing.mixture.mapping import map_file
-from shearing.mixture.splits import Documents, HeldoutSize, choose_heldout
-from shearing.mixture.writer import earlier_texts, is_complete, make_corpus_folder, require_domain_name, write_index
-from shearing.run_directory import flush_folder, write_json
-from shearing.training.metrics import activity
+from shearing.files.checksums import sha256_of_file
+from shearing.files.durable import flush_folder, write_json
+from shearing.files.mapped_arrays import map_file
+from shearing.progress import activity
 
 # Enough for arithmetic on arrays to pay, little beside what a process takes anyway.
 TOKENS_AT_A_TIME = 1 << 22
@@ -364,3 +374,29 @@ def _save_split(
     for path, array in arrays.items():
         with path.open("wb") as file:
             np.save(file, np.ascontiguousarray(array))
+
+
+def find_documents(path: Path, *, field: str) -> ForeignSet:
+    """The documents of the tokenised set at `path`.
+
+    Args:
+        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
+            of `datasets` wrote, with a column `input_ids`.
+        field: what the user calls it.
+
+    Raises:
+        ShearingError: it is neither, or damaged.
+    """
+    from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
+    from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
+
+    if files := datatrove_files(path):
+        return find_in_datatrove(files)
+    if files := arrow_files(path, field=field):
+        return find_in_arrow(files)
+    raise ShearingError(
+        field,
+        value=str(path),
+        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
+        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
+    )

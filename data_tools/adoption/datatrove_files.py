@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.foreign import ForeignFile, ForeignSet
+from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from shearing.errors import ShearingError
 
 SUFFIX = ".ds"

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shearing.errors import ShearingError
-
 Counts = npt.NDArray[np.int64]
 
 
@@ -33,29 +31,3 @@ class ForeignSet:
     kind: str
     files: tuple[ForeignFile, ...]
     tokenizer: str | None = None
-
-
-def find_documents(path: Path, *, field: str) -> ForeignSet:
-    """The documents of the tokenised set at `path`.
-
-    Args:
-        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
-            of `datasets` wrote, with a column `input_ids`.
-        field: what the user calls it.
-
-    Raises:
-        ShearingError: it is neither, or damaged.
-    """
-    from data_tools.arrow_folder import arrow_files, find_in_arrow
-    from data_tools.datatrove_files import datatrove_files, find_in_datatrove
-
-    if files := datatrove_files(path):
-        return find_in_datatrove(files)
-    if files := arrow_files(path, field=field):
-        return find_in_arrow(files)
-    raise ShearingError(
-        field,
-        value=str(path),
-        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
-        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
-    )

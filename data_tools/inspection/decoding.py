@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shearing.data.corpus.format import TOKENIZER_NAME
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import TOKENIZER_NAME
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

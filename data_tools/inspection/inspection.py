@@ -16,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from data_tools.decoding import open_tokenizer
+from data_tools.inspection.decoding import open_tokenizer
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import SPLITS, DomainManifest
+from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import SPLITS, Corpus, DomainManifest
-from shearing.mixture.weights import resolve_weights
-from shearing.recipe import Recipe, tokens_per_step, total_steps
-from shearing.training.metrics import activity
+from shearing.progress import activity
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 MOST_LENGTHS = 1_000_000  # of a domain
 MOST_HASHES = 20_000_000  # of the corpus

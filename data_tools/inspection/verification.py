@@ -13,11 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from data_tools.checksums import sha256_of_file
-from data_tools.decoding import open_tokenizer
-from shearing.errors import ShearingError
-from shearing.mixture.adopted import Adopted
-from shearing.mixture.corpus import (
+from data_tools.inspection.decoding import open_tokenizer
+from shearing.data.corpus.adopted import Adopted
+from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
@@ -26,12 +24,15 @@ from shearing.mixture.corpus import (
     read_index,
     tokenizer_fingerprint,
 )
-from shearing.mixture.integrity import Damage, open_tokens, quick_damages
-from shearing.mixture.mapping import map_array
-from shearing.training.metrics import activity
+from shearing.data.corpus.integrity import Damage, open_tokens, quick_damages
+from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
+from shearing.files.mapped_arrays import map_array
+from shearing.progress import activity
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
 
 TOKENS_AT_A_TIME = 1 << 20
 DECODED_TOKENS = 64

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.inspection import DomainFigures, Inspection
-from shearing.evaluation.table import format_tokens
+from data_tools.inspection.inspection import DomainFigures, Inspection
+from shearing.settings.quantities import format_tokens
 
 # The report's colours, on paper.
 COLOURS = ("#2563a8", "#d9730d", "#1f8a5f", "#c43d5a", "#7b54b8", "#8a6a16", "#2b9ab0", "#75808d")

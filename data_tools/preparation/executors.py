@@ -23,10 +23,10 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from loguru import logger
 
 from data_tools.extras import require_extra
-from data_tools.recipe import RaySettings, SlurmSettings
-from data_tools.work import WorkFolder
+from data_tools.preparation.recipe import RaySettings, SlurmSettings
+from data_tools.preparation.work_folder import WorkFolder
 from shearing.errors import ShearingError
-from shearing.run_directory import read_json, write_json
+from shearing.files.durable import read_json, write_json
 
 _WATCH_SECONDS = 0.5
 _UNWIND_SECONDS = 5.0
@@ -53,7 +53,8 @@ def run_locally(stages: Sequence[Stage], *, work: WorkFolder, workers: int, watc
     """
     logger.remove()
     # Workers are forked from one process that has imported all this already, instead of importing it each.
-    multiprocess.set_forkserver_preload(["data_tools.steps", __name__, *({"shearing.cli"} & set(sys.modules))])
+    loaded = {"shearing.cli"} & set(sys.modules)
+    multiprocess.set_forkserver_preload(["data_tools.preparation.steps", __name__, *loaded])
     for stage in stages:
         executor = _LocalExecutor(
             list(stage.pipeline),

@@ -25,7 +25,7 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from data_tools.work import WorkFolder
+from data_tools.preparation.work_folder import WorkFolder
 
 # Of its two hashes the one that works with every version of its package.
 CONFIG = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))

@@ -24,19 +24,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from data_tools.extras import require_extra
-from data_tools.recipe import PreparationRecipe
-from data_tools.sources import Input, find_inputs
+from data_tools.preparation.recipe import PreparationRecipe
+from data_tools.preparation.sources import Input, find_inputs
+from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_tasks
 from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import load_tokenizer
-from data_tools.work import PREFIX, Task, WorkFolder, plan_tasks
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
+from shearing.data.corpus.splits import HeldoutSize
+from shearing.data.corpus.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import FORMAT, INDEX_NAME, Corpus, DomainManifest
-from shearing.mixture.splits import HeldoutSize
-from shearing.mixture.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
-from shearing.run_directory import read_json, write_json, write_text
+from shearing.files.durable import read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from data_tools.executors import Stage
+    from data_tools.preparation.executors import Stage
+
 
 PACKAGES = ("datatrove", "numpy", "shearing", "tokenizers")
 _PLAIN_SECONDS = 10.0
@@ -221,8 +223,8 @@ def _plan(
 
 
 def _stages(job: _Job, *, threads: int) -> list[Stage]:
-    from data_tools import steps
-    from data_tools.executors import Stage
+    from data_tools.preparation import steps
+    from data_tools.preparation.executors import Stage
 
     recipe, work = job.recipe, job.work
     near = recipe.near_duplicates != "ignore"
@@ -247,7 +249,7 @@ def _stages(job: _Job, *, threads: int) -> list[Stage]:
     tokenise = steps.TokeniseShard(work, settings=job.settings, reading=reading, threads=threads, hand_on=near)
     stages = [Stage(steps.TOKENISE, [read, tokenise], len(job.tasks))]
     if near:
-        from data_tools import near_duplicates
+        from data_tools.preparation import near_duplicates
 
         stages = [Stage(steps.TOKENISE, [read, tokenise, near_duplicates.Signatures(work)], len(job.tasks))]
         stages.append(Stage("pairs", [near_duplicates.find_pairs(work)], near_duplicates.NUM_BUCKETS))
@@ -260,7 +262,7 @@ def _stages(job: _Job, *, threads: int) -> list[Stage]:
 
 def _run(job: _Job, *, console: Console) -> bool:
     """Run the stages; returns whether the corpus is there, and not only on its way."""
-    from data_tools import executors
+    from data_tools.preparation import executors
 
     recipe, work = job.recipe, job.work
     shutil.rmtree(work.failures, ignore_errors=True)

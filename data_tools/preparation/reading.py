@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import orjson
 
-from data_tools.sources import Input, load_hub_dataset, open_file_system
+from data_tools.preparation.sources import Input, load_hub_dataset, open_file_system
 from shearing.errors import ShearingError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
 
 READ_BYTES = 1 << 20
 ROWS_PER_BATCH = 256

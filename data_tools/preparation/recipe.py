@@ -1,6 +1,6 @@
 """What a preparation of text is: which files make which domains, and how; YAML, overrides and options of the command.
 
-python -m data_tools.recipe docs/data.md     rewrites the table of keys inside that file
+python -m data_tools.preparation.recipe docs/data.md     rewrites the table of keys inside that file
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from shearing.data.corpus.format import require_domain_name
+from shearing.data.corpus.splits import HELDOUT_FORMS, HeldoutSize
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.mixture.splits import HELDOUT_FORMS, HeldoutSize
-from shearing.mixture.writer import require_domain_name
-from shearing.recipe_errors import located
-from shearing.recipe_file import Places, apply_overrides, read_recipe_file
-from shearing.recipe_section import Section
-from shearing.recipe_text import embed_reference
+from shearing.settings.document import embed_reference
+from shearing.settings.mistakes import located
+from shearing.settings.reading import Places, apply_overrides, read_recipe_file
+from shearing.settings.section import Section
 
 HUB_PREFIX = "hf:"
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.recipe import HUB_PREFIX, DomainSources
+from data_tools.preparation.recipe import HUB_PREFIX, DomainSources
 from shearing.errors import ShearingError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
 
 Kind = Literal["lines", "parquet", "arrow", "text", "hub"]
 Compression = Literal["gzip", "zstd"]

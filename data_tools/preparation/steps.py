@@ -24,15 +24,14 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
-from data_tools.reading import BadInput, SourceStream, open_source, read_texts
-from data_tools.sources import Input
+from data_tools.preparation.reading import BadInput, SourceStream, open_source, read_texts
+from data_tools.preparation.sources import Input
+from data_tools.preparation.work_folder import Task, WorkFolder, publish
 from data_tools.tokenisation import PlainTokenizer, batches
-from data_tools.work import Task, WorkFolder, publish
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import SourceFile
-from shearing.mixture.shards import Shard, ShardWriter
-from shearing.mixture.splits import Documents
-from shearing.mixture.writer import (
+from shearing.data.corpus.format import SourceFile
+from shearing.data.corpus.shards import Shard, ShardWriter
+from shearing.data.corpus.splits import Documents
+from shearing.data.corpus.writer import (
     DomainSettings,
     Places,
     decide_places,
@@ -41,9 +40,11 @@ from shearing.mixture.writer import (
     write_domain_folder,
     write_index,
 )
+from shearing.errors import ShearingError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
 
 NearDuplicates = Literal["ignore", "together", "remove"]
 
@@ -296,7 +297,7 @@ class DecidePlaces(_Single):
     def _clusters(self, shards: Mapping[str, Sequence[Shard]]) -> dict[str, npt.NDArray[np.int64]]:
         if self.assembly.near_duplicates == "ignore":
             return {}
-        from data_tools.near_duplicates import read_clusters
+        from data_tools.preparation.near_duplicates import read_clusters
 
         return {
             name: np.concatenate(

@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.sources import Input
+from data_tools.preparation.sources import Input
+from shearing.data.corpus.shards import COUNTS_NAME
 from shearing.errors import ShearingError
-from shearing.mixture.shards import COUNTS_NAME
-from shearing.run_directory import flush_folder, write_json
+from shearing.files.durable import flush_folder, write_json
 
 PREFIX = ".preparing-"
 

@@ -1,21 +1,35 @@
-"""Which text comes next: tokenised domains on disk, the sampler over them, and the rules that move their weights."""
+"""Text to train on: tokenised domains on disk (`corpus`), and which sample comes next (`mixture`)."""
 
 from __future__ import annotations
 
-from shearing.mixture.averages import LossAverages
-from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
-from shearing.mixture.reference import resolve_reference
-from shearing.mixture.rules import rule_of, update_weights
-from shearing.mixture.sampler import Batch, Mixture, Prefetcher
-from shearing.mixture.weights import resolve_weights
-from shearing.mixture.writer import CorpusWriter
+from typing import TYPE_CHECKING
+
+from shearing.late import late
+
+if TYPE_CHECKING:
+    from shearing.data.corpus.corpus import Corpus
+    from shearing.data.corpus.format import tokenizer_fingerprint
+    from shearing.data.corpus.writer import CorpusWriter
+    from shearing.data.documents import DocumentRules, Documents, Inputs
+    from shearing.data.mixture.averages import LossAverages
+    from shearing.data.mixture.prefetcher import Prefetcher
+    from shearing.data.mixture.reference import resolve_reference
+    from shearing.data.mixture.rules.update import rule_of, update_weights
+    from shearing.data.mixture.sampler import Batch, Mixture
+    from shearing.data.mixture.weights import resolve_weights
+    from shearing.data.recipe import DataRecipe, MixtureRecipe
 
 __all__ = [
     "Batch",
     "Corpus",
     "CorpusWriter",
+    "DataRecipe",
+    "DocumentRules",
+    "Documents",
+    "Inputs",
     "LossAverages",
     "Mixture",
+    "MixtureRecipe",
     "Prefetcher",
     "resolve_reference",
     "resolve_weights",
@@ -23,3 +37,25 @@ __all__ = [
     "tokenizer_fingerprint",
     "update_weights",
 ]
+
+__getattr__ = late(
+    __name__,
+    {
+        "Batch": "mixture.sampler",
+        "Corpus": "corpus.corpus",
+        "CorpusWriter": "corpus.writer",
+        "DataRecipe": "recipe",
+        "DocumentRules": "documents",
+        "Documents": "documents",
+        "Inputs": "documents",
+        "LossAverages": "mixture.averages",
+        "Mixture": "mixture.sampler",
+        "MixtureRecipe": "recipe",
+        "Prefetcher": "mixture.prefetcher",
+        "resolve_reference": "mixture.reference",
+        "resolve_weights": "mixture.weights",
+        "rule_of": "mixture.rules.update",
+        "tokenizer_fingerprint": "corpus.format",
+        "update_weights": "mixture.rules.update",
+    },
+)

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
 from shearing.models.attention import attention_within_documents
-from shearing.models.documents import DocumentRules, Documents, Inputs
 from shearing.models.masked import MaskedModel
-from shearing.training.objectives import per_token_loss
-from shearing.training.processes import Processes
+from shearing.objectives.cross_entropy import per_token_loss
+from shearing.processes.processes import Processes
 
 if TYPE_CHECKING:
-    from shearing.mixture.corpus import Corpus
+    from shearing.data.corpus.corpus import Corpus
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from shearing.settings.quantities import format_parameters, format_tokens
+
 Evaluation = Mapping[str, Any]
 
 
@@ -209,23 +211,6 @@ def verdict(evaluation: Evaluation) -> str:
             sentence += f", and it writes a token {faster:.1f}× as fast"
         sentences.append(sentence + ".")
     return " ".join(sentences) or "Nothing has been compared yet."
-
-
-def format_parameters(count: float) -> str:
-    """A parameter count in millions or billions: "64.2M", "1.30B"."""
-    if count >= 1e9:
-        return f"{count / 1e9:.2f}B"
-    if count >= 1e6:
-        return f"{count / 1e6:.1f}M"
-    return f"{count / 1e3:.1f}K" if count >= 1e3 else f"{count:.0f}"
-
-
-def format_tokens(count: float) -> str:
-    """A number of tokens: 0, 500, 20K, 1.5M, 0.4B."""
-    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(count) >= scale:
-            return f"{count / scale:.4g}{letter}"
-    return f"{count:.4g}"
 
 
 def _size(source: dict[str, Any], result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shearing.errors import ShearingError
-from shearing.run_directory import read_json, write_json
+from shearing.files.durable import read_json, write_json
 
 VARIABLE = "SHEARING_CACHE"
 

@@ -5,8 +5,10 @@ The format: the header's length (8 bytes, little-endian), the header (JSON), the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from shearing.errors import ShearingError
+from shearing.files.durable import flush_folder
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -120,3 +124,46 @@ def write_in_turn(
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def no_space(folder: Path) -> ShearingError:
+    """The error for a full disk."""
+    return ShearingError(
+        "run_dir",
+        value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
+        allowed="a disk that can take one more checkpoint",
+        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that a disk or a quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the operating system's error in its text.
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
+
+    Args:
+        path: file to write; its folder exists.
+        tensors: no two may share memory.
+        metadata: text for the file's header.
+
+    Raises:
+        ShearingError: no space left.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise no_space(path.parent) from error
+        raise
+    beside.replace(path)
+    flush_folder(path.parent)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+
 PREFIX = "causal_"
 MASKLESS = ("sdpa", "flash_attention_2")
 """Kernels that are causal without a mask; flash attention also applies a sliding window by itself."""

@@ -57,7 +57,8 @@ class Selection:
                 "masks (sub-layers)",
                 value=layers,
                 allowed="attention and MLP sub-layers that alternate in depth",
-                mend="select them with shearing.masks.rounding, which keeps the order that an ordinary layer has",
+                mend="select them with shearing.pruning.structured.rounding, which keeps the order that an ordinary "
+                "layer has",
             )
         groups, per_group = source.num_key_value_heads, source.query_heads_per_group
         every_group = torch.ones(source.num_hidden_layers, groups, dtype=torch.bool)

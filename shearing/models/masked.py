@@ -25,6 +25,7 @@ from shearing.models.shape import Shape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 Wrapper = TypeVar("Wrapper", bound=nn.Module)
 
 

@@ -16,7 +16,8 @@ from shearing.models.anatomy import anatomy_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from shearing.recipe import TargetRecipe
+    from shearing.models.recipe import TargetRecipe
+
 
 SIZE_NAMES = (
     "num_hidden_layers",

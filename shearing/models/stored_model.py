@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import load_config, load_source, skeleton
-from shearing.sparsity.tensor_files import DTYPES, Entry, read_header, read_tensors
+from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
+from shearing.models.loading import load_config, load_source, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
 
 STORED = frozenset({".safetensors", ".bin", ".gguf"})
 WEIGHT_FILES = ("*.safetensors",)

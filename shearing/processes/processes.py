@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from typing_extensions import Self
 
 from shearing.errors import ShearingError
-from shearing.training.watch import Watch, exit_code
+from shearing.processes.watch import Watch, exit_code
 
 Value = TypeVar("Value")
 

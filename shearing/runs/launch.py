@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shearing.errors import ShearingError
-from shearing.recipe import Recipe, split_batch
+from shearing.runs.recipe import Recipe, split_batch
 
 GPUS_PER_NODE = 8
 """What a node has unless the user says otherwise."""

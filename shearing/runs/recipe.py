@@ -1,279 +1,35 @@
-"""A recipe: everything that defines a run, typed, documented and validated before anything expensive starts."""
+"""A recipe: everything that defines a run, typed, documented and validated before anything expensive starts.
+
+python -m shearing.runs.recipe docs/recipe.md     rewrites the reference of keys inside that file
+"""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from shearing.data.recipe import DataRecipe, MixtureRecipe, rule_contradictions
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.quantities import BatchSize, Duration, ParameterCount
-from shearing.recipe_errors import located
-from shearing.recipe_file import read_recipe_file
-from shearing.recipe_section import Section
-from shearing.recipe_text import keys, to_yaml
-from shearing.run_directory import Stage
-from shearing.sparsity.recipe import OneShotRecipe
+from shearing.evaluation.recipe import EvaluationRecipe
+from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
+from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
+from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.settings.document import embed_reference, keys, to_yaml
+from shearing.settings.mistakes import located
+from shearing.settings.quantities import Duration
+from shearing.settings.reading import read_recipe_file
+from shearing.settings.section import Section
+from shearing.training.recipe import PretrainRecipe, StageRecipe, TrainingRecipe
 
 TrainingStage = Literal["prune", "pretrain"]
-GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-
-
-class ModelRecipe(Section):
-    """The source model."""
-
-    source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
-    revision: str | None = Field(None, description="Hub revision; only for hub names.")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
-
-
-class DataRecipe(Section):
-    """Tokenised domains."""
-
-    corpus: Path = Field(description="Folder written by data_tools: one sub-folder per domain.")
-    sequence_length: int = Field(4096, ge=2, description="Tokens per sequence; chosen here, not when tokenising.")
-    domains: list[str] | None = Field(None, description="Domains to train on; all of the corpus if unset.")
-    attention: Literal["full", "documents"] = Field(
-        "full",
-        description="full: a token attends to all tokens before it in its row (paper); documents: to those of its own "
-        "document alone, in which positions count from 0.",
-    )
-    loss_across_documents: bool = Field(
-        True,
-        description="Whether the separator that ends a document has to predict the first token of the next one; "
-        "false: that token does not count in any loss.",
-    )
-
-
-class TargetRecipe(Section):
-    """The shape to reach: sizes by name (unset: as in the source), or a parameter budget alone."""
-
-    num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
-    hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
-    intermediate_size: int | None = Field(None, ge=1, description="Units kept in each MLP.")
-    num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
-    num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
-    parameters: ParameterCount | None = Field(
-        None, description="Parameter budget (64M, 1.3B), embeddings included; excludes every size above."
-    )
-    uniform: bool = Field(
-        False,
-        description="With `parameters`: project the learned sizes onto one size for all layers, "
-        "the only kind of result that an ordinary config can hold.",
-    )
-
-
-class MixtureRecipe(Section):
-    """Dynamic batch loading: which domain each sample comes from."""
-
-    initial_weights: dict[str, float] | Literal["uniform", "proportional"] = Field(
-        "proportional", description="Starting domain weights; proportional: by tokens in the corpus."
-    )
-    update: Literal["paper", "released", "bandit", "constant", "robust"] = Field(
-        "paper",
-        description="Rule that turns excess loss into new weights: paper (Sheared LLaMA, Algorithm 1), released (its "
-        "published code), bandit (the same code, undocumented), constant, or robust (the worst mix near the initial "
-        "one, after DRPruning).",
-    )
-    interval: Duration = Field(Duration(steps=50), description="Time between two updates (while pruning).")
-    pretrain_interval: Duration = Field(Duration(steps=400), description="Time between two updates in pretraining.")
-    step_size: Positive = Field(1.0, description="Multiplies the excess loss in the exponent; not with robust.")
-    smoothing: Fraction = Field(
-        1e-4, description="Share of the uniform mix blended into every update (c); not with robust."
-    )
-    divergence: Positive = Field(
-        0.05,
-        description="robust: largest chi-square divergence from the initial weights, 1/2 sum_i p_i (w_i / p_i - 1)^2 "
-        "(rho of DRPruning, arXiv 2411.14055).",
-    )
-    floor: Fraction = Field(
-        0.2, description="robust: least share of its initial weight that a domain keeps (DRPruning's code: 0.2)."
-    )
-    loss_ema: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.1,
-        description="robust: share of the newest loss in the running loss (DRPruning: 0.1 of a step's training loss; "
-        "its code takes held-out losses as they are: 1).",
-    )
-    reference: dict[str, float] | Path | Literal["source", "online"] = Field(
-        "source",
-        description="Reference loss of each domain: numbers, a JSON file (as of `shear data reference-loss`), the "
-        "source model's own loss, or online: the loss at the target size at the end of the stage, predicted from the "
-        "losses so far (after DRPruning), and the source's own until there are enough.",
-    )
-    losses: Literal["heldout", "training"] = Field(
-        "heldout",
-        description="Losses that the rule compares with the reference. heldout: measured at each update; training: a "
-        "moving average of each domain's training loss, at no cost. While pruning that is the loss under masks drawn "
-        "with noise, which is higher than that of the masks' means.",
-    )
-    ema: Positive = Field(
-        0.1,
-        le=1.0,
-        description="Weight of a step's loss in the average of its domain (losses: training).",
-    )
-    heldout_tokens: int = Field(
-        2_048_000, ge=2, description="Held-out tokens per domain read at each update (the paper's 500 x 4096)."
-    )
-
-
-class StageRecipe(Section):
-    """What mask learning and continued pretraining have in common."""
-
-    duration: Duration = Field(description="Length of the stage: '3200 steps' or '0.4B tokens'.")
-    batch_size: BatchSize = Field(description="Global batch per step: '32 sequences' or '131072 tokens'.")
-    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
-    learning_rate: Positive = Field(1e-4, description="Peak learning rate of the weights.")
-    warmup: Duration = Field(Duration(fraction=0.03), description="Linear warm-up of the learning rate.")
-    final_learning_rate: Fraction = Field(0.1, description="Learning rate at the end of the cosine, share of the peak.")
-    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas.")
-    epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
-    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
-    gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
-    checkpoint_interval: Duration = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
-    keep_every: Duration | None = Field(None, description="Checkpoints at multiples of this are kept for good.")
-
-
-class PruneRecipe(StageRecipe):
-    """Mask learning (Sheared LLaMA, section 2.1)."""
-
-    granularities: list[GranularityName] = Field(
-        ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
-        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
-    )
-    mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
-    multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
-    quadratic_penalty: float = Field(
-        500.0,
-        ge=0.0,
-        description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
-    )
-    temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
-    sparsity_warmup: Duration = Field(
-        Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
-    )
-    initial_masks: Literal["open", "activations", "reconstruction"] = Field(
-        "reconstruction",
-        description="open: every unit alive (paper). Else graded by importance: layers and hidden dimensions by their "
-        "activations; heads and intermediate units likewise (activations), or by what the others of their layer could "
-        "not make up for (reconstruction).",
-    )
-    compensate: bool = Field(
-        True,
-        description="Before the first step, refit the weights that stay so that they make up for the units that a "
-        "graded start closes (least squares, layer by layer); only with sparsity_warmup 0.",
-    )
-    log_alpha_limit: Positive = Field(
-        10.0,
-        description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
-        "that is certain to stay is drawn below 1 in 4.7 % of all cases.",
-    )
-    warm_start_scale: Positive = Field(
-        30.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
-    )
-    warm_start_step: float = Field(
-        2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
-    )
-    calibration_tokens: int = Field(
-        65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
-    )
-    mask_draws: int = Field(
-        1,
-        ge=1,
-        description="Draws of the masks' noise in a step, each for an equal share of its batch: more draws make the "
-        "masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
-    )
-    freeze: Duration = Field(
-        Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
-    )
-
-
-class LoraRecipe(Section):
-    """Low-rank adapters are trained instead of all weights, and merged in the end (LoRA, arXiv 2106.09685)."""
-
-    rank: int = Field(8, ge=1, description="Of the adapters.")
-    alpha: Positive = Field(
-        16.0, description="A weight changes by alpha / rank times the product of its adapter's two matrices."
-    )
-    dropout: BelowOne = Field(
-        0.0,
-        description="Share of the adapters' inputs zeroed in training; above 0 it costs a second product, and results "
-        "depend on the number of processes.",
-    )
-    targets: list[str] = Field(
-        ["q_proj", "v_proj"], min_length=1, description="Linear layers that get one, by the last part of their names."
-    )
-
-
-class PretrainRecipe(StageRecipe):
-    """Continued pretraining of the cut or sparse model, or of the source itself; zeros of a sparse model stay."""
-
-    optimizer: Literal["carried", "fresh"] = Field(
-        "carried",
-        description="carried: AdamW keeps what mask learning knew of each weight that was kept, as if there had been "
-        "no cut; fresh: it starts anew (paper), which wants a warm-up. Without mask learning it always does.",
-    )
-    lora: LoraRecipe | None = None
-
-
-class DeepSpeedRecipe(Section):
-    """ZeRO: what of the training state is shared out among the processes."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."
-    )
-    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where the optimiser's state is kept.")
-    offload_parameters: Literal["none", "cpu"] = Field("none", description="Where idle weights are kept (ZeRO-3).")
-    config: Path | dict[str, Any] | None = Field(
-        None, description="Further settings in DeepSpeed's own form, inline or a JSON file; they win over the defaults."
-    )
-
-
-class TrainingRecipe(Section):
-    """How steps are computed; none of it changes what is computed beyond rounding."""
-
-    engine: Literal["torch", "deepspeed"] = Field(
-        "torch", description="torch: every process holds everything; deepspeed: ZeRO."
-    )
-    deepspeed: DeepSpeedRecipe = DeepSpeedRecipe()
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
-    )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
-        description="What the backward pass recomputes in each layer; selective: all but the matrix products and "
-        "attention.",
-    )
-    compile: bool = Field(False, description="torch.compile every decoder layer.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-    loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
-    max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
-    log_interval: int = Field(
-        10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."
-    )
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        [], description="Where metrics go besides metrics.jsonl; each is a package of its own."
-    )
-    timeout: Positive = Field(1800.0, description="Seconds that a process waits for the others in one exchange.")
-
-
-class EvaluationRecipe(Section):
-    """Held-out evaluation of every model of the run."""
-
-    tokens_per_domain: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
-    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
-    baselines: list[Literal["random", "magnitude", "importance"]] = Field(
-        ["random", "magnitude", "importance"], description="Same shape, units chosen otherwise, scored after cutting."
-    )
-    speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")
 
 
 @dataclass(frozen=True)
@@ -454,9 +210,9 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
     if recipe.target is not None:
-        yield from _target_contradictions(recipe.target)
+        yield from target_contradictions(recipe.target)
     if recipe.prune is not None:
-        yield from _granularity_contradictions(recipe.prune)
+        yield from granularity_contradictions(recipe.prune)
     yield from _mixture_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
@@ -481,32 +237,6 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             )
 
 
-def _target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
-    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform"))
-    given = [name for name in sizes if getattr(target, name) is not None]
-    if target.parameters is not None and given:
-        yield ShearingError(
-            "target.parameters",
-            value=target.parameters,
-            allowed="either a budget or sizes by name",
-            mend=f"remove target.parameters, or {', '.join(f'target.{name}' for name in given)}",
-        )
-    if target.parameters is None and not given:
-        yield ShearingError(
-            "target",
-            value="empty",
-            allowed=f"parameters, or at least one of {', '.join(sizes)}",
-            mend="say what to reach, as parameters: 64M",
-        )
-    if target.uniform and target.parameters is None:
-        yield ShearingError(
-            "target.uniform",
-            value=True,
-            allowed="true only with target.parameters: sizes by name are the same in every layer anyway",
-            mend="remove target.uniform",
-        )
-
-
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if (recipe.target is None) != (recipe.prune is None):
         absent, there = ("prune", "target") if recipe.prune is None else ("target", "prune")
@@ -525,27 +255,9 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         )
 
 
-def _granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
-    chosen = prune.granularities
-    if len(set(chosen)) < len(chosen) or not chosen:
-        yield ShearingError(
-            "prune.granularities",
-            value=chosen,
-            allowed="at least one granularity, each once",
-            mend=f"write {list(dict.fromkeys(chosen)) or ['hidden']}",
-        )
-    if {"layers", "sublayers"} <= set(chosen):
-        yield ShearingError(
-            "prune.granularities",
-            value=chosen,
-            allowed="layers (attention and MLP go together) or sublayers (apart)",
-            mend="remove one of the two",
-        )
-
-
 def _mixture_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     mixture, domains = recipe.mixture, recipe.data.domains
-    yield from _rule_contradictions(mixture)
+    yield from rule_contradictions(mixture)
     if domains is not None and (not domains or len(set(domains)) < len(domains)):
         yield ShearingError(
             "data.domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
@@ -573,23 +285,6 @@ def _mixture_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
                 value=sorted(values),
                 allowed=f"the domains of data.domains: {', '.join(domains)}",
                 mend=_domain_mend(values, domains=domains),
-            )
-
-
-def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
-    """Constants of another rule than the one chosen; with constant weights no constant says anything."""
-    if mixture.update == "constant":
-        return
-    of_robust = ("divergence", "floor", "loss_ema")
-    for name in ("step_size", "smoothing") if mixture.update == "robust" else of_robust:
-        value, default = getattr(mixture, name), MixtureRecipe.model_fields[name].default
-        if value != default:
-            rules = "robust" if name in of_robust else "paper, released or bandit"
-            yield ShearingError(
-                f"mixture.{name}",
-                value=value,
-                allowed=f"only with mixture.update = {rules}; it is {mixture.update}",
-                mend=f"set mixture.{name}={default}, or mixture.update={rules.partition(',')[0]}",
             )
 
 
@@ -647,3 +342,34 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
             allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
             mend="shorten one of the two, or write both as shares of the stage",
         )
+
+
+def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:
+    """The recipe of `shear sparsify` that does what a run's stage does.
+
+    Raises:
+        ShearingError: the run has no such stage.
+    """
+    run, section = RunDirectory(recipe.run_dir), recipe.sparsify
+    if section is None:
+        raise ShearingError(
+            "sparsify", value=None, allowed="the section sparsify", mend="add it: criterion, and sparsity or pattern"
+        )
+    cut = "compact" in recipe.stages
+    corpus: list[Path] | None = [recipe.data.corpus] if section.needs_text else None
+    return SparsifyRecipe.model_validate(
+        {
+            **section.model_dump(),
+            "model": str(run.compact) if cut else recipe.model.source,
+            "revision": None if cut else recipe.model.revision,
+            "output": run.sparse,
+            "calibration": section.calibration or corpus,
+            "seed": recipe.seed,
+            "device": recipe.training.device,
+        }
+    )
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.write_text(embed_reference(file.read_text(encoding="utf-8"), model=Recipe), encoding="utf-8")

@@ -1,24 +1,19 @@
-"""Recipes as documents: commented YAML of one recipe, a Markdown reference of every key.
-
-python -m shearing.recipe_text docs/recipe.md docs/sparsity.md     rewrites the reference inside those files
-"""
+"""Recipes as documents: commented YAML of one recipe, a Markdown reference of every key."""
 
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from shearing.quantities import ParameterCount
+from shearing.settings.quantities import ParameterCount
 
 _BEGIN, _END = "<!-- keys: begin (make docs) -->", "<!-- keys: end -->"
 _WIDTH = 110
@@ -163,14 +158,3 @@ def _default_text(field: FieldInfo) -> str:
 
 def _paragraph(model: type[BaseModel]) -> str:
     return " ".join((model.__doc__ or "").split())
-
-
-if __name__ == "__main__":
-    from shearing.recipe import Recipe
-    from shearing.sparsity.recipe import SparsifyRecipe
-
-    documented: dict[str, type[BaseModel]] = {"recipe.md": Recipe, "sparsity.md": SparsifyRecipe}
-    for file in map(Path, sys.argv[1:]):
-        file.write_text(
-            embed_reference(file.read_text(encoding="utf-8"), model=documented[file.name]), encoding="utf-8"
-        )

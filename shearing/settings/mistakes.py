@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.recipe_file import KeyPath, Places
-from shearing.recipe_text import keys, named_sections_of, section_of
+from shearing.settings.document import keys, named_sections_of, section_of
+from shearing.settings.reading import KeyPath, Places
 
 
 def located(

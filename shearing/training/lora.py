@@ -26,6 +26,7 @@ from shearing.errors import ShearingError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+
 ADAPTER = "default"
 
 

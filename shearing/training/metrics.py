@@ -6,8 +6,6 @@ import json
 import logging
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from typing_extensions import Self
 
-from shearing.run_directory import flush_folder
+from shearing.files.durable import flush_folder
+from shearing.progress import PLAIN_SECONDS, activity, clock, max_memory
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +29,6 @@ TIMING_FIELDS = frozenset(
     {"seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_wait", "max_memory"}
 )
 """Fields of metrics.jsonl that differ between two runs of the same recipe."""
-
-_PLAIN_SECONDS = 10.0
 
 
 class MetricsLog:
@@ -139,7 +135,7 @@ class Display:
             return
         self._record, self._step = record, int(record["step"])
         self._progress.update(self._task, completed=self._step)
-        due = time.monotonic() - self._last_line >= _PLAIN_SECONDS
+        due = time.monotonic() - self._last_line >= PLAIN_SECONDS
         if not self._console.is_terminal and (due or self._step == self._total_steps):
             self._last_line = time.monotonic()
             self._console.print(self._line(), soft_wrap=True, highlight=False)
@@ -168,7 +164,7 @@ class Display:
         record = self._record
         parts = [
             f"{self._name} {self._step}/{self._total_steps} ({100 * self._step / self._total_steps:.0f}%)",
-            f"{_clock(self.seconds_left())} left",
+            f"{clock(self.seconds_left())} left",
             f"loss {_figure(record['loss'])}",
             f"{record['tokens_per_second']:.0f} tok/s" + _mfu(record["mfu"], before=", "),
         ]
@@ -184,7 +180,7 @@ class Display:
 
     def _panel(self) -> Group:
         elapsed = time.monotonic() - self._started
-        self._progress.update(self._task, time=f"{_clock(elapsed)} gone, {_clock(self.seconds_left())} left")
+        self._progress.update(self._task, time=f"{clock(elapsed)} gone, {clock(self.seconds_left())} left")
         record = self._record
         if not record:
             return Group(self._progress)
@@ -213,40 +209,6 @@ class Display:
         yield table
 
 
-@contextmanager
-def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show a task of `total` tokens or layers outside training: a bar on a terminal, else a line every few seconds.
-
-    Yields:
-        What to call with the number just done.
-    """
-    if console.is_terminal:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda tokens: progress.advance(task, tokens)
-        return
-    started = last_line = time.monotonic()
-    done = 0
-
-    def advance(tokens: int) -> None:
-        nonlocal done, last_line
-        done += tokens
-        now = time.monotonic()
-        if now - last_line >= _PLAIN_SECONDS:
-            last_line = now
-            left = _clock((now - started) / done * (total - done))
-            console.print(f"{name} ({100 * done / total:.0f}%) · {left} left", soft_wrap=True, highlight=False)
-
-    yield advance
-
-
 def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Mapping[str, str]) -> None:
     """Print what a stage did.
 
@@ -262,7 +224,7 @@ def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Map
         tenth = max(1, len(totals.losses) // 10)
         table.add_row("loss, first and last tenth", f"{_mean(totals.losses[:tenth])} → {_mean(totals.losses[-tenth:])}")
         table.add_row("tokens", f"{totals.tokens:,} at {totals.tokens / max(totals.seconds, 1e-9):,.0f} tokens/s")
-        table.add_row("time", f"{_clock(wall)}, of which {_share(totals.heldout_seconds, wall)} held-out losses")
+        table.add_row("time", f"{clock(wall)}, of which {_share(totals.heldout_seconds, wall)} held-out losses")
         table.add_row("waited for data", _share(totals.data_wait, wall))
         table.add_row("skipped steps", str(totals.skipped))
         if totals.mfu is not None:
@@ -272,14 +234,6 @@ def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Map
     for label, value in rows.items():
         table.add_row(label, value)
     console.print(table)
-
-
-def max_memory() -> int:
-    """Peak memory of this process in bytes: the GPU's where there is one, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _finite(value: Any) -> Any:
@@ -306,12 +260,4 @@ def _mean(values: list[float]) -> str:
 
 
 def _share(part: float, whole: float) -> str:
-    return f"{_clock(part)} ({100 * part / max(whole, 1e-9):.1f} %)"
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "–:––"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return f"{clock(part)} ({100 * part / max(whole, 1e-9):.1f} %)"

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 from shearing.errors import ShearingError
-from shearing.recipe import Recipe
-from shearing.run_directory import read_json, write_json
+from shearing.files.durable import read_json, write_json
+from shearing.training.recipe import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +35,17 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """What else than a package of the tracker's own name will do."""
 
 
-def require_trackers(recipe: Recipe) -> None:
+def require_trackers(training: TrainingRecipe) -> None:
     """Check that the packages of `training.trackers` are there, without importing them.
 
     Raises:
         ShearingError: one is not; it says what to type.
     """
-    missing = [name for name in recipe.training.trackers if not any(map(_is_installed, _PACKAGES.get(name, (name,))))]
+    missing = [name for name in training.trackers if not any(map(_is_installed, _PACKAGES.get(name, (name,))))]
     if missing:
         raise ShearingError(
             "training.trackers",
-            value=recipe.training.trackers,
+            value=training.trackers,
             allowed=f"trackers whose packages are installed; not here: {', '.join(missing)}",
             mend=f"{sys.executable} -m pip install {' '.join(missing)}",
         )

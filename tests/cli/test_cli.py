@@ -15,10 +15,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from shearing.cli import app
+from shearing.cli.app import app
 from shearing.errors import ShearingError
-from shearing.recipe import load_recipe
-from shearing.run_directory import RunDirectory, read_json, write_json
+from shearing.files.durable import read_json, write_json
+from shearing.runs.recipe import load_recipe
+from shearing.runs.run_directory import RunDirectory
+from tests.repository import RECIPES
 
 
 def shear(*arguments: str | Path) -> Result:
@@ -51,7 +53,7 @@ def test_help_and_config_do_not_import_torch(tmp_path: Path) -> None:
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'slow start'\n"
     )
-    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    recipe = RECIPES / "demo.yaml"
     for arguments in (["--help"], ["config", "show", str(recipe)], ["run", str(recipe), "prune.lr=1"]):
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tmp_path, capture_output=True)
 
@@ -249,7 +251,7 @@ def test_settings_of_a_stage_may_change_until_it_begins(finished_run: tuple[Path
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
     holder = (
-        "import sys, time\nfrom shearing.run_directory import RunDirectory\n"
+        "import sys, time\nfrom shearing.runs.run_directory import RunDirectory\n"
         "with RunDirectory(sys.argv[1]).locked():\n    print('locked', flush=True)\n    time.sleep(60)\n"
     )
     run = RunDirectory(tmp_path / "run")

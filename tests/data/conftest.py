@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from shearing.mixture import Corpus, CorpusWriter
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.writer import CorpusWriter
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shearing.mixture import Corpus, CorpusWriter, Mixture, Prefetcher
-from shearing.models.documents import DocumentRules
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.writer import CorpusWriter
+from shearing.data.documents import DocumentRules
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.data.mixture.sampler import Mixture
 
 LENGTHS = (1, 2, 3, 5, 30, 1, 1, 8)
 BOTH = DocumentRules(attention_within=True, loss_across=False)

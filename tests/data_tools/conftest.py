@@ -13,9 +13,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_tools.prepare import prepare
-from data_tools.recipe import load_preparation
-from shearing.mixture import Corpus
+from data_tools.preparation.prepare import prepare
+from data_tools.preparation.recipe import load_preparation
+from shearing.data.corpus.corpus import Corpus
 from tests.data_tools.processes import end_all
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n</>-é"

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_tools.work import PREFIX
+from data_tools.preparation.work_folder import PREFIX
+from tests.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 STARTED: list[subprocess.Popen[str]] = []
 
 

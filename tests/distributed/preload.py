@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from shearing.errors import ShearingError
-from shearing.training.deepspeed_engine import import_deepspeed
+from shearing.training.engines.deepspeed_engine import import_deepspeed
 
 with contextlib.suppress(ShearingError):
     import_deepspeed()

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shearing.recipe import Recipe
-from shearing.run_directory import Stage
-from shearing.stages.run import run
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import Stage
+from shearing.runs.stages.run import run
 from tests.conftest import tiny_recipe_data
 
 STEPS = 20

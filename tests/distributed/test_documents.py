@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shearing.recipe import Recipe
+from shearing.runs.recipe import Recipe
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from shearing.run_directory import RunDirectory
+from shearing.runs.run_directory import RunDirectory
 from tests.distributed import runs
+from tests.repository import ROOT
 
 pytestmark = pytest.mark.slow
 
 STEPS = 60
 PORT = 29400
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

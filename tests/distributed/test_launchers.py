@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from shearing.launch import commands
+from shearing.runs.launch import commands
 from tests.distributed import runs
+from tests.repository import ROOT
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
 TOLERANCE = 1e-5
-ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shearing.mixture.online import MINIMUM_OBSERVATIONS
-from shearing.recipe import Recipe
-from shearing.training.checkpoint import read_state
+from shearing.data.mixture.online import MINIMUM_OBSERVATIONS
+from shearing.runs.recipe import Recipe
+from shearing.training.checkpoints.state import read_state
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 

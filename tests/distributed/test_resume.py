@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from shearing.run_directory import RunDirectory
-from shearing.training.loop import INTERRUPTED_EXIT_CODE
+from shearing.runs.run_directory import RunDirectory
 from shearing.training.metrics import TIMING_FIELDS
+from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.distributed import runs
 from tests.distributed.harness import Group, spawn, start
 

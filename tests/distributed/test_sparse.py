@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory, Stage
-from shearing.sparsity.check import differences
-from shearing.sparsity.masks import FILE_NAME, read_masks
+from shearing.pruning.sparse.stored.check import differences
+from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory, Stage
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shearing.evaluation.loss import DomainLoss, heldout_loss, macro_mean
-from shearing.models.documents import DocumentRules
+from shearing.data.documents import DocumentRules
+from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
-
-from .test_text_bytes import byte_level
+from tests.evaluation.test_text_bytes import byte_level
 
 VOCAB = 320
 LENGTH = 8

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shearing.evaluation.table import comparison_table, format_parameters, format_tokens, verdict
+from shearing.evaluation.table import comparison_table, verdict
+from shearing.settings.quantities import format_parameters, format_tokens
 
 LOSSES = {
     "source": ("source", "source", {"books": 3.0, "code": 2.0}),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shearing.mixture.mapping import ReadAhead, map_array, map_file
+from shearing.files.mapped_arrays import ReadAhead, map_array, map_file
 
 
 def mappings_of(path: Path) -> int:

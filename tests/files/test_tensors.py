@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shearing.errors import ShearingError
-from shearing.sparsity.masks import mask_shapes, read_masks, write_masks
-from shearing.sparsity.tensor_files import overwrite, read_header, read_tensors, write_in_turn
+from shearing.files.tensors import overwrite, read_header, read_tensors, write_in_turn
+from shearing.pruning.sparse.stored.masks import mask_shapes, read_masks, write_masks
 
 
 def test_overwriting_leaves_the_rest(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_file_of_tensors_that_are_no_masks(tmp_path: Path) -> None:
     with pytest.raises(ShearingError, match="shearing masks 1"):
         mask_shapes(path)
     masks = {"a": torch.rand(3, 7) > 0.5, "b": torch.rand(1, 9) > 0.5}
-    from shearing.sparsity.masks import pack
+    from shearing.pruning.sparse.stored.masks import pack
 
     write_masks(
         path,

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from shearing.data.documents import IGNORED_LABEL, DocumentRules, Documents
 from shearing.models.attention import attention_within_documents, drop_attention_mask, keep_attention_within_documents
-from shearing.models.documents import IGNORED_LABEL, DocumentRules, Documents
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.training.engine import checkpoint_activations
-from shearing.training.objectives import LanguageModelLoss
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.training.device import checkpoint_activations
 from tests.models.test_exactness import GRANULARITIES, masks_and_target
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 

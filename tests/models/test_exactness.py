@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
-from shearing.models.compact import Selection, compact, compact_moments
+from shearing.models.cutting import Selection, compact, compact_moments
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import FAMILIES, anatomy_of, load_config, load_source
+from shearing.models.anatomy import FAMILIES, anatomy_of
+from shearing.models.loading import load_config, load_source
+from shearing.models.recipe import TargetRecipe
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import TargetRecipe
 from tests.models.tiny import CONFIGS, tiny_model
 
 

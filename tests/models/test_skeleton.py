@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shearing.models.anatomy import skeleton
+from shearing.models.loading import skeleton
 from tests.models.tiny import CONFIGS
 
 

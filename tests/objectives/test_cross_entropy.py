@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shearing.training.objectives import causal_lm_loss, per_token_loss
+from shearing.objectives.cross_entropy import causal_lm_loss, per_token_loss
 
 IGNORED = -100
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shearing.errors import ShearingError
-from shearing.training.processes import AgreedEnd, Processes
-from shearing.training.watch import exit_code
+from shearing.processes.processes import AgreedEnd, Processes
+from shearing.processes.watch import exit_code
 from tests.distributed.harness import Group, spawn, start
 
 WRONG = ShearingError("prune.learning_rate", value=-1, allowed="above 0", mend="write 1e-4")
@@ -194,7 +194,7 @@ def test_a_process_that_does_not_come_is_an_error_for_the_others(tmp_path: Path)
 
 
 def _dies_between_watch_and_groups() -> None:
-    from shearing.training import processes, watch
+    from shearing.processes import processes, watch
 
     watch.SILENCE = 8.0
     if os.environ["RANK"] == "1":
@@ -211,7 +211,7 @@ def test_a_process_that_dies_before_the_groups_are_made_ends_the_others(tmp_path
 
 
 def _fails_to_connect() -> None:
-    from shearing.training import processes
+    from shearing.processes import processes
 
     if os.environ["RANK"] == "1":
         processes._connect = lambda *_, **__: _raise("mendable")
@@ -247,7 +247,7 @@ def test_a_suspended_run_goes_on(tmp_path: Path) -> None:
 
 
 def _suspended_with_short_silence(ready: Path) -> None:
-    from shearing.training import watch
+    from shearing.processes import watch
 
     watch.SILENCE = 8.0
     _suspended(ready)

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from shearing.errors import ShearingError
-from shearing.launch import SlurmJob, commands, slurm_script, submit
-from tests.test_cli import error_of, shear
+from shearing.runs.launch import SlurmJob, commands, slurm_script, submit
+from tests.cli.test_cli import error_of, shear
 
 OVERRIDES = ["prune.duration=100 steps", 'name=it\'s "quoted" $HOME']
 
@@ -212,7 +212,7 @@ def test_gpus_are_asked_for_once_or_not_at_all(tiny_recipe: Path) -> None:
 
 
 def test_script_knows_the_exit_codes() -> None:
-    from shearing.training.loop import INTERRUPTED_EXIT_CODE
+    from shearing.training.stage import INTERRUPTED_EXIT_CODE
 
     script = slurm_script(SlurmJob(name="a"), recipe=Path("a"), overrides=(), folder=Path("/"), gpus=True)
     assert f'"$code" -eq {INTERRUPTED_EXIT_CODE} ]' in script

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.quantities import Duration
-from shearing.recipe import Recipe, load_recipe, tokens_per_step, total_steps
-from shearing.recipe_text import embed_reference, keys, reference
+from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.settings.document import embed_reference, keys, reference
+from shearing.settings.quantities import Duration
+from tests.repository import RECIPES
 
-DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+DEMO = RECIPES / "demo.yaml"
 
 
 def write(tmp_path: Path, text: str) -> Path:

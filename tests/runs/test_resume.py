@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory, Stage
-from shearing.sparsity.check import differences
-from shearing.stages.run import run
-from shearing.training.loop import INTERRUPTED_EXIT_CODE
+from shearing.pruning.sparse.stored.check import differences
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.runs.stages.run import run
 from shearing.training.metrics import TIMING_FIELDS
+from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.conftest import tiny_recipe_data
 
 STEPS = 10
@@ -33,7 +33,7 @@ SECONDS = 120.0
 # The server imports everything once; each run is a fork of it, which makes a process cost milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["shearing.stages.prune", "shearing.stages.compact", "shearing.stages.sparsify", "shearing.stages.pretrain"]
+    [f"shearing.runs.stages.{stage}" for stage in ("prune", "compact", "sparsify", "pretrain")]
 )
 SPARSE: tuple[Stage, ...] = ("sparsify", "pretrain")
 

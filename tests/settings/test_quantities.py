@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from shearing.errors import ShearingError
-from shearing.quantities import BatchSize, Duration, ParameterCount, format_count
+from shearing.settings.quantities import BatchSize, Duration, ParameterCount, format_count
 
 counts = st.integers(min_value=1, max_value=10**15)
 

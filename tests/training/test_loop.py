@@ -16,15 +16,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shearing.data.documents import Documents
+from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
-from shearing.mixture.averages import LossAverages
-from shearing.models.documents import Documents
-from shearing.recipe import Recipe
-from shearing.stages.prune import prune
-from shearing.training import checkpoint, loop
+from shearing.objectives.language_model import LanguageModelLoss, Losses
+from shearing.runs.recipe import Recipe
+from shearing.runs.stages.prune import prune
+from shearing.runs.stages.training_task import initial_mixture, open_corpus
+from shearing.training import loop
+from shearing.training.checkpoints import checkpoints as checkpoint
 from shearing.training.metrics import TIMING_FIELDS
-from shearing.training.objectives import LanguageModelLoss, Losses
-from shearing.training.task import initial_mixture, open_corpus
 from tests.conftest import tiny_recipe_data
 
 FROZEN = {"sparsity_warmup": "0%", "freeze": "100%"}

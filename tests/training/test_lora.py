@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.sparsity.lora import add_adapters, merge_adapters
-from shearing.sparsity.masks import FILE_NAME, read_masks
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.sparsify import sparsify
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
+from shearing.training.lora import add_adapters, merge_adapters
 from tests.models.tiny import VOCAB_SIZE, tiny_ids, tiny_model
 
 pytest.importorskip("peft")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shearing.mixture.online import MINIMUM_OBSERVATIONS
-from shearing.models.anatomy import load_config
+from shearing.data.mixture.online import MINIMUM_OBSERVATIONS
+from shearing.models.loading import load_config
 from shearing.models.shape import resolve_target
-from shearing.recipe import Recipe
-from shearing.stages.compact import compact
-from shearing.stages.pretrain import pretrain
-from shearing.stages.prune import prune
+from shearing.runs.recipe import Recipe
+from shearing.runs.stages.compact import compact
+from shearing.runs.stages.pretrain import pretrain
+from shearing.runs.stages.prune import prune
 from shearing.training import loop
-from shearing.training.checkpoint import read_state
+from shearing.training.checkpoints.state import read_state
 from tests.conftest import tiny_recipe_data
 
 STEPS = 14

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from accelerate import tracking
 
 from shearing.errors import ShearingError
-from shearing.recipe import load_recipe
+from shearing.runs.recipe import load_recipe
 from shearing.training.trackers import PROJECT, Trackers, require_trackers
 
 RECORD = {
@@ -182,8 +181,8 @@ def test_missing_packages_are_named_before_any_work(tiny_recipe: Path, monkeypat
     found = {"tensorboardX": installed, "wandb": folder}
     monkeypatch.setattr(importlib.util, "find_spec", found.get)
     with pytest.raises(ShearingError, match=r"pip install wandb mlflow$"):
-        require_trackers(recipe)
-    require_trackers(load_recipe(tiny_recipe))
+        require_trackers(recipe.training)
+    require_trackers(load_recipe(tiny_recipe).training)
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.tokens import Ids
 from shearing.errors import ShearingError
-from shearing.mixture.mapping import ReadAhead, map_array, map_file
-from shearing.mixture.tokens import Ids
-from shearing.run_directory import write_json
+from shearing.files.durable import write_json
+from shearing.files.mapped_arrays import ReadAhead, map_array, map_file
 
 ADOPTED_NAME = "adopted.json"
 

@@ -15,150 +15,21 @@ Row i at sequence length S holds tokens [i*S, i*S + S + 1): S inputs, and as las
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shearing.errors import ShearingError
-from shearing.mixture.integrity import open_tokens, quick_damages
-from shearing.mixture.mapping import map_array
-from shearing.mixture.tokens import Tokens
-
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, Split] = ("train", "heldout")
-FORMAT = 2
-INDEX_NAME = "corpus.json"
-MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.json"
-DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-# Texts on which tokenizers that share a vocabulary still differ: digits, runs of spaces, case, accents, symbols.
-PROBES = (
-    "In 1887, 12345 people paid $3.50 each; it's 100% true.",
-    "def area(r):\n    return 3.14159 * r ** 2  # \t tabs\n\n",
-    "Être naïve à Zürich, 東京 or Москва? 🙂 <|endoftext|>",
-)
-
-
-class Tokenizer(Protocol):
-    """What a fingerprint needs; both `transformers` and `tokenizers` objects have it."""
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-    def encode(self, text: str, /, *, add_special_tokens: bool) -> Any: ...
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash of the vocabulary and of how the tokenizer splits a few probes (hexadecimal, 32 digits).
-
-    It does not depend on how a library version writes its files, and it does notice another pre-tokeniser.
-    """
-    digest = hashlib.sha256()
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{index}\t{token}\n".encode(errors="surrogatepass"))
-    for probe in PROBES:
-        encoded = tokenizer.encode(probe, add_special_tokens=False)
-        digest.update(json.dumps([int(i) for i in getattr(encoded, "ids", encoded)]).encode())
-    return digest.hexdigest()[:32]
-
-
-def text_hash(text: bytes) -> int:
-    """What a text is known by: BLAKE2b of its UTF-8 bytes, the first 8 as a big-endian number."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """Something that a domain was made of.
-
-    Args:
-        path: of a file, absolute, or its URL; or a description of what is no file.
-        bytes: its size.
-        checksum: "sha256:…" of its bytes, or "etag:…" as the store gives it; empty for what is no file.
-    """
-
-    path: str
-    bytes: int = 0
-    checksum: str = ""
-
-
-@dataclass(frozen=True)
-class SplitManifest:
-    """Counts of one split of one domain; `bytes` is UTF-8 text without separators, checksums are of the three files."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    sha256: str
-    ends_sha256: str
-    hashes_sha256: str
-
-
-@dataclass(frozen=True)
-class DomainManifest:
-    """What a domain folder says about itself.
-
-    Args:
-        sources: what it was made of, in the order in which the documents lie on disk.
-        split_seed: with the documents' hashes it decides what is held out.
-        heldout_size: what was asked for, "5%" of the tokens or "2000000 tokens".
-        duplicates: documents in here whose text another document of the domain has too, the first of each not counted.
-        left_out: documents that are not in here, by reason.
-        versions: of the packages that made it.
-        inputs: identifies sources and settings, so that the same preparation is not done twice.
-    """
-
-    domain: str
-    train: SplitManifest
-    heldout: SplitManifest
-    dtype: str
-    vocab_size: int
-    largest_token: int
-    separator_id: int
-    tokenizer: str
-    tokenizer_fingerprint: str
-    sources: tuple[SourceFile, ...]
-    split_seed: int
-    heldout_size: str
-    duplicates: int
-    left_out: dict[str, int]
-    versions: dict[str, str]
-    inputs: str
-
-    @classmethod
-    def read(cls, folder: Path) -> DomainManifest:
-        """Read `folder/manifest.json`.
-
-        Raises:
-            ShearingError: it is missing or unreadable.
-        """
-        path = folder / MANIFEST_NAME
-        try:
-            values = json.loads(path.read_text())
-            for split in SPLITS:
-                values[split] = SplitManifest(**values[split])
-            values["sources"] = tuple(SourceFile(**source) for source in values["sources"])
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ShearingError(
-                str(path),
-                value=str(error),
-                allowed="the manifest of a prepared domain",
-                mend="prepare the domain again",
-            ) from error
-
-    def split(self, split: Split) -> SplitManifest:
-        return self.train if split == "train" else self.heldout
+from shearing.data.corpus.format import SPLITS, DomainManifest, Split, read_index
+from shearing.data.corpus.integrity import open_tokens, quick_damages
+from shearing.data.corpus.tokens import Tokens
+from shearing.errors import ShearingError, nearest_name
+from shearing.files.mapped_arrays import map_array
 
 
 class Corpus:
@@ -399,41 +270,3 @@ class Corpus:
                 allowed=f"tokens of the model's own tokenizer, fingerprint {tokenizer_fingerprint}",
                 mend="prepare the text again with the tokenizer of this model",
             )
-
-
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """'did you mean X?' for the nearest of `names`, or an empty string if none is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"did you mean {near[0]}?" if near else ""
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """What `corpus.json` of the corpus at `path` says.
-
-    Raises:
-        ShearingError: it is missing, unreadable or of another format.
-    """
-    prepare = "shear data prepare, or python -m data_tools.demo for the demo's text"
-    if not path.is_dir():
-        raise ShearingError("data.corpus", value=str(path), allowed="a prepared corpus", mend=f"prepare it: {prepare}")
-    try:
-        index: dict[str, Any] = json.loads((path / INDEX_NAME).read_text())
-    except FileNotFoundError as error:
-        raise ShearingError(
-            "data.corpus",
-            value=f"{path} without {INDEX_NAME}",
-            allowed="a corpus whose preparation was finished",
-            mend=f"run the preparation again, it continues where it was: {prepare}",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            str(path / INDEX_NAME), value=str(error), allowed="the index of a corpus", mend=f"prepare again: {prepare}"
-        ) from error
-    if index.get("format") != FORMAT:
-        raise ShearingError(
-            str(path / INDEX_NAME),
-            value=f"format {index.get('format')}",
-            allowed=f"format {FORMAT}",
-            mend=f"prepare the text again: {prepare}",
-        )
-    return index

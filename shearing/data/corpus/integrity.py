@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
+from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
-from shearing.mixture.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
-from shearing.mixture.mapping import map_array
-from shearing.mixture.tokens import FlatTokens, Tokens
+from shearing.files.mapped_arrays import map_array
 
 if TYPE_CHECKING:
-    from shearing.mixture.corpus import DomainManifest, Split
+    from shearing.data.corpus.format import DomainManifest, Split
+
 
 # Document ends up to this size are compared in full with the manifest's checksum.
 SMALL_BYTES = 1 << 16

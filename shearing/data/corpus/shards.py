@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.format import SourceFile, text_hash
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import SourceFile, text_hash
-from shearing.run_directory import write_json
+from shearing.files.durable import write_json
 
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8")])
 DOCUMENTS_PER_READ = 1 << 17

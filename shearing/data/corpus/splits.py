@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.shards import Shard
 from shearing.errors import ShearingError
-from shearing.mixture.shards import Shard
 
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]

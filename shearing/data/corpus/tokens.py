@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shearing.mixture.mapping import ReadAhead, map_file
+from shearing.files.mapped_arrays import ReadAhead, map_file
 
 Ids = npt.NDArray[np.integer[Any]]
 

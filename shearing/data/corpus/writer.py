@@ -17,23 +17,23 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import (
-    DOMAIN_NAME,
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import (
     FORMAT,
     INDEX_NAME,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
-    Corpus,
     DomainManifest,
     SourceFile,
     Split,
     SplitManifest,
+    require_domain_name,
 )
-from shearing.mixture.shards import Shard, ShardWriter, token_dtype
-from shearing.mixture.splits import Documents, Earlier, HeldoutSize, choose_heldout, first_of_each
-from shearing.run_directory import flush_folder, write_json, write_text
+from shearing.data.corpus.shards import Shard, ShardWriter, token_dtype
+from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, first_of_each
+from shearing.errors import ShearingError
+from shearing.files.durable import flush_folder, write_json, write_text
 
 # Enough to write at the disk's speed, little beside what else is in memory.
 TOKENS_PER_WRITE = 1 << 22
@@ -63,18 +63,6 @@ class DomainSettings:
     split_seed: int
     heldout: HeldoutSize
     versions: Mapping[str, str]
-
-
-def require_domain_name(name: str) -> None:
-    """Check that a name can be a folder's.
-
-    Raises:
-        ShearingError: it cannot.
-    """
-    if not DOMAIN_NAME.fullmatch(name):
-        raise ShearingError(
-            "domain", value=name, allowed="letters, digits, _, - and .", mend="rename the domain, say my_text"
-        )
 
 
 def make_corpus_folder(path: Path) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shearing.mixture.online import MAXIMUM_OBSERVATIONS, Observation, predict_end
-from shearing.mixture.rules import Rule, update_weights
+from shearing.data.mixture.online import MAXIMUM_OBSERVATIONS, Observation, predict_end
+from shearing.data.mixture.rules.rule import Rule
+from shearing.data.mixture.rules.update import update_weights
 
 State = dict[str, Any]
 """What a checkpoint keeps: `memory` of the rule, `observations` for an online reference. JSON-able."""

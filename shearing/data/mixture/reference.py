@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import nearest_name
-from shearing.run_directory import write_json
+from shearing.errors import ShearingError, nearest_name
+from shearing.files.durable import write_json
 
 if TYPE_CHECKING:
-    from shearing.recipe import MixtureRecipe
+    from shearing.data.recipe import MixtureRecipe
+
 
 FIELD = "mixture.reference"
 

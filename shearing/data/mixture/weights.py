@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import nearest_name
+from shearing.errors import ShearingError, nearest_name
 
 
 def resolve_weights(

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from shearing.errors import ShearingError
-from shearing.evaluation.reference_fit import DomainFit, ReferenceFit
-from shearing.evaluation.table import format_tokens
+from shearing.evaluation.reference_losses.fit import DomainFit, ReferenceFit
+from shearing.settings.quantities import format_tokens
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # The report's light page.

@@ -11,11 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shearing.data.mixture.reference import write_reference
 from shearing.errors import ShearingError
-from shearing.evaluation.loss_table import LossTable
-from shearing.mixture.reference import write_reference
-from shearing.mixture.scaling import CONSTANTS, PowerLaw, fit_power_law, leave_one_out
-from shearing.quantities import format_count
+from shearing.evaluation.reference_losses.power_law import CONSTANTS, PowerLaw, fit_power_law, leave_one_out
+from shearing.evaluation.reference_losses.table import LossTable
+from shearing.settings.quantities import format_count
 
 
 @dataclass(frozen=True, kw_only=True)

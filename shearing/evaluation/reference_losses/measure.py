@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
-from shearing.evaluation.loss import heldout_loss
-from shearing.evaluation.loss_table import Conditions, LossRow, LossTable
-from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
-from shearing.models.anatomy import load_config, load_source
+from shearing.evaluation.heldout_loss import heldout_loss
+from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
+from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape
-from shearing.training.metrics import activity
+from shearing.progress import activity
 
 
 def measure_losses(

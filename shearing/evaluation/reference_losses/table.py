@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shearing.errors import ShearingError
-from shearing.mixture.corpus import nearest_name
-from shearing.quantities import parse_parameter_count
-from shearing.run_directory import write_json
+from shearing.errors import ShearingError, nearest_name
+from shearing.files.durable import write_json
+from shearing.settings.quantities import parse_parameter_count
 
 KIND = "loss table"
 FORMAT = 1

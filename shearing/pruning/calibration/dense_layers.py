@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from shearing.models.anatomy import anatomy_of
-from shearing.sparsity.allocation import Matrix
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.layer_walk import LayerWalk, chunks_of
-from shearing.sparsity.sequential import Compute, Place, places_of
-from shearing.sparsity.source import Source
-from shearing.sparsity.statistics import InputStatistics, Need
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Matrix, Place, places_of
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of
+from shearing.pruning.calibration.text import Calibration
 
 
 @dataclass(frozen=True)

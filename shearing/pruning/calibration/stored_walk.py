@@ -5,25 +5,30 @@ Legend: B sequences of a chunk, S positions, d hidden.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import anatomy_of, decoder_layers, skeleton
-from shearing.models.walking import Call, layer_calls, run_layer
-from shearing.sparsity.memory import give_back
-from shearing.sparsity.statistics import InputStatistics, Need
-from shearing.sparsity.streams import Streams
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.loading import skeleton
+from shearing.pruning.calibration.places import weight_of
+from shearing.pruning.calibration.residual_streams import Offload, Streams
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.walk import Call, layer_calls, run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shearing.sparsity.calibration import Calibration
-    from shearing.sparsity.sequential import Compute, Place
-    from shearing.sparsity.source import Source
+    from shearing.models.stored_model import Source
+    from shearing.pruning.calibration.places import Place
+    from shearing.pruning.calibration.text import Calibration
 
 
 class LayerWalk:
@@ -166,13 +171,6 @@ def chunks_of(calibration: Calibration, *, compute: Compute) -> list[slice]:
     ]
 
 
-def weight_of(module: nn.Module, member: str) -> Tensor:
-    """Weight [O, I] of a linear layer inside a layer."""
-    weight = module.get_submodule(member).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def not_finite(where: str) -> ShearingError:
     """The error about a model that computes NaN or infinity there."""
     return ShearingError(
@@ -188,3 +186,40 @@ def _move_buffers(model: PreTrainedModel, *, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library can be told to.
+
+    glibc serves tensors of up to 32 MB from its heap and keeps what is freed between them: a few megabytes for every
+    layer of a small model.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how layers are computed.
+
+    Attributes:
+        device: the compute device.
+        dtype: of weights and activations while they are on it.
+        micro_batch_size: sequences on it at a time (B).
+        offload: where the other sequences' streams are.
+        folder: for what is offloaded to disk.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch_size: int
+    offload: Offload
+    folder: Path

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
+from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError
-from shearing.mixture.corpus import INDEX_NAME, Corpus, tokenizer_fingerprint
-from shearing.mixture.sampler import Mixture
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Legend: B sequences, S positions, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from shearing.models.anatomy import Axis, Family, anatomy_of, backbone, decoder_layers
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,12 +118,30 @@ def listening(layer: nn.Module, places: Mapping[str, str], *, until: str | None)
             handle.remove()
 
 
-def readers(family: Family, kind: str) -> list[str]:
-    """Names of the linear layers of a sub-layer that read the residual stream, in declaration order."""
-    axes_of = family.attention_axes if kind == "attention" else family.mlp_axes
-    reading: Axis = "hidden"
-    return [
-        name.removesuffix(".weight")
-        for name, axes in axes_of.items()
-        if name.endswith(".weight") and len(axes) == 2 and axes[1] == reading
-    ]
+def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:
+    """The residual stream that the first decoder layer reads, and what every layer is called with, batch by batch."""
+    layers = list(decoder_layers(model))
+    # Layers that attend through windows are called otherwise than the rest; a pass has to go through all of them.
+    alike = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
+    streams: list[Tensor] = []
+    calls: list[list[Call]] = []
+
+    def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        call = Call(arguments[1:], dict(keywords))
+        if layer is layers[0]:
+            streams.append(arguments[0])
+            calls.append([call] * len(layers) if alike else [])
+        if not alike:
+            calls[-1].append(call)
+        if alike or layer is layers[-1]:
+            raise Reached
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers[: 1 if alike else None]]
+    try:
+        for batch in batches:
+            with suppress(Reached):
+                backbone(model)(**batch.keywords())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return streams, calls

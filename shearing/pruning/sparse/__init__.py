@@ -2,3 +2,5 @@
 
 N:M means N kept of M, here and everywhere in this project.
 """
+
+from __future__ import annotations

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.evaluation.environment import environment
-from shearing.evaluation.loss import heldout_loss, macro_mean
-from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
-from shearing.models.anatomy import load_source
+from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.models.loading import load_source
 from shearing.models.shape import Shape
-from shearing.sparsity.calibration import corpus_named
+from shearing.pruning.calibration.text import corpus_named
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Matrix, require_fit, units_of
-from shearing.sparsity.allocation.budget import nearest_budget
-from shearing.sparsity.allocation.file import StoredAllocation, read_allocation
-from shearing.sparsity.calibration import Calibration, load_calibration
-from shearing.sparsity.criteria import Criterion, criteria
-from shearing.sparsity.patterns import KeptOf, Pattern, pattern_of, runs_on_2_4, unstructured
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.reconstruction import Reconstruction, reconstructions, require_valid
-from shearing.sparsity.sequential import Compute, matrices_of
-from shearing.sparsity.source import Source, dtype_of, open_source
+from shearing.models.stored_model import Source, dtype_of, open_source
+from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration, load_calibration
+from shearing.pruning.sparse.allocation.allocator import require_fit, units_of
+from shearing.pruning.sparse.allocation.file import StoredAllocation, read_allocation
+from shearing.pruning.sparse.allocation.level_budget import nearest_budget
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.criteria.criterion import Criterion
+from shearing.pruning.sparse.patterns import KeptOf, Pattern, pattern_of, runs_on_2_4, unstructured
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
+from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192

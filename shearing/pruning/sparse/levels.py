@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -12,13 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from shearing.errors import ShearingError
-from shearing.run_directory import locked, read_json, require_writable, write_json
-from shearing.sparsity.allocation import units_of
-from shearing.sparsity.allocation.choose import choose_levels
-from shearing.sparsity.allocation.file import FILE_NAME, StoredAllocation
-from shearing.sparsity.allocation.picture import draw_allocation
-from shearing.sparsity.job import Job, prepare, require_same
-from shearing.sparsity.recipe import SparsifyRecipe
+from shearing.files.durable import locked, read_json, require_writable, write_json
+from shearing.pruning.sparse.allocation.allocator import Allocator, Request, require_fit, units_of
+from shearing.pruning.sparse.allocation.alpha import Alpha
+from shearing.pruning.sparse.allocation.depth import Depth
+from shearing.pruning.sparse.allocation.file import FILE_NAME, StoredAllocation, read_allocation, write_allocation
+from shearing.pruning.sparse.allocation.owl import Owl
+from shearing.pruning.sparse.allocation.picture import draw_allocation
+from shearing.pruning.sparse.allocation.rank import Rank
+from shearing.pruning.sparse.allocation.uniform import Uniform
+from shearing.pruning.sparse.job import Job, prepare, require_same
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.search.evolution import SearchSettings
+from shearing.pruning.sparse.search.msp import Msp
 
 
 def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
@@ -79,3 +86,95 @@ def _summary(recipe: SparsifyRecipe, allocation: StoredAllocation, *, job: Job, 
         table.add_row("fitness", ", ".join(f"{name} {value:.4f}" for name, value in facts["fitness"].items()))
     table.add_row("time", f"{seconds:.1f} s")
     return table
+
+
+def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> StoredAllocation:
+    """The level of every matrix, from a file or from the recipe's rule.
+
+    Args:
+        recipe: what to do.
+        job: what is known of it; the choice is kept in its folder.
+        console: for progress.
+
+    Raises:
+        ShearingError: the levels cannot be mixed to the budget, or what the rule reads is not finite.
+    """
+    path = job.compute.folder / FILE_NAME
+    if job.allocation is not None:
+        return job.allocation
+    if path.is_file():
+        return read_allocation(path, source=job.source)
+    if job.budget != job.asked:
+        console.print(
+            f"levels cannot be mixed to {100 * float(1 - job.asked):g} % exactly; the nearest is "
+            f"{100 * float(1 - job.budget):.4f} %",
+            highlight=False,
+        )
+    allocation = allocator_of(recipe, job=job).allocate(request_of(recipe, job=job, console=console))
+    require_fit(allocation.patterns, matrices=job.matrices, budget=job.budget)
+    return write_allocation(
+        path,
+        patterns=allocation.patterns,
+        matrices=job.matrices,
+        source=job.source,
+        asked=job.asked,
+        method={
+            "allocation": recipe.allocation,
+            "unit": recipe.unit,
+            "levels": [str(level) for level in job.levels],
+            "criterion": recipe.criterion,
+            "reconstruction": recipe.resolved_reconstruction,
+            "calibration_fingerprint": None if job.calibration is None else job.calibration.fingerprint,
+            "seed": recipe.seed,
+        },
+        facts=allocation.facts,
+    )
+
+
+def request_of(recipe: SparsifyRecipe, *, job: Job, console: Console) -> Request:
+    """What an allocator is told."""
+    return Request(
+        source=job.source,
+        matrices=job.matrices,
+        calibration=job.calibration,
+        criterion=job.criterion,
+        reconstruction=job.reconstruction,
+        damping=recipe.damping,
+        budget=job.budget,
+        levels=job.levels,
+        unit=recipe.unit,
+        compute=job.compute,
+        console=console,
+    )
+
+
+def allocator_of(recipe: SparsifyRecipe, *, job: Job) -> Allocator:
+    """The allocator of `allocation`, with the recipe's settings."""
+    if recipe.allocation == "uniform":
+        return Uniform()
+    rules = _rules(recipe)
+    if recipe.allocation != "msp":
+        return rules[str(recipe.allocation)]
+    assert job.fitness is not None
+    search = recipe.search
+    return Msp(
+        text=job.fitness,
+        settings=SearchSettings(
+            population=search.population, offspring=search.offspring, generations=search.generations
+        ),
+        kind=search.fitness,
+        seed=recipe.seed,
+        labels=recipe.labels,
+        starts={name: rules[name] for name in search.starts},
+    )
+
+
+def _rules(recipe: SparsifyRecipe) -> dict[str, Allocator]:
+    spread = recipe.spread
+    rank = Rank(labels=recipe.labels, seed=recipe.seed)
+    return {
+        "depth": Depth() if spread is None else Depth(spread=spread),
+        "alpha": Alpha() if spread is None else Alpha(epsilon=spread),
+        "owl": Owl(outlier_ratio=recipe.outlier_ratio, spread=spread),
+        "rank": rank if spread is None else replace(rank, spread=spread),
+    }

@@ -11,20 +11,22 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
-from shearing.evaluation.table import comparison_table, format_parameters
-from shearing.mixture.corpus import Corpus
-from shearing.run_directory import locked, read_json, require_writable, write_json
-from shearing.sparsity.allocation.choose import choose_levels
-from shearing.sparsity.blocks import Blocks
-from shearing.sparsity.evaluation import Stored, compare, open_heldout, tokens_to_read
-from shearing.sparsity.job import Job, disk_bytes, no_room, prepare, require_same
-from shearing.sparsity.output import MANIFEST, Done, read_manifest, write_output
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.sequential import Method, prune_layers, units_of_work
-from shearing.training.checkpoint import is_disk_full
-from shearing.training.metrics import activity, max_memory
+from shearing.evaluation.table import comparison_table
+from shearing.files.durable import locked, read_json, require_writable, write_json
+from shearing.files.tensors import is_disk_full
+from shearing.progress import activity, max_memory
+from shearing.pruning.sparse.comparison import Stored, compare, open_heldout, tokens_to_read
+from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
+from shearing.pruning.sparse.levels import choose_levels
+from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
+from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.write import Done, write_output
+from shearing.settings.quantities import format_parameters
 
 EVALUATION = "evaluation.json"
 

@@ -11,24 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from shearing.models.anatomy import Family, anatomy_of
-from shearing.models.walking import readers
-from shearing.sparsity.allocation import Matrix
-from shearing.sparsity.blocks import Blocks, PrunedMatrix
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import Criterion
-from shearing.sparsity.layer_walk import LayerWalk, chunks_of, not_finite, weight_of
-from shearing.sparsity.patterns import Pattern
-from shearing.sparsity.reconstruction import Reconstruction
-from shearing.sparsity.source import Source
-from shearing.sparsity.statistics import InputStatistics
-from shearing.sparsity.streams import Offload
+from shearing.models.anatomy import anatomy_of
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Place, places_of, weight_of
+from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.criteria.criterion import Criterion
+from shearing.pruning.sparse.patterns import Pattern
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction
+from shearing.pruning.sparse.stored.pruned_layers import Blocks, PrunedMatrix
 
 
 @dataclass(frozen=True)
@@ -53,56 +49,6 @@ class Method:
     def needs_text(self) -> bool:
         """Whether statistics of inputs are needed."""
         return bool(self.criterion.needs | self.reconstruction.needs)
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how layers are computed.
-
-    Attributes:
-        device: the compute device.
-        dtype: of weights and activations while they are on it.
-        micro_batch_size: sequences on it at a time (B).
-        offload: where the other sequences' streams are.
-        folder: for what is offloaded to disk.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch_size: int
-    offload: Offload
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Place:
-    """Linear layers that read the same input: names inside a decoder layer."""
-
-    name: str
-    members: tuple[str, ...]
-
-
-def places_of(family: Family) -> list[Place]:
-    """The linear layers of a decoder layer by what they read, in the order in which they are computed."""
-    return [
-        Place("attention read", tuple(readers(family, "attention"))),
-        Place("attention write", (family.attention_write,)),
-        Place("mlp read", tuple(readers(family, "mlp"))),
-        Place("mlp write", (family.mlp_write,)),
-    ]
-
-
-def matrices_of(source: Source) -> list[Matrix]:
-    """Every linear layer inside the decoder layers, layer by layer."""
-    family = anatomy_of(source.config)
-    found = []
-    for layer in range(source.config.num_hidden_layers):
-        for place in places_of(family):
-            for member in place.members:
-                name = f"{family.layers}.{layer}.{member}.weight"
-                rows, columns = source.entries[name].shape
-                found.append(Matrix(name, layer, rows, columns))
-    return found
 
 
 def units_of_work(source: Source, *, method: Method, calibration: Calibration | None, compute: Compute) -> int:

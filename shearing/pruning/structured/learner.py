@@ -16,15 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shearing.masks import hard_concrete
-from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters, round_to_budget, uniform_shape
-from shearing.masks.granularities import as_masks, granularities_of
-from shearing.masks.importance import Scores
-from shearing.masks.lagrangian import Lagrangian, target_at
-from shearing.masks.rounding import alternating, round_to_target
-from shearing.models.compact import Selection
+from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
+from shearing.pruning.structured import hard_concrete
+from shearing.pruning.structured.granularities import as_masks, granularities_of
+from shearing.pruning.structured.importance.scores import Scores
+from shearing.pruning.structured.lagrangian import Lagrangian, target_at
+from shearing.pruning.structured.parameter_budget import (
+    CONSTRAINT,
+    ParameterBudget,
+    count_parameters,
+    round_to_budget,
+    uniform_shape,
+)
+from shearing.pruning.structured.rounding import alternating, round_to_target
 
 # Below any difference of log_alpha that learning makes.
 _TIE = 1e-4

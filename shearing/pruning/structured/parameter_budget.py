@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.masks.granularities import Granularity
 from shearing.models.shape import Shape
+from shearing.pruning.structured.granularities import Granularity
 
 CONSTRAINT = "total_parameters"
 

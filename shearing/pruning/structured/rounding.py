@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shearing.masks.granularities import Granularity
+from shearing.pruning.structured.granularities import Granularity
 
 
 def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:

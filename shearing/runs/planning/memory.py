@@ -334,7 +334,7 @@ def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> I
 
 
 def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
-    """Bytes of the chunked loss beyond hidden states and gradients; see `shearing.training.objectives`."""
+    """Bytes of the chunked loss beyond hidden states and gradients; see `shearing.objectives.cross_entropy`."""
     rows = min(workload.chunk_tokens, workload.tokens)
     logits, states = rows * shape.vocab_size, rows * shape.hidden_size
     if not workload.bf16:

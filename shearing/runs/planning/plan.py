@@ -17,14 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import load_config
+from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import Recipe, StageRecipe, TrainingStage, tokens_per_step, total_steps
-from shearing.stages.preflight import shape_cells
-from shearing.training.engine import resolve_device, resolve_precision
-from shearing.training.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
-from shearing.training.loop import PREFETCHED_STEPS
-from shearing.training.memory import (
+from shearing.runs.planning.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
+from shearing.runs.planning.memory import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     Checkpointing,
     Memory,
@@ -33,6 +29,11 @@ from shearing.training.memory import (
     ZeroStage,
     estimate,
 )
+from shearing.runs.planning.preflight import shape_cells
+from shearing.runs.recipe import Recipe, TrainingStage, tokens_per_step, total_steps
+from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.recipe import StageRecipe
+from shearing.training.stage import PREFETCHED_STEPS
 
 Fit = Literal["yes", "tight", "no", "?"]
 

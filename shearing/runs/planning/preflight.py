@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,22 +20,27 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.mixture.reference import resolve_reference
+from shearing.data.mixture.rules.update import largest_weights, rule_of
+from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
-from shearing.mixture.reference import resolve_reference
-from shearing.mixture.rules import largest_weights, rule_of
-from shearing.mixture.weights import resolve_weights
-from shearing.models.anatomy import load_config, skeleton
+from shearing.models.anatomy import anatomy_of
+from shearing.models.loading import load_config, skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
-from shearing.recipe import PruneRecipe, Pruning, Recipe, split_batch, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory, Stage
-from shearing.sparsity.trained import masks_beside, require_masks_fit
-from shearing.stages.sparsify import require_possible
-from shearing.training.deepspeed_config import user_config
+from shearing.pruning.sparse.patterns import KeptOf
+from shearing.pruning.sparse.recipe import named_as_in_a_run
+from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.trackers import require_trackers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
 
 _BYTES_OF_TRAINING_STATE = 12  # fp32 weight and the two moments of AdamW
 _BYTES_OF_WEIGHT = 4
@@ -113,7 +119,7 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] | None = None, num_proc
     attempt(RunDirectory(recipe.run_dir).require_writable)
     attempt(lambda: _require_hardware(recipe))
     attempt(lambda: _require_engine(recipe))
-    attempt(lambda: require_trackers(recipe))
+    attempt(lambda: require_trackers(recipe.training))
     for stage in recipe.training_stages:
         if stage in stages:
             attempt(partial(split_batch, recipe, stage=stage, num_processes=num_processes))
@@ -464,3 +470,34 @@ def _gigabytes(count: int) -> str:
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:
     return errors[0] if len(errors) == 1 else CombinedShearingError(errors)
+
+
+def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
+    """Check what can be of one-shot sparsity in a run before there is the model that it prunes.
+
+    Args:
+        recipe: with the section `sparsify`.
+        config: of the model that it will prune.
+
+    Raises:
+        ShearingError: the pattern does not fit a matrix, or the model cannot read so long a sequence.
+    """
+    one_shot, longest = one_shot_recipe(recipe), config.max_position_embeddings
+    if one_shot.needs_text and one_shot.seqlen is not None and one_shot.seqlen > longest:
+        raise ShearingError(
+            "sparsify.seqlen",
+            value=one_shot.seqlen,
+            allowed=f"at most {longest}, what the model can read (max_position_embeddings)",
+            mend=f"set sparsify.seqlen={longest}",
+        )
+    if one_shot.kept_of is None:
+        return
+    pattern, layers = KeptOf(*one_shot.kept_of), f"{anatomy_of(config).layers}."
+    for name, parameter in skeleton(config).named_parameters():
+        module = name.removesuffix(".weight")
+        chosen = any(fnmatchcase(module, each) for each in one_shot.include or ["*"])
+        if parameter.ndim == 2 and name.startswith(layers) and chosen:
+            if any(fnmatchcase(module, each) for each in one_shot.exclude):
+                continue
+            with named_as_in_a_run():
+                pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)

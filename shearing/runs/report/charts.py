@@ -14,8 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from shearing.evaluation.table import format_tokens
-from shearing.report.series import SERIES_COLOURS, Series
+from shearing.runs.report.series import SERIES_COLOURS, Series
+from shearing.settings.quantities import format_tokens
 
 # Colours that occur nowhere else, replaced by CSS variables once the SVG is written.
 _PLACEHOLDERS = {"ink": "#010203", "muted": "#020304", "grid": "#030405"} | {

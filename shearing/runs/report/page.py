@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.evaluation.table import ComparisonTable, comparison_table, format_parameters, format_tokens, verdict
-from shearing.masks.granularities import SIZE_OF
-from shearing.report.charts import SMALL, line_chart
-from shearing.report.series import (
+from shearing.evaluation.table import ComparisonTable, comparison_table, verdict
+from shearing.files.durable import read_json, write_text
+from shearing.pruning.sparse.stored.manifest import MANIFEST
+from shearing.pruning.structured.granularities import SIZE_OF
+from shearing.runs.report.charts import SMALL, line_chart
+from shearing.runs.report.series import (
     SERIES_COLOURS,
     Colour,
     Series,
@@ -31,9 +33,9 @@ from shearing.report.series import (
     series_of,
     smooth,
 )
-from shearing.report.unit_map import UnitMap, unit_map
-from shearing.run_directory import RunDirectory, read_json, write_text
-from shearing.sparsity.output import MANIFEST
+from shearing.runs.report.unit_map import UnitMap, unit_map
+from shearing.runs.run_directory import RunDirectory
+from shearing.settings.quantities import format_parameters, format_tokens
 
 _SIZES = {
     "num_hidden_layers": "layers",
@@ -79,7 +81,7 @@ def write_report(run_dir: Path | str) -> Path:
     run = RunDirectory(run_dir)
     run.require_writable()
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shearing.report", package_path=""),
+        loader=jinja2.PackageLoader("shearing.runs.report", package_path=""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

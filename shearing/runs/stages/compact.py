@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.masks.learner import shape_of
-from shearing.models.anatomy import load_config
-from shearing.models.compact import Selection, compact as cut
+from shearing.files.durable import flush_folder, write_json
+from shearing.models.cutting import Selection, compact as cut
+from shearing.models.loading import load_config
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory, flush_folder, write_json
+from shearing.pruning.structured.learner import shape_of
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
 
 CHECK_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-4

@@ -20,29 +20,27 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.loss import DomainLoss, heldout_loss, macro_mean
+from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
 from shearing.evaluation.table import comparison_table, verdict
-from shearing.masks.importance import (
-    Scores,
-    activation_importance,
-    magnitude_importance,
-    random_importance,
-    select,
-)
-from shearing.mixture.corpus import Corpus
-from shearing.models.anatomy import load_config, load_source
+from shearing.files.durable import read_json, write_json
 from shearing.models.attention import attention_within_documents
-from shearing.models.compact import compact
+from shearing.models.cutting import compact
+from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape
-from shearing.recipe import Recipe, StageRecipe, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory, read_json, write_json
-from shearing.sparsity.output import read_manifest
-from shearing.sparsity.trained import masks_beside
-from shearing.training.engine import resolve_device, resolve_precision
-from shearing.training.metrics import activity
-from shearing.training.task import calibration_batches, document_rules, open_corpus
+from shearing.progress import activity
+from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.pruning.sparse.stored.trained import masks_beside
+from shearing.pruning.structured.importance.activations import activation_importance
+from shearing.pruning.structured.importance.magnitude import magnitude_importance
+from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.training_task import calibration_batches, document_rules, open_corpus
+from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
 SPEED_REPETITIONS = 3

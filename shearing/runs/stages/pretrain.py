@@ -11,19 +11,22 @@ from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory, flush_folder
-from shearing.sparsity.trained import require_zeros, write_trained
-from shearing.stages.source import load_whole_or_skeleton, reference_losses
-from shearing.stages.start import Start
-from shearing.training.checkpoint import flush_tree, is_disk_full, no_space, seed_random
-from shearing.training.engine import SavedMoments, read_moments, resolve_device
-from shearing.training.loop import Trained, train
+from shearing.files.durable import flush_folder, flush_tree
+from shearing.files.tensors import is_disk_full, no_space
+from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.processes.processes import Processes
+from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.pretrain_start import Start
+from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.training_task import initial_mixture, open_corpus, task_of
+from shearing.training.checkpoints.pieces import SavedMoments, ShardedState, read_moments
+from shearing.training.checkpoints.state import seed_random
+from shearing.training.device import resolve_device
+from shearing.training.loop import train
 from shearing.training.metrics import print_summary
-from shearing.training.objectives import PARAMETER_PREFIX
-from shearing.training.processes import Processes
-from shearing.training.sharded import ShardedState
-from shearing.training.task import initial_mixture, open_corpus, task_of
+from shearing.training.stage import Trained
 
 
 def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:

@@ -12,15 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.recipe import LoraRecipe, Recipe
-from shearing.run_directory import RunDirectory
-from shearing.sparsity.lora import add_adapters, merge_adapters
-from shearing.sparsity.masks import FILE_NAME as MASKS, read_masks
-from shearing.sparsity.source import OURS, TEXT_FILES
-from shearing.sparsity.trained import masks_beside
-from shearing.training.checkpoint import seed_random
-from shearing.training.objectives import PARAMETER_PREFIX
-from shearing.training.sharded import WEIGHT, ShardedState
+from shearing.models.stored_model import OURS, TEXT_FILES
+from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
+from shearing.pruning.sparse.stored.trained import masks_beside
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
+from shearing.training.checkpoints.state import seed_random
+from shearing.training.lora import add_adapters, merge_adapters
+from shearing.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

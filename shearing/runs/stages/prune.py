@@ -11,32 +11,34 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from shearing.masks.budget import ParameterBudget
-from shearing.masks.importance import Scores, activation_importance
-from shearing.masks.learner import MaskLearner, MaskSettings
-from shearing.masks.reconstruction import compensate, reconstruction_importance
-from shearing.mixture.corpus import Corpus
-from shearing.mixture.sampler import Mixture
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.mixture.sampler import Mixture
+from shearing.files.durable import write_json
+from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
-from shearing.models.compact import compact_moments
+from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.recipe import Recipe, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory, write_json
-from shearing.stages.source import load_whole_or_skeleton, reference_losses
-from shearing.training.checkpoint import seed_random, write_tensors
-from shearing.training.engine import resolve_device, write_moments
-from shearing.training.loop import Masking, Task, Trained, train
-from shearing.training.metrics import activity, print_summary
-from shearing.training.objectives import PARAMETER_PREFIX
-from shearing.training.processes import Processes
-from shearing.training.sharded import WEIGHT, ShardedState
-from shearing.training.task import (
-    calibration_batches,
-    initial_mixture,
-    open_corpus,
-    task_of,
-)
+from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.processes.processes import Processes
+from shearing.progress import activity
+from shearing.pruning.structured.compensation import compensate
+from shearing.pruning.structured.importance.activations import activation_importance
+from shearing.pruning.structured.importance.reconstruction import reconstruction_importance
+from shearing.pruning.structured.importance.scores import Scores
+from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.masking import Masking
+from shearing.pruning.structured.parameter_budget import ParameterBudget
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus, task_of
+from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
+from shearing.training.checkpoints.state import seed_random
+from shearing.training.device import resolve_device
+from shearing.training.loop import train
+from shearing.training.metrics import print_summary
+from shearing.training.stage import Task, Trained
 
 
 def prune(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:

@@ -9,19 +9,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.mixture.reference import write_reference
 from shearing.errors import ShearingError
-from shearing.evaluation.loss_table import LossTable
-from shearing.evaluation.measure_losses import measure_losses
-from shearing.evaluation.reference_fit import ReferenceFit, fit_reference, render
-from shearing.mixture.reference import write_reference
-from shearing.models.anatomy import load_config, load_source
+from shearing.evaluation.reference_losses.chart import draw_laws, require_picture
+from shearing.evaluation.reference_losses.fit import ReferenceFit, fit_reference, render
+from shearing.evaluation.reference_losses.measure import measure_losses
+from shearing.evaluation.reference_losses.table import LossTable
+from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape, resolve_target
-from shearing.quantities import parse_parameter_count
-from shearing.recipe import Recipe, TrainingRecipe
-from shearing.report.law_chart import draw_laws, require_picture
-from shearing.training.engine import resolve_device, resolve_precision
-from shearing.training.metrics import activity
-from shearing.training.task import heldout_tokens, measure_heldout, open_corpus
+from shearing.progress import activity
+from shearing.runs.recipe import Recipe
+from shearing.runs.stages.training_task import heldout_tokens, measure_heldout, open_corpus
+from shearing.settings.quantities import parse_parameter_count
+from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.recipe import TrainingRecipe
 
 
 def measure(

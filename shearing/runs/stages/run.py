@@ -14,11 +14,12 @@ import transformers
 from rich.console import Console
 
 from shearing.errors import ShearingError
-from shearing.recipe import Recipe
-from shearing.recipe_file import read_recipe_file
-from shearing.run_directory import RunDirectory, Stage, write_text
-from shearing.stages.preflight import preflight
-from shearing.training.processes import Processes
+from shearing.files.durable import write_text
+from shearing.processes.processes import Processes
+from shearing.runs.planning.preflight import preflight
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.settings.reading import read_recipe_file
 
 # Keys that change how a run is kept, watched or spread over processes, never what it computes beyond rounding.
 _NEUTRAL_KEYS = frozenset(
@@ -159,14 +160,14 @@ def report(directory: RunDirectory) -> None:
 
 
 def _report(directory: RunDirectory) -> None:
-    from shearing.report import write_report
+    from shearing.runs.report.page import write_report
 
     write_report(directory.path)
 
 
 def _function_of(stage: Stage) -> Callable[..., object]:
     # Imported one by one: evaluating needs nothing of training, and a stage's imports take seconds.
-    module = importlib.import_module(f"shearing.stages.{stage}")
+    module = importlib.import_module(f"shearing.runs.stages.{stage}")
     function: Callable[..., object] = getattr(module, stage)
     return function
 

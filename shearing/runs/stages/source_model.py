@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from shearing.mixture.corpus import Corpus
-from shearing.mixture.reference import resolve_reference
-from shearing.models.anatomy import load_config, load_source, skeleton
-from shearing.recipe import Recipe, TrainingStage
-from shearing.run_directory import read_json, write_json
-from shearing.training.engine import resolve_device
-from shearing.training.metrics import activity
-from shearing.training.task import heldout_tokens, measure_heldout
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.mixture.reference import resolve_reference
+from shearing.files.durable import read_json, write_json
+from shearing.models.loading import load_config, load_source, skeleton
+from shearing.progress import activity
+from shearing.runs.recipe import Recipe, TrainingStage
+from shearing.runs.stages.training_task import heldout_tokens, measure_heldout
+from shearing.training.device import resolve_device
 
 
 def load_whole_or_skeleton(recipe: Recipe, *, source: str, revision: str | None, whole: bool) -> PreTrainedModel:

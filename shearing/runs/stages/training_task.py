@@ -8,32 +8,30 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from shearing.evaluation.loss import heldout_loss
-from shearing.mixture.corpus import Corpus, tokenizer_fingerprint
-from shearing.mixture.dynamic import DynamicMixture
-from shearing.mixture.rules import rule_of
-from shearing.mixture.sampler import Mixture
-from shearing.mixture.weights import resolve_weights
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.documents import DocumentRules, Documents, Inputs
+from shearing.data.mixture.dynamic import DynamicMixture
+from shearing.data.mixture.rules.update import rule_of
+from shearing.data.mixture.sampler import Mixture
+from shearing.data.mixture.weights import resolve_weights
+from shearing.evaluation.heldout_loss import heldout_loss
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
-from shearing.models.documents import DocumentRules, Documents, Inputs
 from shearing.models.shape import Shape, resolve_target
-from shearing.quantities import Duration
-from shearing.recipe import BatchSplit, PruneRecipe, Recipe, TrainingStage, split_batch, tokens_per_step, total_steps
-from shearing.run_directory import RunDirectory
-from shearing.training.engine import (
-    Engine,
-    Optimization,
-    TorchEngine,
-    checkpoint_activations,
-    compile_layers,
-    resolve_device,
-    resolve_precision,
-)
-from shearing.training.hardware import peak_flops, training_flops_per_token
-from shearing.training.loop import Compute, HeldOut, Masking, Schedule, Task
-from shearing.training.objectives import LanguageModelLoss
-from shearing.training.processes import Processes
-from shearing.training.sharded import SavedState
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.processes.processes import Processes
+from shearing.pruning.structured.masking import Masking
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
+from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step, total_steps
+from shearing.runs.run_directory import RunDirectory
+from shearing.settings.quantities import Duration
+from shearing.training.checkpoints.pieces import SavedState
+from shearing.training.device import checkpoint_activations, compile_layers, resolve_device, resolve_precision
+from shearing.training.engines.engine import Engine
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.stage import Compute, HeldOut, Schedule, Task
 from shearing.training.trackers import Trackers
 
 
@@ -181,7 +179,7 @@ def _engine(recipe: Recipe, *, optimization: Optimization, split: BatchSplit, pr
     precision = resolve_precision(recipe.training, device=device)
     if recipe.training.engine == "torch":
         return TorchEngine(optimization, device=device, precision=precision, processes=processes)
-    from shearing.training.deepspeed_engine import DeepSpeedEngine
+    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
         optimization,

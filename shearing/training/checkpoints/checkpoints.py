@@ -8,27 +8,17 @@ since.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
-import random
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from shearing.errors import ShearingError
-from shearing.run_directory import flush_folder, write_text
-from shearing.training.fingerprints import Fingerprints, add_fingerprints
-from shearing.training.processes import Processes
+from shearing.files.durable import flush_folder, flush_tree, write_text
+from shearing.files.tensors import is_disk_full, no_space
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -163,120 +153,6 @@ class Checkpoints:
         shutil.rmtree(removing)
 
 
-def no_space(folder: Path) -> ShearingError:
-    """The error for a full disk."""
-    return ShearingError(
-        "run_dir",
-        value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
-        allowed="a disk that can take one more checkpoint",
-        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
-    )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors wraps the operating system's error in its text.
-    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
-
-    Args:
-        path: file to write; its folder exists.
-        tensors: no two may share memory.
-        metadata: text for the file's header.
-
-    Raises:
-        ShearingError: no space left.
-    """
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise no_space(path.parent) from error
-        raise
-    beside.replace(path)
-    flush_folder(path.parent)
-
-
-def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Write a nested state: tensors to NAME.safetensors, the rest to NAME.json.
-
-    Args:
-        folder: existing folder.
-        name: name of both files, without suffix.
-        state: dicts (keys str or int), lists, tuples, tensors, str, int, float, bool and None; floats are exact too.
-
-    Raises:
-        TypeError: any other type.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = _to_json(state, path="", tensors=tensors)
-    write_tensors(folder / f"{name}.safetensors", tensors)
-    write_text(folder / f"{name}.json", json.dumps(tree) + "\n")
-
-
-def read_state(folder: Path, name: str, *, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_state` was given, tensors on `device`."""
-    tensors = load_file(folder / f"{name}.safetensors", device=str(device))
-    state: dict[str, Any] = _from_json(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
-    return state
-
-
-def seed_random(seed: int) -> None:
-    """Start every random generator that code under the loop may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_states() -> dict[str, Any]:
-    """State of every random generator that code under the loop may draw from."""
-    generator = np.random.get_state(legacy=False)
-    return {
-        "python": random.getstate(),
-        "numpy": {
-            **generator,
-            "state": {
-                "key": torch.from_numpy(generator["state"]["key"].astype(np.int64)),
-                "pos": int(generator["state"]["pos"]),
-            },
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Set what `random_states` returned; generators of GPUs that are not here are left out."""
-    random.setstate(states["python"])
-    generator = states["numpy"]
-    np.random.set_state(
-        {**generator, "state": {**generator["state"], "key": generator["state"]["key"].numpy().astype(np.uint32)}}
-    )
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
-
-
-def flush_tree(folder: Path) -> None:
-    """Force every file and folder below a folder, and the folder itself, to disk."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            flush_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def _entry(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
@@ -302,30 +178,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _to_json(value: Any, *, path: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        # A copy, because safetensors refuses views of one memory (multipliers are often slices of a flat tensor).
-        tensors[path] = value.detach().clone()
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {"dict": [[key, _to_json(item, path=f"{path}/{key}", tensors=tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        items = [_to_json(item, path=f"{path}/{index}", tensors=tensors) for index, item in enumerate(value)]
-        return {"list" if isinstance(value, list) else "tuple": items}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise TypeError(f"{path or 'state'}: {type(value).__name__} cannot be written to a checkpoint")
-
-
-def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    (kind, content), *_ = value.items()
-    if kind == "tensor":
-        return tensors[content].clone()
-    if kind == "dict":
-        return {key: _from_json(item, tensors) for key, item in content}
-    items = [_from_json(item, tensors) for item in content]
-    return items if kind == "list" else tuple(items)

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.training.checkpoint import write_tensors
-from shearing.training.fingerprints import Fingerprints, add_fingerprints, fingerprint
+from shearing.files.tensors import write_tensors
+from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -188,3 +189,37 @@ def require_parameters(state: SavedState, *, shapes: Mapping[str, tuple[int, ...
             allowed="a checkpoint of this model",
             mend="use another run_dir, or go back to the model this run was started with",
         )
+
+
+class SavedMoments:
+    """AdamW state of whole tensors in memory, as a `SavedState`.
+
+    Args:
+        moments: kind -> parameter -> tensor of its shape; and `step` -> parameter -> the count, the same for all.
+    """
+
+    def __init__(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._moments = {kind: moments[kind] for kind in MOMENTS}
+        self.kinds = frozenset(MOMENTS)
+        self.shapes = {name: tuple(value.shape) for name, value in moments[MOMENTS[0]].items()}
+        self.step = max((float(count) for count in moments[STEP].values()), default=0.0)
+
+    def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
+        """See `SavedState.read`."""
+        return self._moments[kind][name].reshape(-1)[start : start + numel]
+
+
+def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write AdamW state by kind and parameter to one file with keys `KIND/PARAMETER`."""
+    write_tensors(
+        path, {f"{kind}/{name}": value for kind, of_kind in moments.items() for name, value in of_kind.items()}
+    )
+
+
+def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
+    """What `write_moments` wrote, on the CPU."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        kind, name = key.split("/", 1)
+        moments.setdefault(kind, {})[name] = value
+    return moments

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.recipe import DeepSpeedRecipe
+from shearing.training.recipe import DeepSpeedRecipe
 
 FIELD = "training.deepspeed.config"
 

@@ -25,9 +25,20 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from shearing.errors import ShearingError
-from shearing.recipe import DeepSpeedRecipe
-from shearing.training.deepspeed_config import deepspeed_config
-from shearing.training.engine import (
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
+from shearing.training.checkpoints.pieces import (
+    MOMENTS,
+    WEIGHT,
+    Piece,
+    SavedState,
+    ShardedState,
+    fingerprints,
+    require_parameters,
+)
+from shearing.training.engines.deepspeed_config import deepspeed_config
+from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.optimizer import (
     Optimization,
     adamw,
     fill,
@@ -38,18 +49,7 @@ from shearing.training.engine import (
     set_steps,
     start_state,
 )
-from shearing.training.fingerprints import Fingerprints, add_fingerprints, require_same
-from shearing.training.processes import Processes
-from shearing.training.sharded import (
-    MOMENTS,
-    WEIGHT,
-    Piece,
-    SavedState,
-    ShardedState,
-    fingerprints,
-    require_parameters,
-)
-from shearing.training.zeros import KeptZeros
+from shearing.training.recipe import DeepSpeedRecipe
 
 
 class DeepSpeedEngine:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.training.sharded import WEIGHT, Piece
+from shearing.training.checkpoints.pieces import WEIGHT, Piece
 
 
 class KeptZeros:

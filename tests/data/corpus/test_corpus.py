@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus, CorpusWriter, tokenizer_fingerprint
 
 SMALL = {"books": 30, "code": 40}
 

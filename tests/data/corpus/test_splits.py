@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 
+from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, split_keys
+from shearing.data.corpus.writer import Place, decide_places
 from shearing.errors import ShearingError
-from shearing.mixture.splits import Documents, Earlier, HeldoutSize, choose_heldout, split_keys
-from shearing.mixture.writer import Place, decide_places
 
 HALF = 1 << 63
 contents = st.lists(st.integers(0, 30), min_size=2, max_size=60)

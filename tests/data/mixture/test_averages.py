@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from shearing.mixture.averages import LossAverages
+from shearing.data.mixture.averages import LossAverages
 
 
 def test_a_domain_starts_at_its_first_loss_and_keeps_its_average_while_it_is_not_seen() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from shearing.mixture.dynamic import DynamicMixture
-from shearing.mixture.online import (
+from shearing.data.mixture.dynamic import DynamicMixture
+from shearing.data.mixture.online import (
     EXPONENTS,
     MAXIMUM_OBSERVATIONS,
     MINIMUM_OBSERVATIONS,
@@ -15,8 +15,8 @@ from shearing.mixture.online import (
     fit_online,
     predict_end,
 )
-from shearing.mixture.rules import rule_of
-from shearing.recipe import MixtureRecipe
+from shearing.data.mixture.rules.update import rule_of
+from shearing.data.recipe import MixtureRecipe
 
 SIZES = np.linspace(2.0, 1.0, 12) ** 2
 TOKENS = np.linspace(0.05, 0.6, 12)

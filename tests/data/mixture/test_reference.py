@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from shearing.data.mixture.reference import resolve_reference, write_reference
 from shearing.errors import ShearingError
-from shearing.mixture import resolve_reference
-from shearing.mixture.reference import write_reference
 
 
 def reference(given: object) -> dict[str, float]:

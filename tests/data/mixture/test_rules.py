@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from shearing.mixture.rules import RuleName, largest_weights, rule_of, update_weights
-from shearing.mixture.rules.robust import worst_mix
-from shearing.recipe import MixtureRecipe
+from shearing.data.mixture.rules.robust import worst_mix
+from shearing.data.mixture.rules.update import RuleName, largest_weights, rule_of, update_weights
+from shearing.data.recipe import MixtureRecipe
 
 LOSSES = {"a": 2.0, "b": 3.0, "c": 1.0}
 REFERENCE = {"a": 1.5, "b": 1.0, "c": 2.0}
@@ -143,8 +143,6 @@ def test_what_cannot_be_normalised_is_refused() -> None:
         with pytest.raises(ValueError, match="weights"):
             update_weights(rule, weights=weights, losses={}, reference={}, memory={})
 
-
-# -- the worst mix in the ball --------------------------------------------------------------------------------------
 
 problems = st.integers(1, 6).flatmap(
     lambda count: st.tuples(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.data.mixture.sampler import UNITS, Batch, Mixture, permuted
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus, Mixture, Prefetcher
-from shearing.mixture.sampler import UNITS, Batch, permuted
 
 DOMAINS = {"books": 30, "code": 43, "legal": 12}
 SEQUENCE_LENGTH = 16

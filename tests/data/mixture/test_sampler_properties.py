@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from shearing.mixture import Mixture, Prefetcher
-from shearing.mixture.sampler import UNITS, _deal_few, _deal_many, _in_units, permuted
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.data.mixture.sampler import UNITS, Mixture, _deal_few, _deal_many, _in_units, permuted
 
 Log = list[tuple[int, list[float]]]
 

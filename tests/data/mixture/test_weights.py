@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError
-from shearing.mixture import resolve_weights
 
 
 def test_resolve_weights() -> None:

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from data_tools.adoption import adopt
+from data_tools.adoption.adoption import adopt
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus, Mixture
 
 SEPARATOR = 0
 Documents = list[list[int]]

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_tools import demo, extraction, smollm, wheels
+from data_tools.demo import __main__ as demo, extraction, smollm, wheels
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus
 
 
 def test_every_domain_is_pinned() -> None:
@@ -90,7 +90,7 @@ def demo_app() -> object:
 def test_demo_from_small_wheels_continues_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.data_tools.test_model import tiny_model
+    from tests.data_tools.demo.test_smollm import tiny_model
 
     stream = io.BytesIO()
     zipfile.ZipFile(stream, "w").close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import extraction
+from data_tools.demo import extraction
 
 
 def archive(members: dict[str, str | bytes]) -> zipfile.ZipFile:

@@ -10,9 +10,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_tools import smollm
+from data_tools.demo import smollm
+from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
-from shearing.mixture import tokenizer_fingerprint
 
 Q4_1, Q8_0, F32 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
 

@@ -10,13 +10,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from data_tools import inspection
-from data_tools.checksums import sha256_of_file
-from data_tools.inspection import Inspection, inspect
-from shearing.cli import app
-from shearing.mixture import CorpusWriter, tokenizer_fingerprint
-from shearing.mixture.corpus import DomainManifest
-from shearing.recipe import load_recipe
+from data_tools.inspection import inspection
+from data_tools.inspection.inspection import Inspection, inspect
+from shearing.cli.app import app
+from shearing.data.corpus.format import DomainManifest, tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
+from shearing.files.checksums import sha256_of_file
+from shearing.runs.recipe import load_recipe
 
 Texts = Mapping[str, Sequence[str]]
 Write = Callable[[Texts], Path]

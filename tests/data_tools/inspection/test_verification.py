@@ -12,11 +12,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from data_tools.adoption import adopt
-from data_tools.verification import Verification, verify
-from shearing.cli import app
+from data_tools.adoption.adoption import adopt
+from data_tools.inspection.verification import Verification, verify
+from shearing.cli.app import app
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus, CorpusWriter, tokenizer_fingerprint
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ def test_one_bit_is_found_by_reading_everything(corpus: Path, split: str) -> Non
 
 
 def test_ends_vocabulary_and_tokenizer(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shearing.mixture.integrity.SMALL_BYTES", 0)  # as if there were many documents
+    monkeypatch.setattr("shearing.data.corpus.integrity.SMALL_BYTES", 0)  # as if there were many documents
     file = corpus / "first" / "train_ends.npy"
     ends = np.load(file)
     np.save(file, np.concatenate([ends[:2][::-1], ends[2:]]))

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus
 from tests.data_tools.conftest import all_texts, write_lines
-from tests.data_tools.test_prepare import parquet
+from tests.data_tools.preparation.test_prepare import parquet
 
 Prepared = Callable[..., Corpus]
 GOOD = [f"good {i}" for i in range(20)]
@@ -126,7 +126,7 @@ def test_large_text_files_are_divided_a_piece_at_a_time(
 ) -> None:
     from io import BytesIO
 
-    from data_tools.reading import _pieces
+    from data_tools.preparation.reading import _pieces
 
     texts = [str(i) * (i % 50_000) for i in range(0, 400_000, 977)]
     data = "\n\n".join(texts).encode()

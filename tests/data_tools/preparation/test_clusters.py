@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_tools.prepare import prepare
-from data_tools.recipe import load_preparation
-from shearing.cli import app
+from data_tools.preparation.prepare import prepare
+from data_tools.preparation.recipe import load_preparation
+from shearing.cli.app import app
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus
 from tests.data_tools.conftest import content, write_lines
-from tests.data_tools.processes import ROOT, gone, shards, start, wait_for
+from tests.data_tools.processes import gone, shards, start, wait_for
+from tests.repository import ROOT
 
 Prepared = Callable[..., Corpus]
 

@@ -13,18 +13,18 @@ import pytest
 import zstandard
 from typer.testing import CliRunner
 
-from data_tools.recipe import load_preparation
-from data_tools.work import PREFIX
-from shearing.cli import app
+from data_tools.preparation.recipe import load_preparation
+from data_tools.preparation.work_folder import PREFIX
+from shearing.cli.app import app
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import text_hash
+from shearing.data.corpus.splits import HeldoutSize
 from shearing.errors import ShearingError
-from shearing.mixture import Corpus
-from shearing.mixture.corpus import text_hash
-from shearing.mixture.splits import HeldoutSize
-from shearing.recipe import load_recipe
+from shearing.runs.recipe import load_recipe
 from tests.data_tools.conftest import all_texts, content, texts_of, write_lines
+from tests.repository import ROOT
 
 Prepared = Callable[..., Corpus]
-ROOT = Path(__file__).parents[2]
 TEXTS = [f"line {i}" for i in range(40)]
 
 
@@ -135,7 +135,7 @@ def test_what_a_text_spells_is_text(prepared: Prepared, tmp_path: Path) -> None:
 def test_the_corpus_can_be_decoded_without_being_told_how(prepared: Prepared, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    from shearing.mixture import tokenizer_fingerprint
+    from shearing.data.corpus.format import tokenizer_fingerprint
 
     corpus = prepared({"a": str(write_lines(tmp_path / "a.jsonl", TEXTS))})
     tokenizer = Tokenizer.from_file(str(corpus.path / "tokenizer.json"))

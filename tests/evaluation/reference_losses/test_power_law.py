@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from shearing.errors import ShearingError
-from shearing.mixture.scaling import fit_power_law, leave_one_out
+from shearing.evaluation.reference_losses.power_law import fit_power_law, leave_one_out
+from tests.repository import RECIPES
 
-PUBLISHED: dict[str, Any] = json.loads(
-    (Path(__file__).parents[2] / "recipes" / "reference" / "llama2-redpajama.json").read_text()
-)
+PUBLISHED: dict[str, Any] = json.loads((RECIPES / "reference" / "llama2-redpajama.json").read_text())
 SIZES = [row["parameters"] for row in PUBLISHED["rows"]]
 DOMAINS = list(PUBLISHED["rows"][0]["losses"])
 

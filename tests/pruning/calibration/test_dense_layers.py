@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.dense import dense_layers, dense_units
-from shearing.sparsity.sequential import Compute, matrices_of
-from shearing.sparsity.source import Source, open_source
-from shearing.sparsity.statistics import InputStatistics, Need
+from shearing.models.stored_model import Source, open_source
+from shearing.pruning.calibration.dense_layers import dense_layers, dense_units
+from shearing.pruning.calibration.places import matrices_of
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 TOKENS = tiny_ids(sequences=5, length=24)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.patterns import Cumulative, KeptOf, Pattern, PerLayer, PerRow
-from shearing.sparsity.reconstruction import reconstructions, require_valid
-from shearing.sparsity.statistics import InputStatistics
-from tests.sparsity import oracle
+from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import Cumulative, KeptOf, Pattern, PerLayer, PerRow
+from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from tests.pruning.sparse import oracle
 
 HALF = Fraction(1, 2)
 PATTERNS: list[tuple[Pattern, Callable[[Tensor], Tensor]]] = [

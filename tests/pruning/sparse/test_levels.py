@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from shearing.cli import app
-from shearing.sparsity.check import differences
-from shearing.sparsity.output import read_manifest
+from shearing.cli.app import app
+from shearing.pruning.sparse.stored.check import differences
+from shearing.pruning.sparse.stored.manifest import read_manifest
 
 SEARCH = ("search.population=4", "search.offspring=4", "search.generations=2", "search.fitness_samples=4")
 TEXT = ("--samples", "6", "--seqlen", "16")

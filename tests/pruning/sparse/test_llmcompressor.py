@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shearing.sparsity.blocks import Blocks
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.masks import unpack
-from shearing.sparsity.patterns import pattern_of
-from shearing.sparsity.reconstruction import reconstructions
-from shearing.sparsity.sequential import Compute, Method, matrices_of, prune_layers
-from shearing.sparsity.source import open_source
-from shearing.sparsity.statistics import InputStatistics
+from shearing.models.stored_model import open_source
+from shearing.pruning.calibration.places import matrices_of
+from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import pattern_of
+from shearing.pruning.sparse.prune_layers import Method, prune_layers
+from shearing.pruning.sparse.reconstruction import reconstructions
+from shearing.pruning.sparse.stored.masks import unpack
+from shearing.pruning.sparse.stored.pruned_layers import Blocks
 
 llmcompressor = pytest.importorskip("llmcompressor")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.patterns import KeptOf, Pattern, PerLayer, PerRow
-from shearing.sparsity.reconstruction import obs, reconstructions
-from tests.sparsity import oracle
-from tests.sparsity.test_criteria import HALF, sample, statistics_of
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import KeptOf, Pattern, PerLayer, PerRow
+from shearing.pruning.sparse.reconstruction import obs, reconstructions
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from tests.pruning.sparse import oracle
+from tests.pruning.sparse.test_criteria import HALF, sample, statistics_of
 
 BLOCK = 16
 CASES: list[tuple[Pattern, int, Callable[[Tensor], Tensor]]] = [

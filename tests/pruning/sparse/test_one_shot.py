@@ -22,20 +22,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import shearing
-from shearing.cli import app
+from shearing.cli.app import app
 from shearing.errors import ShearingError
-from shearing.sparsity.calibration import load_calibration
-from shearing.sparsity.check import differences
-from shearing.sparsity.masks import FILE_NAME, pack, read_masks, unpack
-from shearing.sparsity.output import read_manifest
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.sparsify import sparsify
-from shearing.sparsity.tensor_files import read_header
+from shearing.files.tensors import read_header
+from shearing.pruning.calibration.text import load_calibration
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.stored.check import differences
+from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
 
 LAYERS = 4  # of the model of `tiny_inputs`
 SECONDS = 120.0
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["shearing.sparsity.sparsify"])
+PROCESSES.set_forkserver_preload(["shearing.pruning.sparse.one_shot"])
 
 
 def shear(*arguments: str | Path) -> Result:
@@ -262,7 +262,7 @@ def test_layers_that_are_done_are_not_pruned_again(
     criterion: str, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(tiny_inputs, tmp_path / "sparse", criterion=criterion)
-    module = importlib.import_module("shearing.sparsity.sparsify")
+    module = importlib.import_module("shearing.pruning.sparse.one_shot")
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_output", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):

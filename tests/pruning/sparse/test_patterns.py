@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from shearing.errors import ShearingError
-from shearing.sparsity.patterns import (
+from shearing.pruning.sparse.patterns import (
     CUMULATIVE_TOLERANCE,
     Cumulative,
     KeptOf,

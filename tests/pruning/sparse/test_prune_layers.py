@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.sparsity.blocks import Blocks
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.patterns import KeptOf
-from shearing.sparsity.reconstruction import reconstructions
-from shearing.sparsity.sequential import Compute, Method, matrices_of, prune_layers, units_of_work
-from shearing.sparsity.source import open_source
-from shearing.sparsity.statistics import InputStatistics
+from shearing.models.stored_model import open_source
+from shearing.pruning.calibration.places import matrices_of
+from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import KeptOf
+from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
+from shearing.pruning.sparse.reconstruction import reconstructions
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.stored.pruned_layers import Blocks
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
-from tests.sparsity import oracle
+from tests.pruning.sparse import oracle
 
 TOKENS = tiny_ids(sequences=5, length=24)
 LAYERS = 3

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from shearing.errors import ShearingError
-from shearing.sparsity.recipe import load_sparsify_recipe, recipe_of_options
+from shearing.pruning.sparse.recipe import load_sparsify_recipe, recipe_of_options
+from tests.repository import RECIPES
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "one-shot").glob("*.yaml"))
+RECIPES = sorted((RECIPES / "one-shot").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

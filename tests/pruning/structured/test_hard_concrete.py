@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from shearing.masks import hard_concrete
-from shearing.masks.hard_concrete import LOG_ALPHA_LIMIT
+from shearing.pruning.structured import hard_concrete
+from shearing.pruning.structured.hard_concrete import LOG_ALPHA_LIMIT
 
 
 @pytest.mark.parametrize("temperature", [2 / 3, 0.83])

@@ -7,19 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
-from shearing.masks import hard_concrete
-from shearing.masks.budget import CONSTRAINT, ParameterBudget, count_parameters
-from shearing.masks.importance import (
-    activation_importance,
-    magnitude_importance,
-    random_importance,
-    select,
-)
-from shearing.masks.learner import MaskLearner, MaskSettings, grade
-from shearing.models.documents import Inputs
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
+from shearing.pruning.structured import hard_concrete
+from shearing.pruning.structured.importance.activations import activation_importance
+from shearing.pruning.structured.importance.magnitude import magnitude_importance
+from shearing.pruning.structured.importance.scores import random_importance, select
+from shearing.pruning.structured.learner import MaskLearner, MaskSettings, grade
+from shearing.pruning.structured.parameter_budget import CONSTRAINT, ParameterBudget, count_parameters
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 GRANULARITIES = ["layers", "kv_groups", "query_heads", "intermediate", "hidden"]

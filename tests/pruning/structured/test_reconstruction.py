@@ -7,19 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from shearing.masks.importance import activation_importance, select
-from shearing.masks.reconstruction import (
-    DAMPING,
-    _first_inputs,
-    compensate,
-    elimination_order,
-    reconstruction_importance,
-)
-from shearing.models.compact import compact
-from shearing.models.documents import Inputs
+from shearing.data.documents import Inputs
+from shearing.models.cutting import compact
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.models.walking import run_layer
+from shearing.pruning.calibration.walk import first_inputs, run_layer
+from shearing.pruning.structured.compensation import compensate
+from shearing.pruning.structured.importance.activations import activation_importance
+from shearing.pruning.structured.importance.reconstruction import DAMPING, elimination_order, reconstruction_importance
+from shearing.pruning.structured.importance.scores import select
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 BATCHES = [Inputs(tiny_ids(sequences=8, seed=seed)) for seed in range(8)]
@@ -187,7 +183,7 @@ def test_compensation_without_anything_to_make_up_for_changes_nothing():
 def test_layers_one_by_one_are_the_whole_model(family: str) -> None:
     model = MaskedModel(tiny_model(family))
     batch = Inputs(tiny_ids(sequences=2))
-    streams, calls = _first_inputs(model.model, [batch])
+    streams, calls = first_inputs(model.model, [batch])
     assert len(streams) == len(calls) == 1
     for layer, call, expected in zip(
         model.model.model.layers, calls[0], residual_streams(model, batch.tokens), strict=True

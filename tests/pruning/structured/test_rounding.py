@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shearing.masks.rounding import alternating, top_k
+from shearing.pruning.structured.rounding import alternating, top_k
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())

@@ -9,13 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shearing.models.shape import Shape
-from shearing.training.hardware import (
-    GPUS,
-    forward_flops_per_token,
-    gpu_of,
-    peak_flops,
-    training_flops_per_token,
-)
+from shearing.runs.planning.hardware import GPUS, forward_flops_per_token, gpu_of, peak_flops, training_flops_per_token
 
 SHAPE = Shape(
     num_hidden_layers=3,

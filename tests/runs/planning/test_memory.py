@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from shearing.models.attention import drop_attention_mask
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.training.engine import Optimization, TorchEngine, checkpoint_activations
-from shearing.training.memory import (
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.runs.planning.memory import (
     Checkpointing,
     Memory,
     Sharding,
@@ -26,7 +26,9 @@ from shearing.training.memory import (
     kept_by_layer,
     saved_by_layer,
 )
-from shearing.training.objectives import LanguageModelLoss
+from shearing.training.device import checkpoint_activations
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.engines.torch_engine import TorchEngine
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

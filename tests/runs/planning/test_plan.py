@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shearing.recipe import Recipe, load_recipe
-from shearing.stages.plan import Hardware, RunPlan, plan
-from tests.test_cli import BUDGET, error_of, shear
+from shearing.runs.planning.plan import Hardware, RunPlan, plan
+from shearing.runs.recipe import Recipe, load_recipe
+from tests.cli.test_cli import BUDGET, error_of, shear
+from tests.repository import RECIPES
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -25,7 +26,6 @@ LLAMA_2_7B = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shearing.mixture import Corpus
-from shearing.recipe import Recipe, load_recipe
-from shearing.stages.preflight import Plan, preflight, render
+from shearing.data.corpus.corpus import Corpus
+from shearing.runs.planning.preflight import Plan, preflight, render
+from shearing.runs.recipe import Recipe, load_recipe
 
 
 def plan_of(recipe: Path, *overrides: str) -> tuple[Recipe, Plan, str]:

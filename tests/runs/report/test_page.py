@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from shearing.errors import ShearingError
-from shearing.report import write_report
+from shearing.runs.report.page import write_report
 
 DOMAINS = ["books", "code", "law & order"]
 SIZES = {"layers": 30, "kv_groups": 3, "query_heads": 3, "intermediate": 1536, "hidden": 576}

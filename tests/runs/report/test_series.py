@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shearing.report.series import downsample, keys_of, nested, read_stages, series_of, smooth
+from shearing.runs.report.series import downsample, keys_of, nested, read_stages, series_of, smooth
 
 
 def write(path: Path, *lines: object) -> Path:

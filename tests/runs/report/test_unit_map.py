@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from shearing.report.unit_map import UnitMap, unit_map
+from shearing.runs.report.unit_map import UnitMap, unit_map
 
 
 def masks(*, layers: int = 4, groups: int = 2, per_group: int = 3, intermediate: int = 100) -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
-from shearing.recipe import load_recipe
-from shearing.run_directory import RunDirectory
-from shearing.stages.compact import compact
-from shearing.stages.run import run
+from shearing.runs.recipe import load_recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.compact import compact
+from shearing.runs.stages.run import run
 
 BUDGET = [
     "target.num_hidden_layers=null",
@@ -85,7 +85,7 @@ def test_an_interrupted_cut_leaves_nothing_half_written(tiny_recipe, monkeypatch
     directory = shear(tiny_recipe, stages=("prune",))
     recipe = load_recipe(tiny_recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("shearing.stages.compact.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("shearing.runs.stages.compact.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compact(recipe)
     assert not directory.compact.exists()

@@ -12,14 +12,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-import shearing.stages.evaluate as stage
-from shearing.masks.importance import magnitude_importance, select
-from shearing.models.anatomy import load_source
-from shearing.models.compact import compact
+from shearing.models.cutting import compact
+from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory
-from shearing.stages.evaluate import evaluate
+from shearing.pruning.structured.importance.magnitude import magnitude_importance
+from shearing.pruning.structured.importance.scores import select
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages import evaluate as stage
+from shearing.runs.stages.evaluate import evaluate
 from tests.conftest import tiny_recipe_data
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shearing.errors import ShearingError
-from shearing.recipe import load_recipe
-from shearing.run_directory import RunDirectory
-from shearing.stages.run import run
+from shearing.runs.recipe import load_recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.run import run
 
 ALL_FROZEN = ["prune.freeze=100%", "mixture.update=constant", "prune.warmup=0 steps", "pretrain.warmup=0 steps"]
 CONSTANT_RATE = [

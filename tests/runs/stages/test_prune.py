@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shearing.recipe import load_recipe
-from shearing.run_directory import RunDirectory
-from shearing.stages.prune import prune
+from shearing.runs.recipe import load_recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.prune import prune
 
 
 def pruned(recipe: Path, *overrides: str, run_dir: Path) -> RunDirectory:

@@ -14,16 +14,18 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from shearing.cli import app
+from shearing.cli.app import app
+from shearing.data.mixture.reference import resolve_reference
+from shearing.data.recipe import MixtureRecipe
 from shearing.errors import ShearingError
-from shearing.evaluation import measure_losses
-from shearing.evaluation.loss_table import LossTable
-from shearing.evaluation.reference_fit import fit_reference
-from shearing.mixture import resolve_reference
-from shearing.recipe import MixtureRecipe, load_recipe
-from shearing.stages.prune import prune
+from shearing.evaluation.reference_losses import measure as measure_losses
+from shearing.evaluation.reference_losses.fit import fit_reference
+from shearing.evaluation.reference_losses.table import LossTable
+from shearing.runs.recipe import load_recipe
+from shearing.runs.stages.prune import prune
+from tests.repository import RECIPES
 
-PUBLISHED = Path(__file__).parents[2] / "recipes" / "reference" / "llama2-redpajama.json"
+PUBLISHED = RECIPES / "reference" / "llama2-redpajama.json"
 
 
 def shear(*arguments: str | Path) -> Result:
@@ -135,7 +137,7 @@ def test_other_conditions_and_other_tokenizers_are_refused(
 
 def test_published_losses_make_the_recipes_references(tmp_path: Path) -> None:
     for name in ("1.3b", "2.7b"):
-        recipe = load_recipe(Path(__file__).parents[2] / "recipes" / f"sheared-llama-{name}.yaml")
+        recipe = load_recipe(RECIPES / f"sheared-llama-{name}.yaml")
         rows = json.loads(PUBLISHED.read_text())["published_predictions"]
         (row,) = (row for row in rows if row["model"] == name.upper())
         assert recipe.mixture.reference == row["losses"]

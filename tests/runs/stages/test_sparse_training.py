@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from shearing.cli import app
-from shearing.recipe import Recipe
-from shearing.run_directory import RunDirectory, read_json
-from shearing.sparsity.check import differences
-from shearing.sparsity.lora import merge_adapters
-from shearing.sparsity.masks import FILE_NAME, read_masks
-from shearing.sparsity.output import MANIFEST, read_manifest
-from shearing.stages import start
-from shearing.stages.run import run
+from shearing.cli.app import app
+from shearing.files.durable import read_json
+from shearing.pruning.sparse.stored.check import differences
+from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
+from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages import pretrain_start as start
+from shearing.runs.stages.run import run
+from shearing.training.lora import merge_adapters
 from tests.conftest import tiny_recipe_data
 
 ONE_SHOT = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}

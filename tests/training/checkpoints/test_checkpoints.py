@@ -14,13 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from shearing.errors import ShearingError
-from shearing.training.checkpoint import (
-    Checkpoints,
-    random_states,
-    read_state,
-    set_random_states,
-    write_state,
-)
+from shearing.training.checkpoints.checkpoints import Checkpoints
+from shearing.training.checkpoints.state import random_states, read_state, set_random_states, write_state
 
 
 def _write(value: int) -> Any:

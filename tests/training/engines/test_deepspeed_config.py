@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from shearing.errors import ShearingError
-from shearing.recipe import DeepSpeedRecipe, Recipe, split_batch
-from shearing.stages.preflight import preflight
-from shearing.training.deepspeed_config import deepspeed_config, user_config
+from shearing.runs.planning.preflight import preflight
+from shearing.runs.recipe import Recipe, split_batch
+from shearing.training.engines.deepspeed_config import deepspeed_config, user_config
+from shearing.training.recipe import DeepSpeedRecipe
 from tests.conftest import tiny_recipe_data
 
 
@@ -120,7 +121,7 @@ def test_engine_is_checked_before_anything_starts(
 def test_an_engine_that_is_not_installed_says_what_to_type(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shearing.stages.preflight.find_spec", lambda _: None)
+    monkeypatch.setattr("shearing.runs.planning.preflight.find_spec", lambda _: None)
     with pytest.raises(ShearingError, match=r"pip install 'shearing\[deepspeed\]'"):
         preflight(_recipe(tiny_inputs, tmp_path, training={"engine": "deepspeed"}))
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError
-from shearing.recipe import DeepSpeedRecipe
-from shearing.training.engine import Engine, Optimization, TorchEngine
-from shearing.training.fingerprints import add_fingerprints
-from shearing.training.objectives import LanguageModelLoss
-from shearing.training.processes import Processes
-from shearing.training.sharded import WEIGHT, ShardedState
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.fingerprints import add_fingerprints
+from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
+from shearing.training.engines.engine import Engine
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.recipe import DeepSpeedRecipe
 from tests.distributed.harness import spawn
 from tests.models.tiny import tiny_model
 
@@ -44,7 +46,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 def make_engine(kind: str, *, processes: Processes, precision: torch.dtype) -> Engine:
     if kind == "torch":
         return TorchEngine(OPTIMIZATION, device=CPU, precision=precision, processes=processes)
-    from shearing.training.deepspeed_engine import DeepSpeedEngine
+    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
 
     stage, _, offloaded = kind.removeprefix("zero").partition("+")
     return DeepSpeedEngine(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shearing.mixture.rules.exponential import without_memory
-from shearing.mixture.rules.rule import Seen, Vector
+from shearing.data.mixture.rules.exponential import without_memory
+from shearing.data.mixture.rules.rule import Seen, Vector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shearing.mixture.rules.rule import Seen, Vector, smooth, softmax
+from shearing.data.mixture.rules.rule import Seen, Vector, excess, smooth, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +35,33 @@ class Exponential:
 def without_memory(weights: Vector, seen: Seen) -> tuple[Vector, Vector]:
     """The result of a rule that remembers nothing."""
     return weights, np.full(len(seen.weights), np.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandit(Exponential):
+    """w = softmax(w + eta (loss - reference)); a weight of 0 comes back."""
+
+    def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
+        """See `Rule.update`."""
+        logits = seen.weights + self.step_size * excess(seen.losses, seen.reference)
+        chosen = softmax(logits, alive=np.ones(len(logits), dtype=bool))
+        return without_memory(smooth(chosen, smoothing=self.smoothing), seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper(Exponential):
+    """w_i proportional to w_i exp(eta max(loss_i - reference_i, 0))."""
+
+    def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
+        """See `Rule.update`."""
+        above = np.maximum(excess(seen.losses, seen.reference), 0.0)
+        return without_memory(self.multiplied(seen.weights, by=above), seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released(Exponential):
+    """w = softmax(log w + eta (loss - reference)), not clipped."""
+
+    def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
+        """See `Rule.update`."""
+        return without_memory(self.multiplied(seen.weights, by=excess(seen.losses, seen.reference)), seen)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shearing.mixture.rules.rule import Seen, Vector, excess
+from shearing.data.mixture.rules.rule import Seen, Vector, excess
 
 # Variance of gains, whose spread is 1, below which they are the same.
 _TIED = 1e-200

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from shearing.mixture.rules.bandit import Bandit
-from shearing.mixture.rules.constant import Constant
-from shearing.mixture.rules.paper import Paper
-from shearing.mixture.rules.released import Released
-from shearing.mixture.rules.robust import Robust
-from shearing.mixture.rules.rule import Rule, Seen, Vector
+from shearing.data.mixture.rules.constant import Constant
+from shearing.data.mixture.rules.exponential import Bandit, Paper, Released
+from shearing.data.mixture.rules.robust import Robust
+from shearing.data.mixture.rules.rule import Rule, Seen, Vector
 
 if TYPE_CHECKING:
-    from shearing.recipe import MixtureRecipe
+    from shearing.data.recipe import MixtureRecipe
+
 
 RuleName = Literal["paper", "released", "bandit", "constant", "robust"]
 Memory = dict[str, float]

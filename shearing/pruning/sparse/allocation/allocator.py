@@ -10,37 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from rich.console import Console
 
 from shearing.errors import ShearingError
-from shearing.sparsity.criteria import Criterion
-from shearing.sparsity.patterns import Pattern
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.sparse.criteria.criterion import Criterion
+from shearing.pruning.sparse.patterns import Pattern
 
 if TYPE_CHECKING:
-    from shearing.sparsity.calibration import Calibration
-    from shearing.sparsity.reconstruction import Reconstruction
-    from shearing.sparsity.sequential import Compute
-    from shearing.sparsity.source import Source
+    from shearing.models.stored_model import Source
+    from shearing.pruning.calibration.stored_walk import Compute
+    from shearing.pruning.calibration.text import Calibration
+    from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
+
 
 UnitKind = Literal["block", "matrix"]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix to prune.
-
-    Attributes:
-        name: of its weight in the model's state dict.
-        layer: index of its decoder layer.
-        rows, columns: outputs and inputs.
-    """
-
-    name: str
-    layer: int
-    rows: int
-    columns: int
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
 
 
 @dataclass(frozen=True)

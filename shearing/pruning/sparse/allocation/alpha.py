@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Allocation, Request
-from shearing.sparsity.allocation.wanted import allocate_wanted
-from shearing.training.metrics import activity
+from shearing.progress import activity
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request
+from shearing.pruning.sparse.allocation.wanted import allocate_wanted
 
 BINS = 100
 

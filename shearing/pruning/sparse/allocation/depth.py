@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shearing.sparsity.allocation import Allocation, Request
-from shearing.sparsity.allocation.wanted import allocate_wanted, progression
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request
+from shearing.pruning.sparse.allocation.wanted import allocate_wanted, progression
 
 
 @dataclass(frozen=True)

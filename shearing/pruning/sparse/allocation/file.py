@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from shearing.errors import ShearingError
-from shearing.run_directory import read_json, write_json
-from shearing.sparsity.allocation import Matrix, mean_density
-from shearing.sparsity.patterns import Pattern, pattern_of
-from shearing.sparsity.source import Source
+from shearing.files.durable import read_json, write_json
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.sparse.allocation.allocator import mean_density
+from shearing.pruning.sparse.patterns import Pattern, pattern_of
 
 FORMAT = 1
 FILE_NAME = "allocation.json"

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Unit
-from shearing.sparsity.patterns import Pattern
+from shearing.pruning.sparse.allocation.allocator import Unit
+from shearing.pruning.sparse.patterns import Pattern
 
 Costs = NDArray[np.float64]
 

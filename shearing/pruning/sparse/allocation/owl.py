@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from shearing.sparsity.allocation import Allocation, Request
-from shearing.sparsity.allocation.wanted import allocate_wanted, around_budget
-from shearing.sparsity.criteria.wanda import Wanda
-from shearing.sparsity.dense import DenseLayer, dense_layers, dense_units
-from shearing.sparsity.patterns import Pattern
-from shearing.training.metrics import activity
+from shearing.progress import activity
+from shearing.pruning.calibration.dense_layers import DenseLayer, dense_layers, dense_units
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request
+from shearing.pruning.sparse.allocation.wanted import allocate_wanted, around_budget
+from shearing.pruning.sparse.criteria.wanda import Wanda
+from shearing.pruning.sparse.patterns import Pattern
 
 PUBLISHED_SPREAD = 0.08
 

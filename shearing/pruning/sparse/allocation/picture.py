@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from shearing.sparsity.allocation.file import StoredAllocation
+from shearing.pruning.sparse.allocation.file import StoredAllocation
 
 FILE_NAME = "allocation.png"
 _INK, _MUTED, _GRID = "#1a2029", "#667080", "#e3e7ec"

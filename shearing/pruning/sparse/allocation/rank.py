@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shearing.sparsity.allocation import Allocation, Request
-from shearing.sparsity.allocation.wanted import allocate_wanted, progression
-from shearing.sparsity.sensitivity import Labels, fisher_trace
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request
+from shearing.pruning.sparse.allocation.sensitivity import Labels, fisher_trace
+from shearing.pruning.sparse.allocation.wanted import allocate_wanted, progression
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,19 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shearing.models.anatomy import backbone, decoder_layers, head_weight, load_source
-from shearing.sparsity.allocation import Matrix
-from shearing.sparsity.cache import Cached
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.layer_walk import not_finite
-from shearing.sparsity.sequential import Compute
-from shearing.sparsity.source import Source
-from shearing.training.metrics import activity
-from shearing.training.objectives import causal_lm_loss
+from shearing.files.result_cache import Cached
+from shearing.models.anatomy import backbone, decoder_layers, head_weight
+from shearing.models.loading import load_source
+from shearing.models.stored_model import Source
+from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.progress import activity
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.calibration.stored_walk import Compute, not_finite
+from shearing.pruning.calibration.text import Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 Labels = Literal["true", "sampled"]
 

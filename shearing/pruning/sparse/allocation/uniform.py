@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Allocation, Request
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request
 
 
 @dataclass(frozen=True)

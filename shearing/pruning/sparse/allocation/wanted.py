@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from shearing.sparsity.allocation import Allocation, Request, Unit, patterns_of
-from shearing.sparsity.allocation.budget import closest_levels
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request, Unit, patterns_of
+from shearing.pruning.sparse.allocation.level_budget import closest_levels
 
 
 def around_budget(densities: Sequence[float], *, units: Sequence[Unit], budget: Fraction) -> list[float]:

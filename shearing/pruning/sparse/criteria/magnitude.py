@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shearing.sparsity.criteria import Group
-from shearing.sparsity.statistics import InputStatistics, Need
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.sparse.criteria.criterion import Group
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.statistics import Need
+from shearing.pruning.calibration.statistics import Need
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 
 @dataclass(frozen=True)

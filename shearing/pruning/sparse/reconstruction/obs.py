@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.statistics import InverseFactor, Need
+from shearing.pruning.calibration.statistics import InverseFactor, Need
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 BLOCK_COLUMNS = 128
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from shearing.sparsity.criteria import Criterion
-from shearing.sparsity.patterns import Pattern
-from shearing.sparsity.statistics import InputStatistics
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.sparse.criteria.criterion import Criterion
+from shearing.pruning.sparse.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,34 @@ class Choice:
         """Mask [O, columns], true where kept, of the columns of `weight` that begin at `first` in the whole matrix."""
         scores = self.criterion.scores(weight, statistics=self.statistics, first=first)
         return self.pattern.keep(scores, first=first)
+
+
+class Reconstruction(Protocol):
+    """Prunes a matrix, asking a `Choice` for the mask when it is time."""
+
+    @property
+    def name(self) -> str:
+        """As recipes say it."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Statistics of the inputs that it works with."""
+        ...
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether weights change column by column, so that a mask can be chosen on the way."""
+        ...
+
+    def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Prune one matrix.
+
+        Args:
+            weight: [O, I], any dtype; not changed.
+            choice: decides the mask.
+
+        Returns:
+            The pruned weight [O, I] fp32, zero where the mask is false; the mask [O, I] bool, true where kept.
+        """
+        ...

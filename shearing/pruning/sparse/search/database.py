@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Request
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.dense import DenseLayer, dense_layers, dense_units
-from shearing.sparsity.patterns import Pattern
-from shearing.sparsity.statistics import InputStatistics
-from shearing.sparsity.tensor_files import read_tensors
-from shearing.training.checkpoint import write_tensors
-from shearing.training.metrics import activity
+from shearing.files.tensors import read_tensors, write_tensors
+from shearing.progress import activity
+from shearing.pruning.calibration.dense_layers import DenseLayer, dense_layers, dense_units
+from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.sparse.allocation.allocator import Request
+from shearing.pruning.sparse.patterns import Pattern
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 LEVELS_PER_PLANE = 8
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from shearing.run_directory import read_json, write_json
-from shearing.sparsity.search.fitness import Fitness
-from shearing.sparsity.search.genome import Genome, Space
-from shearing.sparsity.search.population import first_population
+from shearing.files.durable import read_json, write_json
+from shearing.pruning.sparse.search.fitness import Fitness
+from shearing.pruning.sparse.search.genome import Genome, Space
+from shearing.pruning.sparse.search.population import first_population
 
 
 @dataclass(frozen=True)

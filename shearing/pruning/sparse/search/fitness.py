@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from shearing.models.anatomy import backbone, head_weight, load_source
-from shearing.sparsity.allocation import Request, Unit
-from shearing.sparsity.search.database import Database
-from shearing.sparsity.search.genome import Genome
-from shearing.training.objectives import per_token_loss
+from shearing.models.anatomy import backbone, head_weight
+from shearing.models.loading import load_source
+from shearing.objectives.cross_entropy import per_token_loss
+from shearing.pruning.sparse.allocation.allocator import Request, Unit
+from shearing.pruning.sparse.search.database import Database
+from shearing.pruning.sparse.search.genome import Genome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 FitnessKind = Literal["loss", "kl"]
 _CHUNK_TOKENS = 1024

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from shearing.sparsity.allocation import Unit
-from shearing.sparsity.allocation.budget import Grid, closest_levels
-from shearing.sparsity.patterns import Pattern
+from shearing.pruning.sparse.allocation.allocator import Unit
+from shearing.pruning.sparse.allocation.level_budget import Grid, closest_levels
+from shearing.pruning.sparse.patterns import Pattern
 
 Genome = tuple[int, ...]
 """Index of a level for each unit."""

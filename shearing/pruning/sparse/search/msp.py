@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from shearing.sparsity.allocation import Allocation, Allocator, Request, patterns_of
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.search.database import build_database
-from shearing.sparsity.search.evolution import Search, SearchSettings
-from shearing.sparsity.search.fitness import Fitness, FitnessKind
-from shearing.sparsity.search.genome import Genome, Space
-from shearing.sparsity.sensitivity import Labels, fisher_trace
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.allocation.allocator import Allocation, Allocator, Request, patterns_of
+from shearing.pruning.sparse.allocation.sensitivity import Labels, fisher_trace
+from shearing.pruning.sparse.search.database import build_database
+from shearing.pruning.sparse.search.evolution import Search, SearchSettings
+from shearing.pruning.sparse.search.fitness import Fitness, FitnessKind
+from shearing.pruning.sparse.search.genome import Genome, Space
 
 STAGES = (1 / 8, 1 / 2, 1)
 """Share of the text that each stage reads."""

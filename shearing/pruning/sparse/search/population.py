@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shearing.sparsity.search.genome import Genome, Space
+from shearing.pruning.sparse.search.genome import Genome, Space
 
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Steps between levels by which a unit whose sensitivity lies one standard deviation above the mean is denser."""

@@ -3,6 +3,8 @@
 N:M means N kept of M. `load` gives the model that `shear export --semi-structured` wrote.
 """
 
-from shearing.sparsity.semi_structured.loading import load
+from __future__ import annotations
+
+from shearing.pruning.sparse.semi_structured.loading import load
 
 __all__ = ["load"]

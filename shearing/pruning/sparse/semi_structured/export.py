@@ -19,20 +19,22 @@ from rich.console import Console
 
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
-from shearing.run_directory import flush_folder, locked, require_writable, write_json
-from shearing.sparsity.allocation import Matrix
-from shearing.sparsity.output import copy_files
-from shearing.sparsity.semi_structured.hardware import TOLERANCES, Hardware, find_hardware
-from shearing.sparsity.semi_structured.layout import (
+from shearing.files.durable import flush_folder, flush_tree, locked, require_writable, write_json
+from shearing.files.tensors import is_disk_full, overwrite
+from shearing.models.stored_model import Source, dtype_of, open_source
+from shearing.progress import activity
+from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.sparse.semi_structured.hardware import TOLERANCES, Hardware, find_hardware
+from shearing.pruning.sparse.semi_structured.layout import (
     BACKENDS,
     first_violation,
     has_negative_zeros,
     misalignment,
     without_negative_zeros,
 )
-from shearing.sparsity.semi_structured.loading import FORMAT, MANIFEST, PRECISIONS
-from shearing.sparsity.semi_structured.summary import Verdict, print_summary
-from shearing.sparsity.semi_structured.timing import (
+from shearing.pruning.sparse.semi_structured.loading import FORMAT, MANIFEST, PRECISIONS
+from shearing.pruning.sparse.semi_structured.summary import Verdict, print_summary
+from shearing.pruning.sparse.semi_structured.timing import (
     Layer,
     best_backend,
     is_faster,
@@ -40,11 +42,7 @@ from shearing.sparsity.semi_structured.timing import (
     layers_to_measure,
     speedup,
 )
-from shearing.sparsity.sequential import matrices_of
-from shearing.sparsity.source import Source, dtype_of, open_source
-from shearing.sparsity.tensor_files import overwrite
-from shearing.training.checkpoint import flush_tree, is_disk_full
-from shearing.training.metrics import activity
+from shearing.pruning.sparse.stored.write import copy_files
 
 BATCHES = (1, 64, 2048)
 """Tokens at a time: one text being written, 64 at once, a prompt being read."""

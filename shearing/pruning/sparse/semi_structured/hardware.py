@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from shearing.errors import ShearingError
-from shearing.sparsity.semi_structured.layout import BACKENDS
+from shearing.pruning.sparse.semi_structured.layout import BACKENDS
 
 CAPABILITY = (8, 0)
 """The first compute capability with sparse tensor cores (NVIDIA Ampere)."""

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
-from shearing.models.anatomy import load_source
-from shearing.run_directory import read_json
-from shearing.sparsity.semi_structured.hardware import Hardware, find_hardware
-from shearing.sparsity.semi_structured.layout import first_violation, without_negative_zeros
+from shearing.files.durable import read_json
+from shearing.models.loading import load_source
+from shearing.pruning.sparse.semi_structured.hardware import Hardware, find_hardware
+from shearing.pruning.sparse.semi_structured.layout import first_violation, without_negative_zeros
 
 MANIFEST = "semi_structured.json"
 FORMAT = 1

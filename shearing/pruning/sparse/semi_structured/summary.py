@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shearing.evaluation.table import format_parameters
-from shearing.sparsity.allocation import Matrix
+from shearing.pruning.calibration.places import Matrix
+from shearing.settings.quantities import format_parameters
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shearing.sparsity.semi_structured.hardware import Hardware, relative_error
+from shearing.pruning.sparse.semi_structured.hardware import Hardware, relative_error
 
 COLD_BYTES = 1 << 29
 """Weights that take turns in a measurement: more than a GPU's cache holds, as in a model."""

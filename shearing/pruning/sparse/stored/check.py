@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.sparsity.masks import FILE_NAME as MASKS, mask_shapes, read_masks
-from shearing.sparsity.output import MANIFEST, file_entries, reached_budget, read_manifest
-from shearing.sparsity.patterns import pattern_of
-from shearing.sparsity.tensor_files import read_header, read_tensors
+from shearing.files.tensors import read_header, read_tensors
+from shearing.pruning.sparse.patterns import pattern_of
+from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, reached_budget, read_manifest
+from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, read_masks
 
 
 def bytes_to_check(folder: Path) -> int:

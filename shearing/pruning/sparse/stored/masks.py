@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.sparsity.tensor_files import read_header, read_tensors, write_in_turn
+from shearing.files.tensors import read_header, read_tensors, write_in_turn
 
 FILE_NAME = "masks.safetensors"
 FORMAT = "shearing masks 1"

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shearing.sparsity.masks import pack
-from shearing.sparsity.tensor_files import read_header, read_tensors
-from shearing.training.checkpoint import write_tensors
+from shearing.files.tensors import read_header, read_tensors, write_tensors
+from shearing.pruning.sparse.stored.masks import pack
 
 _WEIGHT, _MASK = "weight/", "mask/"
 

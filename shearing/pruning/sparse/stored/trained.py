@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from shearing.errors import ShearingError
-from shearing.run_directory import write_json
-from shearing.sparsity.masks import FILE_NAME as MASKS, mask_shapes, read_masks
-from shearing.sparsity.output import MANIFEST, file_entries, read_manifest
-from shearing.sparsity.tensor_files import read_header, read_tensors
+from shearing.files.durable import write_json
+from shearing.files.tensors import read_header, read_tensors
+from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, read_manifest
+from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, read_masks
 
 
 def masks_beside(folder: Path) -> Path | None:

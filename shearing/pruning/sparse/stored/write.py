@@ -9,10 +9,8 @@ OUTPUT/allocation.json             the level of every matrix, and why; allocatio
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,22 +18,18 @@ from typing import Any
 
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.files.durable import flush_folder, flush_tree, write_json
+from shearing.files.tensors import overwrite
 from shearing.models.shape import Shape
-from shearing.run_directory import flush_folder, read_json, write_json
-from shearing.sparsity.allocation import Matrix
-from shearing.sparsity.allocation.file import FILE_NAME as ALLOCATION, StoredAllocation
-from shearing.sparsity.allocation.picture import FILE_NAME as PICTURE, draw_allocation
-from shearing.sparsity.blocks import Blocks
-from shearing.sparsity.masks import FILE_NAME as MASKS, write_masks
-from shearing.sparsity.source import Source
-from shearing.sparsity.tensor_files import overwrite
-from shearing.training.checkpoint import flush_tree
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.sparse.allocation.file import FILE_NAME as ALLOCATION, StoredAllocation
+from shearing.pruning.sparse.allocation.picture import FILE_NAME as PICTURE, draw_allocation
+from shearing.pruning.sparse.stored.manifest import FORMAT, MANIFEST, file_entries, reached_budget
+from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, write_masks
+from shearing.pruning.sparse.stored.pruned_layers import Blocks
 
-MANIFEST = "sparsity.json"
-FORMAT = 1
 CONVENTION = "N:M means N kept of each M consecutive inputs"
-_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -120,38 +114,6 @@ def copy_files(source: Source, beside: Path, *, advance: Callable[[int], None] =
         advance((beside / name).stat().st_size)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sparse model.
-
-    Raises:
-        ShearingError: there is none, or one that this version cannot read.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ShearingError(
-            str(folder),
-            value=f"no {MANIFEST}",
-            allowed="a model that `shear sparsify` has written",
-            mend="give the folder that was its output",
-        )
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ShearingError(
-            str(path), value=f"format {manifest.get('format')}", allowed=f"format {FORMAT}", mend="sparsify again"
-        )
-    return manifest
-
-
-def file_entries(
-    folder: Path, *, names: Sequence[str], advance: Callable[[int], None] = lambda _: None
-) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files, as a manifest has them under `files`."""
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name, advance=advance)}
-        for name in names
-    }
-
-
 def _packed(blocks: Blocks, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     for layer in layers:
         yield from blocks.packed_masks(layer).items()
@@ -186,20 +148,3 @@ def _manifest(
             kind: round(sum(of_layer["seconds"][kind] for of_layer in facts), 4) for kind in ("forward", "metric")
         },
     }
-
-
-def reached_budget(matrices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Weights kept, of how many, and the share removed, over matrices as a manifest describes them."""
-    described = list(matrices)
-    kept = sum(int(about["kept"]) for about in described)
-    of = sum(math.prod(about["shape"]) for about in described)
-    return {"kept": kept, "of": of, "sparsity": 1 - kept / of}
-
-
-def _sha256(path: Path, *, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()

@@ -19,30 +19,30 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import (
+from shearing.models.stored_model import open_source
+from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.allocation import rank as rank_module
+from shearing.pruning.sparse.allocation.allocator import (
     Allocation,
     Allocator,
-    Matrix,
     Request,
     mean_density,
     patterns_of,
-    rank as rank_module,
     units_of,
 )
-from shearing.sparsity.allocation.alpha import Alpha, hill_exponent
-from shearing.sparsity.allocation.budget import nearest_budget
-from shearing.sparsity.allocation.depth import Depth
-from shearing.sparsity.allocation.owl import Owl
-from shearing.sparsity.allocation.rank import Rank
-from shearing.sparsity.allocation.wanted import progression
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.patterns import KeptOf, PerRow
-from shearing.sparsity.reconstruction import reconstructions
-from shearing.sparsity.sequential import Compute, matrices_of
-from shearing.sparsity.source import open_source
+from shearing.pruning.sparse.allocation.alpha import Alpha, hill_exponent
+from shearing.pruning.sparse.allocation.depth import Depth
+from shearing.pruning.sparse.allocation.level_budget import nearest_budget
+from shearing.pruning.sparse.allocation.owl import Owl
+from shearing.pruning.sparse.allocation.rank import Rank
+from shearing.pruning.sparse.allocation.wanted import progression
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import KeptOf, PerRow
+from shearing.pruning.sparse.reconstruction import reconstructions
 from tests.models.tiny import tiny_ids, tiny_model
-from tests.sparsity.oracle import wanda_scores
+from tests.pruning.sparse.oracle import wanda_scores
 
 QUARTERS = [KeptOf(kept, 4) for kept in range(1, 5)]
 EIGHTHS = [KeptOf(kept, 8) for kept in range(1, 9)]

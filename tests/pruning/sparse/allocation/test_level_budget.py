@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Matrix, Request, Unit, mean_density, patterns_of, require_fit, units_of
-from shearing.sparsity.allocation.budget import closest_levels, nearest_budget
-from shearing.sparsity.allocation.uniform import Uniform
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.patterns import KeptOf, PerRow
-from shearing.sparsity.reconstruction import reconstructions
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.sparse.allocation.allocator import Request, Unit, mean_density, patterns_of, require_fit, units_of
+from shearing.pruning.sparse.allocation.level_budget import closest_levels, nearest_budget
+from shearing.pruning.sparse.allocation.uniform import Uniform
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import KeptOf, PerRow
+from shearing.pruning.sparse.reconstruction import reconstructions
 
 SMALL, LARGE = Matrix("small", 0, 8, 16), Matrix("large", 1, 8, 48)
 

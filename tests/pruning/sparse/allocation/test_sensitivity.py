@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.sparsity import sensitivity
-from shearing.sparsity.cache import Cached, cache_folder
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.sensitivity import fisher_trace
-from shearing.sparsity.sequential import Compute, matrices_of
-from shearing.sparsity.source import Source, open_source
+from shearing.files.result_cache import Cached, cache_folder
+from shearing.models.stored_model import Source, open_source
+from shearing.pruning.calibration.places import matrices_of
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.allocation import sensitivity
+from shearing.pruning.sparse.allocation.sensitivity import fisher_trace
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 TOKENS = tiny_ids(sequences=3, length=20)

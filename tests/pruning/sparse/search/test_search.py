@@ -23,23 +23,24 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.sparsity.allocation import Allocation, Matrix, Request, mean_density, patterns_of, units_of
-from shearing.sparsity.allocation.depth import Depth
-from shearing.sparsity.allocation.msp import Msp
-from shearing.sparsity.calibration import Calibration
-from shearing.sparsity.choice import Choice
-from shearing.sparsity.criteria import criteria
-from shearing.sparsity.dense import dense_layers
-from shearing.sparsity.patterns import KeptOf, PerRow, pattern_of, runs_on_2_4
-from shearing.sparsity.reconstruction import reconstructions
-from shearing.sparsity.search import database as database_module
-from shearing.sparsity.search.database import build_database
-from shearing.sparsity.search.evolution import SearchSettings
-from shearing.sparsity.search.fitness import Fitness
-from shearing.sparsity.search.genome import Genome, Space
-from shearing.sparsity.search.population import first_population
-from shearing.sparsity.sequential import Compute, matrices_of
-from shearing.sparsity.source import open_source
+from shearing.models.stored_model import open_source
+from shearing.pruning.calibration.dense_layers import dense_layers
+from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.sparse.allocation.allocator import Allocation, Request, mean_density, patterns_of, units_of
+from shearing.pruning.sparse.allocation.depth import Depth
+from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.patterns import KeptOf, PerRow, pattern_of, runs_on_2_4
+from shearing.pruning.sparse.reconstruction import reconstructions
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.search import database as database_module
+from shearing.pruning.sparse.search.database import build_database
+from shearing.pruning.sparse.search.evolution import SearchSettings
+from shearing.pruning.sparse.search.fitness import Fitness
+from shearing.pruning.sparse.search.genome import Genome, Space
+from shearing.pruning.sparse.search.msp import Msp
+from shearing.pruning.sparse.search.population import first_population
 from tests.models.tiny import tiny_ids, tiny_model
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from shearing.sparsity.patterns import KeptOf
-from shearing.sparsity.semi_structured.hardware import Hardware
+from shearing.pruning.sparse.patterns import KeptOf
+from shearing.pruning.sparse.semi_structured.hardware import Hardware
 
 Cost = Callable[[Tensor, int], float]
 """Weight and tokens -> seconds."""

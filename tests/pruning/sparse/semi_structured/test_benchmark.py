@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.sparsity.semi_structured.pretended import Converted, pretended
+from tests.pruning.sparse.semi_structured.pretended import Converted, pretended
+from tests.repository import ROOT
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "semi_structured.py"
+SCRIPT = ROOT / "benchmarks" / "semi_structured.py"
 
 
 @pytest.fixture

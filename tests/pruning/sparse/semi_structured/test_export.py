@@ -16,15 +16,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import CliRunner, Result
 
-from shearing.cli import app
+from shearing.cli.app import app
 from shearing.errors import ShearingError
-from shearing.run_directory import locked, read_json
-from shearing.sparsity.recipe import SparsifyRecipe
-from shearing.sparsity.semi_structured import hardware as hardware_module
-from shearing.sparsity.semi_structured.export import export
-from shearing.sparsity.semi_structured.layout import has_negative_zeros
-from shearing.sparsity.sparsify import sparsify
-from tests.sparsity.semi_structured.pretended import Converted, pretended, seconds, small_config, two_of_four_model
+from shearing.files.durable import locked, read_json
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.semi_structured import hardware as hardware_module
+from shearing.pruning.sparse.semi_structured.export import export
+from shearing.pruning.sparse.semi_structured.layout import has_negative_zeros
+from tests.pruning.sparse.semi_structured.pretended import (
+    Converted,
+    pretended,
+    seconds,
+    small_config,
+    two_of_four_model,
+)
 
 LAYERS, OF_A_LAYER = 2, 7
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -271,7 +277,7 @@ def test_the_command_without_hardware(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shearing.sparsity.semi_structured.export.find_hardware", lambda backend: pretended())
+    monkeypatch.setattr("shearing.pruning.sparse.semi_structured.export.find_hardware", lambda backend: pretended())
     arguments = ("--batch", "64", "--margin", "0.2", "--backend", "cusparselt", "-o", tmp_path / "out")
     result = shear("export", model, "--semi-structured", *arguments)
     assert result.exit_code == 0, result.output

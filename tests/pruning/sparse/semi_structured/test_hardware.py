@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from shearing.errors import ShearingError
-from shearing.sparsity.semi_structured import hardware
-from shearing.sparsity.semi_structured.hardware import converter, failure_of, find_hardware, relative_error
-from shearing.sparsity.semi_structured.layout import BACKENDS
+from shearing.pruning.sparse.semi_structured import hardware
+from shearing.pruning.sparse.semi_structured.hardware import converter, failure_of, find_hardware, relative_error
+from shearing.pruning.sparse.semi_structured.layout import BACKENDS
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass as decompress,
 )
 
-from shearing.sparsity.patterns import KeptOf
-from shearing.sparsity.semi_structured.layout import (
+from shearing.pruning.sparse.patterns import KeptOf
+from shearing.pruning.sparse.semi_structured.layout import (
     BACKENDS,
     Violation,
     first_violation,

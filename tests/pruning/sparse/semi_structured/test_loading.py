@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
-from shearing.run_directory import read_json
-from shearing.sparsity.semi_structured import load
-from shearing.sparsity.semi_structured.export import export
-from shearing.sparsity.semi_structured.hardware import find_hardware, relative_error
-from shearing.sparsity.semi_structured.loading import convert_layers
-from tests.sparsity.semi_structured.pretended import Converted, pretended, small_config, two_of_four_model
+from shearing.files.durable import read_json
+from shearing.pruning.sparse.semi_structured.export import export
+from shearing.pruning.sparse.semi_structured.hardware import find_hardware, relative_error
+from shearing.pruning.sparse.semi_structured.loading import convert_layers, load
+from tests.pruning.sparse.semi_structured.pretended import Converted, pretended, small_config, two_of_four_model
 
 IDS = torch.arange(24).view(2, 12)
 

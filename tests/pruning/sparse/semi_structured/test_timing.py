@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shearing.sparsity.semi_structured.hardware import Hardware
-from shearing.sparsity.semi_structured.timing import (
+from shearing.pruning.sparse.semi_structured.hardware import Hardware
+from shearing.pruning.sparse.semi_structured.timing import (
     CALLS,
     best_backend,
     is_faster,
@@ -19,7 +19,7 @@ from shearing.sparsity.semi_structured.timing import (
     layers_to_measure,
     speedup,
 )
-from tests.sparsity.semi_structured.pretended import Converted, pretended
+from tests.pruning.sparse.semi_structured.pretended import Converted, pretended
 
 
 def layers(count: int = 3) -> list[tuple[Tensor, Tensor | None]]:

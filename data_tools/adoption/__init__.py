@@ -1,0 +1,1 @@
+"""Corpora that others have tokenised, used where they lie: `shear data adopt`."""

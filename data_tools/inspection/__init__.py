@@ -1,0 +1,1 @@
+"""What stands in a corpus: `shear data inspect` and `verify`."""

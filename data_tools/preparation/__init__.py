@@ -1,0 +1,1 @@
+"""From raw text to tokenised domains: `shear data prepare`."""

@@ -1,0 +1,191 @@
+"""`shear run`, its stages, and what is asked of a recipe before and after: plan, config, launch, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+
+from shearing.cli.app import Overrides, RecipeFile, app, config, load
+from shearing.errors import ShearingError
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from shearing.runs.run_directory import Stage
+
+
+def _slurm(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="With --slurm")
+
+
+@app.command("run")
+def run_all(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run all stages: prune, compact, sparsify, pretrain, eval, report. An interrupted run continues."""
+    _run(recipe, overrides, stages=None)
+
+
+@app.command()
+def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Learn the masks."""
+    _run(recipe, overrides, stages=["prune"])
+
+
+@app.command()
+def compact(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Cut the model to the learned shape."""
+    _run(recipe, overrides, stages=["compact"])
+
+
+@app.command()
+def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train the cut or sparse model on, or the source itself."""
+    _run(recipe, overrides, stages=["pretrain"])
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Measure every model of the run so far and its baselines."""
+    _run(recipe, overrides, stages=["evaluate"])
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Processes, one on each GPU; unset: the GPUs here, or 1.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="What kind, as H100 or A100-SXM4-80GB; unset: the one here.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of one GPU; unset: as its kind has.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
+) -> None:
+    """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
+    resolved = load(recipe, overrides)
+    from shearing.runs.planning.plan import Hardware, plan as make, render
+
+    hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
+    Console().print(render(make(resolved, hardware=hardware)))
+
+
+@app.command()
+def report(target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR")], overrides: Overrides = None) -> None:
+    """Write report.html from what the run has so far."""
+    from shearing.runs.stages.run import report as write
+
+    directory = RunDirectory(target if target.is_dir() else load(target, overrides).run_dir)
+    write(directory)
+    Console().print(str(directory.report), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print the script of a Slurm job.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it instead and print its number.")] = False,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs, and so processes, on each: the GPUs of this machine; with --slurm, 8.")
+    ] = None,
+    time: Annotated[str, _slurm("Time limit of one start of the job; a longer run is queued again.")] = "24:00:00",
+    partition: Annotated[str | None, _slurm("Partition.")] = None,
+    account: Annotated[str | None, _slurm("Account.")] = None,
+    qos: Annotated[str | None, _slurm("Quality of service.")] = None,
+    cpus_per_task: Annotated[int | None, _slurm("CPU cores of each process.")] = None,
+    mem: Annotated[str | None, _slurm("Memory of each node.")] = None,
+    name: Annotated[str | None, _slurm("Name of the job; from the recipe if unset.", "--job-name")] = None,
+    output: Annotated[str, _slurm("Log of the job.")] = "slurm-%j.out",
+    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = 300,
+    directives: Annotated[
+        list[str] | None, _slurm("Any other option of sbatch, KEY=VALUE or KEY; may be repeated.", "--sbatch")
+    ] = None,
+    setup: Annotated[
+        list[str] | None, _slurm("Shell line to run before, as 'module load cuda'; may be repeated.")
+    ] = None,
+    python: Annotated[str | None, _slurm("Interpreter on the nodes; the one that runs now if unset.")] = None,
+) -> None:
+    """Start a recipe on many processes: print what to type, or a Slurm job that continues until the run is complete."""
+    from shearing.runs import launch as launching
+
+    resolved = load(recipe, overrides)
+    if not slurm:
+        launching.require_slurm(submit=submit)
+        processes = launching.gpus_here() if gpus_per_node is None else gpus_per_node
+        text = launching.commands(recipe, overrides=overrides or (), nodes=nodes, processes=processes)
+        launching.require_equal_shares(resolved, num_processes=nodes * processes)
+        typer.echo(text, nl=False)
+        return
+    job = launching.SlurmJob(
+        name=name or launching.job_name(resolved),
+        nodes=nodes,
+        gpus_per_node=launching.GPUS_PER_NODE if gpus_per_node is None else gpus_per_node,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        output=output,
+        signal_before=signal_before,
+        directives=directives or (),
+        setup=setup or (),
+        python=python,
+    )
+    script = launching.slurm_script(
+        job, recipe=recipe, overrides=overrides or (), folder=Path.cwd(), gpus=resolved.training.device != "cpu"
+    )
+    launching.require_equal_shares(resolved, num_processes=job.nodes * job.gpus_per_node)
+    typer.echo(launching.submit(script, job=job) if submit else script, nl=submit)
+
+
+@config.command()
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print the fully resolved recipe, each key documented."""
+    _print_source(load(recipe, overrides).to_yaml(), language="yaml")
+
+
+@config.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check everything that can be checked without loading weights, and say what the run will do."""
+    resolved = load(recipe, overrides)
+    from shearing.runs.planning.preflight import preflight, render
+
+    # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
+    Console().print(render(preflight(resolved, stages=["prune"])))
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    _print_source(json.dumps(Recipe.model_json_schema(), indent=2), language="json")
+
+
+def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage] | None) -> None:
+    # The recipe first: what is wrong with it should not wait for torch.
+    try:
+        recipe = load(path, overrides)
+    except ShearingError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        # The first process of the host says it; a launcher would kill that one as soon as this one has ended.
+        time.sleep(2)
+        raise typer.Exit(2) from None
+    # Before torch: its C++ warnings of a lost connection come with a page of frames, ahead of our own message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from shearing.runs.stages.run import run
+
+    run(recipe, stages=stages)
+
+
+def _print_source(text: str, *, language: str) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(text, language, background_color="default"))
+    else:
+        typer.echo(text, nl=False)

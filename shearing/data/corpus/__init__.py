@@ -1,0 +1,1 @@
+"""Tokenised domains on disk."""

@@ -1,0 +1,1 @@
+"""Which sample comes next: the sampler over domains, and the rules that move their weights."""

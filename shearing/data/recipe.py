@@ -1,0 +1,101 @@
+"""Recipe sections `data` and `mixture`: what is trained on, and how it is mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shearing.errors import ShearingError
+from shearing.settings.quantities import Duration
+from shearing.settings.section import Fraction, Positive, Section
+
+
+class DataRecipe(Section):
+    """Tokenised domains."""
+
+    corpus: Path = Field(description="Folder written by data_tools: one sub-folder per domain.")
+    sequence_length: int = Field(4096, ge=2, description="Tokens per sequence; chosen here, not when tokenising.")
+    domains: list[str] | None = Field(None, description="Domains to train on; all of the corpus if unset.")
+    attention: Literal["full", "documents"] = Field(
+        "full",
+        description="full: a token attends to all tokens before it in its row (paper); documents: to those of its own "
+        "document alone, in which positions count from 0.",
+    )
+    loss_across_documents: bool = Field(
+        True,
+        description="Whether the separator that ends a document has to predict the first token of the next one; "
+        "false: that token does not count in any loss.",
+    )
+
+
+class MixtureRecipe(Section):
+    """Dynamic batch loading: which domain each sample comes from."""
+
+    initial_weights: dict[str, float] | Literal["uniform", "proportional"] = Field(
+        "proportional", description="Starting domain weights; proportional: by tokens in the corpus."
+    )
+    update: Literal["paper", "released", "bandit", "constant", "robust"] = Field(
+        "paper",
+        description="Rule that turns excess loss into new weights: paper (Sheared LLaMA, Algorithm 1), released (its "
+        "published code), bandit (the same code, undocumented), constant, or robust (the worst mix near the initial "
+        "one, after DRPruning).",
+    )
+    interval: Duration = Field(Duration(steps=50), description="Time between two updates (while pruning).")
+    pretrain_interval: Duration = Field(Duration(steps=400), description="Time between two updates in pretraining.")
+    step_size: Positive = Field(1.0, description="Multiplies the excess loss in the exponent; not with robust.")
+    smoothing: Fraction = Field(
+        1e-4, description="Share of the uniform mix blended into every update (c); not with robust."
+    )
+    divergence: Positive = Field(
+        0.05,
+        description="robust: largest chi-square divergence from the initial weights, 1/2 sum_i p_i (w_i / p_i - 1)^2 "
+        "(rho of DRPruning, arXiv 2411.14055).",
+    )
+    floor: Fraction = Field(
+        0.2, description="robust: least share of its initial weight that a domain keeps (DRPruning's code: 0.2)."
+    )
+    loss_ema: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.1,
+        description="robust: share of the newest loss in the running loss (DRPruning: 0.1 of a step's training loss; "
+        "its code takes held-out losses as they are: 1).",
+    )
+    reference: dict[str, float] | Path | Literal["source", "online"] = Field(
+        "source",
+        description="Reference loss of each domain: numbers, a JSON file (as of `shear data reference-loss`), the "
+        "source model's own loss, or online: the loss at the target size at the end of the stage, predicted from the "
+        "losses so far (after DRPruning), and the source's own until there are enough.",
+    )
+    losses: Literal["heldout", "training"] = Field(
+        "heldout",
+        description="Losses that the rule compares with the reference. heldout: measured at each update; training: a "
+        "moving average of each domain's training loss, at no cost. While pruning that is the loss under masks drawn "
+        "with noise, which is higher than that of the masks' means.",
+    )
+    ema: Positive = Field(
+        0.1,
+        le=1.0,
+        description="Weight of a step's loss in the average of its domain (losses: training).",
+    )
+    heldout_tokens: int = Field(
+        2_048_000, ge=2, description="Held-out tokens per domain read at each update (the paper's 500 x 4096)."
+    )
+
+
+def rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
+    """Constants of another rule than the one chosen; with constant weights no constant says anything."""
+    if mixture.update == "constant":
+        return
+    of_robust = ("divergence", "floor", "loss_ema")
+    for name in ("step_size", "smoothing") if mixture.update == "robust" else of_robust:
+        value, default = getattr(mixture, name), MixtureRecipe.model_fields[name].default
+        if value != default:
+            rules = "robust" if name in of_robust else "paper, released or bandit"
+            yield ShearingError(
+                f"mixture.{name}",
+                value=value,
+                allowed=f"only with mixture.update = {rules}; it is {mixture.update}",
+                mend=f"set mixture.{name}={default}, or mixture.update={rules.partition(',')[0]}",
+            )

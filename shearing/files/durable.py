@@ -1,0 +1,143 @@
+"""Files that are there whole or not at all, whatever stops the process, and folders that one process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shearing.errors import ShearingError
+
+LOCK = ".lock"
+
+
+def require_writable(path: Path, *, field: str) -> None:
+    """Check that files can be written below a folder, without writing any.
+
+    Args:
+        path: existing or to be made.
+        field: the setting that names it.
+
+    Raises:
+        ShearingError: the folder, or the nearest folder above it that exists, is no folder or not writable.
+    """
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ShearingError(
+            field,
+            value=str(path),
+            allowed="a folder, existing or to be made",
+            mend=f"{existing} is a file: choose another {field}",
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ShearingError(
+            field,
+            value=str(path),
+            allowed="a folder that you may write in",
+            mend=f"there is no write permission for {existing}: choose another {field} or mend the permission",
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, field: str) -> Iterator[None]:
+    """Create a folder and keep other processes from working in it.
+
+    The lock belongs to the open file, not to its presence: the kernel drops it when the process ends in any way, so a
+    killed run leaves nothing to clean up.
+
+    Args:
+        folder: made if absent.
+        field: the setting that names it.
+
+    Raises:
+        ShearingError: another process is at work here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ShearingError(
+                field,
+                value=str(folder),
+                allowed="a folder that no other process works in",
+                mend=f"wait for process {file.read().strip() or '(unknown)'} or choose another {field}",
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write a JSON object so that a reader sees the whole file or the one before it, also after a crash.
+
+    Args:
+        path: file to write; its folder is made.
+        payload: JSON-able values; NaN and infinities are refused because JSON has none.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ShearingError: no JSON object in there.
+    """
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        payload = error
+    if not isinstance(payload, dict):
+        raise ShearingError(
+            str(path),
+            value=str(payload),
+            allowed="a JSON object",
+            mend=f"the file was damaged or edited: remove {path} and run the stage that writes it again",
+        )
+    return payload
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, flush it to disk and rename it into place; see `write_json`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Force every file and folder below a folder, and the folder itself, to disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

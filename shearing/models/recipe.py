@@ -1,0 +1,64 @@
+"""Recipe sections `model` and `target`: what is pruned, and the shape to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from shearing.errors import ShearingError
+from shearing.settings.quantities import ParameterCount
+from shearing.settings.section import Section
+
+
+class ModelRecipe(Section):
+    """The source model."""
+
+    source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
+    revision: str | None = Field(None, description="Hub revision; only for hub names.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+
+
+class TargetRecipe(Section):
+    """The shape to reach: sizes by name (unset: as in the source), or a parameter budget alone."""
+
+    num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
+    hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
+    intermediate_size: int | None = Field(None, ge=1, description="Units kept in each MLP.")
+    num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
+    num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
+    parameters: ParameterCount | None = Field(
+        None, description="Parameter budget (64M, 1.3B), embeddings included; excludes every size above."
+    )
+    uniform: bool = Field(
+        False,
+        description="With `parameters`: project the learned sizes onto one size for all layers, "
+        "the only kind of result that an ordinary config can hold.",
+    )
+
+
+def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
+    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform"))
+    given = [name for name in sizes if getattr(target, name) is not None]
+    if target.parameters is not None and given:
+        yield ShearingError(
+            "target.parameters",
+            value=target.parameters,
+            allowed="either a budget or sizes by name",
+            mend=f"remove target.parameters, or {', '.join(f'target.{name}' for name in given)}",
+        )
+    if target.parameters is None and not given:
+        yield ShearingError(
+            "target",
+            value="empty",
+            allowed=f"parameters, or at least one of {', '.join(sizes)}",
+            mend="say what to reach, as parameters: 64M",
+        )
+    if target.uniform and target.parameters is None:
+        yield ShearingError(
+            "target.uniform",
+            value=True,
+            allowed="true only with target.parameters: sizes by name are the same in every layer anyway",
+            mend="remove target.uniform",
+        )

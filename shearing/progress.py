@@ -1,0 +1,66 @@
+"""What a user sees while something takes long: a bar with the time left, or a line now and then."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+
+
+@contextmanager
+def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show a task of `total` tokens or layers outside training: a bar on a terminal, else a line every few seconds.
+
+    Yields:
+        What to call with the number just done.
+    """
+    if console.is_terminal:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda tokens: progress.advance(task, tokens)
+        return
+    started = last_line = time.monotonic()
+    done = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done, last_line
+        done += tokens
+        now = time.monotonic()
+        if now - last_line >= PLAIN_SECONDS:
+            last_line = now
+            left = clock((now - started) / done * (total - done))
+            console.print(f"{name} ({100 * done / total:.0f}%) · {left} left", soft_wrap=True, highlight=False)
+
+    yield advance
+
+
+def max_memory() -> int:
+    """Peak memory of this process in bytes: the GPU's where there is one, else resident memory."""
+    import torch  # late: a bar needs none
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "–:––"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""What goes: units (`structured`) or single weights (`sparse`); both look at `calibration` text."""

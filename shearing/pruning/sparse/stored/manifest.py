@@ -1,0 +1,55 @@
+"""`sparsity.json`, beside a sparse model: what was done to it, and the checksum of each of its files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
+from shearing.files.durable import read_json
+
+MANIFEST = "sparsity.json"
+FORMAT = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sparse model.
+
+    Raises:
+        ShearingError: there is none, or one that this version cannot read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ShearingError(
+            str(folder),
+            value=f"no {MANIFEST}",
+            allowed="a model that `shear sparsify` has written",
+            mend="give the folder that was its output",
+        )
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ShearingError(
+            str(path), value=f"format {manifest.get('format')}", allowed=f"format {FORMAT}", mend="sparsify again"
+        )
+    return manifest
+
+
+def file_entries(
+    folder: Path, *, names: Sequence[str], advance: Callable[[int], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files, as a manifest has them under `files`."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name, advance=advance)}
+        for name in names
+    }
+
+
+def reached_budget(matrices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Weights kept, of how many, and the share removed, over matrices as a manifest describes them."""
+    described = list(matrices)
+    kept = sum(int(about["kept"]) for about in described)
+    of = sum(math.prod(about["shape"]) for about in described)
+    return {"kept": kept, "of": of, "sparsity": 1 - kept / of}

@@ -1,0 +1,1 @@
+"""Importance: which units matter most. One file each."""

@@ -1,0 +1,128 @@
+"""Importance by activations: how much each unit writes on calibration text.
+
+Shapes: B sequences of S tokens, L layers, G KV groups, Q query heads of a group, M intermediate units, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.scores import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def activation_importance(model: PreTrainedModel, *, batches: Iterable[Inputs]) -> Scores:
+    """Activation importance of Minitron (arXiv 2407.14679, section 2) from forward passes alone.
+
+    For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
+    units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
+    over its heads. Hidden dimensions sum it over the outputs of both norms of every layer. Layers and sub-layers
+    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
+
+    Args:
+        model: plain model, on any device.
+        batches: tokens [B, S], on the model's device.
+    """
+    with ActivationRecorder.listening(model) as recorder:
+        for batch in batches:
+            backbone(model)(**batch.keywords())
+    return recorder.scores(Shape.of(model.config))
+
+
+class ActivationRecorder:
+    """Running sums of what `activation_importance` is made of: (name, layer) -> [channels] or scalar."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._layer_input = self._mlp_input = torch.empty(0)
+
+    @classmethod
+    @contextmanager
+    def listening(cls, model: PreTrainedModel) -> Iterator[Self]:
+        """Records what passes through `model` inside the context."""
+        recorder = cls()
+        handles = recorder._listen(model)
+        try:
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def scores(self, source: Shape) -> Scores:
+        """Scores of everything recorded; `source` is the model's shape."""
+        K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
+
+        def of_layers(name: str) -> Tensor:
+            return torch.stack([self._sums[name, layer] for layer in range(source.num_hidden_layers)]).cpu()
+
+        heads = of_layers("heads").view(-1, K, G, dh).sum(-1)
+        return {
+            "layers": of_layers("layers"),
+            "attention": of_layers("attention"),
+            "mlp": of_layers("mlp"),
+            "kv_groups": heads.sum(-1).sqrt(),
+            "query_heads": heads.sqrt(),
+            "intermediate": of_layers("intermediate").sqrt(),
+            "hidden": (of_layers("attention norm").sqrt() + of_layers("mlp norm").sqrt()).sum(0),
+        }
+
+    def _listen(self, model: PreTrainedModel) -> list[Any]:
+        family = anatomy_of(model)
+        handles: list[Any] = []
+        for index, layer in enumerate(decoder_layers(model)):
+            attention_norm, mlp_norm = layer.get_submodule(family.attention_norm), layer.get_submodule(family.mlp_norm)
+            handles += [
+                attention_norm.register_forward_pre_hook(self._enter_layer),
+                mlp_norm.register_forward_pre_hook(partial(self._enter_mlp, index)),
+                layer.register_forward_hook(partial(self._leave_layer, index)),
+                attention_norm.register_forward_hook(partial(self._output, ("attention norm", index))),
+                mlp_norm.register_forward_hook(partial(self._output, ("mlp norm", index))),
+                layer.get_submodule(family.attention_write).register_forward_pre_hook(
+                    partial(self._input, ("heads", index))
+                ),
+                layer.get_submodule(family.mlp_write).register_forward_pre_hook(
+                    partial(self._input, ("intermediate", index))
+                ),
+            ]
+        return handles
+
+    def _add(self, key: tuple[str, int], value: Tensor) -> None:
+        self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def _channels(self, key: tuple[str, int], x_BSC: Tensor) -> None:
+        self._add(key, x_BSC.float().abs().mean(1).square().sum(0))
+
+    def _influence(self, key: tuple[str, int], before: Tensor, after: Tensor) -> None:
+        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean())
+
+    def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._channels(key, arguments[0])
+
+    def _output(self, key: tuple[str, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        self._channels(key, output)
+
+    def _enter_layer(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._layer_input = arguments[0]
+
+    def _enter_mlp(self, layer: int, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._mlp_input = arguments[0]
+        self._influence(("attention", layer), self._layer_input, arguments[0])
+
+    def _leave_layer(self, layer: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        self._influence(("mlp", layer), self._mlp_input, after)
+        self._influence(("layers", layer), self._layer_input, after)

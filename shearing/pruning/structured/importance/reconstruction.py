@@ -1,0 +1,187 @@
+"""Importance by reconstruction: what the other units of a layer could not make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.shape import Shape
+from shearing.pruning.calibration.places import reading_modules, weight_of
+from shearing.pruning.calibration.walk import first_inputs, run_layer
+from shearing.pruning.structured.granularities import unit_sizes
+from shearing.pruning.structured.importance.activations import ActivationRecorder
+from shearing.pruning.structured.importance.scores import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+DAMPING = 0.01
+"""Share of its diagonal that is added to a second moment before it is inverted (SparseGPT, arXiv 2301.00774, adds 1 %
+of the mean), so that a unit is not said to be replaceable by a thin difference of others."""
+
+_ROUNDS = 16
+
+
+def elimination_order(
+    weight: Tensor, moment: Tensor, *, rows: int, units: int, remove: int, at_once: int = 1
+) -> Tensor:
+    """Scores of the units that a linear layer reads: how late each would go if the cheapest always went first.
+
+    Taking the columns P of W away and refitting the columns that stay costs, with C = E[x xᵀ],
+
+        tr( W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ )
+
+    of the output's mean square (Optimal Brain Surgeon for blocks of columns, as in ZipLM, arXiv 2302.04089). After
+    each removal W and C⁻¹ are those of the refitted layer, so of two units that say the same, one goes early and the
+    other late.
+
+    Args:
+        weight: [O, I], I = rows * units * (inputs of a unit); a unit's inputs are neighbours.
+        moment: C [I, I].
+        rows: rows of units; all of them lose units equally fast.
+        units: units in a row.
+        remove: units of a row to remove; the rest is scored by its cost then.
+        at_once: units of a row that go between two updates of the costs.
+
+    Returns:
+        [rows, units] fp32 scores, higher goes later.
+    """
+    weight, inverse = weight.double(), torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, by=DAMPING)))
+    width = weight.shape[1] // (rows * units)
+    scores = torch.full((rows, units), float("inf"), dtype=torch.float64, device=weight.device)
+    for first in range(0, remove, at_once):
+        count = min(at_once, remove - first)
+        owing = torch.ones(rows, dtype=torch.bool, device=weight.device)
+        for _ in range(rows):
+            costs = _removal_costs(weight, inverse, width=width).view(rows, units)
+            costs = costs.masked_fill(scores.isfinite() | ~owing[:, None], float("inf"))
+            row = int(costs.min(dim=1).values.argmin())
+            cheapest = costs[row].argsort(stable=True)[:count]
+            scores[row, cheapest] = torch.arange(first, first + count, dtype=torch.float64, device=weight.device)
+            owing[row] = False
+            starts = (row * units + cheapest) * width
+            gone = (starts[:, None] + torch.arange(width, device=weight.device)).flatten()
+            weight, inverse = _without(weight, inverse, gone)
+    costs = _removal_costs(weight, inverse, width=width).view(rows, units).masked_fill(scores.isfinite(), -1.0)
+    ranks = costs.argsort(dim=1, stable=True).argsort(dim=1)
+    return torch.where(scores.isfinite(), scores, ranks).float()
+
+
+def _removal_costs(weight: Tensor, inverse: Tensor, *, width: int) -> Tensor:
+    """tr(W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ) of every block of `width` neighbouring columns: [I / width]."""
+    if width == 1:
+        squares: Tensor = weight.square().sum(0)
+        return squares / inverse.diagonal()
+    blocks = inverse.shape[0] // width
+    of_block = torch.arange(blocks, device=inverse.device)
+    diagonal = inverse.view(blocks, width, blocks, width)[of_block, :, of_block, :]
+    columns = weight.view(-1, blocks, width).permute(1, 2, 0)
+    halves: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(diagonal), columns, upper=False)
+    return halves.square().sum((1, 2))
+
+
+def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Refitted weight and inverse moment after the columns `gone` went; theirs become zero and the identity."""
+    rows = torch.cholesky_solve(inverse[gone], torch.linalg.cholesky(inverse[gone][:, gone]))
+    weight = weight - weight[:, gone] @ rows
+    inverse = inverse - inverse[:, gone] @ rows
+    weight[:, gone] = 0.0
+    inverse[gone] = 0.0
+    inverse[:, gone] = 0.0
+    inverse[gone, gone] = 1.0
+    return weight, inverse
+
+
+def damped(moment: Tensor, *, by: float) -> Tensor:
+    moment = moment.double()
+    diagonal = moment.diagonal()
+    # An input that is always zero has no part in anything, and must not make the matrix singular.
+    return moment + torch.diag(by * diagonal + 1e-8 * diagonal.mean() + torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def reconstruction_importance(
+    model: PreTrainedModel,
+    *,
+    batches: Sequence[Inputs],
+    target: Shape | None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Scores:
+    """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `activation_importance`.
+
+    A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
+    divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
+
+    Args:
+        model: plain model, on any device; layers are visited one after the other, with one layer's moments at a time.
+        batches: tokens [B, S], on the model's device.
+        target: shape to reach: how many units of a row go. None: as if half of each row went.
+        advance: called with 1 after every layer.
+    """
+    source, family = Shape.of(model.config), anatomy_of(model)
+    K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+    goes = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
+    if target is not None:
+        goes = {
+            "kv_groups": K - target.num_key_value_heads,
+            "query_heads": G - target.query_heads_per_group,
+            "intermediate": m - target.intermediate_size,
+        }
+    orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
+    writes = reading_modules(family, "attention write", "mlp norm", "mlp write")
+    streams, calls = first_inputs(model, batches)
+    with ActivationRecorder.listening(model) as recorder:
+        for index, layer in enumerate(decoder_layers(model)):
+            heads, units = _Moment(), _Moment()
+            for batch, of_layers in enumerate(calls):
+                seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=writes)
+                heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
+                units.add(seen["mlp write"], weights=token_weights(after))
+                streams[batch] = after
+            for name, write, moment, rows, count in (
+                ("kv_groups", family.attention_write, heads, 1, K),
+                ("query_heads", family.attention_write, heads, K, G),
+                ("intermediate", family.mlp_write, units, 1, m),
+            ):
+                if name in orders:
+                    at_once = max(1, goes[name] // _ROUNDS)
+                    order = elimination_order(
+                        weight_of(layer, write),
+                        moment.mean(),
+                        rows=rows,
+                        units=count,
+                        remove=goes[name],
+                        at_once=at_once,
+                    )
+                    orders[name].append(order.cpu())
+            advance(1)
+    sizes = unit_sizes(source)
+    reconstructed = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
+    return {**recorder.scores(source), **reconstructed}
+
+
+class _Moment:
+    """Weighted second moment of vectors [T, I]."""
+
+    def __init__(self) -> None:
+        self._sum = torch.zeros(())
+        self._total = 0.0
+
+    def add(self, x: Tensor, *, weights: Tensor) -> None:
+        x, weights = x.flatten(0, -2).float(), weights.flatten()
+        self._sum = self._sum.to(x.device) + ((x * weights[:, None]).T @ x).double()
+        self._total += float(weights.sum())
+
+    def mean(self) -> Tensor:
+        return self._sum / self._total
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """Inverse mean square of each token of a residual stream [B, S, d]: [B, S]."""
+    return stream.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()

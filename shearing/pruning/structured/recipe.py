@@ -1,0 +1,87 @@
+"""Recipe section `prune`: how masks are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from shearing.errors import ShearingError
+from shearing.settings.quantities import Duration
+from shearing.settings.section import Positive
+from shearing.training.recipe import StageRecipe
+
+GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
+
+
+class PruneRecipe(StageRecipe):
+    """Mask learning (Sheared LLaMA, section 2.1)."""
+
+    granularities: list[GranularityName] = Field(
+        ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
+        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
+    )
+    mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
+    multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
+    quadratic_penalty: float = Field(
+        500.0,
+        ge=0.0,
+        description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
+    )
+    temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
+    sparsity_warmup: Duration = Field(
+        Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
+    )
+    initial_masks: Literal["open", "activations", "reconstruction"] = Field(
+        "reconstruction",
+        description="open: every unit alive (paper). Else graded by importance: layers and hidden dimensions by their "
+        "activations; heads and intermediate units likewise (activations), or by what the others of their layer could "
+        "not make up for (reconstruction).",
+    )
+    compensate: bool = Field(
+        True,
+        description="Before the first step, refit the weights that stay so that they make up for the units that a "
+        "graded start closes (least squares, layer by layer); only with sparsity_warmup 0.",
+    )
+    log_alpha_limit: Positive = Field(
+        10.0,
+        description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
+        "that is certain to stay is drawn below 1 in 4.7 % of all cases.",
+    )
+    warm_start_scale: Positive = Field(
+        30.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
+    )
+    warm_start_step: float = Field(
+        2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
+    )
+    calibration_tokens: int = Field(
+        65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
+    )
+    mask_draws: int = Field(
+        1,
+        ge=1,
+        description="Draws of the masks' noise in a step, each for an equal share of its batch: more draws make the "
+        "masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
+    )
+    freeze: Duration = Field(
+        Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
+    )
+
+
+def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
+    chosen = prune.granularities
+    if len(set(chosen)) < len(chosen) or not chosen:
+        yield ShearingError(
+            "prune.granularities",
+            value=chosen,
+            allowed="at least one granularity, each once",
+            mend=f"write {list(dict.fromkeys(chosen)) or ['hidden']}",
+        )
+    if {"layers", "sublayers"} <= set(chosen):
+        yield ShearingError(
+            "prune.granularities",
+            value=chosen,
+            allowed="layers (attention and MLP go together) or sublayers (apart)",
+            mend="remove one of the two",
+        )

@@ -1,0 +1,1 @@
+"""Before a run: whether it can work, what it takes, and whether it fits."""

@@ -1,0 +1,1 @@
+"""How keys are declared, read from YAML and the command line, and explained."""

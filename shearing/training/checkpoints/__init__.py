@@ -1,0 +1,1 @@
+"""Checkpoints: whole or absent, verified, and readable by any number of processes."""

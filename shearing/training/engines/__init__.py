@@ -1,0 +1,1 @@
+"""How steps are computed and state is kept: plain torch, or DeepSpeed."""

@@ -1,0 +1,100 @@
+"""What the loop asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shearing.training.checkpoints.fingerprints import Fingerprints
+from shearing.training.checkpoints.pieces import SavedState
+
+
+class Engine(Protocol):
+    """What the loop asks of whatever computes its steps.
+
+    All processes call every method together.
+    """
+
+    device: torch.device
+    loss_scale: float
+    """What `backward` multiplies a loss by; gradients of parameters that the engine does not hold have it too."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
+
+        The main process's weights are taken. On the others they may be placeholders (see `models.anatomy.skeleton`).
+        """
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision in which forward passes and losses are computed."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch's share of the step's loss.
+
+        Args:
+            loss: scalar; the step's loss is the sum over micro-batches and processes.
+            last: whether this is the step's last micro-batch.
+        """
+        ...
+
+    def step(self, *, step: int) -> Tensor:
+        """Clip, update the weights and clear the gradients.
+
+        Args:
+            step: optimiser steps done before this one; the learning rate is a function of it alone.
+
+        Returns:
+            Boolean scalar on the device, the same on all processes: True if loss or gradient was not finite, in which
+            case neither weights nor optimiser state have changed.
+        """
+        ...
+
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradient before clipping; scalar on the device."""
+        ...
+
+    def save(self, folder: Path) -> Fingerprints:
+        """Write this process's share of weights and optimiser state, bit for bit, into an existing folder.
+
+        Returns:
+            Fingerprints of what it wrote.
+        """
+        ...
+
+    def load(self, folder: Path, *, saved: Fingerprints) -> None:
+        """Read what all processes of `save` wrote, however many they were, into the prepared model.
+
+        Args:
+            folder: the checkpoint.
+            saved: the sum of what `save` returned (`add_fingerprints`).
+
+        Raises:
+            ShearingError: the folder holds another model's parameters, or they did not come back as they were.
+        """
+        ...
+
+    def load_moments(self, moments: SavedState) -> None:
+        """Start from AdamW state instead of from nothing.
+
+        Raises:
+            ShearingError: it is not of the prepared model's parameters.
+        """
+        ...
+
+    def keep_zeros(self, masks: Iterable[tuple[str, Tensor]]) -> None:
+        """Train a sparse model: what the masks drop is 0 from now on, after every step, and checked in `save`.
+
+        Args:
+            masks: parameter and bool mask of its shape, True where a weight is kept; each is read once.
+
+        Raises:
+            ShearingError: a mask is of no parameter of the prepared model, or of another shape.
+        """
+        ...

@@ -1,0 +1,151 @@
+"""AdamW with its schedule, as every engine has it, and how its state fills from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shearing.errors import ShearingError
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.fingerprints import Fingerprints
+from shearing.training.checkpoints.pieces import MOMENTS, STEP, Piece, SavedState, write_pieces
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with a cosine schedule after a linear warm-up (arXiv 2310.06694, table 7).
+
+    Args:
+        learning_rate: peak.
+        total_steps: length of the schedule, in optimiser steps.
+        warmup_steps: steps until the peak.
+        final_learning_rate: learning rate after `total_steps`, share of the peak.
+        betas: AdamW betas.
+        epsilon: AdamW epsilon.
+        weight_decay: decoupled weight decay; matrices only, not biases and norms.
+        gradient_clipping: maximum global norm of the gradient; 0: none.
+    """
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int
+    final_learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    gradient_clipping: float
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the step that follows `step` done ones."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
+
+
+def adamw(parameters: Iterable[nn.Parameter], *, optimization: Optimization) -> torch.optim.AdamW:
+    """AdamW with weight decay of matrices alone."""
+    chosen = list(parameters)
+    # A parameter that ZeRO-3 has cut up is flat; its own shape is elsewhere.
+    matrices = [p for p in chosen if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in chosen if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [(matrices, optimization.weight_decay), (vectors, 0.0)]
+    return torch.optim.AdamW(
+        [{"params": of_group, "weight_decay": decay} for of_group, decay in groups if of_group],
+        lr=optimization.learning_rate,
+        betas=optimization.betas,
+        eps=optimization.epsilon,
+        fused=True,
+    )
+
+
+def start_state(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state of step 0, which it would make itself in its first step: so that there is something to restore."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                STEP: torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{kind: torch.zeros_like(parameter, memory_format=torch.preserve_format) for kind in MOMENTS},
+            }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def set_steps(optimizer: torch.optim.Optimizer, step: float) -> None:
+    """AdamW's step count of all parameters, in a tensor of its own for each."""
+    for state in optimizer.state.values():
+        state[STEP] = torch.full((), step, dtype=torch.float32, device=state[MOMENTS[0]].device)
+
+
+def save_pieces(
+    folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes
+) -> Fingerprints:
+    """Write this process's file of a checkpoint."""
+    counts = {float(state[STEP]) for state in optimizer.state.values()}
+    if len(counts) > 1:
+        raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
+    return write_pieces(
+        folder / f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors",
+        pieces,
+        step=counts.pop() if counts else 0.0,
+    )
+
+
+@torch.no_grad()
+def fill(pieces: Iterable[Piece], state: SavedState, *, kinds: Iterable[str]) -> None:
+    """Copy what a state holds of each piece into the engine's memory; moments that it lacks become zero."""
+    for piece in pieces:
+        for kind in kinds:
+            if kind not in piece.values:
+                continue
+            if kind in state.kinds:
+                # A copy into the optimiser's own memory: what a file's buffer is aligned to can change rounding.
+                piece.values[kind].copy_(state.read(kind, piece.name, start=piece.start, numel=piece.numel))
+            else:
+                piece.values[kind].zero_()
+
+
+def shapes_of(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape."""
+    return {piece.name: piece.shape for piece in pieces}
+
+
+def require_moments(moments: SavedState, *, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that AdamW state is of these parameters.
+
+    Raises:
+        ShearingError: it is not.
+    """
+    for name, shape in moments.shapes.items():
+        if shapes.get(name) != shape:
+            raise ShearingError(
+                f"optimiser state of {name}",
+                value=shape,
+                allowed="state of the model's own parameters"
+                + (f"; this one has shape {shapes[name]}" if name in shapes else ""),
+                mend="set pretrain.optimizer=fresh, or learn the masks again in a new run_dir",
+            )
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, *, device: torch.device, processes: Processes) -> None:
+    """Put a model on the device, with the main process's weights and buffers on all processes."""
+    if processes.is_main:
+        model.to(device)
+    else:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if processes.size > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, src=0)

@@ -1,0 +1,98 @@
+"""Recipe sections of the training stages and of `training`: how long, how fast, on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from shearing.settings.quantities import BatchSize, Duration
+from shearing.settings.section import BelowOne, Fraction, Positive, Section
+
+
+class StageRecipe(Section):
+    """What mask learning and continued pretraining have in common."""
+
+    duration: Duration = Field(description="Length of the stage: '3200 steps' or '0.4B tokens'.")
+    batch_size: BatchSize = Field(description="Global batch per step: '32 sequences' or '131072 tokens'.")
+    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
+    learning_rate: Positive = Field(1e-4, description="Peak learning rate of the weights.")
+    warmup: Duration = Field(Duration(fraction=0.03), description="Linear warm-up of the learning rate.")
+    final_learning_rate: Fraction = Field(0.1, description="Learning rate at the end of the cosine, share of the peak.")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas.")
+    epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
+    gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
+    checkpoint_interval: Duration = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_every: Duration | None = Field(None, description="Checkpoints at multiples of this are kept for good.")
+
+
+class LoraRecipe(Section):
+    """Low-rank adapters are trained instead of all weights, and merged in the end (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(8, ge=1, description="Of the adapters.")
+    alpha: Positive = Field(
+        16.0, description="A weight changes by alpha / rank times the product of its adapter's two matrices."
+    )
+    dropout: BelowOne = Field(
+        0.0,
+        description="Share of the adapters' inputs zeroed in training; above 0 it costs a second product, and results "
+        "depend on the number of processes.",
+    )
+    targets: list[str] = Field(
+        ["q_proj", "v_proj"], min_length=1, description="Linear layers that get one, by the last part of their names."
+    )
+
+
+class PretrainRecipe(StageRecipe):
+    """Continued pretraining of the cut or sparse model, or of the source itself; zeros of a sparse model stay."""
+
+    optimizer: Literal["carried", "fresh"] = Field(
+        "carried",
+        description="carried: AdamW keeps what mask learning knew of each weight that was kept, as if there had been "
+        "no cut; fresh: it starts anew (paper), which wants a warm-up. Without mask learning it always does.",
+    )
+    lora: LoraRecipe | None = None
+
+
+class DeepSpeedRecipe(Section):
+    """ZeRO: what of the training state is shared out among the processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where the optimiser's state is kept.")
+    offload_parameters: Literal["none", "cpu"] = Field("none", description="Where idle weights are kept (ZeRO-3).")
+    config: Path | dict[str, Any] | None = Field(
+        None, description="Further settings in DeepSpeed's own form, inline or a JSON file; they win over the defaults."
+    )
+
+
+class TrainingRecipe(Section):
+    """How steps are computed; none of it changes what is computed beyond rounding."""
+
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="torch: every process holds everything; deepspeed: ZeRO."
+    )
+    deepspeed: DeepSpeedRecipe = DeepSpeedRecipe()
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward pass recomputes in each layer; selective: all but the matrix products and "
+        "attention.",
+    )
+    compile: bool = Field(False, description="torch.compile every decoder layer.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
+    loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
+    max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
+    log_interval: int = Field(
+        10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."
+    )
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Where metrics go besides metrics.jsonl; each is a package of its own."
+    )
+    timeout: Positive = Field(1800.0, description="Seconds that a process waits for the others in one exchange.")
