@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import shearing
 from data_tools.preparation.recipe import PreparationRecipe
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.runs.recipe import Recipe, load_recipe

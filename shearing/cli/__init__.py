@@ -1,11 +1,11 @@
-"""The `shear` command: `app` is the frame, and each of the other files adds its commands to it."""
+"""The `shear` command: `frame` is what all commands share, and each of the other files adds its own to it."""
 
 from __future__ import annotations
 
-from shearing.cli import data, runs, sparse
-from shearing.cli.app import app
+from shearing.cli import data, runs, sparse  # noqa: F401 - they add their commands
+from shearing.cli.frame import app
 
-__all__ = ["app", "data", "main", "runs", "sparse"]
+__all__ = ["app", "main"]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from shearing.cli.app import Overrides, RecipeFile, data, load, reference_loss
+from shearing.cli.frame import Overrides, RecipeFile, data, load, reference_loss
 from shearing.errors import ShearingError
 from shearing.training.recipe import TrainingRecipe
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from shearing.cli.app import Overrides, RecipeFile, app, config, load
+from shearing.cli.frame import Overrides, RecipeFile, app, config, load
 from shearing.errors import ShearingError
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.errors import ShearingError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
 from shearing.runs.recipe import load_recipe

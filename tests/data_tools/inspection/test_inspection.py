@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data_tools.inspection import inspection
 from data_tools.inspection.inspection import Inspection, inspect
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.corpus.format import DomainManifest, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.files.checksums import sha256_of_file

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from data_tools.adoption.adoption import adopt
 from data_tools.inspection.verification import Verification, verify
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.preparation.prepare import prepare
 from data_tools.preparation.recipe import load_preparation
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from tests.data_tools.conftest import content, write_lines

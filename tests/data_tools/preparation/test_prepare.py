@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.preparation.recipe import load_preparation
 from data_tools.preparation.work_folder import PREFIX
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import text_hash
 from shearing.data.corpus.splits import HeldoutSize

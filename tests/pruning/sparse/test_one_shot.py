@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import shearing
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.files.tensors import read_header
 from shearing.pruning.calibration.text import load_calibration

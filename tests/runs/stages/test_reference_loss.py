@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.recipe import MixtureRecipe
 from shearing.errors import ShearingError

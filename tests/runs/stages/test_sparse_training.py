@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.files.durable import read_json
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest

@@ -1,4 +1,4 @@
-"""What the multiplicative rules share: weights grow by the exponential of the excess loss and are smoothed."""
+"""Rules that exponentiate the excess loss and smooth the result: the paper's, its published code's, and the bandit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Exponential:
         smoothing: c, share of the uniform mix blended into the result.
     """
 
-    step_size: float = 1.0
-    smoothing: float = 1e-4
+    step_size: float
+    smoothing: float
 
     def multiplied(self, weights: Vector, *, by: Vector) -> Vector:
         """w_i exp(eta x_i), normalised and smoothed; a weight of 0 stays 0 but for smoothing."""
@@ -38,19 +38,11 @@ def without_memory(weights: Vector, seen: Seen) -> tuple[Vector, Vector]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bandit(Exponential):
-    """w = softmax(w + eta (loss - reference)); a weight of 0 comes back."""
-
-    def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
-        """See `Rule.update`."""
-        logits = seen.weights + self.step_size * excess(seen.losses, seen.reference)
-        chosen = softmax(logits, alive=np.ones(len(logits), dtype=bool))
-        return without_memory(smooth(chosen, smoothing=self.smoothing), seen)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Paper(Exponential):
-    """w_i proportional to w_i exp(eta max(loss_i - reference_i, 0))."""
+    """w_i proportional to w_i exp(eta max(loss_i - reference_i, 0)): Sheared LLaMA, arXiv 2310.06694, Algorithm 1.
+
+    Only loss above the reference counts.
+    """
 
     def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
         """See `Rule.update`."""
@@ -60,8 +52,25 @@ class Paper(Exponential):
 
 @dataclass(frozen=True, kw_only=True)
 class Released(Exponential):
-    """w = softmax(log w + eta (loss - reference)), not clipped."""
+    """w = softmax(log w + eta (loss - reference)), not clipped: the code that was published with Sheared LLaMA.
+
+    Loss below the reference counts too.
+    """
 
     def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
         """See `Rule.update`."""
         return without_memory(self.multiplied(seen.weights, by=excess(seen.losses, seen.reference)), seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandit(Exponential):
+    """w = softmax(w + eta (loss - reference)); a weight of 0 comes back.
+
+    In Sheared LLaMA's published code, and not in its paper: weights are added to, not multiplied.
+    """
+
+    def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:  # noqa: ARG002 - remembers nothing
+        """See `Rule.update`."""
+        logits = seen.weights + self.step_size * excess(seen.losses, seen.reference)
+        chosen = softmax(logits, alive=np.ones(len(logits), dtype=bool))
+        return without_memory(smooth(chosen, smoothing=self.smoothing), seen)

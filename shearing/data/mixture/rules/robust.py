@@ -36,9 +36,9 @@ class Robust:
     """
 
     prior: Vector
-    divergence: float = 0.05
-    floor: float = 0.2
-    loss_ema: float = 0.1
+    divergence: float
+    floor: float
+    loss_ema: float
 
     def update(self, seen: Seen, *, memory: Vector) -> tuple[Vector, Vector]:
         """See `Rule.update`; remembers the running loss of each domain, which begins as the first loss seen."""

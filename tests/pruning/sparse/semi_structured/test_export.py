@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import CliRunner, Result
 
-from shearing.cli.app import app
+from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.files.durable import locked, read_json
 from shearing.pruning.sparse.one_shot import sparsify

@@ -1,4 +1,4 @@
-"""`shear …`: one thin function per command. Heavy imports are inside the commands that need them."""
+"""What all commands share: the application, how it says errors, and the arguments that many have."""
 
 from __future__ import annotations
 
