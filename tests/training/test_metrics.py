@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shearing.progress import activity
 from shearing.training import metrics
 from shearing.training.metrics import Display, MetricsLog, StageTotals, print_summary
 
@@ -93,14 +92,6 @@ def test_live_view_shows_everything() -> None:
     figures = ("25%", "1/4", "left", "3.25", "143 tokens/s", "MFU 41.5%", "500.2", "480", "0.035", "0.750", "2.875")
     for part in (*figures, "held-out"):
         assert part in text
-
-
-def test_activity_reports_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
-    output = io.StringIO()
-    with activity("held-out losses", total=200, console=Console(file=output)) as advance:
-        advance(50)
-    assert output.getvalue().startswith("held-out losses (25%) · 0:00 left")
 
 
 def test_summary_tells_what_time_went_into() -> None:
