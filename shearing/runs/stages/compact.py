@@ -16,7 +16,7 @@ from shearing.models.cutting import Selection, compact as cut
 from shearing.models.loading import load_config
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
-from shearing.pruning.structured.learner import shape_of
+from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 

@@ -22,14 +22,14 @@ from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.language_model import PARAMETER_PREFIX
 from shearing.processes.processes import Processes
 from shearing.progress import activity
-from shearing.pruning.structured.compensation import compensate
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.reconstruction import reconstruction_importance
-from shearing.pruning.structured.importance.scores import Scores
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, metric_of, starts
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.pruning.structured.refit import refit
+from shearing.runs.recipe import Recipe, tokens_per_step
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus, task_of
@@ -39,6 +39,9 @@ from shearing.training.device import resolve_device
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Task, Trained
+
+INITIAL_SCORES = "importance.safetensors"
+"""In the folder of the stage: what graded the initial masks."""
 
 
 def prune(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
@@ -79,8 +82,8 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
             console=console,
         )
     )
-    path = processes.on_main(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console))
-    learner = _learner(recipe, model=model, importance=None if path is None else load_file(path))
+    path = processes.on_main(lambda: _initial_scores(recipe, run=run, model=model, corpus=corpus, console=console))
+    learner = _learner(recipe, model=model, scores=None if path is None else load_file(path))
     masking = Masking(model=MaskedModel(model), learner=learner)
     mixture = initial_mixture(recipe, corpus=corpus)
     task = task_of(
@@ -91,7 +94,7 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
         masking=masking,
         reference=reference,
         processes=processes,
-        before_first_step=partial(_compensate, recipe, masking=masking, corpus=corpus, console=console),
+        before_first_step=partial(_refit, recipe, masking=masking, corpus=corpus, console=console),
     )
 
     seed_random(recipe.seed)
@@ -113,7 +116,7 @@ def _finish(
     """Write the results of mask learning out of its last checkpoint."""
     assert task.masking is not None
     learner, state = task.masking.learner, ShardedState(trained.checkpoint)
-    masks = learner.deterministic()
+    masks = learner.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
         moments = {
@@ -151,60 +154,51 @@ def _finish(
     return summary
 
 
-def _importance(
+def _initial_scores(
     recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
 ) -> Path | None:
     """File with what grades the initial masks, measured once per run; None where they start open."""
-    if recipe.pruning.prune.initial_masks == "open":
+    start = recipe.pruning.prune.initial_masks
+    if start == "open":
         return None
-    path = run.prune / "importance.safetensors"
+    path = run.prune / INITIAL_SCORES
     if path.is_file():
         return path
-    with attention_within_documents(model, on=recipe.data.attention == "documents"):
-        scores = _measured_importance(recipe, model=model, corpus=corpus, console=console)
+    name, target = starts()[start], recipe.pruning.target
+    evidence = Evidence(
+        text=calibration_batches(recipe, corpus=corpus) if METRICS[name].reads_text else (),
+        target=None if target.parameters is not None else resolve_target(target, source=model.config),
+        seed=recipe.seed,
+    )
+    metric = metric_of(name)
+    work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
+    with (
+        attention_within_documents(model, on=recipe.data.attention == "documents"),
+        activity(f"importance by {name}", total=work, console=console) as advance,
+    ):
+        scores = metric.scores(model, evidence=evidence, advance=advance)
     write_tensors(path, scores)
     return path
 
 
-def _measured_importance(recipe: Recipe, *, model: PreTrainedModel, corpus: Corpus, console: Console) -> Scores:
-    target, settings = recipe.pruning.target, recipe.pruning.prune
-    size = settings.micro_batch_size
-    if settings.initial_masks == "activations":
-        with activity("importance by activations", total=settings.calibration_tokens, console=console) as advance:
-            batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=advance)
-            return activation_importance(model, batches=batches)
-    shape = None if target.parameters is not None else resolve_target(target, source=model.config)
-    layers = model.config.num_hidden_layers
-    with activity("importance by reconstruction", total=layers, console=console) as advance:
-        return reconstruction_importance(
-            model,
-            batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=size)),
-            target=shape,
-            advance=advance,
-        )
-
-
-def _compensate(recipe: Recipe, *, masking: Masking, corpus: Corpus, console: Console) -> None:
+def _refit(recipe: Recipe, *, masking: Masking, corpus: Corpus, console: Console) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
     settings = recipe.pruning.prune
-    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
-    ramp = settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps)
+    ramp = masking.learner.settings.sparsity_warmup_steps
     if not settings.compensate or settings.initial_masks == "open" or ramp:
         return
     layers = masking.model.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=console) as advance:
-        compensate(
+        refit(
             masking.model,
-            masks=masking.learner.deterministic(),
-            batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=settings.micro_batch_size)),
+            masks=masking.learner.final_masks(),
+            batches=calibration_batches(recipe, corpus=corpus),
             advance=advance,
         )
 
 
-def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:
-    settings = recipe.pruning.prune
-    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
-    wanted = recipe.pruning.target
+def _learner(recipe: Recipe, *, model: PreTrainedModel, scores: Scores | None) -> MaskLearner:
+    settings, wanted = recipe.pruning.prune, recipe.pruning.target
     target: Shape | ParameterBudget
     if wanted.parameters is None:
         target = resolve_target(wanted, source=model.config)
@@ -218,22 +212,10 @@ def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | Non
         settings.granularities,
         source=Shape.of(model.config),
         target=target,
-        settings=MaskSettings(
-            total_steps=steps,
-            sparsity_warmup_steps=settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
-            freeze_step=steps - settings.freeze.in_steps(tokens_per_step=per_step, total_steps=steps),
-            warmup_steps=settings.warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
-            mask_learning_rate=settings.mask_learning_rate,
-            multiplier_learning_rate=settings.multiplier_learning_rate,
-            final_learning_rate=settings.final_learning_rate,
-            quadratic_penalty=settings.quadratic_penalty,
-            temperature=settings.temperature,
-            log_alpha_limit=settings.log_alpha_limit,
-            warm_start_scale=settings.warm_start_scale,
-            warm_start_step=settings.warm_start_step,
-            seed=recipe.seed,
+        settings=MaskSettings.of(
+            settings, tokens_per_step=tokens_per_step(settings, data=recipe.data), seed=recipe.seed
         ),
-        importance=importance,
+        scores=scores,
         device=resolve_device(recipe.training),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from shearing.models.attention import drop_attention_mask, keep_attention_within
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
+from shearing.pruning.calibration.text import first_samples
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
@@ -232,24 +233,17 @@ def initial_weights(recipe: Recipe, *, corpus: Corpus) -> dict[str, float]:
     return resolve_weights(recipe.mixture.initial_weights, tokens=tokens)
 
 
-def calibration_batches(
-    recipe: Recipe, *, corpus: Corpus, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one.
-
-    Args:
-        micro_batch_size: sequences per batch (B).
-        advance: called with the tokens of each batch that has been used.
-    """
-    length = recipe.data.sequence_length
-    mixture = initial_mixture(recipe, corpus=corpus)
-    count = max(1, recipe.pruning.prune.calibration_tokens // length)
-    device = resolve_device(recipe.training)
-    for first in range(0, count, micro_batch_size):
-        batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
-        tokens_BS = batch.tokens[:, :-1].to(device)
-        yield Inputs(tokens_BS, mixture.documents.documents(batch.positions, device=device))
-        advance(tokens_BS.numel())
+def calibration_batches(recipe: Recipe, *, corpus: Corpus) -> list[Inputs]:
+    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
+    prune = recipe.pruning.prune
+    return list(
+        first_samples(
+            initial_mixture(recipe, corpus=corpus),
+            samples=max(1, prune.calibration_tokens // recipe.data.sequence_length),
+            micro_batch_size=prune.micro_batch_size,
+            device=resolve_device(recipe.training),
+        )
+    )
 
 
 def measure_heldout(
