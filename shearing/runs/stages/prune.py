@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.mixture.sampler import Mixture
 from shearing.files.durable import write_json
+from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact_moments
@@ -33,6 +34,7 @@ from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus, task_of
+from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.device import resolve_device
@@ -79,7 +81,8 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
             console=console,
         )
     )
-    path = processes.on_main(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console))
+    said = full_disk_said(lambda: no_space(run.prune))
+    path = processes.on_main(said(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console)))
     learner = _learner(recipe, model=model, importance=None if path is None else load_file(path))
     masking = Masking(model=MaskedModel(model), learner=learner)
     mixture = initial_mixture(recipe, corpus=corpus)
@@ -97,7 +100,7 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
     seed_random(recipe.seed)
     trained = train(task, console=console, measure_end=True)
     return processes.on_main(
-        lambda: _finish(run=run, model=model, task=task, trained=trained, mixture=mixture, console=console)
+        said(lambda: _finish(run=run, model=model, task=task, trained=trained, mixture=mixture, console=console))
     )
 
 
