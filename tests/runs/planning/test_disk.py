@@ -45,9 +45,8 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     more = run_bytes(recipe, source=source, target=target) - run_bytes(plain, source=source, target=target)
     assert more == 2 * 4 * target.num_parameters()
     budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}"])
-    assert (
-        run_bytes(budget, source=source, target=None) == (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 16) * 10000
-    )
+    expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
+    assert run_bytes(budget, source=source, target=None) == expected
 
 
 def test_what_a_folder_holds_and_what_its_disk_has_left(tmp_path: Path) -> None:
