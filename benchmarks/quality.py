@@ -1,11 +1,11 @@
 """Was learning the masks worth it: the same shape, the same total tokens, units chosen in other ways.
 
 For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining), and `start` is
-the same with its masks frozen as they start, which shows what learning adds. The baselines choose units by activation
-importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as `learned` used altogether, with
-the warm-up that `learned` has. `refitted` is activation importance with the refit of the weights that stay which
-`learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an interrupted benchmark
-continues.
+the same with its masks frozen as they start, which shows what learning adds. The baselines are those of the recipe
+(`importance`: by activations): they choose units by their metric, cut at once, and pretrain for as many tokens as
+`learned` used altogether, with the warm-up that `learned` has. `refitted` is `importance` with the refit of the weights
+that stay which `learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an
+interrupted benchmark continues.
 
     python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +39,27 @@ from shearing.models.cutting import compact
 from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
-from shearing.pruning.structured.compensation import compensate
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.magnitude import magnitude_importance
-from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
+from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.rounding import select
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
-from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import compact as compact_stage
 from shearing.runs.stages.pretrain import pretrain as pretrain_stage
 from shearing.runs.stages.prune import prune as prune_stage
-from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.runs.stages.training_task import calibration_batches
+from shearing.training.device import resolve_device
 
 OURS = ("learned", "start")
-METHODS = (*OURS, "importance", "refitted", "magnitude", "random")
+REFITTED = "refitted"
+METHODS = (*OURS, *baselines(), REFITTED)
 
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Runs one method to its end; returns its held-out losses after cutting and after continued pretraining."""
-    run = RunDirectory(recipe.run_dir)
+    context = RunContext(recipe, console=console)
+    run = context.directory
     result = run.path / "quality.json"
     if result.is_file():
         return read_json(result)
@@ -66,58 +67,51 @@ def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, An
     if method in OURS:
         for stage, function in (("prune", prune_stage), ("compact", compact_stage)):
             if not run.is_complete(stage):
-                function(recipe, console=console)
+                function(context)
     elif not run.is_complete("compact"):
-        cut_at_once(method, recipe=recipe)
+        cut_at_once(method, context=context)
     if not run.is_complete("pretrain"):
-        pretrain_stage(recipe, console=console)
-    losses = {"after_cutting": losses_of(run.compact, recipe=recipe), "final": losses_of(run.model, recipe=recipe)}
+        pretrain_stage(context)
+    losses = {"after_cutting": losses_of(run.compact, context=context), "final": losses_of(run.model, context=context)}
     write_json(result, {**losses, "seconds": time.monotonic() - started})
     return read_json(result)
 
 
-def cut_at_once(method: str, *, recipe: Recipe) -> None:
+def cut_at_once(method: str, *, context: RunContext) -> None:
     """Writes a run directory as if mask learning had taken no step and had chosen units by `method`."""
-    run = RunDirectory(recipe.run_dir)
-    model = load_source(recipe.model.source, device=resolve_device(recipe.training))
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    recipe, run = context.recipe, context.directory
+    model = load_source(recipe.model.source, device=context.device)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
-    scores: Scores
-    size = recipe.prune.micro_batch_size
-    calibration = partial(calibration_batches, recipe, corpus=corpus, micro_batch_size=size)
-    if method in ("importance", "refitted"):
-        scores = activation_importance(model, batches=calibration())
-    elif method == "magnitude":
-        scores = magnitude_importance(model)
-    else:
-        scores = random_importance(source, seed=recipe.seed)
+    name = baselines()["importance" if method == REFITTED else method]
+    text = calibration_batches(context)
+    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
+    scores = metric_of(name).scores(model, evidence=evidence)
     masks, selection = select(scores, source=source, target=target)
-    if method == "refitted":
+    if method == REFITTED:
         masked = MaskedModel(model)
-        compensate(masked, masks=masks, batches=list(calibration()))
+        refit(masked, masks=masks, batches=text)
         masked.release()
     small = compact(model, masks=masks, selection=selection)
     run.compact.mkdir(parents=True, exist_ok=True)
     small.save_pretrained(run.compact)
-    mixture = initial_mixture(recipe, corpus=corpus)
+    mixture = context.initial_mixture()
     state = {"weights": mixture.weights, "mixture_state": mixture.state_dict(), "reference": {}}
     run.prune.mkdir(exist_ok=True)
     run.mark_complete("prune", state)
     run.mark_complete("compact", {"parameters": target.num_parameters()})
 
 
-def losses_of(folder: Path, *, recipe: Recipe) -> dict[str, float]:
+def losses_of(folder: Path, *, context: RunContext) -> dict[str, float]:
     """Held-out loss per domain of a saved model, nats per token."""
-    device = resolve_device(recipe.training)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    recipe = context.recipe
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
     losses = heldout_loss(
         model,
-        corpus,
+        context.corpus,
         tokens_per_domain=recipe.evaluation.tokens_per_domain,
         sequence_length=recipe.data.sequence_length,
         micro_batch_size=recipe.evaluation.micro_batch_size,
-        precision=resolve_precision(recipe.training, device=device),
+        precision=context.precision,
     )
     return {domain: loss.loss for domain, loss in losses.items()}
 

@@ -27,12 +27,11 @@ from shearing.pruning.sparse.patterns import KeptOf, Pattern, pattern_of, runs_o
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
 from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
+from shearing.settings.neutral import neutral_keys
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192
 UNSTRUCTURED_STEPS = 32
-_NEUTRAL = frozenset({"output", "evaluate", "evaluate_tokens", "offload", "device", "micro_batch_size"})
-"""Keys that change where and on what a model is made, never what it is beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,12 @@ def disk_bytes(job: Job) -> int:
     return size
 
 
-def no_room(folder: Path, *, job: Job) -> ShearingError:
-    """That the disk under `folder` is too small."""
+def no_room(folder: Path, *, what: str) -> ShearingError:
+    """That the disk under `folder`, which is a run's own, is too small for `what`."""
     return ShearingError(
         "output",
         value=f"{folder.parent}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
-        allowed=f"a disk with room for {disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more",
+        allowed=f"a disk with room for {what}",
         mend="free space and run the same command again, or choose an output on another disk",
     )
 
@@ -228,7 +227,8 @@ def _settings(
     allocation: StoredAllocation | None,
     seqlen: int,
 ) -> dict[str, Any]:
-    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NEUTRAL}
+    neutral = neutral_keys(SparsifyRecipe)
+    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in neutral}
     return {
         **settings,
         "allocation": settings["allocation"] if allocation is None else allocation.fingerprint,

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import transformers
 from rich.console import Console
@@ -16,38 +15,11 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
+from shearing.runs.context import RunContext
+from shearing.runs.continuation import require_same_run
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
-from shearing.settings.reading import read_recipe_file
-
-# Keys that change how a run is kept, watched or spread over processes, never what it computes beyond rounding.
-_NEUTRAL_KEYS = frozenset(
-    {
-        "name",
-        "run_dir",
-        "resume",
-        "prune.micro_batch_size",
-        "prune.keep_last",
-        "prune.keep_every",
-        "prune.checkpoint_interval",
-        "sparsify.micro_batch_size",
-        "sparsify.offload",
-        "pretrain.micro_batch_size",
-        "pretrain.keep_last",
-        "pretrain.keep_every",
-        "pretrain.checkpoint_interval",
-        "training.log_interval",
-        "training.engine",
-        "training.activation_checkpointing",
-        "training.compile",
-        "training.device",
-        "training.loss_chunk_tokens",
-        "training.trackers",
-        "training.timeout",
-    }
-)
-_NEUTRAL_SECTIONS = ("evaluation.", "training.deepspeed.")
 
 
 def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Console | None = None) -> RunDirectory:
@@ -77,13 +49,14 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
             console = Console(quiet=True)
             logging.getLogger("shearing").setLevel(logging.CRITICAL)
             transformers.utils.logging.set_verbosity_error()
-        return _run(recipe, stages=recipe.stages if stages is None else stages, console=console, processes=processes)
+        context = RunContext(recipe, console=console, processes=processes)
+        return _run(context, stages=recipe.stages if stages is None else stages)
 
 
-def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes: Processes) -> RunDirectory:
-    directory = RunDirectory(recipe.run_dir)
+def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
+    directory, console, processes = context.directory, context.console, context.processes
     with contextlib.ExitStack() as lock:
-        processes.on_main(lambda: _begin(recipe, stages=stages, directory=directory, lock=lock, processes=processes))
+        processes.on_main(lambda: _begin(context, stages=stages, lock=lock))
         for stage in stages:
             if stage != "evaluate" and processes.on_main(partial(directory.is_complete, stage)):
                 console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
@@ -91,9 +64,9 @@ def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes
             console.rule(f"[bold]{stage}")
             started = time.monotonic()
             if stage in ("prune", "pretrain"):
-                _function_of(stage)(recipe, console=console, processes=processes)
+                _function_of(stage)(context)
             else:
-                processes.on_main(partial(_alone, stage, recipe, console=console))
+                processes.on_main(partial(_alone, stage, context))
             console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
         if "evaluate" in stages:
             processes.on_main(partial(_report, directory))
@@ -101,26 +74,20 @@ def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes
     return directory
 
 
-def _begin(
-    recipe: Recipe,
-    *,
-    stages: Sequence[Stage],
-    directory: RunDirectory,
-    lock: contextlib.ExitStack,
-    processes: Processes,
-) -> None:
+def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.ExitStack) -> None:
     """All that is checked before the first expensive step; the folder is locked afterwards."""
+    recipe, directory = context.recipe, context.directory
     _require_stages_before(recipe, stages=stages, directory=directory)
-    preflight(recipe, stages=stages, num_processes=processes.size)
+    preflight(context, stages=stages)
     lock.enter_context(directory.locked())
-    _require_same_run(recipe, directory=directory)
+    require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
         left_by_a_kill.unlink()
     write_text(directory.recipe, recipe.to_yaml())
 
 
-def _alone(stage: Stage, recipe: Recipe, *, console: Console) -> None:
-    _function_of(stage)(recipe, console=console)
+def _alone(stage: Stage, context: RunContext) -> None:
+    _function_of(stage)(context)
 
 
 def prune(recipe: Recipe) -> RunDirectory:
@@ -165,10 +132,10 @@ def _report(directory: RunDirectory) -> None:
     write_report(directory.path)
 
 
-def _function_of(stage: Stage) -> Callable[..., object]:
+def _function_of(stage: Stage) -> Callable[[RunContext], object]:
     # Imported one by one: evaluating needs nothing of training, and a stage's imports take seconds.
     module = importlib.import_module(f"shearing.runs.stages.{stage}")
-    function: Callable[..., object] = getattr(module, stage)
+    function: Callable[[RunContext], object] = getattr(module, stage)
     return function
 
 
@@ -190,51 +157,6 @@ def _require_stages_before(recipe: Recipe, *, stages: Sequence[Stage], directory
         for before in needed:
             if before not in stages:
                 directory.read_complete(before)
-
-
-def _require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
-    if not directory.recipe.is_file():
-        return
-    if recipe.resume == "never":
-        raise ShearingError(
-            "run_dir",
-            value=str(directory.path),
-            allowed="with resume=never, a folder that holds no run",
-            mend="choose another run_dir, remove the folder, or set resume=auto to continue that run",
-        )
-    earlier = _flat(read_recipe_file(directory.recipe, overrides=())[0])
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = sorted(
-        key
-        for key in earlier.keys() | now.keys()
-        if earlier.get(key) != now.get(key) and _is_settled(key, directory=directory)
-    )
-    if changed:
-        raise ShearingError(
-            "run_dir",
-            value=str(directory.path),
-            allowed="a folder without a run, or with a run of this recipe; what differs from its recipe.yaml: "
-            + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
-            mend="choose another run_dir, or take those values back to continue that run",
-        )
-
-
-def _is_settled(key: str, *, directory: RunDirectory) -> bool:
-    """Whether the run has already used the value of `key`."""
-    section = key.partition(".")[0]
-    if key in _NEUTRAL_KEYS or key.startswith(_NEUTRAL_SECTIONS):
-        return False
-    if section == "pretrain" or key == "mixture.pretrain_interval":
-        return directory.pretrain.exists()
-    if section == "sparsify":
-        return directory.sparsify.exists() or directory.pretrain.exists()
-    return any(folder.exists() for folder in (directory.prune, directory.sparsify, directory.pretrain))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {key: leaf for name, below in value.items() for key, leaf in _flat(below, f"{prefix}{name}.").items()}
 
 
 def _print_summary(directory: RunDirectory, *, console: Console) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -24,6 +25,7 @@ from typer.testing import CliRunner, Result
 import shearing
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
+from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
 from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.sparse.one_shot import sparsify
@@ -31,6 +33,7 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
+from shearing.settings.neutral import neutral_keys
 
 LAYERS = 4  # of the model of `tiny_inputs`
 SECONDS = 120.0
@@ -79,6 +82,13 @@ def wanda(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(wanda: Path, tmp_path: Path) -> Path:
     """A sparse model to damage."""
     return Path(shutil.copytree(wanda, tmp_path / "copied"))
+
+
+def test_every_key_is_either_neutral_or_compared_when_a_run_goes_on(wanda: Path) -> None:
+    settings = read_manifest(wanda)["settings"].keys()
+    neutral = neutral_keys(SparsifyRecipe)
+    assert settings.isdisjoint(neutral)
+    assert settings - {"source_files", "calibration_fingerprint"} == SparsifyRecipe.model_fields.keys() - neutral
 
 
 def test_the_result_is_an_ordinary_model(wanda: Path, tiny_inputs: Path) -> None:
@@ -170,6 +180,33 @@ def test_a_model_without_safetensors_is_converted(tiny_inputs: Path, tmp_path: P
     found, expected = load_file(output / "model.safetensors"), load_file(wanda / "model.safetensors")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert sparse(tmp_path / "inputs", output) == output
+
+
+def test_a_full_disk_is_said_of_the_output_and_the_run_continues_later(
+    tiny_inputs: Path, wanda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file, saves = tensor_files.save_file, 0
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves > 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments, **keywords)
+
+    output = tmp_path / "sparse"
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "save_file", full)
+        with pytest.raises(ShearingError) as caught:
+            sparse(tiny_inputs, output)
+    assert caught.value.field == "output"
+    assert "a disk with room for 0.00 GB: the model, and its layers once more" in str(caught.value)
+    assert "checkpoint" not in str(caught.value)
+    assert not output.exists()
+    blocks = output.with_name("sparse.partial") / "blocks"
+    assert sorted(path.name for path in blocks.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    sparse(tiny_inputs, output)
+    assert (output / "model.safetensors").read_bytes() == (wanda / "model.safetensors").read_bytes()
 
 
 def test_include_and_exclude(tiny_inputs: Path, tmp_path: Path) -> None:

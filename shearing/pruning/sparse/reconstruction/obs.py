@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shearing.pruning.calibration.statistics import InverseFactor, Need
+from shearing.pruning.calibration.inverse import InverseFactor
+from shearing.pruning.calibration.statistics import Need
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 BLOCK_COLUMNS = 128
@@ -29,7 +31,7 @@ class OptimalBrainSurgeon:
     """
 
     name: str = "obs"
-    needs: frozenset[Need] = frozenset({"moment"})
+    needs: frozenset[Need] = RECONSTRUCTIONS["obs"].needs
     by_columns: bool = True
 
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:
