@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
-from shearing.objectives.language_model import LanguageModelLoss, Losses
+from shearing.files import tensors
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import Losses
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
 from shearing.runs.stages.training_task import initial_mixture, open_corpus
 from shearing.training import loop
-from shearing.training.checkpoints import checkpoints as checkpoint
 from shearing.training.metrics import TIMING_FIELDS
+from shearing.training.stage import INTERRUPTED_EXIT_CODE, PREFETCHED_STEPS, Interrupted
 from tests.conftest import tiny_recipe_data
 
 FROZEN = {"sparsity_warmup": "0%", "freeze": "100%"}
@@ -114,7 +116,7 @@ def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(tiny_input
     assert set(step["weights"]) == set(update["losses"]) == set(update["reference"]) == {"letters", "digits"}
     assert set(step["expected"]) == set(step["target"]) == set(step["violation"]) == set(step["lambda_1"])
     # Announced after step 3, in force two steps later: what the prefetcher had not dealt yet.
-    assert update["first_sample"] == (3 + loop.PREFETCHED_STEPS) * 4
+    assert update["first_sample"] == (3 + PREFETCHED_STEPS) * 4
 
 
 def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixture(
@@ -204,7 +206,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
-    save_file, saves = checkpoint.save_file, 0
+    save_file, saves = tensors.save_file, 0
 
     def full(*arguments: Any, **keywords: Any) -> None:
         nonlocal saves
@@ -214,7 +216,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
         save_file(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensors, "save_file", full)
         with pytest.raises(ShearingError, match="free space"):
             _prune(recipe)
     checkpoints = tmp_path / "run" / "prune" / "checkpoints"
@@ -232,9 +234,9 @@ def test_signal_stops_after_the_step(
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with monkeypatch.context() as patch:
         _poison(patch, bad=lambda call: call == 3 and os.kill(os.getpid(), signal.SIGUSR1) is not None)
-        with pytest.raises(loop.Interrupted) as error:
+        with pytest.raises(Interrupted) as error:
             _prune(recipe)
-    assert error.value.code == loop.INTERRUPTED_EXIT_CODE
+    assert error.value.code == INTERRUPTED_EXIT_CODE
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
     assert (tmp_path / "run" / "prune" / "checkpoints" / "step-00000002").is_dir()
     _prune(recipe)

@@ -13,7 +13,7 @@ from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.tensors import is_disk_full, no_space
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.processes.processes import Processes
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.recipe import Recipe

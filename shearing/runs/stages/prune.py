@@ -19,7 +19,7 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.processes.processes import Processes
 from shearing.progress import activity
 from shearing.pruning.structured.compensation import compensate
@@ -38,7 +38,8 @@ from shearing.training.checkpoints.state import seed_random
 from shearing.training.device import resolve_device
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
-from shearing.training.stage import Task, Trained
+from shearing.training.stage import Trained
+from shearing.training.task import Task
 
 
 def prune(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
     )
     path = processes.on_main(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console))
     learner = _learner(recipe, model=model, importance=None if path is None else load_file(path))
-    masking = Masking(model=MaskedModel(model), learner=learner)
+    masking = Masking(model=MaskedModel(model), learner=learner, draws=recipe.pruning.prune.mask_draws)
     mixture = initial_mixture(recipe, corpus=corpus)
     task = task_of(
         recipe,
@@ -97,7 +98,9 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
     seed_random(recipe.seed)
     trained = train(task, console=console, measure_end=True)
     return processes.on_main(
-        lambda: _finish(run=run, model=model, task=task, trained=trained, mixture=mixture, console=console)
+        lambda: _finish(
+            run=run, model=model, task=task, learner=learner, trained=trained, mixture=mixture, console=console
+        )
     )
 
 
@@ -106,13 +109,13 @@ def _finish(
     run: RunDirectory,
     model: PreTrainedModel,
     task: Task,
+    learner: MaskLearner,
     trained: Trained,
     mixture: Mixture,
     console: Console,
 ) -> dict[str, Any]:
     """Write the results of mask learning out of its last checkpoint."""
-    assert task.masking is not None
-    learner, state = task.masking.learner, ShardedState(trained.checkpoint)
+    state = ShardedState(trained.checkpoint)
     masks = learner.deterministic()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:

@@ -17,21 +17,21 @@ from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
 from shearing.evaluation.heldout_loss import heldout_loss
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
+from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
-from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import Parts
+from shearing.objectives.registry import objective_of
 from shearing.processes.processes import Processes
-from shearing.pruning.structured.masking import Masking
-from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
-from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step, total_steps
+from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
 from shearing.runs.run_directory import RunDirectory
-from shearing.settings.quantities import Duration
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers, resolve_device, resolve_precision
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
-from shearing.training.stage import Compute, HeldOut, Schedule, Task
+from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
+from shearing.training.task import Task
 from shearing.training.trackers import Trackers
 
 
@@ -41,7 +41,7 @@ def task_of(
     stage: TrainingStage,
     model: PreTrainedModel,
     mixture: Mixture,
-    masking: Masking | None,
+    masking: MaskedTraining | None,
     reference: Mapping[str, float],
     processes: Processes,
     rule_memory: Mapping[str, float] | None = None,
@@ -68,11 +68,7 @@ def task_of(
         ShearingError: the processes cannot share a batch equally, or an engine that is not installed.
     """
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
-    steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
-
-    def in_steps(duration: Duration) -> int:
-        return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
-
+    per_step = tokens_per_step(settings, data=data)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     if data.attention == "documents":
         keep_attention_within_documents(model)
@@ -82,33 +78,19 @@ def task_of(
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
         compile_layers(model)
-    interval = recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval
-    optimization = Optimization(
-        learning_rate=settings.learning_rate,
-        total_steps=steps,
-        warmup_steps=in_steps(settings.warmup),
-        final_learning_rate=settings.final_learning_rate,
-        betas=settings.betas,
-        epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        gradient_clipping=settings.gradient_clipping,
-    )
+    optimization = Optimization.of(settings, tokens_per_step=per_step)
     return Task(
         name=stage,
         folder=RunDirectory(recipe.run_dir).folder(stage),
-        schedule=Schedule(
-            total_steps=steps,
-            sequences_per_step=per_step // data.sequence_length,
+        schedule=Schedule.of(
+            settings,
+            training=training,
+            tokens_per_step=per_step,
+            sequence_length=data.sequence_length,
             micro_batch_size=split.micro_batch_size,
-            mask_draws=settings.mask_draws if isinstance(settings, PruneRecipe) else 1,
-            checkpoint_interval=max(1, in_steps(settings.checkpoint_interval)),
-            keep_last=settings.keep_last,
-            keep_every=None if settings.keep_every is None else max(1, in_steps(settings.keep_every)),
-            mixture_interval=max(1, in_steps(interval)),
-            log_interval=training.log_interval,
-            max_skipped_steps=training.max_skipped_steps,
+            mixture_interval=recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval,
         ),
-        objective=LanguageModelLoss(model, chunk_tokens=training.loss_chunk_tokens),
+        objective=objective_of("language_model", parts=_parts(recipe, model=model)),
         engine=_engine(recipe, optimization=optimization, split=split, processes=processes),
         optimization=optimization,
         mixture=mixture,
@@ -119,7 +101,7 @@ def task_of(
             rule=rule_of(recipe.mixture, prior=initial_weights(recipe, corpus=mixture.corpus)),
             reference=reference,
             parameters=_final_parameters(recipe, stage=stage, model=model),
-            tokens=steps * per_step,
+            tokens=optimization.total_steps * per_step,
             online=recipe.mixture.reference == "online",
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state={"memory": rule_memory or {}},
@@ -148,6 +130,21 @@ def task_of(
             folder=recipe.run_dir / "trackers",
             configuration=recipe.flat(),
             first_step=first_step,
+        ),
+    )
+
+
+def _parts(recipe: Recipe, *, model: PreTrainedModel) -> Parts:
+    """What the stage has for its objective."""
+    return Parts(
+        model=model,
+        chunk_tokens=recipe.training.loss_chunk_tokens,
+        source=lambda: load_source(
+            recipe.model.source,
+            revision=recipe.model.revision,
+            attn_implementation=recipe.model.attn_implementation,
+            device=resolve_device(recipe.training),
+            dtype=torch.float32,
         ),
     )
 
