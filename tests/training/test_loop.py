@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
-from shearing.files import tensors
+from shearing.files import tensors as tensor_files
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import Losses
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
-from shearing.runs.stages.training_task import initial_mixture, open_corpus
 from shearing.training import loop
 from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.stage import INTERRUPTED_EXIT_CODE, PREFETCHED_STEPS, Interrupted
@@ -47,7 +47,7 @@ def _recipe(inputs: Path, run_dir: Path, *, prune: dict[str, Any] | None = None,
 
 def _prune(recipe: Recipe) -> str:
     output = io.StringIO()
-    prune(recipe, console=Console(file=output, width=200))
+    prune(RunContext(recipe, console=Console(file=output, width=200)))
     return output.getvalue()
 
 
@@ -135,7 +135,7 @@ def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixtu
     _prune(recipe)
     lines = _lines(tmp_path / "run")
     steps, update = [line for line in lines if "event" not in line], next(line for line in lines if "event" in line)
-    mixture = initial_mixture(recipe, corpus=open_corpus(recipe, vocab_size=22))
+    mixture = RunContext(recipe).initial_mixture()
     averages = LossAverages(weight=0.25)
     for step, line in enumerate(steps[:3]):
         ids = mixture.batch(first_sample=4 * step, num_sequences=4).domain_ids
@@ -206,7 +206,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
-    save_file, saves = tensors.save_file, 0
+    save_file, saves = tensor_files.save_file, 0
 
     def full(*arguments: Any, **keywords: Any) -> None:
         nonlocal saves
@@ -216,7 +216,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
         save_file(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors, "save_file", full)
+        patch.setattr(tensor_files, "save_file", full)
         with pytest.raises(ShearingError, match="free space"):
             _prune(recipe)
     checkpoints = tmp_path / "run" / "prune" / "checkpoints"
