@@ -12,6 +12,7 @@ from rich.console import Console
 
 from shearing import progress
 from shearing.progress import activity
+from shearing.training import metrics
 from shearing.training.metrics import Display, MetricsLog, StageTotals, print_summary
 
 
@@ -63,7 +64,7 @@ def test_log_that_lost_lines_is_reported(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_plain_lines_tell_percent_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
     output = io.StringIO()
     with Display("prune", total_steps=4, done_steps=1, console=Console(file=output)) as display:
         display.show(_record(2))
