@@ -8,43 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from typing_extensions import Self
 
-from shearing.data.documents import Documents
 from shearing.objectives import registry
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import PARAMETER_PREFIX, Losses, Objective, Parts
+from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts
 from shearing.objectives.registry import OBJECTIVES, objective_of
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.recipe import StageRecipe
 from tests.models.tiny import VOCAB_SIZE, tiny_model
+from tests.objectives.teacher import TeachersLoss
 
 CPU = torch.device("cpu")
-
-
-class TeachersLoss(Objective):
-    """The model's loss above its teacher's: all that another objective takes is a file like this and its name."""
-
-    def __init__(self, model: PreTrainedModel, *, teacher: PreTrainedModel) -> None:
-        super().__init__(model)
-        self._own = LanguageModelLoss(model, chunk_tokens=8)
-        self._teacher = (LanguageModelLoss(teacher.requires_grad_(False), chunk_tokens=8),)
-
-    @classmethod
-    def of(cls, parts: Parts) -> Self:
-        return cls(parts.model, teacher=parts.source())
-
-    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
-        losses = self._own(tokens_BT, documents)
-        if not self.training:
-            return losses
-        with torch.no_grad():
-            of_teacher = self._teacher[0](tokens_BT, documents)
-        return losses._replace(total=losses.total - of_teacher.total)
 
 
 def _parts() -> Parts:
@@ -75,10 +51,9 @@ def test_every_name_is_an_objective_of_its_model(name: str) -> None:
 def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "OBJECTIVES", {**OBJECTIVES, "teacher": f"{__name__}.TeachersLoss"})
+    monkeypatch.setattr(registry, "OBJECTIVES", {**OBJECTIVES, "teacher": "tests.objectives.teacher.TeachersLoss"})
     parts = _parts()
     objective = objective_of("teacher", parts=parts)
-    own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})
     engine = TorchEngine(Optimization.of(stage, tokens_per_step=2), device=CPU, precision=torch.float32)
     prepared = engine.prepare(objective).train()
@@ -91,9 +66,11 @@ def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
     engine.backward(losses.total, last=True)
     engine.step(step=0)
     engine.save(tmp_path)
+    own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     assert ShardedState(tmp_path).shapes.keys() == own
-    after = prepared._teacher[0].model
+    assert isinstance(objective, TeachersLoss)
+    after = dict(objective.teacher.named_parameters())
     for name, weight in teacher.named_parameters():
-        assert torch.equal(dict(after.named_parameters())[name], weight)
+        assert torch.equal(after[name], weight)
     prepared.eval()
     assert prepared(tokens_BT).total.item() == pytest.approx(prepared(tokens_BT).rows.sum().item())
