@@ -17,7 +17,8 @@ from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.settings.quantities import Duration
 from shearing.training.engines.optimizer import Optimization

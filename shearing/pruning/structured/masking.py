@@ -48,7 +48,7 @@ class Masking:
 
     def settle(self) -> None:
         """See `MaskedTraining.settle`."""
-        self.model.set_masks(self.learner.deterministic())
+        self.model.set_masks(self.learner.final_masks())
 
     def metrics(self, *, step: int) -> dict[str, Tensor]:
         """See `MaskLearner.metrics`."""

@@ -38,7 +38,7 @@ def _plain_loop(inputs: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.
         optimizer.zero_grad()
         masking.update(step=step, skip=~norm.isfinite())
     weights = {name: parameter.detach() for name, parameter in objective.named_parameters()}
-    return weights, masking.learner.deterministic().tensors(), masking.state_dict()["log_alpha"]
+    return weights, masking.learner.final_masks().tensors(), masking.state_dict()["log_alpha"]
 
 
 def test_a_plain_loop_ends_where_ours_does(tiny_inputs: Path, tmp_path: Path) -> None:
