@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import whole_rows
-from shearing.data.documents import Inputs
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.pruning.calibration.text import first_samples
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.context import RunContext
@@ -178,10 +175,3 @@ def _engine(context: RunContext, *, optimization: Optimization, split: BatchSpli
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
-
-
-def calibration_batches(context: RunContext) -> list[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
-    mixture, prune = context.initial_mixture(), context.recipe.pruning.prune
-    samples = whole_rows(prune.calibration_tokens, sequence_length=mixture.sequence_length)
-    return list(first_samples(mixture, samples=samples, micro_batch_size=prune.micro_batch_size, device=context.device))
