@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -93,7 +93,7 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     masked = learner = None
     if configuration.masked:
         source = Shape.of(model.config)
-        target = Shape(**{**asdict(source), **TARGET})
+        target = replace(source, **TARGET)
         settings = MaskSettings(total_steps=100, sparsity_warmup_steps=0, freeze_step=100)
         learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
         masked = MaskedModel(model)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from shearing.models.anatomy import Axis, Family, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
 from shearing.models.stored_model import Source
 
 
@@ -14,23 +15,17 @@ def reading_modules(family: Family, *names: str) -> dict[str, str]:
     """Place -> the module of a layer whose input it is."""
     modules = {
         "attention read": readers(family, "attention")[0],
-        "attention write": family.attention_write,
-        "mlp norm": family.mlp_norm,
+        "attention write": family.attention.write,
+        "mlp norm": family.mlp.entry,
         "mlp read": readers(family, "mlp")[0],
-        "mlp write": family.mlp_write,
+        "mlp write": family.mlp.write,
     }
     return {name: modules[name] for name in names}
 
 
 def readers(family: Family, kind: str) -> list[str]:
     """Names of the linear layers of a sub-layer that read the residual stream, in declaration order."""
-    axes_of = family.attention_axes if kind == "attention" else family.mlp_axes
-    reading: Axis = "hidden"
-    return [
-        name.removesuffix(".weight")
-        for name, axes in axes_of.items()
-        if name.endswith(".weight") and len(axes) == 2 and axes[1] == reading
-    ]
+    return list(family.sublayers[kind].readers)
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,9 @@ def places_of(family: Family) -> list[Place]:
     """The linear layers of a decoder layer by what they read, in the order in which they are computed."""
     return [
         Place("attention read", tuple(readers(family, "attention"))),
-        Place("attention write", (family.attention_write,)),
+        Place("attention write", (family.attention.write,)),
         Place("mlp read", tuple(readers(family, "mlp"))),
-        Place("mlp write", (family.mlp_write,)),
+        Place("mlp write", (family.mlp.write,)),
     ]
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import Family, anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
 from shearing.pruning.calibration.places import readers, reading_modules, weight_of
 from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
@@ -74,8 +75,8 @@ def compensate(
         model.set_masks(masks)
         units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
         if _kept(masks.attention, index):
-            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention_write).shape[1])
-            norm = layer.get_submodule(family.attention_norm)
+            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
+            norm = layer.get_submodule(family.attention.entry)
             _refit_readers(
                 layer,
                 "attention",
@@ -91,14 +92,14 @@ def compensate(
             wanted = [seen["mlp norm"] for seen, _ in dense]
             inputs = [seen["attention write"] for seen, _ in found]
             masked = _refit_write(
-                layer, family.attention_write, masked, inputs, wanted, rows=hidden, fit=_Fit(columns=heads, ridge=ridge)
+                layer, family.attention.write, masked, inputs, wanted, rows=hidden, fit=_Fit(columns=heads, ridge=ridge)
             )
         if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp_norm)(x) for x in masked]
+            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
             _refit_readers(layer, "mlp", family, inputs=normed, dense=dense, fit=_Fit(columns=hidden, ridge=ridge))
             inputs = [_inputs_of_write(layer, family, x) for x in normed]
             masked = _refit_write(
-                layer, family.mlp_write, masked, inputs, whole, rows=hidden, fit=_Fit(columns=units, ridge=ridge)
+                layer, family.mlp.write, masked, inputs, whole, rows=hidden, fit=_Fit(columns=units, ridge=ridge)
             )
         advance(1)
     source_model.train(was_training)
@@ -184,5 +185,5 @@ class _Fit:
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:
     """What the MLP's write reads when the MLP reads x."""
     with listening(layer, reading_modules(family, "mlp write"), until="mlp write") as seen, suppress(Reached):
-        layer.get_submodule(family.mlp)(x)
+        layer.get_submodule(family.mlp.module)(x)
     return seen["mlp write"]

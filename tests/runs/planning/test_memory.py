@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from shearing.models.attention import drop_attention_mask
+from shearing.models.families.llama import LLAMA
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.objectives.language_model import LanguageModelLoss
@@ -162,6 +163,7 @@ def check_peak(workload: Workload, *, tolerance: float, tied: bool = True) -> No
 
 
 BILLION = Shape(
+    family=LLAMA.of(LlamaConfig()),
     num_hidden_layers=24,
     hidden_size=2048,
     intermediate_size=5504,

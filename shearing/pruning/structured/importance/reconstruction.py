@@ -145,9 +145,9 @@ def reconstruction_importance(
                 units.add(seen["mlp write"], weights=token_weights(after))
                 streams[batch] = after
             for name, write, moment, rows, count in (
-                ("kv_groups", family.attention_write, heads, 1, K),
-                ("query_heads", family.attention_write, heads, K, G),
-                ("intermediate", family.mlp_write, units, 1, m),
+                ("kv_groups", family.attention.write, heads, 1, K),
+                ("query_heads", family.attention.write, heads, K, G),
+                ("intermediate", family.mlp.write, units, 1, m),
             ):
                 if name in orders:
                     at_once = max(1, goes[name] // _ROUNDS)
