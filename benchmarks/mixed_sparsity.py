@@ -78,8 +78,6 @@ class Fixed:
     """An allocation that is known already, as a start of the search."""
 
     allocation: Allocation
-    name: str
-    needs_text: bool = False
 
     def allocate(self, request: Request) -> Allocation:
         """The allocation itself."""
@@ -122,7 +120,7 @@ class Seed:
         started = time.perf_counter()
         allocation = allocator.allocate(request_of(recipe, job=job, console=Console(quiet=True)))
         seconds = time.perf_counter() - started
-        self._rivals.setdefault(sparsity, {})[rule] = Fixed(allocation, rule)
+        self._rivals.setdefault(sparsity, {})[rule] = Fixed(allocation)
         method = Method(job.criterion, job.reconstruction, allocation.patterns, recipe.damping, recipe.true_sequential)
         blocks = Blocks(work / "blocks")
         prune_layers(job.source, method=method, calibration=job.calibration, compute=job.compute, blocks=blocks)

@@ -30,12 +30,11 @@ from rich.table import Table
 from shearing.data.recipe import MixtureRecipe
 from shearing.evaluation.environment import environment
 from shearing.files.durable import read_json, write_json
-from shearing.models.loading import load_config
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.reference_loss import source as source_losses
-from shearing.runs.stages.training_task import initial_mixture, open_corpus
 from shearing.training.device import resolve_device
 
 STATIC = ["mixture.update=constant"]
@@ -84,17 +83,19 @@ def recipe_of(path: Path, *, rule: str, seed: int, output: Path, overrides: Sequ
 
 def prepare_base(recipe: Recipe, *, console: Console) -> None:
     """What all rules of a seed share: the cut model, and the source's losses as the reference."""
-    run = RunDirectory(recipe.run_dir)
+    context = RunContext(recipe, console=console)
+    run = context.directory
     if not run.is_complete("compact"):
-        cut_at_once("refitted", recipe=recipe)
+        cut_at_once("refitted", context=context)
     reference = run.path / "reference.json"
     if not reference.is_file():
-        source_losses(recipe, output=reference, console=console)
+        source_losses(context, output=reference)
 
 
 def run_rule(recipe: Recipe, *, base: RunDirectory, console: Console) -> dict[str, Any]:
     """Trains the seed's cut model on under one rule; returns losses at the end, weights and cost."""
-    run = RunDirectory(recipe.run_dir)
+    context = RunContext(recipe, console=console)
+    run = context.directory
     result = run.path / "rule.json"
     if result.is_file():
         return read_json(result)
@@ -103,20 +104,19 @@ def run_rule(recipe: Recipe, *, base: RunDirectory, console: Console) -> dict[st
         run.path.mkdir(parents=True, exist_ok=True)
         if not run.compact.exists():
             run.compact.symlink_to(base.compact.resolve(), target_is_directory=True)
-        vocab_size = load_config(recipe.model.source).vocab_size
-        mixture = initial_mixture(recipe, corpus=open_corpus(recipe, vocab_size=vocab_size))
+        mixture = context.initial_mixture()
         run.prune.mkdir(exist_ok=True)
         reference = read_json(base.path / "reference.json")["losses"]
         state = {"weights": mixture.weights, "mixture_state": mixture.state_dict(), "reference": reference}
         run.mark_complete("prune", state)
     if not run.is_complete("pretrain"):
-        pretrain(recipe, console=console)
+        pretrain(context)
     shutil.rmtree(run.checkpoints("pretrain"), ignore_errors=True)
     complete = run.read_complete("pretrain")
     write_json(
         result,
         {
-            "losses": losses_of(run.model, recipe=recipe),
+            "losses": losses_of(run.model, context=context),
             "weights": complete["weights"],
             "samples": complete["samples"],
             **_cost(run),

@@ -44,13 +44,13 @@ from shearing.pruning.structured.compensation import compensate
 from shearing.pruning.structured.importance.activations import activation_importance
 from shearing.pruning.structured.importance.magnitude import magnitude_importance
 from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
-from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import compact as compact_stage
 from shearing.runs.stages.pretrain import pretrain as pretrain_stage
 from shearing.runs.stages.prune import prune as prune_stage
-from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.runs.stages.training_task import calibration_batches
+from shearing.training.device import resolve_device
 
 OURS = ("learned", "start")
 METHODS = (*OURS, "importance", "refitted", "magnitude", "random")
@@ -58,7 +58,8 @@ METHODS = (*OURS, "importance", "refitted", "magnitude", "random")
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
     """Runs one method to its end; returns its held-out losses after cutting and after continued pretraining."""
-    run = RunDirectory(recipe.run_dir)
+    context = RunContext(recipe, console=console)
+    run = context.directory
     result = run.path / "quality.json"
     if result.is_file():
         return read_json(result)
@@ -66,25 +67,24 @@ def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, An
     if method in OURS:
         for stage, function in (("prune", prune_stage), ("compact", compact_stage)):
             if not run.is_complete(stage):
-                function(recipe, console=console)
+                function(context)
     elif not run.is_complete("compact"):
-        cut_at_once(method, recipe=recipe)
+        cut_at_once(method, context=context)
     if not run.is_complete("pretrain"):
-        pretrain_stage(recipe, console=console)
-    losses = {"after_cutting": losses_of(run.compact, recipe=recipe), "final": losses_of(run.model, recipe=recipe)}
+        pretrain_stage(context)
+    losses = {"after_cutting": losses_of(run.compact, context=context), "final": losses_of(run.model, context=context)}
     write_json(result, {**losses, "seconds": time.monotonic() - started})
     return read_json(result)
 
 
-def cut_at_once(method: str, *, recipe: Recipe) -> None:
+def cut_at_once(method: str, *, context: RunContext) -> None:
     """Writes a run directory as if mask learning had taken no step and had chosen units by `method`."""
-    run = RunDirectory(recipe.run_dir)
-    model = load_source(recipe.model.source, device=resolve_device(recipe.training))
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    recipe, run = context.recipe, context.directory
+    model = load_source(recipe.model.source, device=context.device)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
     scores: Scores
     size = recipe.prune.micro_batch_size
-    calibration = partial(calibration_batches, recipe, corpus=corpus, micro_batch_size=size)
+    calibration = partial(calibration_batches, context, micro_batch_size=size)
     if method in ("importance", "refitted"):
         scores = activation_importance(model, batches=calibration())
     elif method == "magnitude":
@@ -99,25 +99,24 @@ def cut_at_once(method: str, *, recipe: Recipe) -> None:
     small = compact(model, masks=masks, selection=selection)
     run.compact.mkdir(parents=True, exist_ok=True)
     small.save_pretrained(run.compact)
-    mixture = initial_mixture(recipe, corpus=corpus)
+    mixture = context.initial_mixture()
     state = {"weights": mixture.weights, "mixture_state": mixture.state_dict(), "reference": {}}
     run.prune.mkdir(exist_ok=True)
     run.mark_complete("prune", state)
     run.mark_complete("compact", {"parameters": target.num_parameters()})
 
 
-def losses_of(folder: Path, *, recipe: Recipe) -> dict[str, float]:
+def losses_of(folder: Path, *, context: RunContext) -> dict[str, float]:
     """Held-out loss per domain of a saved model, nats per token."""
-    device = resolve_device(recipe.training)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
+    recipe = context.recipe
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(context.device).eval()
     losses = heldout_loss(
         model,
-        corpus,
+        context.corpus,
         tokens_per_domain=recipe.evaluation.tokens_per_domain,
         sequence_length=recipe.data.sequence_length,
         micro_batch_size=recipe.evaluation.micro_batch_size,
-        precision=resolve_precision(recipe.training, device=device),
+        precision=context.precision,
     )
     return {domain: loss.loss for domain, loss in losses.items()}
 

@@ -151,9 +151,10 @@ def source_reference_loss(
 ) -> None:
     """Write the source model's own loss, which `mixture.reference: source` measures when a run begins."""
     resolved = load(recipe, overrides)
+    from shearing.runs.context import RunContext
     from shearing.runs.stages.reference_loss import source
 
-    source(resolved, output=output, console=Console())
+    source(RunContext(resolved), output=output)
 
 
 @data.command()

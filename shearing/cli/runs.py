@@ -154,10 +154,11 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check everything that can be checked without loading weights, and say what the run will do."""
     resolved = load(recipe, overrides)
+    from shearing.runs.context import RunContext
     from shearing.runs.planning.preflight import preflight, render
 
     # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
-    Console().print(render(preflight(resolved, stages=["prune"])))
+    Console().print(render(preflight(RunContext(resolved), stages=["prune"])))
 
 
 @config.command()

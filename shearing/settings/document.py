@@ -118,12 +118,12 @@ def _yaml_lines(model: BaseModel, *, values: dict[str, Any], indent: str = "") -
             yield f"{indent}{name}:"
             yield from _yaml_lines(below, values=values[name], indent=indent + "  ")
         else:
-            yield from _comment(_described(field), indent=indent)
+            yield from _comment(described(field), indent=indent)
             yield f"{indent}{name}: {_flow(values[name])}"
 
 
-def _described(field: FieldInfo) -> str:
-    """The description, and the choices where it does not name them all."""
+def described(field: FieldInfo) -> str:
+    """The description of a key, and the choices where it does not name them all."""
     description = field.description or ""
     choices = [argument for argument in typing.get_args(field.annotation) if isinstance(argument, str)]
     if all(choice in description for choice in choices):

@@ -71,8 +71,8 @@ def resolve_device(training: TrainingRecipe) -> torch.device:
         raise ShearingError(
             "training.device",
             value="cuda",
-            allowed="cpu or auto on this machine",
-            mend="set training.device=auto, or install a torch build that sees the GPU",
+            allowed="cpu or auto: torch finds no GPU here",
+            mend="set training.device=auto, or install a torch build and a driver that fit the GPU",
         )
     return torch.device("cuda" if available and training.device != "cpu" else "cpu")
 

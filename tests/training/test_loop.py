@@ -20,9 +20,9 @@ from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
 from shearing.objectives.language_model import LanguageModelLoss, Losses
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
-from shearing.runs.stages.training_task import initial_mixture, open_corpus
 from shearing.training import loop
 from shearing.training.checkpoints import checkpoints as checkpoint
 from shearing.training.metrics import TIMING_FIELDS
@@ -45,7 +45,7 @@ def _recipe(inputs: Path, run_dir: Path, *, prune: dict[str, Any] | None = None,
 
 def _prune(recipe: Recipe) -> str:
     output = io.StringIO()
-    prune(recipe, console=Console(file=output, width=200))
+    prune(RunContext(recipe, console=Console(file=output, width=200)))
     return output.getvalue()
 
 
@@ -133,7 +133,7 @@ def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixtu
     _prune(recipe)
     lines = _lines(tmp_path / "run")
     steps, update = [line for line in lines if "event" not in line], next(line for line in lines if "event" in line)
-    mixture = initial_mixture(recipe, corpus=open_corpus(recipe, vocab_size=22))
+    mixture = RunContext(recipe).initial_mixture()
     averages = LossAverages(weight=0.25)
     for step, line in enumerate(steps[:3]):
         ids = mixture.batch(first_sample=4 * step, num_sequences=4).domain_ids

@@ -13,6 +13,7 @@ from rich.console import Console
 from shearing.data.mixture.online import MINIMUM_OBSERVATIONS
 from shearing.models.loading import load_config
 from shearing.models.shape import resolve_target
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
@@ -42,15 +43,15 @@ def _updates(run_dir: Path, stage: str = "prune") -> list[dict[str, Any]]:
     return [{key: line[key] for key in ("losses", "reference", "weights")} for line in lines if "event" in line]
 
 
-def _quiet() -> Console:
-    return Console(file=io.StringIO())
+def _quiet(recipe: Recipe) -> RunContext:
+    return RunContext(recipe, console=Console(file=io.StringIO()))
 
 
 def test_a_rule_that_remembers_goes_on_where_it_was(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, update="robust") for name in ("whole", "parts"))
-    prune(whole, console=_quiet())
+    prune(_quiet(whole))
     report = loop._Run.report
 
     def stop_once(run: loop._Run) -> None:
@@ -61,8 +62,8 @@ def test_a_rule_that_remembers_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "report", stop_once)
         with pytest.raises(loop.Interrupted):
-            prune(parts, console=_quiet())
-    prune(parts, console=_quiet())
+            prune(_quiet(parts))
+    prune(_quiet(parts))
     assert _updates(parts.run_dir) == _updates(whole.run_dir)
     ends = [each.run_dir / "prune" / "checkpoints" / f"step-{STEPS:08d}" for each in (whole, parts)]
     assert read_state(ends[0], "state")["mixture_rule"] == read_state(ends[1], "state")["mixture_rule"]
@@ -78,7 +79,7 @@ def test_a_rule_that_remembers_goes_on_where_it_was(
     assert sizes[0] > sizes[-1] == target
 
     for stage in (compact, pretrain):
-        stage(whole, console=_quiet())
+        stage(_quiet(whole))
     after = _updates(whole.run_dir, "pretrain")
     # The observations begin anew, what the rule remembers does not.
     assert [update["reference"] == source for update in after[:MINIMUM_OBSERVATIONS]] == [True] * 5 + [False]
@@ -108,8 +109,8 @@ def test_checkpoints_from_before_rules_remembered_are_read(
         patch.setattr(loop, "write_state", without)
         patch.setattr(loop._Run, "report", stop)
         with pytest.raises(loop.Interrupted):
-            prune(recipe, console=_quiet())
-    prune(recipe, console=_quiet())
+            prune(_quiet(recipe))
+    prune(_quiet(recipe))
     whole = _recipe(tiny_inputs, tmp_path / "whole", reference="source")
-    prune(whole, console=_quiet())
+    prune(_quiet(whole))
     assert _updates(recipe.run_dir) == _updates(whole.run_dir)

@@ -32,6 +32,11 @@ from shearing.errors import ShearingError, nearest_name
 from shearing.files.mapped_arrays import map_array
 
 
+def whole_rows(tokens: int, *, sequence_length: int) -> int:
+    """Rows in which so many tokens are read: whole ones, at least one."""
+    return max(1, tokens // sequence_length)
+
+
 class Corpus:
     """Tokenised domains, memory-mapped; safe to open in any number of processes. Use `Corpus.open`."""
 
@@ -225,9 +230,14 @@ class Corpus:
             batch = [self.row_positions(domain, i, sequence_length=sequence_length, split="heldout") for i in chosen]
             yield torch.from_numpy(np.stack(batch))
 
+    def heldout_tokens(self, *, sequence_length: int, tokens_per_domain: int) -> int:
+        """Inputs in what `heldout_batches` yields for all domains together."""
+        settings = {"sequence_length": sequence_length, "tokens": tokens_per_domain}
+        return sum(len(self._heldout_subset(domain, **settings)) for domain in self.domains) * sequence_length
+
     def _heldout_subset(self, domain: str, *, sequence_length: int, tokens: int) -> list[int]:
         rows = self.heldout_rows(domain, sequence_length=sequence_length)
-        count = max(1, min(rows, tokens // sequence_length))
+        count = min(rows, whole_rows(tokens, sequence_length=sequence_length))
         return [i * rows // count for i in range(count)]
 
     def _checked_rows(self, domain: str, *, sequence_length: int, split: Split) -> int:

@@ -140,8 +140,7 @@ def _measure(
 ) -> LossRow:
     length = conditions.sequence_length
     precision: torch.dtype = getattr(torch, conditions.precision)
-    rows = (corpus.heldout_rows(domain, sequence_length=length) for domain in corpus.domains)
-    total = sum(max(1, min(count, conditions.tokens_per_domain // length)) for count in rows) * length
+    total = corpus.heldout_tokens(sequence_length=length, tokens_per_domain=conditions.tokens_per_domain)
     loaded = load_source(model, device=device)
     with activity(f"held-out losses of {model}", total=total, console=console) as advance:
         losses = heldout_loss(

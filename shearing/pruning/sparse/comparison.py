@@ -43,12 +43,6 @@ def open_heldout(path: Path, *, tokenizer_folder: Path, vocab_size: int, sequenc
     return corpus
 
 
-def tokens_to_read(corpus: Corpus, *, tokens_per_domain: int, sequence_length: int) -> int:
-    """Tokens that one model is evaluated on."""
-    rows = (corpus.heldout_rows(domain, sequence_length=sequence_length) for domain in corpus.domains)
-    return sum(max(1, min(count, tokens_per_domain // sequence_length)) for count in rows) * sequence_length
-
-
 def compare(
     models: Mapping[str, Stored],
     *,

@@ -18,7 +18,7 @@ from shearing.evaluation.table import comparison_table
 from shearing.files.durable import locked, read_json, require_writable, write_json
 from shearing.files.tensors import is_disk_full
 from shearing.progress import activity, max_memory
-from shearing.pruning.sparse.comparison import Stored, compare, open_heldout, tokens_to_read
+from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
 from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
 from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
@@ -160,7 +160,8 @@ def _evaluate(recipe: SparsifyRecipe, job: Job, *, corpus: Corpus, console: Cons
         "dense": Stored(recipe.model, recipe.revision),
         f"{recipe.criterion} {job.pattern_name}": Stored(str(recipe.output)),
     }
-    total = len(models) * tokens_to_read(corpus, tokens_per_domain=recipe.evaluate_tokens, sequence_length=job.seqlen)
+    tokens = corpus.heldout_tokens(sequence_length=job.seqlen, tokens_per_domain=recipe.evaluate_tokens)
+    total = len(models) * tokens
     with activity("held-out losses, dense and sparse", total=total, console=console) as advance:
         evaluation = compare(
             models,

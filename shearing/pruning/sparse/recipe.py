@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +17,13 @@ from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, mode
 from typing_extensions import Self
 
 from shearing.errors import CombinedShearingError, ShearingError
+from shearing.pruning.sparse.allocation.facts import ALLOCATIONS, RULES, AllocationName, RuleName
+from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName, Group
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS, ReconstructionName
 from shearing.settings.document import embed_reference
 from shearing.settings.mistakes import located
 from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
-
-AllocationName = Literal["uniform", "depth", "alpha", "owl", "rank", "msp"]
-RivalName = Literal["depth", "alpha", "owl", "rank"]
 
 
 def _pattern(value: object) -> object:
@@ -34,6 +35,20 @@ def _pattern(value: object) -> object:
 
 def _levels(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _unless_set(defaults: Mapping[str, str]) -> str:
+    """'row for wanda, or layer': what criteria have by default, the commonest last."""
+    commonest = Counter(defaults.values()).most_common(1)[0][0]
+    others = [f"{default} for {criterion}" for criterion, default in defaults.items() if default != commonest]
+    return f"{', '.join(others)}, or {commonest}"
+
+
+def _without_text() -> str:
+    """'magnitude without obs': what reads no text."""
+    criteria = [name for name, facts in CRITERIA.items() if not facts.needs]
+    ways = [name for name, facts in RECONSTRUCTIONS.items() if facts.needs]
+    return f"{', '.join(criteria)} without {' or '.join(ways)}"
 
 
 PatternText = Annotated[str, BeforeValidator(_pattern)]
@@ -51,8 +66,8 @@ class SearchKeys(Section):
     fitness_samples: int = Field(
         16, ge=1, description="Sequences that candidates are compared on; other rows than the calibration's."
     )
-    starts: list[RivalName] = Field(
-        ["depth", "alpha", "owl", "rank"],
+    starts: list[RuleName] = Field(
+        RULES,
         description="Rules whose allocations join the first population, so that none is better on those sequences.",
     )
 
@@ -95,7 +110,7 @@ class AllocationKeys(Section):
     @property
     def allocation_reads_text(self) -> bool:
         """Whether choosing levels needs calibration text."""
-        return self.allocation in ("owl", "rank", "msp")
+        return not isinstance(self.allocation, Path) and ALLOCATIONS[self.allocation].reads_text
 
 
 class _Folders(Section):
@@ -109,7 +124,7 @@ class _Folders(Section):
 class OneShotRecipe(AllocationKeys):
     """One-shot sparsity, whatever the model and wherever it goes. N:M means N kept of M."""
 
-    criterion: Literal["magnitude", "wanda", "sparsegpt"] = Field(description="What scores the weights.")
+    criterion: CriterionName = Field(description="What scores the weights.")
     sparsity: float | None = Field(
         None,
         gt=0.0,
@@ -122,18 +137,20 @@ class OneShotRecipe(AllocationKeys):
         description="N:M, N kept of each M consecutive inputs, M a divisor of the inputs: 2:4 for sparse tensor cores. "
         "Unset: unstructured, at `sparsity`.",
     )
-    group: Literal["row", "layer", "cumulative"] | None = Field(
+    group: Group | None = Field(
         None,
         description="Unstructured only: which weights compete. row: those of an output; layer: those of a matrix; "
-        "cumulative: rows lose the same share of their total score (Wanda's variant). Unset: row for wanda, or layer.",
+        "cumulative: rows lose the same share of their total score (Wanda's variant). Unset: "
+        f"{_unless_set({name: facts.group for name, facts in CRITERIA.items()})}.",
     )
-    reconstruction: Literal["none", "obs"] | None = Field(
+    reconstruction: ReconstructionName | None = Field(
         None,
-        description="obs: kept weights make up for removed ones, column by column. Unset: obs for sparsegpt, or none.",
+        description="obs: kept weights make up for removed ones, column by column. Unset: "
+        f"{_unless_set({name: facts.reconstruction for name, facts in CRITERIA.items()})}.",
     )
     calibration: list[Path] | None = Field(
         None,
-        description="Folder of a prepared corpus, or plain text files; not needed for magnitude without obs. Unset "
+        description=f"Folder of a prepared corpus, or plain text files; not needed for {_without_text()}. Unset "
         "in a run: data.corpus.",
     )
     samples: int = Field(128, ge=1, description="Sequences of calibration text.")
@@ -187,19 +204,24 @@ class OneShotRecipe(AllocationKeys):
         return None if self.sparsity is None else 1 - Fraction(str(self.sparsity))
 
     @property
-    def resolved_group(self) -> Literal["row", "layer", "cumulative"]:
+    def resolved_group(self) -> Group:
         """The group, as published for the criterion if it is unset."""
-        return self.group or ("row" if self.criterion == "wanda" else "layer")
+        return self.group or CRITERIA[self.criterion].group
 
     @property
-    def resolved_reconstruction(self) -> Literal["none", "obs"]:
+    def resolved_reconstruction(self) -> ReconstructionName:
         """The reconstruction, as published for the criterion if it is unset."""
-        return self.reconstruction or ("obs" if self.criterion == "sparsegpt" else "none")
+        return self.reconstruction or CRITERIA[self.criterion].reconstruction
+
+    @property
+    def pruning_reads_text(self) -> bool:
+        """Whether pruning itself needs calibration text."""
+        return bool(CRITERIA[self.criterion].needs | RECONSTRUCTIONS[self.resolved_reconstruction].needs)
 
     @property
     def needs_text(self) -> bool:
         """Whether calibration text is read."""
-        return self.criterion != "magnitude" or self.resolved_reconstruction == "obs" or self.allocation_reads_text
+        return self.pruning_reads_text or self.allocation_reads_text
 
 
 class SparsifyRecipe(OneShotRecipe, _Folders):
@@ -216,7 +238,7 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
             reads = (
                 f"{self.criterion} with reconstruction {self.resolved_reconstruction} looks at the inputs of each layer"
             )
-            if self.criterion == "magnitude" and self.resolved_reconstruction == "none":
+            if not self.pruning_reads_text:
                 reads = f"allocation {self.allocation} reads text"
             yield ShearingError(
                 "calibration",

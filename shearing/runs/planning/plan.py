@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shearing.data.corpus.corpus import whole_rows
 from shearing.errors import ShearingError
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
@@ -347,7 +348,7 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
     if readings and domains is None:
         return None
     length = recipe.data.sequence_length
-    return readings * (domains or 0) * max(1, mixture.heldout_tokens // length) * length
+    return readings * (domains or 0) * whole_rows(mixture.heldout_tokens, sequence_length=length) * length
 
 
 def _num_domains(recipe: Recipe) -> int | None:

@@ -14,27 +14,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
-from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.anatomy import anatomy_of
-from shearing.models.loading import load_config, skeleton
+from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.recipe import named_as_in_a_run
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch, tokens_per_step, total_steps
-from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.trackers import require_trackers
 
@@ -95,17 +93,17 @@ class Plan:
     free: int
 
 
-def preflight(recipe: Recipe, *, stages: Sequence[Stage] | None = None, num_processes: int = 1) -> Plan:
+def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> Plan:
     """Check that `stages` can run: model, target, corpus, tokenizer, hardware, disk, permission.
 
     Args:
-        recipe: a valid recipe.
+        context: of the run; what is opened for a check is there for the stages.
         stages: the stages that are about to run; all of the recipe's if None.
-        num_processes: processes that share the work.
 
     Raises:
         ShearingError: all that was found, together.
     """
+    recipe = context.recipe
     stages = recipe.stages if stages is None else stages
     found: list[ShearingError] = []
 
@@ -116,15 +114,15 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] | None = None, num_proc
             found.extend(error.errors if isinstance(error, CombinedShearingError) else [error])
             return None
 
-    attempt(RunDirectory(recipe.run_dir).require_writable)
-    attempt(lambda: _require_hardware(recipe))
+    attempt(context.directory.require_writable)
+    attempt(lambda: context.device)
     attempt(lambda: _require_engine(recipe))
     attempt(lambda: require_trackers(recipe.training))
     for stage in recipe.training_stages:
         if stage in stages:
-            attempt(partial(split_batch, recipe, stage=stage, num_processes=num_processes))
+            attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
     attempt(lambda: _require_exportable(recipe, stages=stages))
-    config = attempt(lambda: load_config(recipe.model.source, revision=recipe.model.revision))
+    config = attempt(lambda: context.config)
     if config is None:
         raise _together(found)
     attempt(lambda: _require_context(recipe, config=config))
@@ -132,11 +130,11 @@ def preflight(recipe: Recipe, *, stages: Sequence[Stage] | None = None, num_proc
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
-    corpus = attempt(lambda: _corpus(recipe, config=config))
+    corpus = attempt(lambda: context.corpus)
     if corpus is None:
         raise _together(found)
     tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
-    weights = attempt(lambda: resolve_weights(recipe.mixture.initial_weights, tokens=tokens))
+    weights = attempt(lambda: context.initial_weights)
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
         raise _together(found)
@@ -232,16 +230,6 @@ def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
             value=False,
             allowed=f"true: {_NOT_EXPORTABLE}",
             mend="set target.uniform=true, give sizes by name, or learn masks only with `shear prune`",
-        )
-
-
-def _require_hardware(recipe: Recipe) -> None:
-    if recipe.training.device == "cuda" and not torch.cuda.is_available():
-        raise ShearingError(
-            "training.device",
-            value="cuda",
-            allowed="cpu or auto: torch finds no GPU here",
-            mend="set training.device=auto, or install a torch build and a driver that fit the GPU",
         )
 
 
@@ -371,27 +359,6 @@ def _smallest(source: Shape, *, granularities: Sequence[str]) -> Shape:
         intermediate_size=1 if "intermediate" in granularities else source.intermediate_size,
         num_key_value_heads=groups,
         num_attention_heads=groups * (1 if "query_heads" in granularities else source.query_heads_per_group),
-    )
-
-
-def _corpus(recipe: Recipe, *, config: PretrainedConfig) -> Corpus:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            "model.source",
-            value=recipe.model.source,
-            allowed="a model with its tokenizer beside it",
-            mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
-        ) from error
-    return Corpus.open(
-        recipe.data.corpus,
-        domains=recipe.data.domains,
-        vocab_size=config.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        sequence_length=recipe.data.sequence_length,
     )
 
 

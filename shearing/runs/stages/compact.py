@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.files.durable import flush_folder, write_json
 from shearing.models.cutting import Selection, compact as cut
-from shearing.models.loading import load_config
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.learner import shape_of
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
-from shearing.runs.run_directory import RunDirectory
 
 CHECK_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-4
 """Relative difference of logits, masked against cut, above which the cut is refused; rounding is below 1e-5."""
 
 
-def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+def compact(context: RunContext) -> dict[str, Any]:
     """Writes run_dir/compact: model, tokenizer, generation config and chat template, and shape.json.
 
     The folder appears as a whole or not at all. Before it does, the cut model's logits are compared with those of
     the masked model.
 
     Args:
-        recipe: a recipe whose `prune` stage is complete.
-        console: where the summary goes; stdout if None.
+        context: of a run whose `prune` stage is complete.
 
     Returns:
         The content of shape.json.
@@ -41,10 +39,9 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
     Raises:
         ShearingError: pruning is not complete, or its masks have no uniform shape.
     """
-    console = console or Console()
-    run = RunDirectory(recipe.run_dir)
+    recipe, run = context.recipe, context.directory
     run.read_complete("prune")
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = copy.deepcopy(context.config)
     source = Shape.of(config)
     masks = Masks(**_masks(load_file(run.prune / "masks.safetensors")))
     target = _target(recipe, masks, source=source, config=config)
@@ -66,7 +63,6 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
         )
     small.config.use_cache = True
     small.generation_config = _generation_config(recipe, fallback=model.generation_config)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
 
     shape = {
         "source": {**source.sizes(), "parameters": source.num_parameters()},
@@ -81,12 +77,12 @@ def compact(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]
             shutil.rmtree(folder)
     beside.mkdir(parents=True)
     small.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    context.tokenizer.save_pretrained(beside)
     write_json(beside / "shape.json", shape)
     beside.rename(run.compact)
     flush_folder(run.path)
     run.mark_complete("compact", {"parameters": target.num_parameters()})
-    console.print(
+    context.console.print(
         f"Cut {source.num_parameters() / 1e6:.1f} M to {target.num_parameters() / 1e6:.1f} M parameters "
         f"({', '.join(f'{name} {size}' for name, size in target.sizes().items())}); "
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
@@ -28,7 +27,7 @@ from shearing.evaluation.table import comparison_table, verdict
 from shearing.files.durable import read_json, write_json
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact
-from shearing.models.loading import load_config, load_source
+from shearing.models.loading import load_source
 from shearing.models.shape import Shape
 from shearing.progress import activity
 from shearing.pruning.sparse.stored.manifest import read_manifest
@@ -36,10 +35,10 @@ from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.pruning.structured.importance.activations import activation_importance
 from shearing.pruning.structured.importance.magnitude import magnitude_importance
 from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.training_task import calibration_batches, document_rules, open_corpus
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.runs.stages.training_task import calibration_batches
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -59,12 +58,11 @@ class _Row:
     load: Callable[[], PreTrainedModel]
 
 
-def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+def evaluate(context: RunContext) -> dict[str, Any]:
     """Measure what exists of a run, write evaluation.json and print the comparison table.
 
     Args:
-        recipe: a recipe whose run may have any number of its stages behind it.
-        console: where the progress and the table go; stdout if None.
+        context: of a run that may have any number of its stages behind it.
 
     Returns:
         The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
@@ -75,16 +73,9 @@ def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
     Raises:
         ShearingError: the corpus or the source model cannot be used.
     """
-    run = RunDirectory(recipe.run_dir)
-    console = console or Console()
-    device = resolve_device(recipe.training)
-    precision = resolve_precision(recipe.training, device=device)
-    source_shape = Shape.of(load_config(recipe.model.source, revision=recipe.model.revision))
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
-    corpus = open_corpus(recipe, vocab_size=source_shape.vocab_size)
-    settings = _settings(recipe, corpus=corpus, precision=precision)
-    source = _Source(recipe, corpus=corpus, device=device)
-    rows = _rows(recipe, run=run, source=source, source_shape=source_shape, device=device)
+    recipe, run, console = context.recipe, context.directory, context.console
+    settings = _settings(context)
+    rows = _rows(context)
     sparse = any(masks_beside(folder) for folder in (Path(recipe.model.source), run.sparse, run.model))
     earlier = _earlier_results(run, settings=settings)
     results = {
@@ -97,10 +88,12 @@ def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
 
     def content() -> dict[str, Any]:
         ordered = {row.name: results[row.name] for row in rows if row.name in results}
-        return {"settings": settings, "environment": environment(device), "models": ordered}
+        return {"settings": settings, "environment": environment(context.device), "models": ordered}
 
     # Time goes with tokens times parameters: a bar in tokens alone would promise the source's pace for all.
-    tokens_per_model = sum(_heldout_tokens(recipe, corpus, domain) for domain in corpus.domains)
+    tokens_per_model = context.corpus.heldout_tokens(
+        sequence_length=recipe.data.sequence_length, tokens_per_domain=recipe.evaluation.tokens_per_domain
+    )
     work = sum(row.shape.num_parameters() * tokens_per_model for row in missing)
     with activity(f"held-out losses of {len(missing)} models", total=work, console=console) as advance:
         for row in missing:
@@ -108,15 +101,15 @@ def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
             model = row.load()
             losses = heldout_loss(
                 model,
-                corpus,
+                context.corpus,
                 tokens_per_domain=recipe.evaluation.tokens_per_domain,
                 sequence_length=recipe.data.sequence_length,
                 micro_batch_size=recipe.evaluation.micro_batch_size,
-                precision=precision,
-                tokenizer=tokenizer,
+                precision=context.precision,
+                tokenizer=context.tokenizer,
                 progress=_scaled(advance, row.shape.num_parameters()),
                 chunk_tokens=recipe.training.loss_chunk_tokens,
-                rules=document_rules(recipe),
+                rules=context.document_rules,
             )
             results[row.name] = {**_result(row, losses), "seconds": round(time.perf_counter() - started, 3)}
             if sparse:
@@ -125,7 +118,7 @@ def evaluate(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
             mean = results[row.name]["mean"]["loss"]
             console.print(f"{row.label}: mean held-out loss {'not finite' if mean is None else f'{mean:.3f}'}")
     if recipe.evaluation.speed:
-        _measure_speeds(recipe, rows=rows, results=results, precision=precision, console=console)
+        _measure_speeds(context, rows=rows, results=results)
     evaluation = content()
     write_json(run.evaluation, evaluation)
     partial.unlink(missing_ok=True)
@@ -147,17 +140,18 @@ def print_comparison(evaluation: dict[str, Any], *, console: Console) -> None:
 class _Source:
     """The source model and what is cut from it, loaded once and only when a row needs it."""
 
-    def __init__(self, recipe: Recipe, *, corpus: Corpus, device: torch.device) -> None:
-        self._recipe, self._corpus, self._device = recipe, corpus, device
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
         self._model: PreTrainedModel | None = None
 
     def model(self) -> PreTrainedModel:
         if self._model is None:
+            settings = self._context.recipe.model
             self._model = load_source(
-                self._recipe.model.source,
-                revision=self._recipe.model.revision,
-                attn_implementation=self._recipe.model.attn_implementation,
-                device=self._device,
+                settings.source,
+                revision=settings.revision,
+                attn_implementation=settings.attn_implementation,
+                device=self._context.device,
                 dtype=torch.float32,
             )
         return self._model
@@ -167,7 +161,7 @@ class _Source:
         model = self.model()
         source = Shape.of(model.config)
         if criterion == "random":
-            scores = random_importance(source, seed=self._recipe.seed)
+            scores = random_importance(source, seed=self._context.recipe.seed)
         elif criterion == "magnitude":
             scores = magnitude_importance(model)
         else:
@@ -177,31 +171,27 @@ class _Source:
 
     def _activation_importance(self) -> Scores:
         """As mask learning measured it, where it did."""
-        measured = RunDirectory(self._recipe.run_dir).prune / "importance.safetensors"
+        measured = self._context.directory.prune / "importance.safetensors"
         if measured.is_file():
             return load_file(measured)
-        batches = calibration_batches(
-            self._recipe,
-            corpus=self._corpus,
-            micro_batch_size=self._recipe.pruning.prune.micro_batch_size,
-        )
-        with attention_within_documents(self.model(), on=self._recipe.data.attention == "documents"):
+        size = self._context.recipe.pruning.prune.micro_batch_size
+        batches = calibration_batches(self._context, micro_batch_size=size)
+        with attention_within_documents(self.model(), on=self._context.document_rules.attention_within):
             return activation_importance(self.model(), batches=batches)
 
 
-def _rows(
-    recipe: Recipe, *, run: RunDirectory, source: _Source, source_shape: Shape, device: torch.device
-) -> list[_Row]:
+def _rows(context: RunContext) -> list[_Row]:
     """The models that exist, in the order of the table."""
+    recipe, run, source = context.recipe, context.directory, _Source(context)
     source_fingerprint = _fingerprint(Path(recipe.model.source), recipe.model.revision)
-    rows = [_Row("source", "source", "source", source_shape, 0, source_fingerprint, source.model)]
+    rows = [_Row("source", "source", "source", Shape.of(context.config), 0, source_fingerprint, source.model)]
 
     def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> _Row:
         def load() -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
             )
-            model.to(device)  # type: ignore[arg-type]
+            model.to(context.device)  # type: ignore[arg-type]
             return model
 
         shape = Shape.of(AutoConfig.from_pretrained(folder))
@@ -230,14 +220,7 @@ def _rows(
     return rows
 
 
-def _measure_speeds(
-    recipe: Recipe,
-    *,
-    rows: list[_Row],
-    results: dict[str, dict[str, Any]],
-    precision: torch.dtype,
-    console: Console,
-) -> None:
+def _measure_speeds(context: RunContext, *, rows: list[_Row], results: dict[str, dict[str, Any]]) -> None:
     """Measure the source and the run's result in turns, unless that pair has been measured before."""
     latest = next((name for name in ("final", "sparse", "compact") if name in results), "source")
     pair = [row for row in rows if row.name in ("source", latest)]
@@ -245,11 +228,11 @@ def _measure_speeds(
         return
     models = {row.name: row.load() for row in pair}
     for model in models.values():
-        model.to(precision)  # type: ignore[arg-type]
-    with activity("speed", total=(SPEED_REPETITIONS + 1) * len(pair), console=console) as advance:
+        model.to(context.precision)  # type: ignore[arg-type]
+    with activity("speed", total=(SPEED_REPETITIONS + 1) * len(pair), console=context.console) as advance:
         speeds = measure_speed(
             models,
-            prompt_tokens=min(recipe.data.sequence_length, 512),
+            prompt_tokens=min(context.recipe.data.sequence_length, 512),
             repetitions=SPEED_REPETITIONS,
             progress=lambda: advance(1),
         )
@@ -257,12 +240,13 @@ def _measure_speeds(
         result["speed"] = dataclasses.asdict(speeds[name]) if name in speeds else None
 
 
-def _settings(recipe: Recipe, *, corpus: Corpus, precision: torch.dtype) -> dict[str, Any]:
+def _settings(context: RunContext) -> dict[str, Any]:
+    recipe, corpus = context.recipe, context.corpus
     return {
         "tokens_per_domain": recipe.evaluation.tokens_per_domain,
         "sequence_length": recipe.data.sequence_length,
         "micro_batch_size": recipe.evaluation.micro_batch_size,
-        "precision": str(precision).removeprefix("torch."),
+        "precision": str(context.precision).removeprefix("torch."),
         "attention": recipe.data.attention,
         "loss_across_documents": recipe.data.loss_across_documents,
         "domains": list(corpus.domains),
@@ -315,13 +299,6 @@ def _fingerprint(source: Path, revision: str | None) -> str:
 
 def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:
     return total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data)
-
-
-def _heldout_tokens(recipe: Recipe, corpus: Corpus, domain: str) -> int:
-    length = recipe.data.sequence_length
-    return (
-        min(recipe.evaluation.tokens_per_domain // length, corpus.heldout_rows(domain, sequence_length=length)) * length
-    )
 
 
 def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:

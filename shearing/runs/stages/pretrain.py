@@ -6,7 +6,6 @@ import shutil
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
@@ -14,22 +13,20 @@ from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.tensors import is_disk_full, no_space
 from shearing.objectives.language_model import PARAMETER_PREFIX
-from shearing.processes.processes import Processes
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
-from shearing.runs.recipe import Recipe
+from shearing.runs.context import RunContext
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain_start import Start
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
-from shearing.runs.stages.training_task import initial_mixture, open_corpus, task_of
+from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState, read_moments
 from shearing.training.checkpoints.state import seed_random
-from shearing.training.device import resolve_device
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
 
 
-def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
+def pretrain(context: RunContext) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
 
     After mask learning, the stream of samples, the domain weights, the reference losses and, with
@@ -38,9 +35,7 @@ def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Proce
     checkpoint.
 
     Args:
-        recipe: a recipe whose stages before this one are complete.
-        console: where progress goes; stdout if None.
-        processes: those that share the work, each of which calls this; this one alone if None.
+        context: of a run whose stages before this one are complete; each of its processes calls this.
 
     Returns:
         The content of pretrain/complete.json: `weights`, `mixture_state`, `samples` (sequences drawn from each domain
@@ -51,27 +46,23 @@ def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Proce
             training had to stop.
         Interrupted: a signal asked to stop.
     """
-    console, processes = console or Console(), processes or Processes()
-    run = RunDirectory(recipe.run_dir)
+    recipe, run, processes = context.recipe, context.directory, context.processes
     before = {stage: run.read_complete(stage) for stage in recipe.stages[: recipe.stages.index("pretrain")]}
-    start = processes.each(lambda: Start.of(recipe))
+    mixture = context.initial_mixture()
+    start = processes.each(lambda: Start.of(context))
     model = processes.each(
-        lambda: load_whole_or_skeleton(recipe, source=start.source, revision=start.revision, whole=processes.is_main)
+        lambda: load_whole_or_skeleton(context, source=start.source, revision=start.revision, whole=processes.is_main)
     )
     if start.masks is not None:
         processes.on_main(partial(require_zeros, start.masks, model=model))
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
-    mixture = initial_mixture(recipe, corpus=corpus)
     learned = before.get("prune")
     if learned is None:
         reference = processes.on_main(
             lambda: reference_losses(
-                recipe,
+                context,
                 stage="pretrain",
-                source=lambda: _source(recipe, start=start, model=model),
+                source=lambda: _source(context, start=start, model=model),
                 path=run.pretrain / "reference.json",
-                corpus=corpus,
-                console=console,
             )
         )
     else:
@@ -82,21 +73,20 @@ def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Proce
     if lora is not None:
         processes.each(lambda: start.adapt(model, lora=lora, seed=recipe.seed))
     task = task_of(
-        recipe,
+        context,
         stage="pretrain",
         model=model,
         mixture=mixture,
         masking=None,
         reference=reference,
         rule_memory=None if learned is None else learned.get("rule_memory"),
-        processes=processes,
-        moments=None if learned is None else processes.each(lambda: _moments(recipe, run=run)),
+        moments=None if learned is None else processes.each(lambda: _moments(context)),
         # Adapters leave the weights as they are, and their own products are masked.
         kept=None if start.masks is None or lora is not None else partial(start.kept, prefix=PARAMETER_PREFIX),
     )
 
     seed_random(recipe.seed)
-    trained = train(task, console=console)
+    trained = train(task, console=context.console)
 
     num_samples = task.schedule.total_steps * task.schedule.sequences_per_step
     end = first + num_samples
@@ -108,39 +98,36 @@ def pretrain(recipe: Recipe, *, console: Console | None = None, processes: Proce
         "steps": task.schedule.total_steps,
         "tokens": num_samples * mixture.sequence_length,
     }
-    processes.on_main(
-        lambda: _finish(recipe, run=run, start=start, complete=complete, trained=trained, console=console)
-    )
+    processes.on_main(lambda: _finish(context, start=start, complete=complete, trained=trained))
     return complete
 
 
-def _source(recipe: Recipe, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
+def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
     """The source model, whose own losses may be the reference: the one to be trained, or the dense one before it."""
-    settings = recipe.model
+    settings = context.recipe.model
     if start.source == settings.source:
         return model
-    return load_whole_or_skeleton(recipe, source=settings.source, revision=settings.revision, whole=True)
+    return load_whole_or_skeleton(context, source=settings.source, revision=settings.revision, whole=True)
 
 
-def _finish(
-    recipe: Recipe, *, run: RunDirectory, start: Start, complete: dict[str, Any], trained: Trained, console: Console
-) -> None:
-    lora = recipe.pretrain.lora
+def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
+    run, lora = context.directory, context.recipe.pretrain.lora
     model = start.trained(ShardedState(trained.checkpoint), lora=lora)
     record = {
         "steps": complete["steps"],
         "tokens": complete["tokens"],
         "adapters": None if lora is None else lora.model_dump(mode="json"),
-        "versions": environment(resolve_device(recipe.training)),
+        "versions": environment(context.device),
     }
     _save_model(model, run=run, start=start, record=record)
     run.mark_complete("pretrain", complete)
-    print_summary("pretrain", trained.totals, console=console, rows={"model": str(run.model)})
+    print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
 
-def _moments(recipe: Recipe, *, run: RunDirectory) -> SavedMoments | None:
+def _moments(context: RunContext) -> SavedMoments | None:
     """AdamW state of mask learning for the parameters of the cut model; None to start from nothing, as adapters do."""
-    if recipe.pretrain.optimizer == "fresh" or recipe.pretrain.lora is not None:
+    run, settings = context.directory, context.recipe.pretrain
+    if settings.optimizer == "fresh" or settings.lora is not None:
         return None
     if not run.moments.is_file():
         raise ShearingError(

@@ -16,8 +16,7 @@ from shearing.models.stored_model import OURS, TEXT_FILES
 from shearing.objectives.language_model import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside
-from shearing.runs.recipe import Recipe
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.context import RunContext
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.lora import add_adapters, merge_adapters
@@ -43,13 +42,13 @@ class Start:
     masks: Path | None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Start:
+    def of(cls, context: RunContext) -> Start:
         """What the stages before have left.
 
         Raises:
             ShearingError: masks without manifest, or the other way round.
         """
-        run = RunDirectory(recipe.run_dir)
+        recipe, run = context.recipe, context.directory
         source, revision = recipe.model.source, recipe.model.revision
         for stage, made in (("compact", run.compact), ("sparsify", run.sparse)):
             if stage in recipe.stages:

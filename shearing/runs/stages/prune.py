@@ -7,11 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import Corpus
 from shearing.data.mixture.sampler import Mixture
 from shearing.files.durable import write_json
 from shearing.files.tensors import write_tensors
@@ -20,7 +18,6 @@ from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.language_model import PARAMETER_PREFIX
-from shearing.processes.processes import Processes
 from shearing.progress import activity
 from shearing.pruning.structured.compensation import compensate
 from shearing.pruning.structured.importance.activations import activation_importance
@@ -29,27 +26,24 @@ from shearing.pruning.structured.importance.scores import Scores
 from shearing.pruning.structured.learner import MaskLearner, MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.context import RunContext
+from shearing.runs.recipe import tokens_per_step, total_steps
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
-from shearing.runs.stages.training_task import calibration_batches, initial_mixture, open_corpus, task_of
+from shearing.runs.stages.training_task import calibration_batches, task_of
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
-from shearing.training.device import resolve_device
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Task, Trained
 
 
-def prune(recipe: Recipe, *, console: Console | None = None, processes: Processes | None = None) -> dict[str, Any]:
+def prune(context: RunContext) -> dict[str, Any]:
     """Write run_dir/prune: final masks, trained weights of the source's size, metrics, summary.
 
     Continues from the newest checkpoint.
 
     Args:
-        recipe: what to do.
-        console: where progress goes; stdout if None.
-        processes: those that share the work, each of which calls this; this one alone if None.
+        context: of the run; each of its processes calls this.
 
     Returns:
         The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation
@@ -60,59 +54,41 @@ def prune(recipe: Recipe, *, console: Console | None = None, processes: Processe
         ShearingError: the source model, the target or the corpus cannot be used, or training had to stop.
         Interrupted: a signal asked to stop.
     """
-    console, processes = console or Console(), processes or Processes()
-    run = RunDirectory(recipe.run_dir)
+    recipe, run, processes = context.recipe, context.directory, context.processes
+    mixture = context.initial_mixture()
     model = processes.each(
         lambda: load_whole_or_skeleton(
-            recipe, source=recipe.model.source, revision=recipe.model.revision, whole=processes.is_main
+            context, source=recipe.model.source, revision=recipe.model.revision, whole=processes.is_main
         )
     )
-    corpus = open_corpus(recipe, vocab_size=model.config.vocab_size)
     processes.on_main(lambda: run.prune.mkdir(parents=True, exist_ok=True))
     reference = processes.on_main(
-        lambda: reference_losses(
-            recipe,
-            stage="prune",
-            source=lambda: model,
-            path=run.prune / "reference.json",
-            corpus=corpus,
-            console=console,
-        )
+        lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
     )
-    path = processes.on_main(lambda: _importance(recipe, run=run, model=model, corpus=corpus, console=console))
-    learner = _learner(recipe, model=model, importance=None if path is None else load_file(path))
+    path = processes.on_main(lambda: _importance(context, model=model))
+    learner = _learner(context, model=model, importance=None if path is None else load_file(path))
     masking = Masking(model=MaskedModel(model), learner=learner)
-    mixture = initial_mixture(recipe, corpus=corpus)
     task = task_of(
-        recipe,
+        context,
         stage="prune",
         model=model,
         mixture=mixture,
         masking=masking,
         reference=reference,
-        processes=processes,
-        before_first_step=partial(_compensate, recipe, masking=masking, corpus=corpus, console=console),
+        before_first_step=partial(_compensate, context, masking=masking),
     )
 
     seed_random(recipe.seed)
-    trained = train(task, console=console, measure_end=True)
-    return processes.on_main(
-        lambda: _finish(run=run, model=model, task=task, trained=trained, mixture=mixture, console=console)
-    )
+    trained = train(task, console=context.console, measure_end=True)
+    return processes.on_main(lambda: _finish(context, model=model, task=task, trained=trained, mixture=mixture))
 
 
 def _finish(
-    *,
-    run: RunDirectory,
-    model: PreTrainedModel,
-    task: Task,
-    trained: Trained,
-    mixture: Mixture,
-    console: Console,
+    context: RunContext, *, model: PreTrainedModel, task: Task, trained: Trained, mixture: Mixture
 ) -> dict[str, Any]:
     """Write the results of mask learning out of its last checkpoint."""
     assert task.masking is not None
-    learner, state = task.masking.learner, ShardedState(trained.checkpoint)
+    run, learner, state = context.directory, task.masking.learner, ShardedState(trained.checkpoint)
     masks = learner.deterministic()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
@@ -147,62 +123,60 @@ def _finish(
         f"{summary['rounding_gap'][name]} units flipped in rounding"
         for name, kept in summary["kept"].items()
     }
-    print_summary("prune", trained.totals, console=console, rows=gaps)
+    print_summary("prune", trained.totals, console=context.console, rows=gaps)
     return summary
 
 
-def _importance(
-    recipe: Recipe, *, run: RunDirectory, model: PreTrainedModel, corpus: Corpus, console: Console
-) -> Path | None:
+def _importance(context: RunContext, *, model: PreTrainedModel) -> Path | None:
     """File with what grades the initial masks, measured once per run; None where they start open."""
-    if recipe.pruning.prune.initial_masks == "open":
+    if context.recipe.pruning.prune.initial_masks == "open":
         return None
-    path = run.prune / "importance.safetensors"
+    path = context.directory.prune / "importance.safetensors"
     if path.is_file():
         return path
-    with attention_within_documents(model, on=recipe.data.attention == "documents"):
-        scores = _measured_importance(recipe, model=model, corpus=corpus, console=console)
+    with attention_within_documents(model, on=context.document_rules.attention_within):
+        scores = _measured_importance(context, model=model)
     write_tensors(path, scores)
     return path
 
 
-def _measured_importance(recipe: Recipe, *, model: PreTrainedModel, corpus: Corpus, console: Console) -> Scores:
-    target, settings = recipe.pruning.target, recipe.pruning.prune
+def _measured_importance(context: RunContext, *, model: PreTrainedModel) -> Scores:
+    target, settings, console = context.recipe.pruning.target, context.recipe.pruning.prune, context.console
     size = settings.micro_batch_size
     if settings.initial_masks == "activations":
         with activity("importance by activations", total=settings.calibration_tokens, console=console) as advance:
-            batches = calibration_batches(recipe, corpus=corpus, micro_batch_size=size, advance=advance)
+            batches = calibration_batches(context, micro_batch_size=size, advance=advance)
             return activation_importance(model, batches=batches)
     shape = None if target.parameters is not None else resolve_target(target, source=model.config)
     layers = model.config.num_hidden_layers
     with activity("importance by reconstruction", total=layers, console=console) as advance:
         return reconstruction_importance(
             model,
-            batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=size)),
+            batches=list(calibration_batches(context, micro_batch_size=size)),
             target=shape,
             advance=advance,
         )
 
 
-def _compensate(recipe: Recipe, *, masking: Masking, corpus: Corpus, console: Console) -> None:
+def _compensate(context: RunContext, *, masking: Masking) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
-    settings = recipe.pruning.prune
+    recipe, settings = context.recipe, context.recipe.pruning.prune
     steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
     ramp = settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps)
     if not settings.compensate or settings.initial_masks == "open" or ramp:
         return
     layers = masking.model.model.config.num_hidden_layers
-    with activity("compensation for what the masks close", total=layers, console=console) as advance:
+    with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
         compensate(
             masking.model,
             masks=masking.learner.deterministic(),
-            batches=list(calibration_batches(recipe, corpus=corpus, micro_batch_size=settings.micro_batch_size)),
+            batches=list(calibration_batches(context, micro_batch_size=settings.micro_batch_size)),
             advance=advance,
         )
 
 
-def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:
-    settings = recipe.pruning.prune
+def _learner(context: RunContext, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:
+    recipe, settings = context.recipe, context.recipe.pruning.prune
     steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
     wanted = recipe.pruning.target
     target: Shape | ParameterBudget
@@ -234,7 +208,7 @@ def _learner(recipe: Recipe, *, model: PreTrainedModel, importance: Scores | Non
             seed=recipe.seed,
         ),
         importance=importance,
-        device=resolve_device(recipe.training),
+        device=context.device,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,11 +14,13 @@ from shearing.evaluation.reference_losses.chart import draw_laws, require_pictur
 from shearing.evaluation.reference_losses.fit import ReferenceFit, fit_reference, render
 from shearing.evaluation.reference_losses.measure import measure_losses
 from shearing.evaluation.reference_losses.table import LossTable
-from shearing.models.loading import load_config, load_source
+from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.progress import activity
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
-from shearing.runs.stages.training_task import heldout_tokens, measure_heldout, open_corpus
+from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
+from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.settings.quantities import parse_parameter_count
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
@@ -115,30 +116,22 @@ def fit(
     return found
 
 
-def source(recipe: Recipe, *, output: Path, console: Console) -> dict[str, float]:
+def source(context: RunContext, *, output: Path) -> dict[str, float]:
     """Write the source model's own held-out losses, as `mixture.reference: source` would measure them.
 
     Raises:
         ShearingError: the source or the corpus cannot be used.
     """
-    settings, device = recipe.model, resolve_device(recipe.training)
-    config = load_config(settings.source, revision=settings.revision)
-    corpus = open_corpus(recipe, vocab_size=config.vocab_size)
-    model = load_source(
-        settings.source,
-        revision=settings.revision,
-        attn_implementation=settings.attn_implementation,
-        device=device,
-        dtype=torch.float32,
-    )
-    total = heldout_tokens(recipe, corpus=corpus)
-    with activity("held-out losses of the source", total=total, console=console) as advance:
+    recipe, corpus, console = context.recipe, context.corpus, context.console
+    settings = recipe.model
+    model = load_whole_or_skeleton(context, source=settings.source, revision=settings.revision, whole=True)
+    with activity("held-out losses of the source", total=heldout_tokens(context), console=console) as advance:
         first = next(iter(recipe.training_stages))
-        losses = measure_heldout(recipe, stage=first, model=model, corpus=corpus, advance=advance)
+        losses = measure_heldout(context, stage=first, model=model, advance=advance)
     write_reference(
         output,
         losses=losses,
-        parameters=Shape.of(config).num_parameters(),
+        parameters=Shape.of(context.config).num_parameters(),
         method="the source model's own held-out loss",
         provenance={
             "model": settings.source,
@@ -147,7 +140,7 @@ def source(recipe: Recipe, *, output: Path, console: Console) -> dict[str, float
                 "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,
                 "sequence_length": recipe.data.sequence_length,
                 "tokens_per_domain": recipe.mixture.heldout_tokens,
-                "precision": str(resolve_precision(recipe.training, device=device)).removeprefix("torch."),
+                "precision": str(context.precision).removeprefix("torch."),
             },
         },
     )

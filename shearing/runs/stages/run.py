@@ -16,6 +16,7 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
+from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -77,13 +78,14 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
             console = Console(quiet=True)
             logging.getLogger("shearing").setLevel(logging.CRITICAL)
             transformers.utils.logging.set_verbosity_error()
-        return _run(recipe, stages=recipe.stages if stages is None else stages, console=console, processes=processes)
+        context = RunContext(recipe, console=console, processes=processes)
+        return _run(context, stages=recipe.stages if stages is None else stages)
 
 
-def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes: Processes) -> RunDirectory:
-    directory = RunDirectory(recipe.run_dir)
+def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
+    directory, console, processes = context.directory, context.console, context.processes
     with contextlib.ExitStack() as lock:
-        processes.on_main(lambda: _begin(recipe, stages=stages, directory=directory, lock=lock, processes=processes))
+        processes.on_main(lambda: _begin(context, stages=stages, lock=lock))
         for stage in stages:
             if stage != "evaluate" and processes.on_main(partial(directory.is_complete, stage)):
                 console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
@@ -91,9 +93,9 @@ def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes
             console.rule(f"[bold]{stage}")
             started = time.monotonic()
             if stage in ("prune", "pretrain"):
-                _function_of(stage)(recipe, console=console, processes=processes)
+                _function_of(stage)(context)
             else:
-                processes.on_main(partial(_alone, stage, recipe, console=console))
+                processes.on_main(partial(_alone, stage, context))
             console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
         if "evaluate" in stages:
             processes.on_main(partial(_report, directory))
@@ -101,17 +103,11 @@ def _run(recipe: Recipe, *, stages: Sequence[Stage], console: Console, processes
     return directory
 
 
-def _begin(
-    recipe: Recipe,
-    *,
-    stages: Sequence[Stage],
-    directory: RunDirectory,
-    lock: contextlib.ExitStack,
-    processes: Processes,
-) -> None:
+def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.ExitStack) -> None:
     """All that is checked before the first expensive step; the folder is locked afterwards."""
+    recipe, directory = context.recipe, context.directory
     _require_stages_before(recipe, stages=stages, directory=directory)
-    preflight(recipe, stages=stages, num_processes=processes.size)
+    preflight(context, stages=stages)
     lock.enter_context(directory.locked())
     _require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
@@ -119,8 +115,8 @@ def _begin(
     write_text(directory.recipe, recipe.to_yaml())
 
 
-def _alone(stage: Stage, recipe: Recipe, *, console: Console) -> None:
-    _function_of(stage)(recipe, console=console)
+def _alone(stage: Stage, context: RunContext) -> None:
+    _function_of(stage)(context)
 
 
 def prune(recipe: Recipe) -> RunDirectory:
@@ -165,10 +161,10 @@ def _report(directory: RunDirectory) -> None:
     write_report(directory.path)
 
 
-def _function_of(stage: Stage) -> Callable[..., object]:
+def _function_of(stage: Stage) -> Callable[[RunContext], object]:
     # Imported one by one: evaluating needs nothing of training, and a stage's imports take seconds.
     module = importlib.import_module(f"shearing.runs.stages.{stage}")
-    function: Callable[..., object] = getattr(module, stage)
+    function: Callable[[RunContext], object] = getattr(module, stage)
     return function
 
 

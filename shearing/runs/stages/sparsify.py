@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
 from shearing.pruning.sparse.one_shot import sparsify as make_sparse
 from shearing.pruning.sparse.recipe import named_as_in_a_run
 from shearing.pruning.sparse.stored.manifest import read_manifest
-from shearing.runs.recipe import Recipe, one_shot_recipe
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.context import RunContext
+from shearing.runs.recipe import one_shot_recipe
 
 
-def sparsify(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+def sparsify(context: RunContext) -> dict[str, Any]:
     """Write run_dir/sparsify/model: the sparse model, its masks and its manifest.
 
     Continues behind the last layer that was finished.
 
     Args:
-        recipe: a recipe with the section `sparsify`, whose stage `compact`, if it has one, is complete.
-        console: where progress goes; stdout if None.
+        context: of a run with the section `sparsify`, whose stage `compact`, if it has one, is complete.
 
     Returns:
         The content of sparsify/complete.json: the manifest's `budget`.
@@ -28,11 +25,11 @@ def sparsify(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any
     Raises:
         ShearingError: something that the user can mend, by the keys of the run.
     """
-    run = RunDirectory(recipe.run_dir)
+    recipe, run = context.recipe, context.directory
     if "compact" in recipe.stages:
         run.read_complete("compact")
     with named_as_in_a_run():
-        make_sparse(one_shot_recipe(recipe), console=console)
+        make_sparse(one_shot_recipe(recipe), console=context.console)
     complete = {"budget": read_manifest(run.sparse)["budget"]}
     run.mark_complete("sparsify", complete)
     return complete

@@ -1,4 +1,4 @@
-"""From a recipe to the task of one training stage: corpus, mixture, held-out losses, schedule, engine."""
+"""From a recipe to the task of one training stage: schedule, objective, engine, mixture rule, held-out losses."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import tokenizer_fingerprint
-from shearing.data.documents import DocumentRules, Documents, Inputs
+from shearing.data.corpus.corpus import whole_rows
+from shearing.data.documents import Inputs
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
-from shearing.data.mixture.weights import resolve_weights
-from shearing.evaluation.heldout_loss import heldout_loss
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.processes.processes import Processes
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step, total_steps
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.settings.quantities import Duration
 from shearing.training.checkpoints.pieces import SavedState
-from shearing.training.device import checkpoint_activations, compile_layers, resolve_device, resolve_precision
+from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
@@ -36,14 +33,13 @@ from shearing.training.trackers import Trackers
 
 
 def task_of(
-    recipe: Recipe,
+    context: RunContext,
     *,
     stage: TrainingStage,
     model: PreTrainedModel,
     mixture: Mixture,
     masking: Masking | None,
     reference: Mapping[str, float],
-    processes: Processes,
     rule_memory: Mapping[str, float] | None = None,
     moments: SavedState | None = None,
     before_first_step: Callable[[], None] | None = None,
@@ -52,13 +48,12 @@ def task_of(
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
 
     Args:
-        recipe: what to do.
+        context: of the run.
         stage: which of its training stages.
         model: Hugging Face model with fp32 weights, masked in place while masks are learned.
         mixture: where the stage's samples start.
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
-        processes: those of the run.
         rule_memory: what the rule that updates domain weights remembers of the stage before.
         moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
@@ -67,6 +62,7 @@ def task_of(
     Raises:
         ShearingError: the processes cannot share a batch equally, or an engine that is not installed.
     """
+    recipe, processes = context.recipe, context.processes
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
     steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
 
@@ -95,7 +91,7 @@ def task_of(
     )
     return Task(
         name=stage,
-        folder=RunDirectory(recipe.run_dir).folder(stage),
+        folder=context.directory.folder(stage),
         schedule=Schedule(
             total_steps=steps,
             sequences_per_step=per_step // data.sequence_length,
@@ -109,14 +105,14 @@ def task_of(
             max_skipped_steps=training.max_skipped_steps,
         ),
         objective=LanguageModelLoss(model, chunk_tokens=training.loss_chunk_tokens),
-        engine=_engine(recipe, optimization=optimization, split=split, processes=processes),
+        engine=_engine(context, optimization=optimization, split=split),
         optimization=optimization,
         mixture=mixture,
         masking=masking,
         dynamic=None
         if recipe.mixture.update == "constant"
         else DynamicMixture(
-            rule=rule_of(recipe.mixture, prior=initial_weights(recipe, corpus=mixture.corpus)),
+            rule=rule_of(recipe.mixture, prior=context.initial_weights),
             reference=reference,
             parameters=_final_parameters(recipe, stage=stage, model=model),
             tokens=steps * per_step,
@@ -125,15 +121,9 @@ def task_of(
             state={"memory": rule_memory or {}},
         ),
         heldout=HeldOut(
-            tokens=heldout_tokens(recipe, corpus=mixture.corpus),
+            tokens=heldout_tokens(context),
             measure=lambda forward, advance: measure_heldout(
-                recipe,
-                stage=stage,
-                model=model,
-                corpus=mixture.corpus,
-                advance=advance,
-                objective=forward,
-                processes=processes,
+                context, stage=stage, model=model, advance=advance, objective=forward, processes=processes
             ),
         ),
         average_weight=recipe.mixture.ema if recipe.mixture.losses == "training" else None,
@@ -141,7 +131,7 @@ def task_of(
         before_first_step=before_first_step,
         kept=kept,
         processes=processes,
-        compute=_compute(recipe, shape=Shape.of(model.config)),
+        compute=_compute(context, shape=Shape.of(model.config)),
         open_trackers=lambda first_step: Trackers.open(
             training.trackers,
             run_name=f"{recipe.name}-{stage}",
@@ -162,78 +152,35 @@ def _final_parameters(recipe: Recipe, *, stage: TrainingStage, model: PreTrained
     return resolve_target(target, source=model.config).num_parameters()
 
 
-def _compute(recipe: Recipe, *, shape: Shape) -> Compute:
-    device = resolve_device(recipe.training)
-    peak = None
-    if device.type == "cuda":
-        precision = resolve_precision(recipe.training, device=device)
-        peak = peak_flops(torch.cuda.get_device_name(), precision=precision)
+def _compute(context: RunContext, *, shape: Shape) -> Compute:
+    data, peak = context.recipe.data, None
+    if context.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(), precision=context.precision)
     # Inside documents attention takes less than over whole rows, how much less depends on the text: it is left out.
-    attended = recipe.data.sequence_length if recipe.data.attention == "full" else 0
+    attended = data.sequence_length if data.attention == "full" else 0
     cost = training_flops_per_token(shape, sequence_length=attended)
     return Compute(flops_per_token=cost, peak_flops=peak)
 
 
-def _engine(recipe: Recipe, *, optimization: Optimization, split: BatchSplit, processes: Processes) -> Engine:
-    device = resolve_device(recipe.training)
-    precision = resolve_precision(recipe.training, device=device)
-    if recipe.training.engine == "torch":
-        return TorchEngine(optimization, device=device, precision=precision, processes=processes)
+def _engine(context: RunContext, *, optimization: Optimization, split: BatchSplit) -> Engine:
+    training, device, precision = context.recipe.training, context.device, context.precision
+    if training.engine == "torch":
+        return TorchEngine(optimization, device=device, precision=precision, processes=context.processes)
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
         optimization,
-        settings=recipe.training.deepspeed,
+        settings=training.deepspeed,
         device=device,
         precision=precision,
-        processes=processes,
+        processes=context.processes,
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
 
 
-def open_corpus(recipe: Recipe, *, vocab_size: int) -> Corpus:
-    """The corpus of a recipe, checked against the source model's tokenizer.
-
-    Raises:
-        ShearingError: see `Corpus.open`.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.source, revision=recipe.model.revision)
-    return Corpus.open(
-        recipe.data.corpus,
-        domains=recipe.data.domains,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        sequence_length=recipe.data.sequence_length,
-    )
-
-
-def initial_mixture(recipe: Recipe, *, corpus: Corpus) -> Mixture:
-    """The mixture from its first sample on, at the recipe's starting weights."""
-    return Mixture(
-        corpus,
-        seed=recipe.seed,
-        sequence_length=recipe.data.sequence_length,
-        weights=initial_weights(recipe, corpus=corpus),
-        documents=document_rules(recipe),
-    )
-
-
-def document_rules(recipe: Recipe) -> DocumentRules:
-    """What the end of a document means in this recipe."""
-    return DocumentRules(
-        attention_within=recipe.data.attention == "documents", loss_across=recipe.data.loss_across_documents
-    )
-
-
-def initial_weights(recipe: Recipe, *, corpus: Corpus) -> dict[str, float]:
-    """The recipe's starting weights, summing to 1, in the order of the corpus."""
-    tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
-    return resolve_weights(recipe.mixture.initial_weights, tokens=tokens)
-
-
 def calibration_batches(
-    recipe: Recipe, *, corpus: Corpus, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
+    context: RunContext, *, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Inputs]:
     """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one.
 
@@ -241,51 +188,10 @@ def calibration_batches(
         micro_batch_size: sequences per batch (B).
         advance: called with the tokens of each batch that has been used.
     """
-    length = recipe.data.sequence_length
-    mixture = initial_mixture(recipe, corpus=corpus)
-    count = max(1, recipe.pruning.prune.calibration_tokens // length)
-    device = resolve_device(recipe.training)
+    mixture, device = context.initial_mixture(), context.device
+    count = whole_rows(context.recipe.pruning.prune.calibration_tokens, sequence_length=mixture.sequence_length)
     for first in range(0, count, micro_batch_size):
         batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
         tokens_BS = batch.tokens[:, :-1].to(device)
         yield Inputs(tokens_BS, mixture.documents.documents(batch.positions, device=device))
         advance(tokens_BS.numel())
-
-
-def measure_heldout(
-    recipe: Recipe,
-    *,
-    stage: TrainingStage,
-    model: PreTrainedModel,
-    corpus: Corpus,
-    advance: Callable[[int], None],
-    objective: Callable[[Tensor, Documents | None], Tensor] | None = None,
-    processes: Processes | None = None,
-) -> dict[str, float]:
-    """Mean held-out loss of each domain, nats per token, on the subset that updates the mixture.
-
-    Args:
-        advance: called with the number of tokens just read.
-        objective, processes: see `heldout_loss`.
-    """
-    losses = heldout_loss(
-        model,
-        corpus,
-        tokens_per_domain=recipe.mixture.heldout_tokens,
-        sequence_length=recipe.data.sequence_length,
-        micro_batch_size=recipe.training_stages[stage].micro_batch_size,
-        precision=resolve_precision(recipe.training, device=resolve_device(recipe.training)),
-        progress=advance,
-        chunk_tokens=recipe.training.loss_chunk_tokens,
-        rules=document_rules(recipe),
-        objective=objective,
-        processes=processes,
-    )
-    return {domain: loss.loss for domain, loss in losses.items()}
-
-
-def heldout_tokens(recipe: Recipe, *, corpus: Corpus) -> int:
-    """Tokens that `measure_heldout` reads: whole rows, no more than each domain has."""
-    length = recipe.data.sequence_length
-    rows = (corpus.heldout_rows(domain, sequence_length=length) for domain in corpus.domains)
-    return sum(max(1, min(count, recipe.mixture.heldout_tokens // length)) for count in rows) * length

@@ -91,6 +91,17 @@ def test_heldout_batches_are_fixed_and_spread(make_corpus) -> None:
     assert read(3 * 8) == [everything[i * rows // 3] for i in range(3)] == read(3 * 8)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 3 * 8, 3 * 8 + 7, 10**9])
+def test_heldout_tokens_are_the_inputs_of_what_is_read(make_corpus, tokens: int) -> None:
+    corpus = make_corpus(SMALL)
+    read = sum(
+        batch[:, 1:].numel()
+        for domain in corpus.domains
+        for batch in corpus.heldout_batches(domain, sequence_length=8, tokens=tokens, micro_batch_size=2)
+    )
+    assert corpus.heldout_tokens(sequence_length=8, tokens_per_domain=tokens) == read
+
+
 def test_fingerprint_is_of_the_content_not_the_place(make_corpus) -> None:
     one, same, other = make_corpus(SMALL), make_corpus(SMALL), make_corpus({"books": 30, "code": 41})
     assert one.fingerprint == same.fingerprint

@@ -8,13 +8,14 @@ import pytest
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import Plan, preflight, render
 from shearing.runs.recipe import Recipe, load_recipe
 
 
 def plan_of(recipe: Path, *overrides: str) -> tuple[Recipe, Plan, str]:
     resolved = load_recipe(recipe, overrides=overrides)
-    plan = preflight(resolved, stages=["prune"])
+    plan = preflight(RunContext(resolved), stages=["prune"])
     console = Console(width=120)
     with console.capture() as capture:
         console.print(render(plan))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import compact
@@ -68,7 +69,7 @@ def test_a_budget_alone_is_masks_and_says_so(tiny_recipe):
     masks = load_file(directory.prune / "masks.safetensors")
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks.values())
     with pytest.raises(ShearingError, match=r"target\.uniform"):
-        compact(load_recipe(tiny_recipe, overrides=BUDGET))
+        compact(RunContext(load_recipe(tiny_recipe, overrides=BUDGET)))
     assert not directory.compact.exists()
 
 
@@ -83,11 +84,11 @@ def test_sublayers_are_pruned_apart_and_end_in_ordinary_layers(tiny_recipe):
 
 def test_an_interrupted_cut_leaves_nothing_half_written(tiny_recipe, monkeypatch):
     directory = shear(tiny_recipe, stages=("prune",))
-    recipe = load_recipe(tiny_recipe)
+    context = RunContext(load_recipe(tiny_recipe))
     with monkeypatch.context() as patch:
         patch.setattr("shearing.runs.stages.compact.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            compact(recipe)
+            compact(context)
     assert not directory.compact.exists()
-    compact(recipe)
+    compact(context)
     assert directory.is_complete("compact")

@@ -17,6 +17,7 @@ from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.magnitude import magnitude_importance
 from shearing.pruning.structured.importance.scores import select
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages import evaluate as stage
@@ -46,8 +47,8 @@ def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
     return recipe
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=100)
+def quiet(recipe: Recipe) -> RunContext:
+    return RunContext(recipe, console=Console(file=io.StringIO(), width=100))
 
 
 def count_measurements(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | None = None) -> list[None]:
@@ -65,8 +66,8 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch, *, stop_after: int | Non
 
 
 def test_every_model_of_the_run_is_measured(recipe: Recipe) -> None:
-    console = quiet()
-    evaluation = evaluate(recipe, console=console)
+    context = quiet(recipe)
+    evaluation = evaluate(context)
 
     assert list(evaluation["models"]) == ["source", "random", "magnitude", "importance", "compact", "final"]
     assert json.loads(RunDirectory(recipe.run_dir).evaluation.read_text()) == evaluation
@@ -79,78 +80,78 @@ def test_every_model_of_the_run_is_measured(recipe: Recipe) -> None:
     assert evaluation["models"]["final"]["training_tokens"] == (6 + 4) * 2 * 16
     assert losses(evaluation)["magnitude"] == losses(evaluation)["compact"]
     assert losses(evaluation)["compact"] != losses(evaluation)["final"]
-    assert "learned" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "learned" in context.console.file.getvalue()  # type: ignore[attr-defined]
     assert not list(recipe.run_dir.glob("*partial*"))
 
 
 def test_an_interrupted_evaluation_continues(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = evaluate(recipe, console=quiet())
+    whole = evaluate(quiet(recipe))
     RunDirectory(recipe.run_dir).evaluation.unlink()
 
     with monkeypatch.context() as patch:
         count_measurements(patch, stop_after=3)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(recipe, console=quiet())
+            evaluate(quiet(recipe))
     assert not RunDirectory(recipe.run_dir).evaluation.exists()
 
     calls = count_measurements(monkeypatch)
-    continued = evaluate(recipe, console=quiet())
+    continued = evaluate(quiet(recipe))
 
     assert len(calls) == 3
     assert losses(continued) == losses(whole)
 
 
 def test_nothing_is_measured_twice_until_a_setting_changes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate(recipe, console=quiet())
+    evaluate(quiet(recipe))
     calls = count_measurements(monkeypatch)
 
-    evaluate(recipe, console=quiet())
+    evaluate(quiet(recipe))
     assert calls == []
 
     shorter = recipe.evaluation.model_copy(update={"tokens_per_domain": 32})
-    evaluate(recipe.model_copy(update={"evaluation": shorter}), console=quiet())
+    evaluate(quiet(recipe.model_copy(update={"evaluation": shorter})))
     assert len(calls) == 6
 
 
 def test_a_model_that_changed_is_measured_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate(recipe, console=quiet())
+    evaluate(quiet(recipe))
     weights = RunDirectory(recipe.run_dir).model / "model.safetensors"
     weights.touch()
     calls = count_measurements(monkeypatch)
 
-    evaluate(recipe, console=quiet())
+    evaluate(quiet(recipe))
     assert len(calls) == 1
 
 
 def test_models_that_do_not_exist_yet_have_no_row(recipe: Recipe) -> None:
     directory = RunDirectory(recipe.run_dir)
     directory.complete("pretrain").unlink()
-    assert list(evaluate(recipe, console=quiet())["models"])[-1] == "compact"
+    assert list(evaluate(quiet(recipe))["models"])[-1] == "compact"
 
     directory.complete("compact").unlink()
-    assert list(evaluate(recipe, console=quiet())["models"]) == ["source"]
+    assert list(evaluate(quiet(recipe))["models"]) == ["source"]
 
 
 def test_pretraining_adds_a_row_and_keeps_the_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory(recipe.run_dir)
     directory.complete("pretrain").unlink()
-    evaluate(recipe, console=quiet())
+    evaluate(quiet(recipe))
     directory.mark_complete("pretrain", {})
     calls = count_measurements(monkeypatch)
 
-    assert "final" in evaluate(recipe, console=quiet())["models"]
+    assert "final" in evaluate(quiet(recipe))["models"]
     assert len(calls) == 1
 
 
 def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> None:
-    evaluation = evaluate(recipe, console=quiet())
+    evaluation = evaluate(quiet(recipe))
     scores = magnitude_importance(load_source(recipe.model.source))
     directory = RunDirectory(recipe.run_dir)
     directory.prune.mkdir()
     save_file(scores, directory.prune / "importance.safetensors")
     directory.evaluation.unlink()
 
-    again = evaluate(recipe, console=quiet())
+    again = evaluate(quiet(recipe))
 
     assert losses(again)["importance"] == losses(again)["magnitude"]
     assert losses(again)["importance"] != losses(evaluation)["importance"]
@@ -158,7 +159,7 @@ def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> N
 
 def test_speed_is_measured_on_source_and_result_only(recipe: Recipe) -> None:
     timed = recipe.evaluation.model_copy(update={"speed": True, "baselines": ["random"]})
-    evaluation = evaluate(recipe.model_copy(update={"evaluation": timed}), console=quiet())
+    evaluation = evaluate(quiet(recipe.model_copy(update={"evaluation": timed})))
 
     assert [name for name, model in evaluation["models"].items() if model["speed"]] == ["source", "final"]
     assert evaluation["models"]["final"]["speed"]["decode_milliseconds"] > 0

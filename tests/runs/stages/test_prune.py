@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import prune
 
 
 def pruned(recipe: Path, *overrides: str, run_dir: Path) -> RunDirectory:
-    prune(load_recipe(recipe, overrides=["prune.duration=3 steps", *overrides, f"run_dir={run_dir}"]))
+    prune(RunContext(load_recipe(recipe, overrides=["prune.duration=3 steps", *overrides, f"run_dir={run_dir}"])))
     return RunDirectory(run_dir)
 
 

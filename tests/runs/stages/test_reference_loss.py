@@ -21,6 +21,7 @@ from shearing.errors import ShearingError
 from shearing.evaluation.reference_losses import measure as measure_losses
 from shearing.evaluation.reference_losses.fit import fit_reference
 from shearing.evaluation.reference_losses.table import LossTable
+from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.stages.prune import prune
 from tests.repository import RECIPES
@@ -93,7 +94,7 @@ def test_the_sources_own_loss_is_what_a_run_measures(tiny_inputs: Path, tiny_rec
     output = tmp_path / "reference.json"
     result = shear("source", tiny_recipe, "-o", output)
     assert result.exit_code == 0, result.output
-    prune(load_recipe(tiny_recipe), console=Console(file=io.StringIO()))
+    prune(RunContext(load_recipe(tiny_recipe), console=Console(file=io.StringIO())))
     by_run = json.loads((load_recipe(tiny_recipe).run_dir / "prune" / "reference.json").read_text())
     assert json.loads(output.read_text())["losses"] == by_run
     table = tmp_path / "table.json"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shearing.errors import ShearingError
+from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe, split_batch
 from shearing.training.engines.deepspeed_config import deepspeed_config, user_config
@@ -115,7 +116,7 @@ def test_engine_is_checked_before_anything_starts(
     training: dict[str, Any], message: str, tiny_inputs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ShearingError, match=message):
-        preflight(_recipe(tiny_inputs, tmp_path, training=training))
+        preflight(RunContext(_recipe(tiny_inputs, tmp_path, training=training)))
 
 
 def test_an_engine_that_is_not_installed_says_what_to_type(
@@ -123,7 +124,7 @@ def test_an_engine_that_is_not_installed_says_what_to_type(
 ) -> None:
     monkeypatch.setattr("shearing.runs.planning.preflight.find_spec", lambda _: None)
     with pytest.raises(ShearingError, match=r"pip install 'shearing\[deepspeed\]'"):
-        preflight(_recipe(tiny_inputs, tmp_path, training={"engine": "deepspeed"}))
+        preflight(RunContext(_recipe(tiny_inputs, tmp_path, training={"engine": "deepspeed"})))
 
 
 def test_batches_are_shared_equally_or_refused(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -96,16 +96,6 @@ class Allocation:
 class Allocator(Protocol):
     """Chooses a level for every matrix."""
 
-    @property
-    def name(self) -> str:
-        """As recipes say it."""
-        ...
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether it reads calibration text."""
-        ...
-
     def allocate(self, request: Request) -> Allocation:
         """A pattern by name of each matrix, whose mean density, weighed by parameters, is the budget exactly.
 

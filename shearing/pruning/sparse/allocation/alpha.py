@@ -29,8 +29,6 @@ class Alpha:
     """
 
     epsilon: float = 0.3
-    name: str = "alpha"
-    needs_text: bool = False
 
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; scores are exponents."""

@@ -18,8 +18,6 @@ class Depth:
     """
 
     spread: float = 0.15
-    name: str = "depth"
-    needs_text: bool = False
 
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; scores are indices of layers."""

@@ -35,8 +35,6 @@ class Owl:
 
     outlier_ratio: float = 5.0
     spread: float | None = None
-    name: str = "owl"
-    needs_text: bool = True
 
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; scores are shares of outliers."""

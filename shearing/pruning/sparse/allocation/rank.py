@@ -28,8 +28,6 @@ class Rank:
     spread: float = 0.15
     labels: Labels = "true"
     seed: int = 0
-    name: str = "rank"
-    needs_text: bool = True
 
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; scores are traces divided by numbers of weights."""

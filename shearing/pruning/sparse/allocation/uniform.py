@@ -12,9 +12,6 @@ from shearing.pruning.sparse.allocation.allocator import Allocation, Request
 class Uniform:
     """The one level whose density is the budget."""
 
-    name: str = "uniform"
-    needs_text: bool = False
-
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`."""
         for level in request.levels:

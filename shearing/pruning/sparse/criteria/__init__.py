@@ -1,17 +1,18 @@
-"""Criteria: how much each weight matters. One file each, one interface."""
+"""Criteria: how much each weight matters. One file each, one interface; `facts` lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from shearing.pruning.sparse.criteria.criterion import Criterion
-from shearing.pruning.sparse.criteria.magnitude import Magnitude
-from shearing.pruning.sparse.criteria.sparsegpt import SparseGPT
-from shearing.pruning.sparse.criteria.wanda import Wanda
+from shearing.late import late
 
-__all__ = ["Criterion", "criteria"]
+if TYPE_CHECKING:
+    from shearing.pruning.sparse.criteria.criterion import Criterion, criteria
+    from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionFacts
 
+__all__ = ["CRITERIA", "Criterion", "CriterionFacts", "criteria"]
 
-def criteria() -> Mapping[str, Criterion]:
-    """Every criterion by name."""
-    return {criterion.name: criterion for criterion in (Magnitude(), Wanda(), SparseGPT())}
+__getattr__ = late(
+    __name__,
+    {"CRITERIA": "facts", "Criterion": "criterion", "CriterionFacts": "facts", "criteria": "criterion"},
+)

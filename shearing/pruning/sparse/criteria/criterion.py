@@ -1,14 +1,15 @@
-"""What a criterion is: it says how much each weight matters."""
+"""What a criterion is: it says how much each weight matters. And every one there is."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor
 
+from shearing.late import at_home
 from shearing.pruning.calibration.statistics import InputStatistics, Need
-
-Group = Literal["row", "layer", "cumulative"]
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 
 
 class Criterion(Protocol):
@@ -22,11 +23,6 @@ class Criterion(Protocol):
     @property
     def needs(self) -> frozenset[Need]:
         """Statistics of the inputs that the scores are made of."""
-        ...
-
-    @property
-    def group(self) -> Group:
-        """Weights that are compared with each other where the pattern is unstructured, as published."""
         ...
 
     @property
@@ -46,3 +42,8 @@ class Criterion(Protocol):
             [O, columns] fp32, not negative.
         """
         ...
+
+
+def criteria() -> Mapping[str, Criterion]:
+    """Every criterion by name."""
+    return {name: at_home(__package__, facts.home)() for name, facts in CRITERIA.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shearing.pruning.calibration.statistics import InputStatistics, Need
-from shearing.pruning.sparse.criteria.criterion import Group
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,7 @@ class Magnitude:
     """The size of the weight alone; the published baseline compares all weights of a matrix."""
 
     name: str = "magnitude"
-    needs: frozenset[Need] = frozenset()
-    group: Group = "layer"
+    needs: frozenset[Need] = CRITERIA["magnitude"].needs
     follows_compensation: bool = False
 
     def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shearing.pruning.calibration.statistics import InputStatistics, Need
-from shearing.pruning.sparse.criteria.criterion import Group
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class SparseGPT:
     """
 
     name: str = "sparsegpt"
-    needs: frozenset[Need] = frozenset({"moment"})
-    group: Group = "layer"
+    needs: frozenset[Need] = CRITERIA["sparsegpt"].needs
     follows_compensation: bool = True
 
     def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shearing.pruning.calibration.statistics import InputStatistics, Need
-from shearing.pruning.sparse.criteria.criterion import Group
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,7 @@ class Wanda:
     """The weight's size times the norm of its input; weights are compared within each output."""
 
     name: str = "wanda"
-    needs: frozenset[Need] = frozenset({"squares"})
-    group: Group = "row"
+    needs: frozenset[Need] = CRITERIA["wanda"].needs
     follows_compensation: bool = False
 
     def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:

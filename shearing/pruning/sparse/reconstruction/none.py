@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shearing.pruning.calibration.statistics import Need
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 
@@ -15,7 +16,7 @@ class NoReconstruction:
     """Sets what goes to zero."""
 
     name: str = "none"
-    needs: frozenset[Need] = frozenset()
+    needs: frozenset[Need] = RECONSTRUCTIONS["none"].needs
     by_columns: bool = False
 
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shearing.pruning.calibration.statistics import InverseFactor, Need
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 
 BLOCK_COLUMNS = 128
@@ -29,7 +30,7 @@ class OptimalBrainSurgeon:
     """
 
     name: str = "obs"
-    needs: frozenset[Need] = frozenset({"moment"})
+    needs: frozenset[Need] = RECONSTRUCTIONS["obs"].needs
     by_columns: bool = True
 
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,22 @@
-"""The choice of a mask: a criterion's scores of a matrix under a pattern. What a reconstruction asks for masks."""
+"""What a reconstruction is, every one there is, and what it asks for masks.
+
+A mask is chosen by a criterion's scores of a matrix under a pattern.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from shearing.errors import ShearingError
+from shearing.late import at_home
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 
 
 @dataclass(frozen=True)
@@ -61,3 +68,20 @@ class Reconstruction(Protocol):
             The pruned weight [O, I] fp32, zero where the mask is false; the mask [O, I] bool, true where kept.
         """
         ...
+
+
+def reconstructions() -> Mapping[str, Reconstruction]:
+    """Every reconstruction by name."""
+    return {name: at_home(__package__, facts.home)() for name, facts in RECONSTRUCTIONS.items()}
+
+
+def require_valid(criterion: Criterion, *, reconstruction: Reconstruction, pattern: Pattern) -> None:
+    """Raises `ShearingError` where the three cannot work together."""
+    if criterion.follows_compensation and reconstruction.by_columns and pattern.whole_rows:
+        raise ShearingError(
+            "group",
+            value="cumulative",
+            allowed=f"row or layer, with {criterion.name} and {reconstruction.name}: there the mask is chosen left "
+            "to right while columns are compensated, and the cumulative rule has to see whole rows first",
+            mend="set group: row, or reconstruction: none, or criterion: wanda",
+        )

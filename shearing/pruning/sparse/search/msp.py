@@ -44,8 +44,6 @@ class Msp:
     seed: int = 0
     labels: Labels = "true"
     starts: Mapping[str, Allocator] = field(default_factory=dict)
-    name: str = "msp"
-    needs_text: bool = True
 
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; interrupted, the same call continues behind the last generation."""

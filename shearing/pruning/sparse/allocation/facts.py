@@ -1,0 +1,41 @@
+"""What a recipe has to know of every way to share a budget out, said once, and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+
+@dataclass(frozen=True)
+class AllocationFacts:
+    """What is known of an allocation before anything is computed.
+
+    Attributes:
+        reads_text: whether it needs calibration text.
+        rule: whether levels follow from scores by a formula; a search begins with those of the rules.
+    """
+
+    reads_text: bool
+    rule: bool
+
+
+ALLOCATIONS: Mapping[str, AllocationFacts] = {
+    "uniform": AllocationFacts(reads_text=False, rule=False),
+    "depth": AllocationFacts(reads_text=False, rule=True),
+    "alpha": AllocationFacts(reads_text=False, rule=True),
+    "owl": AllocationFacts(reads_text=True, rule=True),
+    "rank": AllocationFacts(reads_text=True, rule=True),
+    "msp": AllocationFacts(reads_text=True, rule=False),
+}
+"""By name, as recipes say it."""
+
+RULES = [name for name, facts in ALLOCATIONS.items() if facts.rule]
+"""Names of the rules."""
+
+if TYPE_CHECKING:
+    AllocationName = str
+    RuleName = str
+else:
+    AllocationName = Literal[tuple(ALLOCATIONS)]
+    RuleName = Literal[tuple(RULES)]

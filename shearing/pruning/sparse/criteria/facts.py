@@ -1,0 +1,48 @@
+"""What a recipe has to know of every criterion, said once, and without torch.
+
+A new criterion is a file beside this one and a line in `CRITERIA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from shearing.pruning.calibration.statistics import Need
+    from shearing.pruning.sparse.reconstruction.facts import ReconstructionName
+
+Group = Literal["row", "layer", "cumulative"]
+
+
+@dataclass(frozen=True)
+class CriterionFacts:
+    """What is known of a criterion before anything is computed.
+
+    Attributes:
+        home: module of this package and class in it.
+        needs: statistics of the inputs that scores are made of; where it is empty, no text is read.
+        group: weights that are compared with each other where the pattern is unstructured, as published.
+        reconstruction: what is done about the weights that go, as published.
+    """
+
+    home: str
+    needs: frozenset[Need]
+    group: Group
+    reconstruction: ReconstructionName
+
+
+CRITERIA: Mapping[str, CriterionFacts] = {
+    "magnitude": CriterionFacts("magnitude.Magnitude", needs=frozenset(), group="layer", reconstruction="none"),
+    "wanda": CriterionFacts("wanda.Wanda", needs=frozenset({"squares"}), group="row", reconstruction="none"),
+    "sparsegpt": CriterionFacts(
+        "sparsegpt.SparseGPT", needs=frozenset({"moment"}), group="layer", reconstruction="obs"
+    ),
+}
+"""By name, as recipes say it."""
+
+if TYPE_CHECKING:
+    CriterionName = str
+else:
+    CriterionName = Literal[tuple(CRITERIA)]

@@ -1,0 +1,38 @@
+"""What a recipe has to know of every reconstruction, said once, and without torch.
+
+A new reconstruction is a file beside this one and a line in `RECONSTRUCTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from shearing.pruning.calibration.statistics import Need
+
+
+@dataclass(frozen=True)
+class ReconstructionFacts:
+    """What is known of a reconstruction before anything is computed.
+
+    Attributes:
+        home: module of this package and class in it.
+        needs: statistics of the inputs that it works with; where it is empty, no text is read.
+    """
+
+    home: str
+    needs: frozenset[Need]
+
+
+RECONSTRUCTIONS: Mapping[str, ReconstructionFacts] = {
+    "none": ReconstructionFacts("none.NoReconstruction", needs=frozenset()),
+    "obs": ReconstructionFacts("obs.OptimalBrainSurgeon", needs=frozenset({"moment"})),
+}
+"""By name, as recipes say it."""
+
+if TYPE_CHECKING:
+    ReconstructionName = str
+else:
+    ReconstructionName = Literal[tuple(RECONSTRUCTIONS)]

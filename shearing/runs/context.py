@@ -1,0 +1,137 @@
+"""What the checks and the stages of a run have in common: the recipe, and all that is resolved from it, once.
+
+Nothing is resolved before it is asked for, so a stage opens only what it needs; what has been is kept for the stages
+that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.documents import DocumentRules
+from shearing.data.mixture.sampler import Mixture
+from shearing.data.mixture.weights import resolve_weights
+from shearing.errors import ShearingError
+from shearing.models.loading import load_config
+from shearing.processes.processes import Processes
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.training.device import resolve_device, resolve_precision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """A recipe, where it runs, and what is resolved from it.
+
+    Every property that can fail raises `ShearingError` where it is first asked for, and again where it is asked for
+    again.
+
+    Attributes:
+        recipe: what to do.
+        console: where progress goes; stdout if not given.
+        processes: those that share the work, each with a context of its own; this one alone if not given.
+    """
+
+    recipe: Recipe
+    console: Console = field(default_factory=Console)
+    processes: Processes = field(default_factory=Processes)
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        """The run's folder."""
+        return RunDirectory(self.recipe.run_dir)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes.
+
+        Raises:
+            ShearingError: see `resolve_device`.
+        """
+        return resolve_device(self.recipe.training)
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """Dtype of matrix products."""
+        return resolve_precision(self.recipe.training, device=self.device)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The source model's; whoever changes one changes a copy.
+
+        Raises:
+            ShearingError: see `load_config`.
+        """
+        return load_config(self.recipe.model.source, revision=self.recipe.model.revision)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The source model's.
+
+        Raises:
+            ShearingError: there is none beside the model.
+        """
+        from transformers import AutoTokenizer
+
+        source = self.recipe.model
+        try:
+            return AutoTokenizer.from_pretrained(source.source, revision=source.revision)
+        except (OSError, ValueError) as error:
+            raise ShearingError(
+                "model.source",
+                value=source.source,
+                allowed="a model with its tokenizer beside it",
+                mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
+            ) from error
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The recipe's domains, checked against the source model and its tokenizer.
+
+        Raises:
+            ShearingError: see `Corpus.open`.
+        """
+        data = self.recipe.data
+        return Corpus.open(
+            data.corpus,
+            domains=data.domains,
+            vocab_size=self.config.vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            sequence_length=data.sequence_length,
+        )
+
+    @property
+    def document_rules(self) -> DocumentRules:
+        """What the end of a document means."""
+        data = self.recipe.data
+        return DocumentRules(attention_within=data.attention == "documents", loss_across=data.loss_across_documents)
+
+    @cached_property
+    def initial_weights(self) -> dict[str, float]:
+        """The starting weight of each domain, summing to 1, in the order of the corpus.
+
+        Raises:
+            ShearingError: see `resolve_weights`.
+        """
+        tokens = {domain: manifest.train.tokens for domain, manifest in self.corpus.manifests.items()}
+        return resolve_weights(self.recipe.mixture.initial_weights, tokens=tokens)
+
+    def initial_mixture(self) -> Mixture:
+        """The mixture from its first sample on, at the starting weights."""
+        return Mixture(
+            self.corpus,
+            seed=self.recipe.seed,
+            sequence_length=self.recipe.data.sequence_length,
+            weights=self.initial_weights,
+            documents=self.document_rules,
+        )
