@@ -188,8 +188,7 @@ def _saved_by_norms(shape: Shape, name: str, *, workload: Workload, weight_bytes
         saved |= _saved_by_norm(norm, shape=shape, input_bytes=weight_bytes if norm is sublayer.before else product)
     # Autocast makes a bf16 copy of an activation for each product that reads it; only weights' copies are shared.
     casts = product != weight_bytes
-    if sublayer.before is not None or casts:
-        saved[f"{name}'s input"] = product * d * len(sublayer.readers) if casts else weight_bytes * d
+    saved[f"{name}'s input"] = product * d * len(sublayer.readers) if casts else weight_bytes * d
     return saved
 
 
