@@ -5,10 +5,8 @@ The format: the header's length (8 bytes, little-endian), the header (JSON), the
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,24 +124,6 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def no_space(folder: Path) -> ShearingError:
-    """The error for a full disk."""
-    return ShearingError(
-        "run_dir",
-        value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
-        allowed="a disk that can take one more checkpoint",
-        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
-    )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors wraps the operating system's error in its text.
-    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
 
@@ -153,17 +133,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[s
         metadata: text for the file's header.
 
     Raises:
-        ShearingError: no space left.
+        OSError, SafetensorError: the file cannot be written; `full_disk.is_disk_full` tells why. Nothing is left of it.
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
-    except BaseException as error:
+    except BaseException:
         beside.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise no_space(path.parent) from error
         raise
     beside.replace(path)
     flush_folder(path.parent)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
+from shearing.files import tensors as tensor_files
 from shearing.objectives.language_model import LanguageModelLoss, Losses
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
 from shearing.training import loop
-from shearing.training.checkpoints import checkpoints as checkpoint
 from shearing.training.metrics import TIMING_FIELDS
 from tests.conftest import tiny_recipe_data
 
@@ -204,7 +204,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
-    save_file, saves = checkpoint.save_file, 0
+    save_file, saves = tensor_files.save_file, 0
 
     def full(*arguments: Any, **keywords: Any) -> None:
         nonlocal saves
@@ -214,7 +214,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
         save_file(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensor_files, "save_file", full)
         with pytest.raises(ShearingError, match="free space"):
             _prune(recipe)
     checkpoints = tmp_path / "run" / "prune" / "checkpoints"

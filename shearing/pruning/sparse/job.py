@@ -156,12 +156,12 @@ def disk_bytes(job: Job) -> int:
     return size
 
 
-def no_room(folder: Path, *, job: Job) -> ShearingError:
-    """That the disk under `folder` is too small."""
+def no_room(folder: Path, *, what: str) -> ShearingError:
+    """That the disk under `folder`, which is a run's own, is too small for `what`."""
     return ShearingError(
         "output",
         value=f"{folder.parent}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
-        allowed=f"a disk with room for {disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more",
+        allowed=f"a disk with room for {what}",
         mend="free space and run the same command again, or choose an output on another disk",
     )
 

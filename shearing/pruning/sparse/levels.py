@@ -14,6 +14,7 @@ from rich.table import Table
 
 from shearing.errors import ShearingError
 from shearing.files.durable import locked, read_json, require_writable, write_json
+from shearing.files.full_disk import full_disk_said
 from shearing.pruning.sparse.allocation.allocator import Allocator, Request, require_fit, units_of
 from shearing.pruning.sparse.allocation.alpha import Alpha
 from shearing.pruning.sparse.allocation.depth import Depth
@@ -22,7 +23,7 @@ from shearing.pruning.sparse.allocation.owl import Owl
 from shearing.pruning.sparse.allocation.picture import draw_allocation
 from shearing.pruning.sparse.allocation.rank import Rank
 from shearing.pruning.sparse.allocation.uniform import Uniform
-from shearing.pruning.sparse.job import Job, prepare, require_same
+from shearing.pruning.sparse.job import Job, no_room, prepare, require_same
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.msp import Msp
@@ -56,7 +57,8 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     require_writable(output.parent, field="output")
     partial = output.with_name(f"{output.name}.partial")
     job = prepare(recipe, folder=partial)
-    with locked(partial, field="output"):
+    room = "what is found of each layer, until levels are chosen"
+    with locked(partial, field="output"), full_disk_said(lambda: no_room(partial, what=room)):
         settings = partial / "settings.json"
         if settings.is_file():
             require_same(read_json(settings), job.settings, where=partial)

@@ -16,7 +16,7 @@ from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
 from shearing.evaluation.table import comparison_table
 from shearing.files.durable import locked, read_json, require_writable, write_json
-from shearing.files.tensors import is_disk_full
+from shearing.files.full_disk import full_disk_said
 from shearing.progress import activity, max_memory
 from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
 from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
@@ -61,12 +61,8 @@ def sparsify(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
         with locked(partial, field="output"):
             _continue_or_begin(partial, job)
             started = time.monotonic()
-            try:
+            with full_disk_said(lambda: _no_room(partial, job=job)):
                 manifest = _prune(recipe, job, partial=partial, console=console)
-            except OSError as error:
-                if is_disk_full(error):
-                    raise no_room(partial, job=job) from error
-                raise
             _print_summary(manifest, seconds=time.monotonic() - started, console=console)
     shutil.rmtree(partial, ignore_errors=True)
     if heldout is not None:
@@ -142,8 +138,12 @@ def _continue_or_begin(partial: Path, job: Job) -> None:
         require_same(read_json(settings), job.settings, where=partial)
         return
     if shutil.disk_usage(partial).free < disk_bytes(job):
-        raise no_room(partial, job=job)
+        raise _no_room(partial, job=job)
     write_json(settings, job.settings)
+
+
+def _no_room(partial: Path, *, job: Job) -> ShearingError:
+    return no_room(partial, what=f"{disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more")
 
 
 def _heldout(path: Path, *, job: Job) -> Corpus:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
-from shearing.files.tensors import is_disk_full, no_space
+from shearing.files.full_disk import full_disk_said
 from shearing.objectives.language_model import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
@@ -19,6 +19,7 @@ from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain_start import Start
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
+from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState, read_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
@@ -151,15 +152,14 @@ def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, reco
         if folder.exists():
             shutil.rmtree(folder)
     try:
-        model.save_pretrained(beside)
-        for path in start.companions():
-            shutil.copyfile(path, beside / path.name)
-        if start.masks is not None:
-            write_trained(beside, source=start.folder, record=record)
-    except BaseException as error:
+        with full_disk_said(lambda: no_space(run.path)):
+            model.save_pretrained(beside)
+            for path in start.companions():
+                shutil.copyfile(path, beside / path.name)
+            if start.masks is not None:
+                write_trained(beside, source=start.folder, record=record)
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        if is_disk_full(error):
-            raise no_space(run.path) from error
         raise
     flush_tree(beside)
     beside.rename(run.model)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
 from shearing.files.durable import write_json
+from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact_moments
@@ -30,6 +31,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.recipe import tokens_per_step, total_steps
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import calibration_batches, task_of
+from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
@@ -65,7 +67,8 @@ def prune(context: RunContext) -> dict[str, Any]:
     reference = processes.on_main(
         lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
     )
-    path = processes.on_main(lambda: _importance(context, model=model))
+    said = full_disk_said(lambda: no_space(run.prune))
+    path = processes.on_main(said(lambda: _importance(context, model=model)))
     learner = _learner(context, model=model, importance=None if path is None else load_file(path))
     masking = Masking(model=MaskedModel(model), learner=learner)
     task = task_of(
@@ -80,7 +83,7 @@ def prune(context: RunContext) -> dict[str, Any]:
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
-    return processes.on_main(lambda: _finish(context, model=model, task=task, trained=trained, mixture=mixture))
+    return processes.on_main(said(lambda: _finish(context, model=model, task=task, trained=trained, mixture=mixture)))
 
 
 def _finish(

@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from shearing.errors import ShearingError
 from shearing.files.durable import flush_folder, flush_tree, write_text
-from shearing.files.tensors import is_disk_full, no_space
+from shearing.files.full_disk import full_disk_said
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints
 
@@ -31,6 +32,16 @@ _REMOVING = ".removing-"
 _PREFIX = "step-"
 _READ_BYTES = 1 << 24
 _Entries = dict[str, dict[str, int]]
+
+
+def no_space(folder: Path) -> ShearingError:
+    """That the disk under a folder of a run is full."""
+    return ShearingError(
+        "run_dir",
+        value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
+        allowed="a disk that can take one more checkpoint",
+        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
+    )
 
 
 class Checkpoints:
@@ -66,15 +77,15 @@ class Checkpoints:
             ShearingError: no space left; the checkpoints that were there are untouched.
         """
         beside = self.folder / f"{_WRITING}{_PREFIX}{step:08d}"
+        # Around what each process does, not around the meeting: all have to agree on the error that is raised.
+        said = full_disk_said(lambda: no_space(self.folder))
         try:
-            self._processes.on_main(lambda: self._make_room(beside))
-            parts = self._processes.together(lambda: self._write_own(beside, write=write))
-            self._processes.on_main(lambda: self._commit(beside, self.place(step), parts=parts))
-        except BaseException as error:
+            self._processes.on_main(said(lambda: self._make_room(beside)))
+            parts = self._processes.together(said(lambda: self._write_own(beside, write=write)))
+            self._processes.on_main(said(lambda: self._commit(beside, self.place(step), parts=parts)))
+        except BaseException:
             if self._processes.is_main:
                 shutil.rmtree(beside, ignore_errors=True)
-            if is_disk_full(error):
-                raise no_space(self.folder) from error
             raise
         return self.place(step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -55,6 +57,16 @@ def allocation(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     assert "best" in said
     assert "uniform" in said
     return path
+
+
+def test_a_full_disk_is_said_of_the_output(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shearing.files.tensors.save_file", full)
+    message = error_of(*msp(tiny_inputs, tmp_path / "allocation.json"))
+    assert f"output = '{tmp_path}, with " in message
+    assert "a disk with room for what is found of each layer, until levels are chosen" in message
 
 
 def test_the_file_says_what_was_found_and_why(allocation: Path) -> None:

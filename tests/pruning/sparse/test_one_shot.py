@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -24,6 +25,7 @@ from typer.testing import CliRunner, Result
 import shearing
 from shearing.cli.app import app
 from shearing.errors import ShearingError
+from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
 from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.sparse.one_shot import sparsify
@@ -170,6 +172,33 @@ def test_a_model_without_safetensors_is_converted(tiny_inputs: Path, tmp_path: P
     found, expected = load_file(output / "model.safetensors"), load_file(wanda / "model.safetensors")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert sparse(tmp_path / "inputs", output) == output
+
+
+def test_a_full_disk_is_said_of_the_output_and_the_run_continues_later(
+    tiny_inputs: Path, wanda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file, saves = tensor_files.save_file, 0
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves > 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments, **keywords)
+
+    output = tmp_path / "sparse"
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "save_file", full)
+        with pytest.raises(ShearingError) as caught:
+            sparse(tiny_inputs, output)
+    assert caught.value.field == "output"
+    assert "a disk with room for 0.00 GB: the model, and its layers once more" in str(caught.value)
+    assert "checkpoint" not in str(caught.value)
+    assert not output.exists()
+    blocks = output.with_name("sparse.partial") / "blocks"
+    assert sorted(path.name for path in blocks.iterdir()) == ["00000.safetensors", "00001.safetensors"]
+    sparse(tiny_inputs, output)
+    assert (output / "model.safetensors").read_bytes() == (wanda / "model.safetensors").read_bytes()
 
 
 def test_include_and_exclude(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from shearing.errors import ShearingError
+from shearing.files import tensors as tensor_files
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
@@ -59,3 +63,27 @@ def test_both_importances_agree_on_layers_and_hidden_dimensions_and_not_on_units
         torch.testing.assert_close(scores["activations"][name], scores["reconstruction"][name])
     ranks = [scores[name]["intermediate"].argsort(-1) for name in scores]
     assert not torch.equal(*ranks)
+
+
+@pytest.mark.parametrize("name", ["importance", "moments", "masks", "model"])
+def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    save_file = tensor_files.save_file
+
+    def full(tensors: Any, path: Path, **keywords: Any) -> None:
+        if path.name == f".{name}.safetensors.writing":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, **keywords)
+
+    settings = ["prune.initial_masks=activations"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "save_file", full)
+        with pytest.raises(ShearingError, match="one more checkpoint") as caught:
+            pruned(tiny_recipe, *settings, run_dir=tmp_path / "run")
+    assert caught.value.field == "run_dir"
+    assert str(caught.value.value).startswith(f"{tmp_path / 'run' / 'prune'}, with ")
+    run = pruned(tiny_recipe, *settings, run_dir=tmp_path / "run")
+    whole = pruned(tiny_recipe, *settings, run_dir=tmp_path / "whole")
+    model = Path("prune") / "model.safetensors"
+    assert (run.path / model).read_bytes() == (whole.path / model).read_bytes()

@@ -20,7 +20,8 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree, locked, require_writable, write_json
-from shearing.files.tensors import is_disk_full, overwrite
+from shearing.files.full_disk import full_disk_said
+from shearing.files.tensors import overwrite
 from shearing.models.stored_model import Source, dtype_of, open_source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix, matrices_of
@@ -123,7 +124,7 @@ def export(
     require_writable(output, field="--output")
     transformers.utils.logging.disable_progress_bar()
     partial = output.with_name(f"{output.name}.partial")
-    with locked(partial, field="--output"):
+    with locked(partial, field="--output"), full_disk_said(lambda: _no_room(output)):
         try:
             source = open_source(model, revision=revision, converted=partial / "source")
             _require_room(output, source=source)
@@ -136,10 +137,6 @@ def export(
             _require_gain(verdicts, batches=batches)
             manifest = _manifest(measurement, matrices, verdicts=verdicts, negative_zeros=found.negative_zeros)
             _write(output, beside=partial / "model", source=source, manifest=manifest, console=console)
-        except OSError as error:
-            if is_disk_full(error):
-                raise _no_room(output) from error
-            raise
         finally:
             shutil.rmtree(partial)
     console.print(f"exported model: {output}", soft_wrap=True, highlight=False)

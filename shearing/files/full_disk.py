@@ -1,0 +1,33 @@
+"""A disk or a quota that is full: how it is told from other errors, and whose words it is said in.
+
+Writers of files let the error through, because only the caller knows what was being written and what frees space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+
+from safetensors import SafetensorError
+
+from shearing.errors import ShearingError
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that a disk or a quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the operating system's error in its text.
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+
+
+@contextlib.contextmanager
+def full_disk_said(say: Callable[[], ShearingError]) -> Iterator[None]:
+    """Where the block finds a disk full, the error is what `say` returns; all other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise say() from error
+        raise
