@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shearing.data.mixture.sampler import Mixture
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.language_model import LanguageModelLoss
+from shearing.pruning.calibration.text import first_samples
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.context import RunContext
@@ -179,19 +180,8 @@ def _engine(context: RunContext, *, optimization: Optimization, split: BatchSpli
     )
 
 
-def calibration_batches(
-    context: RunContext, *, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one.
-
-    Args:
-        micro_batch_size: sequences per batch (B).
-        advance: called with the tokens of each batch that has been used.
-    """
-    mixture, device = context.initial_mixture(), context.device
-    count = whole_rows(context.recipe.pruning.prune.calibration_tokens, sequence_length=mixture.sequence_length)
-    for first in range(0, count, micro_batch_size):
-        batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
-        tokens_BS = batch.tokens[:, :-1].to(device)
-        yield Inputs(tokens_BS, mixture.documents.documents(batch.positions, device=device))
-        advance(tokens_BS.numel())
+def calibration_batches(context: RunContext) -> list[Inputs]:
+    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
+    mixture, prune = context.initial_mixture(), context.recipe.pruning.prune
+    samples = whole_rows(prune.calibration_tokens, sequence_length=mixture.sequence_length)
+    return list(first_samples(mixture, samples=samples, micro_batch_size=prune.micro_batch_size, device=context.device))

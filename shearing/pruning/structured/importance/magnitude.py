@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,32 @@ from torch import Tensor
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families.axes import HIDDEN, Unit
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.scores import Scores
+from shearing.pruning.structured.importance.metric import Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Magnitude:
+    """L2 norm of every weight that a unit owns; see `Metric`."""
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """All layers at once."""
+        del source, evidence
+        return 1
+
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """See `magnitude_scores`."""
+        del evidence
+        scores = magnitude_scores(model)
+        advance(1)
+        return scores
+
+
 @torch.no_grad()
-def magnitude_importance(model: PreTrainedModel) -> Scores:
+def magnitude_scores(model: PreTrainedModel) -> Scores:
     """L2 norm of every weight that a unit owns."""
     family = anatomy_of(model)
     source = Shape.of(model.config)

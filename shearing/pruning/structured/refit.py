@@ -1,10 +1,6 @@
-"""What the units that stay can make up for: an order in which to let units go, and the weights that make up for them.
+"""Refit: weights that stay make up for the units that go, layer by layer, before any of them is trained.
 
-Training refits the weights that stay, so a unit that the others can stand in for costs nothing in the end, however
-active it is. Both functions here ask how much of a layer's output a linear refit of the rest would recover.
-
-Legend: T tokens, L layers, d hidden, m intermediate, K KV groups, G query heads per group, dh head dimension; I and O
-inputs and outputs of a linear layer.
+Legend: T tokens, B sequences, S positions; I and O inputs and outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -19,17 +15,18 @@ from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
-from shearing.pruning.calibration.places import readers, reading_modules, weight_of
+from shearing.pruning.calibration.inverse import damped_factors
+from shearing.pruning.calibration.places import Place, named_places, weight_of
+from shearing.pruning.calibration.statistics import InputStatistics, add_products, weigh
 from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
-from shearing.pruning.structured.importance.reconstruction import damped, token_weights
+from shearing.pruning.structured.importance.reconstruction import token_weights
 
 RIDGE = 1.5
-"""The same where weights are refitted: how strongly they are held where they are. Small values fit the calibration
-text, see docs/lab-log.md."""
+"""How strongly refitted weights are held where they are. Small values fit the calibration text, see docs/lab-log.md."""
 
 
 @torch.no_grad()
-def compensate(
+def refit(
     model: MaskedModel,
     *,
     masks: Masks,
@@ -63,12 +60,13 @@ def compensate(
     model.set_masks(masks)
     masked, _ = first_inputs(source_model, batches)
     hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
-    reads = reading_modules(family, "attention read", "mlp norm", "mlp read")
-    writes = reading_modules(family, "attention write", "mlp norm")
+    attention_read, attention_write, mlp_norm, mlp_read = named_places(
+        family, "attention read", "attention write", "mlp norm", "mlp read"
+    )
     for index, layer in enumerate(decoder_layers(source_model)):
         model.set_masks(None)
         dense = [
-            run_layer(layer.forward, layer, stream, of_layers[index], places=reads)
+            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
             for stream, of_layers in zip(whole, calls, strict=True)
         ]
         whole = [after for _, after in dense]
@@ -77,51 +75,45 @@ def compensate(
         if _kept(masks.attention, index):
             heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
             norm = layer.get_submodule(family.attention.entry)
-            _refit_readers(
-                layer,
-                "attention",
-                family,
-                inputs=[norm(x) for x in masked],
-                dense=dense,
-                fit=_Fit(columns=hidden, ridge=ridge),
-            )
+            inputs = [norm(x) for x in masked]
+            _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
+            places = (attention_write, mlp_norm)
             found = [
-                run_layer(layer.forward, layer, x, of_layers[index], places=writes, until="mlp norm")
+                run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
                 for x, of_layers in zip(masked, calls, strict=True)
             ]
-            wanted = [seen["mlp norm"] for seen, _ in dense]
-            inputs = [seen["attention write"] for seen, _ in found]
-            masked = _refit_write(
-                layer, family.attention.write, masked, inputs, wanted, rows=hidden, fit=_Fit(columns=heads, ridge=ridge)
-            )
+            wanted = [seen[mlp_norm.name] for seen, _ in dense]
+            inputs = [seen[attention_write.name] for seen, _ in found]
+            write = family.attention.write
+            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
         if _kept(masks.mlp, index):
             normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
-            _refit_readers(layer, "mlp", family, inputs=normed, dense=dense, fit=_Fit(columns=hidden, ridge=ridge))
+            _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
             inputs = [_inputs_of_write(layer, family, x) for x in normed]
-            masked = _refit_write(
-                layer, family.mlp.write, masked, inputs, whole, rows=hidden, fit=_Fit(columns=units, ridge=ridge)
-            )
+            write = family.mlp.write
+            masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
         advance(1)
     source_model.train(was_training)
 
 
 def _refit_readers(
     layer: nn.Module,
-    kind: str,
-    family: Family,
+    place: Place,
     *,
     inputs: Sequence[Tensor],
     dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
-    fit: _Fit,
+    columns: Tensor | None,
+    ridge: float,
 ) -> None:
     """Corrects what reads the residual stream, from its inputs with masks and without."""
+    fit = _Fit(weight_of(layer, place.members[0]), columns=columns, outputs=inputs[0].shape[-1], ridge=ridge)
     for x, (seen, _) in zip(inputs, dense, strict=True):
-        fit.add(x, residual=seen[f"{kind} read"] - x)
+        fit.add(x, lacks=seen[place.name] - x)
     gain = fit.solve()
-    for name in readers(family, kind):
+    for name in place.members:
         weight = weight_of(layer, name)
         # What the output lacks is W (x - x').
-        weight[:, fit.columns_of(weight)] += (weight.double() @ gain.T).to(weight.dtype)
+        weight[:, fit.columns] += (weight.double() @ gain.T).to(weight.dtype)
 
 
 def _refit_write(
@@ -132,15 +124,17 @@ def _refit_write(
     wanted: Sequence[Tensor],
     *,
     rows: Tensor | None,
-    fit: _Fit,
+    columns: Tensor | None,
+    ridge: float,
 ) -> list[Tensor]:
     """Corrects what writes into the residual stream; returns the stream after it."""
     write, weight = layer.get_submodule(name), weight_of(layer, name)
-    for stream, x, y in zip(streams, inputs, wanted, strict=True):
-        residual = y - stream - write(x)
-        fit.add(x, residual=residual if rows is None else residual[..., rows], weights=token_weights(y))
     index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    weight[index_O[:, None], fit.columns_of(weight)] += fit.solve().T.to(weight.dtype)
+    fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge)
+    for stream, x, y in zip(streams, inputs, wanted, strict=True):
+        lacks = y - stream - write(x)
+        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
+    weight[index_O[:, None], fit.columns] += fit.solve().T.to(weight.dtype)
     return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
 
 
@@ -154,36 +148,41 @@ def _inputs_of_heads(heads: Tensor | None, *, inputs: int) -> Tensor | None:
 
 
 class _Fit:
-    """Normal equations of a linear correction: what is read, and what the output lacks.
+    """Normal equations of a linear correction, as sums over tokens: what is read, and what the output lacks.
 
     Args:
+        weight: [O, I], what is corrected.
         columns: indices of the inputs that take part; None: all.
+        outputs: number of outputs that lack something.
         ridge: share of the moment's diagonal that is added to it.
+
+    Attributes:
+        columns: indices of the inputs that take part.
     """
 
-    def __init__(self, *, columns: Tensor | None, ridge: float) -> None:
-        self._columns, self._ridge = columns, ridge
-        self._moment = self._cross = torch.zeros(())
+    def __init__(self, weight: Tensor, *, columns: Tensor | None, outputs: int, ridge: float) -> None:
+        self._all, self._ridge = columns is None, ridge
+        self.columns = torch.arange(weight.shape[1], device=weight.device) if columns is None else columns
+        taking_part = self.columns.numel()
+        self._read = InputStatistics(
+            taking_part, needs=frozenset({"moment"}), device=weight.device, dtype=torch.float64
+        )
+        self._cross = torch.zeros(taking_part, outputs, dtype=torch.float64, device=weight.device)
 
-    def add(self, x: Tensor, *, residual: Tensor, weights: Tensor | None = None) -> None:
-        """Inputs [..., I], what the output lacks [..., O], and how much each token counts [...]."""
-        x, residual = x.flatten(0, -2).float(), residual.flatten(0, -2).float()
-        x = x if self._columns is None else x[:, self._columns]
-        weighted = x if weights is None else x * weights.flatten()[:, None]
-        self._moment = self._moment.to(x.device) + (weighted.T @ x).double()
-        self._cross = self._cross.to(x.device) + (weighted.T @ residual).double()
-
-    def columns_of(self, weight: Tensor) -> Tensor:
-        """Indices of the columns of `weight` [O, I] that are corrected."""
-        return torch.arange(weight.shape[1], device=weight.device) if self._columns is None else self._columns
+    def add(self, x: Tensor, *, lacks: Tensor, weights: Tensor | None = None) -> None:
+        """Inputs [B, S, I], what the output lacks [B, S, O], and how much each token counts [B, S]."""
+        x = x if self._all else x[..., self.columns]
+        self._read.add(x, weights=weights)
+        add_products(self._cross, weigh(x.flatten(0, -2).float(), weights), lacks.flatten(0, -2).float())
 
     def solve(self) -> Tensor:
         """Transposed correction [inputs that take part, O]."""
-        return torch.cholesky_solve(self._cross, torch.linalg.cholesky(damped(self._moment, by=self._ridge)))
+        lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
+        return torch.cholesky_solve(self._cross, lower)
 
 
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:
     """What the MLP's write reads when the MLP reads x."""
-    with listening(layer, reading_modules(family, "mlp write"), until="mlp write") as seen, suppress(Reached):
+    with listening(layer, named_places(family, "mlp write"), until="mlp write") as seen, suppress(Reached):
         layer.get_submodule(family.mlp.module)(x)
     return seen["mlp write"]
