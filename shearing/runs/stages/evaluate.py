@@ -261,7 +261,7 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
     return {
         "label": row.label,
         "group": row.group,
-        "shape": dataclasses.asdict(row.shape),
+        "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
         "training_tokens": row.training_tokens,
