@@ -39,7 +39,6 @@ from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
-from shearing.runs.stages.training_task import calibration_batches
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -168,7 +167,7 @@ class _Source:
         measured = context.directory.prune / INITIAL_SCORES
         if name == "importance" and measured.is_file():  # as mask learning measured it, where it did
             return load_file(measured)
-        text = calibration_batches(context) if METRICS[metric].reads_text else ()
+        text = context.calibration_batches() if METRICS[metric].reads_text else ()
         evidence = Evidence(text=text, target=target, seed=context.recipe.seed)
         with attention_within_documents(self.model(), on=context.document_rules.attention_within):
             return metric_of(metric).scores(self.model(), evidence=evidence)
@@ -262,7 +261,7 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
     return {
         "label": row.label,
         "group": row.group,
-        "shape": dataclasses.asdict(row.shape),
+        "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
         "training_tokens": row.training_tokens,

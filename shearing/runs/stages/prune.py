@@ -30,7 +30,7 @@ from shearing.pruning.structured.refit import refit
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
-from shearing.runs.stages.training_task import calibration_batches, task_of
+from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
@@ -151,7 +151,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
         return path
     name, target = starts()[start], context.recipe.pruning.target
     evidence = Evidence(
-        text=calibration_batches(context) if METRICS[name].reads_text else (),
+        text=context.calibration_batches() if METRICS[name].reads_text else (),
         target=None if target.parameters is not None else resolve_target(target, source=model.config),
         seed=context.recipe.seed,
     )
@@ -177,7 +177,7 @@ def _refit(context: RunContext, *, masking: Masking) -> None:
         refit(
             masking.model,
             masks=masking.learner.final_masks(),
-            batches=calibration_batches(context),
+            batches=context.calibration_batches(),
             advance=advance,
         )
 

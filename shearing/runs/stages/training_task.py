@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import whole_rows
-from shearing.data.documents import Inputs
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
@@ -17,7 +15,6 @@ from shearing.models.attention import drop_attention_mask, keep_attention_within
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts
 from shearing.objectives.registry import objective_of
-from shearing.pruning.calibration.text import first_samples
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
@@ -170,10 +167,3 @@ def _engine(context: RunContext, *, optimization: Optimization, split: BatchSpli
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
-
-
-def calibration_batches(context: RunContext) -> list[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
-    mixture, prune = context.initial_mixture(), context.recipe.pruning.prune
-    samples = whole_rows(prune.calibration_tokens, sequence_length=mixture.sequence_length)
-    return list(first_samples(mixture, samples=samples, micro_batch_size=prune.micro_batch_size, device=context.device))
