@@ -53,7 +53,7 @@ def task_of(
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
         rule_memory: what the rule that updates domain weights remembers of the stage before.
-        moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
+        moments: AdamW state to start from, under the names of the objective; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model, whose zeros stay; see `Task`.
 
