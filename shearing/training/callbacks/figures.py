@@ -38,5 +38,5 @@ def step_line(known: Mapping[str, Any], figures: Mapping[str, float]) -> dict[st
     for name, value in figures.items():
         kind, _, granularity = name.partition("/")
         if granularity:
-            line[kind][granularity] = value
+            line.setdefault(kind, {})[granularity] = value
     return line
