@@ -24,6 +24,7 @@ from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradi
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.reading import read_recipe_file
 from shearing.settings.section import Section
@@ -43,10 +44,10 @@ class Pruning:
 class Recipe(Section):
     """A run: units pruned (`target` and `prune`), weights zeroed (`sparsify`), both or neither; then training."""
 
-    name: str = Field(description="Name of the run.")
-    run_dir: Path = Field(description="Folder of the run; relative to the working directory.")
+    name: Neutral[str] = Field(description="Name of the run.")
+    run_dir: Neutral[Path] = Field(description="Folder of the run; relative to the working directory.")
     seed: int = Field(0, ge=0, description="Seeds masks, mixture and random baselines.")
-    resume: Literal["auto", "never"] = Field(
+    resume: Neutral[Literal["auto", "never"]] = Field(
         "auto", description="auto: continue what is there; never: refuse a folder that holds a run."
     )
     model: ModelRecipe
@@ -57,7 +58,7 @@ class Recipe(Section):
     sparsify: OneShotRecipe | None = None
     pretrain: PretrainRecipe
     training: TrainingRecipe = TrainingRecipe()
-    evaluation: EvaluationRecipe = EvaluationRecipe()
+    evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:

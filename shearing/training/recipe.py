@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import BatchSize, Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
 
@@ -16,7 +17,7 @@ class StageRecipe(Section):
 
     duration: Duration = Field(description="Length of the stage: '3200 steps' or '0.4B tokens'.")
     batch_size: BatchSize = Field(description="Global batch per step: '32 sequences' or '131072 tokens'.")
-    micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
+    micro_batch_size: Neutral[int] = Field(4, ge=1, description="Sequences per forward pass.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of the weights.")
     warmup: Duration = Field(Duration(fraction=0.03), description="Linear warm-up of the learning rate.")
     final_learning_rate: Fraction = Field(0.1, description="Learning rate at the end of the cosine, share of the peak.")
@@ -24,9 +25,11 @@ class StageRecipe(Section):
     epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
     gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
-    checkpoint_interval: Duration = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints kept, newest first.")
-    keep_every: Duration | None = Field(None, description="Checkpoints at multiples of this are kept for good.")
+    checkpoint_interval: Neutral[Duration] = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
+    keep_last: Neutral[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
+    keep_every: Neutral[Duration | None] = Field(
+        None, description="Checkpoints at multiples of this are kept for good."
+    )
 
 
 class LoraRecipe(Section):
@@ -73,26 +76,28 @@ class DeepSpeedRecipe(Section):
 class TrainingRecipe(Section):
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
-    engine: Literal["torch", "deepspeed"] = Field(
+    engine: Neutral[Literal["torch", "deepspeed"]] = Field(
         "torch", description="torch: every process holds everything; deepspeed: ZeRO."
     )
-    deepspeed: DeepSpeedRecipe = DeepSpeedRecipe()
+    deepspeed: Neutral[DeepSpeedRecipe] = DeepSpeedRecipe()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Neutral[Literal["none", "selective", "full"]] = Field(
         "none",
         description="What the backward pass recomputes in each layer; selective: all but the matrix products and "
         "attention.",
     )
-    compile: bool = Field(False, description="torch.compile every decoder layer.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-    loss_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
+    compile: Neutral[bool] = Field(False, description="torch.compile every decoder layer.")
+    device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
+    loss_chunk_tokens: Neutral[int] = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
-    log_interval: int = Field(
+    log_interval: Neutral[int] = Field(
         10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."
     )
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+    trackers: Neutral[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]]] = Field(
         [], description="Where metrics go besides metrics.jsonl; each is a package of its own."
     )
-    timeout: Positive = Field(1800.0, description="Seconds that a process waits for the others in one exchange.")
+    timeout: Neutral[Positive] = Field(
+        1800.0, description="Seconds that a process waits for the others in one exchange."
+    )

@@ -27,12 +27,11 @@ from shearing.pruning.sparse.patterns import KeptOf, Pattern, pattern_of, runs_o
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
 from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
+from shearing.settings.neutral import neutral_keys
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192
 UNSTRUCTURED_STEPS = 32
-_NEUTRAL = frozenset({"output", "evaluate", "evaluate_tokens", "offload", "device", "micro_batch_size"})
-"""Keys that change where and on what a model is made, never what it is beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,8 @@ def _settings(
     allocation: StoredAllocation | None,
     seqlen: int,
 ) -> dict[str, Any]:
-    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NEUTRAL}
+    neutral = neutral_keys(SparsifyRecipe)
+    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in neutral}
     return {
         **settings,
         "allocation": settings["allocation"] if allocation is None else allocation.fingerprint,

@@ -22,6 +22,7 @@ from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName, Grou
 from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS, ReconstructionName
 from shearing.settings.document import embed_reference
 from shearing.settings.mistakes import located
+from shearing.settings.neutral import Neutral
 from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
 
@@ -118,7 +119,9 @@ class _Folders(Section):
 
     model: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
     revision: str | None = Field(None, description="Hub revision; only for hub names.")
-    output: Path = Field(description="Folder of the sparse model; of `shear allocate`: the file, as allocation.json.")
+    output: Neutral[Path] = Field(
+        description="Folder of the sparse model; of `shear allocate`: the file, as allocation.json."
+    )
 
 
 class OneShotRecipe(AllocationKeys):
@@ -172,10 +175,10 @@ class OneShotRecipe(AllocationKeys):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Of activations; auto: as the model is stored on a GPU, fp32 on a CPU."
     )
-    micro_batch_size: int | None = Field(
+    micro_batch_size: Neutral[int | None] = Field(
         None, ge=1, description="Sequences on the device at a time. Unset: as many as make 8192 tokens, at least one."
     )
-    offload: Literal["none", "cpu", "disk"] = Field(
+    offload: Neutral[Literal["none", "cpu", "disk"]] = Field(
         "cpu", description="Where activations wait between layers; none: on the device; disk: in a file beside output."
     )
 
@@ -228,9 +231,11 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
     """One-shot sparsity of one model. N:M means N kept of M."""
 
     seed: int = Field(0, ge=0, description="Draws the calibration text.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one.")
-    evaluate: Path | None = Field(None, description="Corpus on whose held-out text dense and sparse are compared.")
-    evaluate_tokens: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
+    device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
+    evaluate: Neutral[Path | None] = Field(
+        None, description="Corpus on whose held-out text dense and sparse are compared."
+    )
+    evaluate_tokens: Neutral[int] = Field(65_536, ge=2, description="Held-out tokens per domain.")
 
     def _contradictions(self) -> Iterator[ShearingError]:
         yield from super()._contradictions()

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import transformers
 from rich.console import Console
@@ -17,38 +16,10 @@ from shearing.errors import ShearingError
 from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
+from shearing.runs.continuation import require_same_run
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
-from shearing.settings.reading import read_recipe_file
-
-# Keys that change how a run is kept, watched or spread over processes, never what it computes beyond rounding.
-_NEUTRAL_KEYS = frozenset(
-    {
-        "name",
-        "run_dir",
-        "resume",
-        "prune.micro_batch_size",
-        "prune.keep_last",
-        "prune.keep_every",
-        "prune.checkpoint_interval",
-        "sparsify.micro_batch_size",
-        "sparsify.offload",
-        "pretrain.micro_batch_size",
-        "pretrain.keep_last",
-        "pretrain.keep_every",
-        "pretrain.checkpoint_interval",
-        "training.log_interval",
-        "training.engine",
-        "training.activation_checkpointing",
-        "training.compile",
-        "training.device",
-        "training.loss_chunk_tokens",
-        "training.trackers",
-        "training.timeout",
-    }
-)
-_NEUTRAL_SECTIONS = ("evaluation.", "training.deepspeed.")
 
 
 def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Console | None = None) -> RunDirectory:
@@ -109,7 +80,7 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
     _require_stages_before(recipe, stages=stages, directory=directory)
     preflight(context, stages=stages)
     lock.enter_context(directory.locked())
-    _require_same_run(recipe, directory=directory)
+    require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
         left_by_a_kill.unlink()
     write_text(directory.recipe, recipe.to_yaml())
@@ -186,51 +157,6 @@ def _require_stages_before(recipe: Recipe, *, stages: Sequence[Stage], directory
         for before in needed:
             if before not in stages:
                 directory.read_complete(before)
-
-
-def _require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
-    if not directory.recipe.is_file():
-        return
-    if recipe.resume == "never":
-        raise ShearingError(
-            "run_dir",
-            value=str(directory.path),
-            allowed="with resume=never, a folder that holds no run",
-            mend="choose another run_dir, remove the folder, or set resume=auto to continue that run",
-        )
-    earlier = _flat(read_recipe_file(directory.recipe, overrides=())[0])
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = sorted(
-        key
-        for key in earlier.keys() | now.keys()
-        if earlier.get(key) != now.get(key) and _is_settled(key, directory=directory)
-    )
-    if changed:
-        raise ShearingError(
-            "run_dir",
-            value=str(directory.path),
-            allowed="a folder without a run, or with a run of this recipe; what differs from its recipe.yaml: "
-            + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
-            mend="choose another run_dir, or take those values back to continue that run",
-        )
-
-
-def _is_settled(key: str, *, directory: RunDirectory) -> bool:
-    """Whether the run has already used the value of `key`."""
-    section = key.partition(".")[0]
-    if key in _NEUTRAL_KEYS or key.startswith(_NEUTRAL_SECTIONS):
-        return False
-    if section == "pretrain" or key == "mixture.pretrain_interval":
-        return directory.pretrain.exists()
-    if section == "sparsify":
-        return directory.sparsify.exists() or directory.pretrain.exists()
-    return any(folder.exists() for folder in (directory.prune, directory.sparsify, directory.pretrain))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {key: leaf for name, below in value.items() for key, leaf in _flat(below, f"{prefix}{name}.").items()}
 
 
 def _print_summary(directory: RunDirectory, *, console: Console) -> None:

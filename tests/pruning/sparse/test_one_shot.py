@@ -33,6 +33,7 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
+from shearing.settings.neutral import neutral_keys
 
 LAYERS = 4  # of the model of `tiny_inputs`
 SECONDS = 120.0
@@ -81,6 +82,13 @@ def wanda(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(wanda: Path, tmp_path: Path) -> Path:
     """A sparse model to damage."""
     return Path(shutil.copytree(wanda, tmp_path / "copied"))
+
+
+def test_every_key_is_either_neutral_or_compared_when_a_run_goes_on(wanda: Path) -> None:
+    settings = read_manifest(wanda)["settings"].keys()
+    neutral = neutral_keys(SparsifyRecipe)
+    assert settings.isdisjoint(neutral)
+    assert settings - {"source_files", "calibration_fingerprint"} == SparsifyRecipe.model_fields.keys() - neutral
 
 
 def test_the_result_is_an_ordinary_model(wanda: Path, tiny_inputs: Path) -> None:
