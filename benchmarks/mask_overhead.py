@@ -30,7 +30,9 @@ from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.objectives.cross_entropy import causal_lm_loss
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
+from shearing.pruning.structured.recipe import PruneRecipe
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 SIDES = ("dense", "masked", "usual")
@@ -55,15 +57,15 @@ class ActivationMasks:
         self.masks = Masks()
         self.head_dim = shape.head_dim
         model.get_submodule(family.embedding).register_forward_hook(lambda _m, _i, x: x * self.masks.hidden)
-        for name in [family.final_norm] + [
+        for name in [family.final_norm.name] + [
             f"{family.layers}.{layer}.{norm}"
             for layer in range(shape.num_hidden_layers)
-            for norm in (family.attention_norm, family.mlp_norm)
+            for norm in (family.attention.entry, family.mlp.entry)
         ]:
             norm = model.get_submodule(name)
             norm.forward = self._norm(norm)
         for index, layer in enumerate(decoder_layers(model)):
-            attention, mlp = layer.get_submodule(family.attention_write), layer.get_submodule(family.mlp_write)
+            attention, mlp = layer.get_submodule(family.attention.write), layer.get_submodule(family.mlp.write)
             attention.register_forward_pre_hook(self._heads(index))
             mlp.register_forward_pre_hook(lambda _m, x, index=index: (x[0] * self.masks.intermediate[index],))
             attention.register_forward_hook(self._write("attention", index))
@@ -105,7 +107,10 @@ def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int
                 "num_attention_heads": 2 * source.num_attention_heads // 3,
             }
         )
-        settings = MaskSettings(total_steps=1000, sparsity_warmup_steps=200, freeze_step=1000, mask_learning_rate=0.1)
+        section = PruneRecipe.model_validate(
+            {"duration": 1000, "batch_size": 1, "initial_masks": "open", "sparsity_warmup": 200, "freeze": 0}
+        )
+        settings = MaskSettings.of(section, tokens_per_step=1, seed=0)
         learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
         for granularity in learner.granularities:
             with torch.no_grad():

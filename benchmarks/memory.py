@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -27,7 +27,9 @@ from shearing.models.attention import drop_attention_mask
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
+from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, estimate
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
@@ -93,8 +95,9 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     masked = learner = None
     if configuration.masked:
         source = Shape.of(model.config)
-        target = Shape(**{**asdict(source), **TARGET})
-        settings = MaskSettings(total_steps=100, sparsity_warmup_steps=0, freeze_step=100)
+        target = replace(source, **TARGET)
+        section = PruneRecipe.model_validate({"duration": 100, "batch_size": 1, "freeze": 0})
+        settings = MaskSettings.of(section, tokens_per_step=1, seed=0)
         learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
         masked = MaskedModel(model)
     if configuration.checkpointing != "none":

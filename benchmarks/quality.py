@@ -1,11 +1,11 @@
 """Was learning the masks worth it: the same shape, the same total tokens, units chosen in other ways.
 
 For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining), and `start` is
-the same with its masks frozen as they start, which shows what learning adds. The baselines choose units by activation
-importance, weight magnitude or chance, cut at once, and pretrain for as many tokens as `learned` used altogether, with
-the warm-up that `learned` has. `refitted` is activation importance with the refit of the weights that stay which
-`learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an interrupted benchmark
-continues.
+the same with its masks frozen as they start, which shows what learning adds. The baselines are those of the recipe
+(`importance`: by activations): they choose units by their metric, cut at once, and pretrain for as many tokens as
+`learned` used altogether, with the warm-up that `learned` has. `refitted` is `importance` with the refit of the weights
+that stay which `learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an
+interrupted benchmark continues.
 
     python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,20 @@ from shearing.models.cutting import compact
 from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
-from shearing.pruning.structured.compensation import compensate
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.magnitude import magnitude_importance
-from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
+from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
 from shearing.runs.stages.compact import compact as compact_stage
 from shearing.runs.stages.pretrain import pretrain as pretrain_stage
 from shearing.runs.stages.prune import prune as prune_stage
-from shearing.runs.stages.training_task import calibration_batches
 from shearing.training.device import resolve_device
 
 OURS = ("learned", "start")
-METHODS = (*OURS, "importance", "refitted", "magnitude", "random")
+REFITTED = "refitted"
+METHODS = (*OURS, *baselines(), REFITTED)
 
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -82,19 +81,14 @@ def cut_at_once(method: str, *, context: RunContext) -> None:
     recipe, run = context.recipe, context.directory
     model = load_source(recipe.model.source, device=context.device)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
-    scores: Scores
-    size = recipe.prune.micro_batch_size
-    calibration = partial(calibration_batches, context, micro_batch_size=size)
-    if method in ("importance", "refitted"):
-        scores = activation_importance(model, batches=calibration())
-    elif method == "magnitude":
-        scores = magnitude_importance(model)
-    else:
-        scores = random_importance(source, seed=recipe.seed)
+    name = baselines()["importance" if method == REFITTED else method]
+    text = context.calibration_batches()
+    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
+    scores = metric_of(name).scores(model, evidence=evidence)
     masks, selection = select(scores, source=source, target=target)
-    if method == "refitted":
+    if method == REFITTED:
         masked = MaskedModel(model)
-        compensate(masked, masks=masks, batches=list(calibration()))
+        refit(masked, masks=masks, batches=text)
         masked.release()
     small = compact(model, masks=masks, selection=selection)
     run.compact.mkdir(parents=True, exist_ok=True)

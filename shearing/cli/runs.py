@@ -155,7 +155,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check everything that can be checked without loading weights, and say what the run will do."""
     resolved = load(recipe, overrides)
     from shearing.runs.context import RunContext
-    from shearing.runs.planning.preflight import preflight, render
+    from shearing.runs.planning.preflight import preflight
+    from shearing.runs.planning.summary import render
 
     # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
     Console().print(render(preflight(RunContext(resolved), stages=["prune"])))

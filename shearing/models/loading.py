@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import FAMILIES, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -40,7 +41,7 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
                     value=model_type,
                     allowed=", ".join(sorted(FAMILIES)),
                     mend="choose a source model of a supported family, "
-                    "or declare the family in shearing/models/anatomy.py",
+                    "or declare the family under shearing/models/families",
                 )
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, json.JSONDecodeError) as error:

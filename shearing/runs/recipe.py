@@ -17,11 +17,11 @@ from typing_extensions import Self
 
 from shearing.data.recipe import DataRecipe, MixtureRecipe, rule_contradictions
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.evaluation.recipe import EvaluationRecipe
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
 from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
 from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.runs.stages.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
 from shearing.settings.neutral import Neutral

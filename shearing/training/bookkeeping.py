@@ -216,7 +216,7 @@ class _Run:
         """Held-out loss of each domain now, in nats, under the masks without noise."""
         heldout, engine = self.task.heldout, self.task.engine
         if self.task.masking is not None:
-            self.task.masking.model.set_masks(self.task.masking.learner.deterministic())
+            self.task.masking.model.set_masks(self.task.masking.learner.final_masks())
 
         def forward(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
             with torch.no_grad(), engine.autocast():

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import FAMILIES, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import FAMILIES
 from shearing.models.loading import load_config, load_source
 from shearing.models.recipe import TargetRecipe
 from shearing.models.shape import Shape, resolve_target

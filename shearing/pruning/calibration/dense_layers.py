@@ -61,7 +61,7 @@ def dense_layers(
         source: the model.
         matrices: at least one.
         needs: statistics of their inputs; none: no text is read.
-        damping: see `InverseFactor`.
+        damping: see `damped_factors`.
         calibration: the text; may be None where nothing is needed.
         compute: where and how.
         advance: for progress, see `dense_units`.

@@ -6,31 +6,38 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from shearing.models.anatomy import Axis, Family, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
 from shearing.models.stored_model import Source
 
 
-def reading_modules(family: Family, *names: str) -> dict[str, str]:
-    """Place -> the module of a layer whose input it is."""
-    modules = {
-        "attention read": readers(family, "attention")[0],
-        "attention write": family.attention_write,
-        "mlp norm": family.mlp_norm,
-        "mlp read": readers(family, "mlp")[0],
-        "mlp write": family.mlp_write,
+@dataclass(frozen=True)
+class Place:
+    """A place in a decoder layer: modules that read the same there."""
+
+    name: str
+    members: tuple[str, ...]
+
+
+def places_of(family: Family) -> list[Place]:
+    """The linear layers of a decoder layer by what they read, in the order in which they are computed."""
+    return named_places(family, "attention read", "attention write", "mlp read", "mlp write")
+
+
+def named_places(family: Family, *names: str) -> list[Place]:
+    """Places by name.
+
+    Args:
+        names: those of `places_of`, and `mlp norm`: the residual stream between attention and MLP.
+    """
+    members = {
+        "attention read": family.attention.readers,
+        "attention write": (family.attention.write,),
+        "mlp norm": (family.mlp.entry,),
+        "mlp read": family.mlp.readers,
+        "mlp write": (family.mlp.write,),
     }
-    return {name: modules[name] for name in names}
-
-
-def readers(family: Family, kind: str) -> list[str]:
-    """Names of the linear layers of a sub-layer that read the residual stream, in declaration order."""
-    axes_of = family.attention_axes if kind == "attention" else family.mlp_axes
-    reading: Axis = "hidden"
-    return [
-        name.removesuffix(".weight")
-        for name, axes in axes_of.items()
-        if name.endswith(".weight") and len(axes) == 2 and axes[1] == reading
-    ]
+    return [Place(name, members[name]) for name in names]
 
 
 @dataclass(frozen=True)
@@ -59,24 +66,6 @@ def weight_of(module: nn.Module, member: str) -> Tensor:
     weight = module.get_submodule(member).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-@dataclass(frozen=True)
-class Place:
-    """Linear layers that read the same input: names inside a decoder layer."""
-
-    name: str
-    members: tuple[str, ...]
-
-
-def places_of(family: Family) -> list[Place]:
-    """The linear layers of a decoder layer by what they read, in the order in which they are computed."""
-    return [
-        Place("attention read", tuple(readers(family, "attention"))),
-        Place("attention write", (family.attention_write,)),
-        Place("mlp read", tuple(readers(family, "mlp"))),
-        Place("mlp write", (family.mlp_write,)),
-    ]
 
 
 def matrices_of(source: Source) -> list[Matrix]:

@@ -103,7 +103,7 @@ class LayerWalk:
             layer, module: its index, and itself as `load` gave it.
             places: at least one, in the order in which they are computed.
             needs: which statistics.
-            damping: see `InverseFactor`.
+            damping: see `damped_factors`.
             propagate: whether the streams become what the layer makes of them; else they stay in front of it, and the
                 pass ends at the last place.
 
@@ -116,11 +116,10 @@ class LayerWalk:
             )
             for place in places
         }
-        listened = {place.name: place.members[0] for place in places}
         until = None if propagate else places[-1].name
         for chunk in self._chunks:
             seen, after = run_layer(
-                module, module, self._streams.read(chunk), self._call(layer, chunk), places=listened, until=until
+                module, module, self._streams.read(chunk), self._call(layer, chunk), places=places, until=until
             )
             for name, inputs in seen.items():
                 statistics[name].add(inputs)
@@ -135,7 +134,7 @@ class LayerWalk:
     def propagate(self, layer: int, module: nn.Module) -> None:
         """Replaces the streams by what the layer makes of them."""
         for chunk in self._chunks:
-            _, after = run_layer(module, module, self._streams.read(chunk), self._call(layer, chunk), places={})
+            _, after = run_layer(module, module, self._streams.read(chunk), self._call(layer, chunk), places=())
             self._streams.write(chunk, after)
             self._advance(1)
 
@@ -153,7 +152,7 @@ class LayerWalk:
         )
         for chunk in self._chunks:
             embedded = embedding[calibration.tokens[chunk]].to(compute.device, compute.dtype)
-            first, calls = layer_calls(self._model, embedded)
+            first, calls = layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
             self._calls.setdefault(chunk.stop - chunk.start, calls)
             streams.write(chunk, first)
         return streams

@@ -1,9 +1,12 @@
-"""Calibration text: rows of tokens of a prepared corpus, or of plain text files, drawn by a seed."""
+"""Calibration text: the first samples of a mixture, or rows of plain text files drawn by a seed.
+
+Legend: B sequences, S tokens each.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from transformers import AutoTokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
+from shearing.data.documents import Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError, named
 
@@ -70,6 +74,19 @@ def load_calibration(
     return Calibration(tokens, ", ".join(map(str, paths)))
 
 
+def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, device: torch.device) -> Iterator[Inputs]:
+    """Inputs [B, S] of the first samples of a mixture, in its order.
+
+    Args:
+        samples: number of sequences.
+        micro_batch_size: sequences per batch (B).
+        device: where they are wanted.
+    """
+    for first in range(0, samples, micro_batch_size):
+        batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, samples - first))
+        yield Inputs(batch.tokens[:, :-1].to(device), mixture.documents.documents(batch.positions, device=device))
+
+
 def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seqlen: int, seed: int) -> Tensor:
     if not (path / INDEX_NAME).is_file():
         raise ShearingError(
@@ -88,7 +105,8 @@ def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seq
     mixture = Mixture(
         corpus, seed=seed, sequence_length=seqlen, weights={name: float(rows[name]) for name in long_enough}
     )
-    return mixture.batch(first_sample=0, num_sequences=samples).tokens[:, :-1].contiguous()
+    [whole] = first_samples(mixture, samples=samples, micro_batch_size=samples, device=torch.device("cpu"))
+    return whole.tokens.contiguous()
 
 
 def _of_files(paths: Sequence[Path], *, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ Legend: B sequences, S positions, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from shearing.pruning.calibration.places import Place
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def run_layer(
     stream: Tensor,
     call: Call,
     *,
-    places: Mapping[str, str],
+    places: Sequence[Place],
     until: str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One layer on a residual stream [B, S, d].
@@ -46,11 +48,11 @@ def run_layer(
     Args:
         forward: the layer itself, or its `forward`, which a compiled or checkpointed layer needs: what listens here
             must not be compiled in.
-        places: name -> module of the layer whose input is wanted.
-        until: place whose input ends the pass.
+        places: whose inputs are wanted.
+        until: name of the place whose input ends the pass.
 
     Returns:
-        The inputs of the places, and the residual stream after the layer, or before it if the pass ended early.
+        The inputs of the places by name, and the residual stream after the layer, or before it if the pass ended early.
     """
     with listening(layer, places, until=until) as seen:
         try:
@@ -61,16 +63,16 @@ def run_layer(
 
 
 @torch.no_grad()
-def layer_calls(model: PreTrainedModel, embeddings: Tensor) -> tuple[Tensor, list[Call]]:
+def layer_calls(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, list[Call]]:
     """What every decoder layer is called with; no layer is computed, so their weights need not be there.
 
     Args:
-        model: its layers, final norm and embedding may be without weights.
-        embeddings: of the tokens [B, S, d].
+        model: its layers and final norm may be without weights, its embedding too where `inputs` are embeddings.
+        inputs: keywords of the backbone's call.
 
     Returns:
         The residual stream [B, S, d] that the first layer reads, and one call for each layer. Calls depend on the shape
-        of the embeddings alone, and differ between layers where some attend through a window.
+        and the documents of the inputs alone, and differ between layers where some attend through a window.
     """
     streams: list[Tensor] = []
     calls: list[Call] = []
@@ -84,12 +86,13 @@ def layer_calls(model: PreTrainedModel, embeddings: Tensor) -> tuple[Tensor, lis
         raise Reached
 
     layers: list[Any] = list(decoder_layers(model))
-    handle = model.get_submodule(anatomy_of(model.config).final_norm).register_forward_pre_hook(stop)
+    handle = model.get_submodule(anatomy_of(model.config).final_norm.name).register_forward_pre_hook(stop)
     try:
         for layer in layers:
             layer.forward = record
-        with suppress(Reached):
-            backbone(model)(inputs_embeds=embeddings, use_cache=False)
+        # What records must not be compiled into the layers.
+        with torch.compiler.set_stance("force_eager"), suppress(Reached):
+            backbone(model)(**inputs)
     finally:
         handle.remove()
         for layer in layers:
@@ -97,9 +100,20 @@ def layer_calls(model: PreTrainedModel, embeddings: Tensor) -> tuple[Tensor, lis
     return streams[0], calls
 
 
+def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:
+    """Batch by batch, the residual stream that the first decoder layer reads, and what every layer is called with."""
+    streams: list[Tensor] = []
+    calls: list[list[Call]] = []
+    for batch in batches:
+        stream, of_layers = layer_calls(model, **batch.keywords())
+        streams.append(stream)
+        calls.append(of_layers)
+    return streams, calls
+
+
 @contextmanager
-def listening(layer: nn.Module, places: Mapping[str, str], *, until: str | None) -> Iterator[dict[str, Tensor]]:
-    """What the modules of `places` read while the context lasts; see `run_layer`."""
+def listening(layer: nn.Module, places: Sequence[Place], *, until: str | None) -> Iterator[dict[str, Tensor]]:
+    """What is read at the places while the context lasts, by their names; see `run_layer`."""
     seen: dict[str, Tensor] = {}
 
     def listen(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -110,38 +124,9 @@ def listening(layer: nn.Module, places: Mapping[str, str], *, until: str | None)
 
         return record
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(listen(place)) for place, name in places.items()]
+    handles = [layer.get_submodule(place.members[0]).register_forward_pre_hook(listen(place.name)) for place in places]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:
-    """The residual stream that the first decoder layer reads, and what every layer is called with, batch by batch."""
-    layers = list(decoder_layers(model))
-    # Layers that attend through windows are called otherwise than the rest; a pass has to go through all of them.
-    alike = len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) == 1
-    streams: list[Tensor] = []
-    calls: list[list[Call]] = []
-
-    def record(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        call = Call(arguments[1:], dict(keywords))
-        if layer is layers[0]:
-            streams.append(arguments[0])
-            calls.append([call] * len(layers) if alike else [])
-        if not alike:
-            calls[-1].append(call)
-        if alike or layer is layers[-1]:
-            raise Reached
-
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers[: 1 if alike else None]]
-    try:
-        for batch in batches:
-            with suppress(Reached):
-                backbone(model)(**batch.keywords())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return streams, calls

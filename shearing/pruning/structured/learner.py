@@ -6,11 +6,9 @@ all-reduce a step, noise that depends on (seed, step, micro-batch) alone.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
 from shearing.pruning.structured import hard_concrete
+from shearing.pruning.structured.constraint import Constraint, Lagrangian
 from shearing.pruning.structured.granularities import as_masks, granularities_of
-from shearing.pruning.structured.importance.scores import Scores
-from shearing.pruning.structured.lagrangian import Lagrangian, target_at
+from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.parameter_budget import (
     CONSTRAINT,
     ParameterBudget,
@@ -30,43 +28,11 @@ from shearing.pruning.structured.parameter_budget import (
     round_to_budget,
     uniform_shape,
 )
-from shearing.pruning.structured.rounding import alternating, round_to_target
+from shearing.pruning.structured.rounding import round_to_target, shape_of
+from shearing.pruning.structured.starts import graded_start, open_start
 
 # Below any difference of log_alpha that learning makes.
 _TIE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskSettings:
-    """How masks are learned; durations in steps.
-
-    Attributes:
-        total_steps: length of the stage.
-        sparsity_warmup_steps: linear ramp of the target from nothing pruned to the target.
-        freeze_step: first step with fixed binary masks at the target shape; the learning rates' cosine ends here.
-        warmup_steps: linear warm-up of the learning rates.
-        mask_learning_rate, multiplier_learning_rate: peak rates of log_alpha (descent) and multipliers (ascent).
-        final_learning_rate: both rates at the freeze, share of the peak.
-        quadratic_penalty: constant part of every lambda_2.
-        temperature: beta of the hard concrete distribution.
-        log_alpha_limit: log_alpha is kept within plus and minus this.
-        warm_start_scale, warm_start_step: steepness of the importance warm start, see `grade`.
-        seed: of the noise.
-    """
-
-    total_steps: int
-    sparsity_warmup_steps: int
-    freeze_step: int
-    warmup_steps: int = 0
-    mask_learning_rate: float = 1.0
-    multiplier_learning_rate: float = 1.0
-    final_learning_rate: float = 0.1
-    quadratic_penalty: float = 0.0
-    temperature: float = hard_concrete.TEMPERATURE
-    log_alpha_limit: float = hard_concrete.LOG_ALPHA_LIMIT
-    warm_start_scale: float = 3.0
-    warm_start_step: float = 0.0
-    seed: int = 0
 
 
 class MaskLearner:
@@ -77,7 +43,7 @@ class MaskLearner:
         source: sizes of the source model.
         target: shape to reach, or a parameter budget.
         settings: rates and durations.
-        importance: scores that grade the initial log_alpha around the target; None: every unit open (the paper).
+        scores: of a metric, that grade the initial log_alpha around the target; None: every unit open (the paper).
         device: where masks live.
 
     Raises:
@@ -91,23 +57,27 @@ class MaskLearner:
         source: Shape,
         target: Shape | ParameterBudget,
         settings: MaskSettings,
-        importance: Scores | None = None,
+        scores: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.target, self.settings = source, target, settings
         shape = target if isinstance(target, Shape) else None
         self.granularities = granularities_of(granularities, source=source, target=shape)
         self.device = torch.device(device)
-        self.frozen: dict[str, Tensor] | None = None
-        self._order: dict[str, Tensor] = {}
-        initial = self._open() if importance is None else self._graded(importance)
-        self.log_alpha = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in initial.items()})
-        rows: dict[str, tuple[int, ...]]
-        if shape is None:
-            rows = {CONSTRAINT: ()}
+        self._constraint = Constraint(
+            self.granularities, source=source, target=target, warmup_steps=settings.sparsity_warmup_steps
+        )
+        if scores is None:
+            start = open_start(self.granularities, settings=settings)
         else:
-            rows = {granularity.name: granularity.size[:-1] for granularity in self.granularities}
-        self.lagrangian = Lagrangian(rows, quadratic_penalty=settings.quadratic_penalty)
+            shares = self._constraint.shares(step=0)
+            start = graded_start(scores, granularities=self.granularities, shares=shares, settings=settings)
+        self._order = {name: order.to(self.device) for name, order in start.order.items()}
+        self._fixed: dict[str, Tensor] | None = None
+        self.log_alpha = nn.ParameterDict(
+            {name: nn.Parameter(value.float()) for name, value in start.log_alpha.items()}
+        )
+        self.lagrangian = Lagrangian(self._constraint.rows, quadratic_penalty=settings.quadratic_penalty)
         self._modules = nn.ModuleList([self.log_alpha, self.lagrangian]).to(device)
         masks, multipliers = list(self.log_alpha.parameters()), list(self.lagrangian.parameters())
         groups = [
@@ -119,59 +89,6 @@ class MaskLearner:
             torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True) if masks else None
         )
 
-    # -- initial masks ---------------------------------------------------------------------------------------------
-
-    def _open(self) -> dict[str, Tensor]:
-        return {g.name: torch.full(g.size, self.settings.log_alpha_limit) for g in self.granularities}
-
-    def _graded(self, importance: Scores) -> dict[str, Tensor]:
-        if isinstance(self.target, Shape):
-            shares = {g.name: (g.target or 0) / g.units for g in self.granularities}
-        else:
-            shares = self._even_shares(self.target)
-        first = {
-            name: target_at(0, final=share, warmup_steps=self.settings.sparsity_warmup_steps)
-            for name, share in shares.items()
-        }
-        scores = self._reachable(importance)
-        self._order = {g.name: _ranks(scores[g.name]).float().to(self.device) / g.units for g in self.granularities}
-        return {
-            g.name: grade(
-                scores[g.name],
-                share=first[g.name],
-                scale=self.settings.warm_start_scale,
-                step=self.settings.warm_start_step,
-                limit=self.settings.log_alpha_limit,
-                temperature=self.settings.temperature,
-            )
-            for g in self.granularities
-        }
-
-    def _reachable(self, importance: Scores) -> Scores:
-        """Scores whose best units can be kept together: sub-layers that rounding would drop come last.
-
-        Attention and MLP sub-layers are compared by their share of their kind's total: what one of them does to
-        the residual stream says little about what the other kind does.
-        """
-        keep = {g.name: g.target for g in self.granularities}
-        attention, mlp = keep.get("attention"), keep.get("mlp")
-        if attention is None or mlp is None:
-            return importance
-        shares = {name: importance[name] / importance[name].sum() for name in ("attention", "mlp")}
-        kept_attention, kept_mlp = alternating(shares["attention"], shares["mlp"], keep=attention)
-        return {**importance, "attention": shares["attention"] + kept_attention, "mlp": shares["mlp"] + kept_mlp}
-
-    def _even_shares(self, budget: ParameterBudget) -> dict[str, float]:
-        """One share for all granularities that meets the budget in expectation."""
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            share = (low + high) / 2
-            alive = {g.name: torch.full(g.size, share, dtype=torch.float64) for g in self.granularities}
-            low, high = (
-                (share, high) if count_parameters(alive, source=self.source) < budget.parameters else (low, share)
-            )
-        return {g.name: low for g in self.granularities}
-
     # -- masks -----------------------------------------------------------------------------------------------------
 
     def sample(self, *, step: int, draw: int) -> Masks:
@@ -180,7 +97,7 @@ class MaskLearner:
         The draw depends on (seed, step, draw) and is the same on every process and device.
         """
         if step >= self.settings.freeze_step:
-            return as_masks(self.freeze())
+            return as_masks(self.fix_final_masks())
         generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, draw))
         z = {}
         for granularity in self.granularities:
@@ -192,18 +109,23 @@ class MaskLearner:
             z[granularity.name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self.settings.temperature)
         return as_masks(z)
 
-    def deterministic(self) -> Masks:
-        """Binary masks without noise at exactly the target shape (for a budget alone: within the budget)."""
-        return as_masks(self.frozen if self.frozen is not None else self._rounded())
+    def final_masks(self) -> Masks:
+        """Binary masks without noise at exactly the target shape (for a budget alone: within the budget).
 
-    def freeze(self) -> dict[str, Tensor]:
-        """Fixes the masks at the target shape, once; later calls return the same masks."""
-        if self.frozen is None:
-            self.frozen = self._rounded()
-        return self.frozen
+        Whatever the step: those that are fixed, or what rounding to the final shape makes of log_alpha now.
+        """
+        return as_masks(self._final())
+
+    def fix_final_masks(self) -> dict[str, Tensor]:
+        """Fixes the final masks, once; by granularity. Later calls return the same."""
+        self._fixed = self._final()
+        return self._fixed
+
+    def _final(self) -> dict[str, Tensor]:
+        return self._rounded_now() if self._fixed is None else self._fixed
 
     @torch.no_grad()
-    def _rounded(self) -> dict[str, Tensor]:
+    def _rounded_now(self) -> dict[str, Tensor]:
         # Among units at the limit of log_alpha the order they started in decides.
         scores = {name: value - _TIE * self._order.get(name, 0.0) for name, value in self.log_alpha.items()}
         if isinstance(self.target, Shape):
@@ -220,12 +142,12 @@ class MaskLearner:
         return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
     def selection(self) -> Selection:
-        """The units that the deterministic masks keep.
+        """The units that the final masks keep.
 
         Raises:
             ShearingError: the target is a budget whose result was not made uniform.
         """
-        masks = self.deterministic()
+        masks = self.final_masks()
         return Selection.of(masks, source=self.source, target=shape_of(masks, source=self.source))
 
     # -- the constraint --------------------------------------------------------------------------------------------
@@ -241,26 +163,18 @@ class MaskLearner:
 
     @torch.no_grad()
     def expected_parameters(self) -> float:
-        """Parameters of the model that the masks leave, in expectation, embeddings included; exact once frozen."""
-        alive = self.expected() if self.frozen is None else self.frozen
+        """Parameters of the model that the masks leave, in expectation, embeddings included; exact once fixed."""
+        alive = self.expected() if self._fixed is None else self._fixed
         if not alive:
             return float(self.source.num_parameters())
         return float(count_parameters({name: value.double() for name, value in alive.items()}, source=self.source))
 
     def violations(self, *, step: int) -> dict[str, Tensor]:
         """Expected share alive minus the target's share at `step`: one value a row, or one for a budget."""
-        alive, warmup = self.expected(), self.settings.sparsity_warmup_steps
-        if not isinstance(self.target, Shape):
-            full = self.source.num_parameters()
-            final = target_at(step, final=self.target.parameters / full, warmup_steps=warmup)
-            return {CONSTRAINT: count_parameters(alive, source=self.source) / full - final} if alive else {}
-        return {
-            g.name: alive[g.name].mean(-1) - target_at(step, final=(g.target or 0) / g.units, warmup_steps=warmup)
-            for g in self.granularities
-        }
+        return self._constraint.violations(self.expected(), step=step)
 
     def penalty(self, *, step: int) -> Tensor:
-        """The Lagrangian term of a step, to be added once to the step's loss; zero once the masks are frozen."""
+        """The Lagrangian term of a step, to be added once to the step's loss; zero once the masks are fixed."""
         if step >= self.settings.freeze_step or not self.granularities:
             return torch.zeros((), device=self.device)
         return self.lagrangian.penalty(self.violations(step=step))
@@ -332,14 +246,7 @@ class MaskLearner:
 
     def targets(self, *, step: int) -> dict[str, float]:
         """Units a row that the constraint asks for at `step`; parameters for a budget."""
-        warmup = self.settings.sparsity_warmup_steps
-        if not isinstance(self.target, Shape):
-            full = self.source.num_parameters()
-            return {CONSTRAINT: full * target_at(step, final=self.target.parameters / full, warmup_steps=warmup)}
-        return {
-            g.name: g.units * target_at(step, final=(g.target or 0) / g.units, warmup_steps=warmup)
-            for g in self.granularities
-        }
+        return self._constraint.targets(step=step)
 
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
@@ -348,19 +255,19 @@ class MaskLearner:
         The rounding gap of a granularity is the number of units that rounding to the target flips against the
         mask's own decision (its median draw above one half).
         """
-        rounded = self.frozen if self.frozen is not None else self._rounded()
+        final = self._final()
         alive = self.expected()
         targets = self.targets(step=self.settings.total_steps)
         result: dict[str, Any] = {}
         for g in self.granularities:
             own = hard_concrete.is_open(self.log_alpha[g.name])
-            flipped = int((own != (rounded[g.name] > 0)).sum())
+            flipped = int((own != (final[g.name] > 0)).sum())
             result[g.name] = {
                 "units": g.units,
                 "expected": float(alive[g.name].sum(-1).mean()),
-                "target": targets.get(g.name, float(rounded[g.name].sum(-1).mean())),
-                "kept": float(rounded[g.name].sum(-1).mean()),
-                "largest_violation": float((alive[g.name].mean(-1) - rounded[g.name].mean(-1)).abs().max()),
+                "target": targets.get(g.name, float(final[g.name].sum(-1).mean())),
+                "kept": float(final[g.name].sum(-1).mean()),
+                "largest_violation": float((alive[g.name].mean(-1) - final[g.name].mean(-1)).abs().max()),
                 "rounding_gap": flipped,
                 "total_units": own.numel(),
             }
@@ -371,12 +278,12 @@ class MaskLearner:
         return list(self._modules.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """log_alpha, multipliers, the optimiser's moments and the frozen masks."""
+        """log_alpha, multipliers, the optimiser's moments and the final masks once they are fixed."""
         return {
             "log_alpha": {name: value.detach() for name, value in self.log_alpha.items()},
             "lagrangian": self.lagrangian.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "frozen": self.frozen,
+            "frozen": self._fixed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -387,84 +294,8 @@ class MaskLearner:
         self.lagrangian.load_state_dict(state["lagrangian"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-        frozen = state["frozen"]
-        self.frozen = frozen and {name: mask.to(self.log_alpha[name].device) for name, mask in frozen.items()}
-
-
-def grade(
-    scores: Tensor,
-    *,
-    share: float,
-    scale: float,
-    step: float = 0.0,
-    limit: float = hard_concrete.LOG_ALPHA_LIMIT,
-    temperature: float = hard_concrete.TEMPERATURE,
-) -> Tensor:
-    """log_alpha graded by rank, rows shifted so that the expected share alive is `share`.
-
-    From one unit of a row to the next best it falls by `2 * scale / n`, and by no less than `step`, all within the
-    limit. So `scale` says what share of a row starts in doubt, and `step` how many units at most.
-
-    Args:
-        scores: [..., n], higher is more important.
-        share: expected share alive in each row.
-        scale: half of the spread of a row.
-        step: least distance of neighbours in rank.
-        limit: log_alpha is kept within plus and minus this.
-        temperature: beta.
-
-    Returns:
-        [..., n] log_alpha.
-    """
-    units = scores.shape[-1]
-    scale = max(scale, step * units / 2)
-    spread = scale * (1 - 2 * (_ranks(scores) + 0.5) / units)
-    low = torch.full(scores.shape[:-1], -limit - scale, dtype=torch.float64)
-    high = -low
-    # All saturated would lose the order; 3 % is what the ramp takes back in its first steps.
-    share = min(share, 0.97)
-    for _ in range(60):
-        shift = (low + high) / 2
-        log_alpha = (spread + shift[..., None]).clamp(-limit, limit)
-        alive = hard_concrete.expected_alive(log_alpha, limit=limit, temperature=temperature)
-        too_low = alive.mean(-1) < share
-        low, high = torch.where(too_low, shift, low), torch.where(too_low, high, shift)
-    return (spread + ((low + high) / 2)[..., None]).clamp(-limit, limit).float()
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
-    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1).double()
-
-
-def shape_of(masks: Masks, *, source: Shape) -> Shape:
-    """Shape that binary masks leave of `source`, read from the first layer that is kept.
-
-    Whether all layers have that shape is for `Selection.of` to check.
-    """
-
-    def kept(mask: Tensor | None, full: int) -> int:
-        return full if mask is None else int((mask != 0).sum())
-
-    def first(mask: Tensor | None) -> int:
-        return 0 if mask is None else int((mask != 0).nonzero()[0])
-
-    attention, mlp = first(masks.attention), first(masks.mlp)
-    alive_groups = None if masks.kv_groups is None else masks.kv_groups[attention] != 0
-    groups = kept(alive_groups, source.num_key_value_heads)
-    first_group = first(alive_groups)
-    heads = None if masks.query_heads is None else masks.query_heads[attention][first_group]
-    return dataclasses.replace(
-        source,
-        num_hidden_layers=kept(masks.attention, source.num_hidden_layers),
-        hidden_size=kept(masks.hidden, source.hidden_size),
-        intermediate_size=kept(
-            None if masks.intermediate is None else masks.intermediate[mlp], source.intermediate_size
-        ),
-        num_attention_heads=groups * kept(heads, source.query_heads_per_group),
-        num_key_value_heads=groups,
-    )
+        fixed = state["frozen"]
+        self._fixed = fixed and {name: mask.to(self.log_alpha[name].device) for name, mask in fixed.items()}
 
 
 def _noise_seed(seed: int, step: int, draw: int) -> int:

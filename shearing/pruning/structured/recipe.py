@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from shearing.errors import ShearingError
+from shearing.pruning.structured.importance.registry import starts
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Positive
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
+STARTS = ("open", *starts())
+
+if TYPE_CHECKING:
+    StartName = str
+else:
+    StartName = Literal[STARTS]
 
 
 class PruneRecipe(StageRecipe):
@@ -33,7 +40,7 @@ class PruneRecipe(StageRecipe):
     sparsity_warmup: Duration = Field(
         Duration(steps=0), description="Linear ramp of the target sparsity; 0: a graded start is at the target."
     )
-    initial_masks: Literal["open", "activations", "reconstruction"] = Field(
+    initial_masks: StartName = Field(
         "reconstruction",
         description="open: every unit alive (paper). Else graded by importance: layers and hidden dimensions by their "
         "activations; heads and intermediate units likewise (activations), or by what the others of their layer could "

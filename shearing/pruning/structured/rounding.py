@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from shearing.pruning.structured.granularities import Granularity
+from shearing.models.cutting import Selection
+from shearing.models.masked import Masks
+from shearing.models.shape import Shape
+from shearing.pruning.structured.granularities import Granularity, as_masks, granularities_of
+
+EVERY_GRANULARITY = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
+
+
+def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tuple[Masks, Selection]:
+    """The best units of every row at the target shape: binary masks and what they select."""
+    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    masks = as_masks(round_to_target(scores, granularities=granularities))
+    return masks, Selection.of(masks, source=source, target=target)
 
 
 def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:
@@ -72,3 +85,32 @@ def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, T
             count -= 1
     pairs = kept.view(num_layers, 2).to(attention.device)
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+
+def shape_of(masks: Masks, *, source: Shape) -> Shape:
+    """Shape that binary masks leave of `source`, read from the first layer that is kept.
+
+    Whether all layers have that shape is for `Selection.of` to check.
+    """
+
+    def kept(mask: Tensor | None, full: int) -> int:
+        return full if mask is None else int((mask != 0).sum())
+
+    def first(mask: Tensor | None) -> int:
+        return 0 if mask is None else int((mask != 0).nonzero()[0])
+
+    attention, mlp = first(masks.attention), first(masks.mlp)
+    alive_groups = None if masks.kv_groups is None else masks.kv_groups[attention] != 0
+    groups = kept(alive_groups, source.num_key_value_heads)
+    first_group = first(alive_groups)
+    heads = None if masks.query_heads is None else masks.query_heads[attention][first_group]
+    return dataclasses.replace(
+        source,
+        num_hidden_layers=kept(masks.attention, source.num_hidden_layers),
+        hidden_size=kept(masks.hidden, source.hidden_size),
+        intermediate_size=kept(
+            None if masks.intermediate is None else masks.intermediate[mlp], source.intermediate_size
+        ),
+        num_attention_heads=groups * kept(heads, source.query_heads_per_group),
+        num_key_value_heads=groups,
+    )

@@ -20,9 +20,9 @@ from shearing.data.corpus.corpus import whole_rows
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
+from shearing.runs.planning.disk import checkpoint_bytes
 from shearing.runs.planning.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
 from shearing.runs.planning.memory import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
     Checkpointing,
     Memory,
     Sharding,
@@ -30,10 +30,9 @@ from shearing.runs.planning.memory import (
     ZeroStage,
     estimate,
 )
-from shearing.runs.planning.preflight import shape_cells
+from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import COMPONENT_NAMES, Recipe, TrainingStage, tokens_per_step, total_steps
 from shearing.training.device import resolve_device, resolve_precision
-from shearing.training.recipe import StageRecipe
 from shearing.training.stage import PREFETCHED_STEPS
 
 Fit = Literal["yes", "tight", "no", "?"]
@@ -320,7 +319,7 @@ def _stage_plan(
             )
             for zero_stage in _ZERO_STAGES
         },
-        disk=CHECKPOINT_BYTES_PER_PARAMETER * shape.num_parameters() * _checkpoints(settings, per_step=per_step),
+        disk=checkpoint_bytes(settings, data=recipe.data, parameters=shape.num_parameters()),
     )
 
 
@@ -357,16 +356,6 @@ def _num_domains(recipe: Recipe) -> int | None:
         if isinstance(given, (list, dict)):
             return len(given)
     return len(list(recipe.data.corpus.glob("*/manifest.json"))) or None
-
-
-def _checkpoints(settings: StageRecipe, *, per_step: int) -> int:
-    """Checkpoints of a stage that can be there at the same time, with the one that is being written."""
-    steps = settings.duration.in_steps(tokens_per_step=per_step)
-    forever = 0
-    if settings.keep_every is not None:
-        every = settings.keep_every.in_steps(tokens_per_step=per_step, total_steps=steps)
-        forever = steps // max(1, every)
-    return settings.keep_last + 1 + forever
 
 
 def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from shearing.data.corpus.corpus import Corpus
@@ -28,8 +21,9 @@ from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
-from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.context import RunContext
+from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
+from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import (
     COMPONENT_NAMES,
     ONE_SHOT_NAMES,
@@ -48,57 +42,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-_BYTES_OF_TRAINING_STATE = 12  # fp32 weight and the two moments of AdamW
-_BYTES_OF_WEIGHT = 4
-WORTHWHILE_PASSES = 4
-"""Passes over the same text up to which repeating it is nearly as good as new text (Muennighoff et al., arXiv
-2305.16264)."""
 _Checked = TypeVar("_Checked")
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a training stage will do: optimiser steps, tokens of one step, and passes over each domain.
-
-    `passes` assumes that the mixture stays at its initial weights, `most_passes` of each domain by itself that it has
-    the largest weight that the update rule can give it, all the time.
-    """
-
-    stage: Stage
-    steps: int
-    tokens_per_step: int
-    passes: Mapping[str, float]
-    most_passes: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do and take.
-
-    Attributes:
-        source: shape of the source model.
-        target: shape to reach, or None where a budget leaves it open or no units are pruned.
-        budget: parameters to reach, embeddings included, where the recipe gives a budget.
-        zeros: in words, what stays zero in training; None for a dense model.
-        uniform: whether the result fits an ordinary config.
-        tokens: training tokens of each domain.
-        weights: initial weight of each domain.
-        largest: largest weight that the update rule can give each.
-        training: the training stages in order.
-        disk, free: bytes that the rest of the run needs at most, and bytes that there are.
-    """
-
-    source: Shape
-    target: Shape | None
-    budget: int | None
-    zeros: str | None
-    uniform: bool
-    tokens: Mapping[str, int]
-    weights: Mapping[str, float]
-    largest: Mapping[str, float]
-    training: Sequence[TrainingPlan]
-    disk: int
-    free: int
 
 
 @named(COMPONENT_NAMES)
@@ -147,7 +91,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
         raise _together(found)
-    disk = _disk(recipe, source=source, target=target)
+    disk = max(0, run_bytes(recipe, source=source, target=target) - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights)
     plan = Plan(
         source=source,
@@ -160,75 +104,16 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
         disk=disk,
-        free=_free(recipe.run_dir),
+        free=bytes_free(recipe.run_dir),
     )
     if plan.disk > plan.free:
         raise ShearingError(
             "run_dir",
             value=str(recipe.run_dir),
-            allowed=f"{_gigabytes(plan.disk)} of free disk; there are {_gigabytes(plan.free)}",
+            allowed=f"{gigabytes(plan.disk)} of free disk; there are {gigabytes(plan.free)}",
             mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
         )
     return plan
-
-
-def render(plan: Plan) -> RenderableType:
-    """The plan as a short summary for a terminal."""
-    shapes = Table("model", "parameters", "without embeddings", "shape", box=None, pad_edge=False, header_style="bold")
-    shapes.add_row("source", *shape_cells(plan.source))
-    if plan.target is not None:
-        shapes.add_row("target", *shape_cells(plan.target))
-    elif plan.budget is not None:
-        open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
-        shapes.add_row("target", f"{plan.budget:,} at most", "", open_sizes)
-    stages = Table("stage", "steps", "tokens a step", "tokens", box=None, pad_edge=False, header_style="bold")
-    for stage in plan.training:
-        total = stage.steps * stage.tokens_per_step
-        stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}")
-    disk = Text(f"disk: at most {_gigabytes(plan.disk)} of {_gigabytes(plan.free)} free")
-    zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
-    parts: list[RenderableType] = [shapes, "", *zeros, stages, "", _domains(plan), *map(Text, _repeats(plan)), "", disk]
-    if not plan.uniform:
-        parts.append(Text(f"not exportable: {_NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
-    return Group(*parts)
-
-
-def _domains(plan: Plan) -> Table:
-    """Text, weights and passes of each domain: at its initial weight, and at the largest one that it can get."""
-    table = Table("domain", box=None, pad_edge=False, header_style="bold")
-    stages = [stage.stage for stage in plan.training]
-    for name in (
-        "training tokens",
-        "weight",
-        *(f"passes, {name}" for name in stages),
-        "largest weight",
-        "passes, at most",
-    ):
-        table.add_column(name, justify="right")
-    for domain, tokens in plan.tokens.items():
-        passes = [f"{stage.passes[domain]:.2f}" for stage in plan.training]
-        most = sum(stage.most_passes[domain] for stage in plan.training)
-        weights = f"{plan.weights[domain]:.3f}", f"{plan.largest[domain]:.3f}"
-        table.add_row(domain, f"{tokens:,}", weights[0], *passes, weights[1], f"{most:.2f}")
-    return table
-
-
-def _repeats(plan: Plan) -> Iterator[str]:
-    """What to say of domains that are walked through often; the stages walk on one after the other."""
-    planned = {name: sum(stage.passes[name] for stage in plan.training) for name in plan.tokens}
-    most = {name: sum(stage.most_passes[name] for stage in plan.training) for name in plan.tokens}
-    often = [f"{name} ({passes:.1f} passes)" for name, passes in planned.items() if passes > WORTHWHILE_PASSES]
-    if often:
-        yield (
-            f"repeated often: {', '.join(often)}. Up to about {WORTHWHILE_PASSES} passes repeated text is nearly "
-            "as good as new, later ones add ever less (arXiv 2305.16264): prepare more text, or lower the weight"
-        )
-    perhaps = [f"{name} ({passes:.1f})" for name, passes in most.items() if passes > WORTHWHILE_PASSES >= planned[name]]
-    if perhaps:
-        yield f"more than {WORTHWHILE_PASSES} passes at the largest weight that the rule can give: {', '.join(perhaps)}"
-
-
-_NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary config can hold that"
 
 
 def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
@@ -237,7 +122,7 @@ def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
         raise ShearingError(
             "target.uniform",
             value=False,
-            allowed=f"true: {_NOT_EXPORTABLE}",
+            allowed=f"true: {NOT_EXPORTABLE}",
             mend="set target.uniform=true, give sizes by name, or learn masks only with `shear prune`",
         )
 
@@ -396,52 +281,6 @@ def _training(
             for each in (weights, largest)
         )
         yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes, most_passes=most_passes)
-
-
-def _disk(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
-    """Bytes that the run will have at most, less those it has."""
-    budget = None if recipe.target is None else recipe.target.parameters
-    final = (source if target is None else target).num_parameters() if budget is None else budget
-    bytes_needed = 0
-    for stage, settings in recipe.training_stages.items():
-        count = source.num_parameters() if stage == "prune" else final
-        # One more checkpoint than is kept: it is whole beside the others before the oldest goes.
-        bytes_needed += count * _BYTES_OF_TRAINING_STATE * (settings.keep_last + 1)
-        # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
-        bytes_needed += count * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
-    if recipe.sparsify is not None:
-        bytes_needed += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
-    return max(0, bytes_needed - _size_of(recipe.run_dir))
-
-
-def _size_of(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            # Another process may be at work there; the lock that keeps it apart is taken after all checks.
-            with contextlib.suppress(FileNotFoundError):
-                total += (Path(root) / name).stat().st_size
-    return total
-
-
-def _free(path: Path) -> int:
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
-
-
-def shape_cells(shape: Shape) -> tuple[str, str, str]:
-    """A table's cells about a shape: parameters, those without embeddings, sizes."""
-    sizes = (
-        f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
-        f"heads {shape.num_attention_heads} on {shape.num_key_value_heads} KV x {shape.head_dim}"
-    )
-    return f"{shape.num_parameters():,}", f"{shape.num_parameters(embeddings=False):,}", sizes
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:

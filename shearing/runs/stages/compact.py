@@ -15,7 +15,7 @@ from shearing.files.durable import flush_folder, write_json
 from shearing.models.cutting import Selection, compact as cut
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
-from shearing.pruning.structured.learner import shape_of
+from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 

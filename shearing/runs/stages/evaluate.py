@@ -33,13 +33,13 @@ from shearing.models.shape import Shape
 from shearing.progress import activity
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.trained import masks_beside
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.magnitude import magnitude_importance
-from shearing.pruning.structured.importance.scores import Scores, random_importance, select
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
+from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.training_task import calibration_batches
+from shearing.runs.stages.prune import INITIAL_SCORES
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -158,28 +158,21 @@ class _Source:
             )
         return self._model
 
-    def baseline(self, criterion: str, *, target: Shape) -> PreTrainedModel:
-        """The source cut to `target`, its units chosen by `criterion`."""
+    def baseline(self, name: str, *, target: Shape) -> PreTrainedModel:
+        """The source cut to `target`, its units chosen by a baseline's metric."""
         model = self.model()
-        source = Shape.of(model.config)
-        if criterion == "random":
-            scores = random_importance(source, seed=self._context.recipe.seed)
-        elif criterion == "magnitude":
-            scores = magnitude_importance(model)
-        else:
-            scores = self._activation_importance()
-        masks, selection = select(scores, source=source, target=target)
+        masks, selection = select(self._scores(name, target=target), source=Shape.of(model.config), target=target)
         return compact(model, masks=masks, selection=selection)
 
-    def _activation_importance(self) -> Scores:
-        """As mask learning measured it, where it did."""
-        measured = self._context.directory.prune / "importance.safetensors"
-        if measured.is_file():
+    def _scores(self, name: str, *, target: Shape) -> Scores:
+        context, metric = self._context, baselines()[name]
+        measured = context.directory.prune / INITIAL_SCORES
+        if name == "importance" and measured.is_file():  # as mask learning measured it, where it did
             return load_file(measured)
-        size = self._context.recipe.pruning.prune.micro_batch_size
-        batches = calibration_batches(self._context, micro_batch_size=size)
-        with attention_within_documents(self.model(), on=self._context.document_rules.attention_within):
-            return activation_importance(self.model(), batches=batches)
+        text = context.calibration_batches() if METRICS[metric].reads_text else ()
+        evidence = Evidence(text=text, target=target, seed=context.recipe.seed)
+        with attention_within_documents(self.model(), on=context.document_rules.attention_within):
+            return metric_of(metric).scores(self.model(), evidence=evidence)
 
 
 def _rows(context: RunContext) -> list[_Row]:
@@ -204,13 +197,13 @@ def _rows(context: RunContext) -> list[_Row]:
         tokens += _tokens_of(recipe.prune, recipe)
         made_by.append("learned masks")
         cut = of_run("compact", "learned masks", "cut", run.compact, tokens)
-        for criterion in recipe.evaluation.baselines:
+        for baseline in recipe.evaluation.baselines:
             fingerprint = (
-                f"{source_fingerprint} {criterion} {cut.shape} seed={recipe.seed} "
+                f"{source_fingerprint} {baseline} {cut.shape} seed={recipe.seed} "
                 f"calibration={recipe.prune.calibration_tokens}"
             )
-            load = functools.partial(source.baseline, criterion, target=cut.shape)
-            rows.append(_Row(criterion, criterion, "cut", cut.shape, 0, fingerprint, load))
+            load = functools.partial(source.baseline, baseline, target=cut.shape)
+            rows.append(_Row(baseline, baseline, "cut", cut.shape, 0, fingerprint, load))
         rows.append(cut)
     if recipe.sparsify is not None and run.is_complete("sparsify"):
         manifest = read_manifest(run.sparse)
@@ -270,7 +263,7 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
     return {
         "label": row.label,
         "group": row.group,
-        "shape": dataclasses.asdict(row.shape),
+        "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
         "training_tokens": row.training_tokens,

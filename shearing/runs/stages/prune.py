@@ -21,23 +21,26 @@ from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.language_model import PARAMETER_PREFIX
 from shearing.progress import activity
-from shearing.pruning.structured.compensation import compensate
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.reconstruction import reconstruction_importance
-from shearing.pruning.structured.importance.scores import Scores
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, metric_of, starts
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
+from shearing.pruning.structured.refit import refit
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
-from shearing.runs.stages.training_task import calibration_batches, task_of
+from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Task, Trained
+
+INITIAL_SCORES = "importance.safetensors"
+"""In the folder of the stage: what graded the initial masks."""
 
 
 @named(COMPONENT_NAMES)
@@ -70,8 +73,8 @@ def prune(context: RunContext) -> dict[str, Any]:
         lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
     )
     said = full_disk_said(lambda: no_space(run.prune))
-    path = processes.on_main(said(lambda: _importance(context, model=model)))
-    learner = _learner(context, model=model, importance=None if path is None else load_file(path))
+    path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
+    learner = _learner(context, model=model, scores=None if path is None else load_file(path))
     masking = Masking(model=MaskedModel(model), learner=learner)
     task = task_of(
         context,
@@ -80,7 +83,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        before_first_step=partial(_compensate, context, masking=masking),
+        before_first_step=partial(_refit, context, masking=masking),
     )
 
     seed_random(recipe.seed)
@@ -94,7 +97,7 @@ def _finish(
     """Write the results of mask learning out of its last checkpoint."""
     assert task.masking is not None
     run, learner, state = context.directory, task.masking.learner, ShardedState(trained.checkpoint)
-    masks = learner.deterministic()
+    masks = learner.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
         moments = {
@@ -132,57 +135,49 @@ def _finish(
     return summary
 
 
-def _importance(context: RunContext, *, model: PreTrainedModel) -> Path | None:
+def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
     """File with what grades the initial masks, measured once per run; None where they start open."""
-    if context.recipe.pruning.prune.initial_masks == "open":
+    start = context.recipe.pruning.prune.initial_masks
+    if start == "open":
         return None
-    path = context.directory.prune / "importance.safetensors"
+    path = context.directory.prune / INITIAL_SCORES
     if path.is_file():
         return path
-    with attention_within_documents(model, on=context.document_rules.attention_within):
-        scores = _measured_importance(context, model=model)
+    name, target = starts()[start], context.recipe.pruning.target
+    evidence = Evidence(
+        text=context.calibration_batches() if METRICS[name].reads_text else (),
+        target=None if target.parameters is not None else resolve_target(target, source=model.config),
+        seed=context.recipe.seed,
+    )
+    metric = metric_of(name)
+    work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
+    with (
+        attention_within_documents(model, on=context.document_rules.attention_within),
+        activity(f"importance by {name}", total=work, console=context.console) as advance,
+    ):
+        scores = metric.scores(model, evidence=evidence, advance=advance)
     write_tensors(path, scores)
     return path
 
 
-def _measured_importance(context: RunContext, *, model: PreTrainedModel) -> Scores:
-    target, settings, console = context.recipe.pruning.target, context.recipe.pruning.prune, context.console
-    size = settings.micro_batch_size
-    if settings.initial_masks == "activations":
-        with activity("importance by activations", total=settings.calibration_tokens, console=console) as advance:
-            batches = calibration_batches(context, micro_batch_size=size, advance=advance)
-            return activation_importance(model, batches=batches)
-    shape = None if target.parameters is not None else resolve_target(target, source=model.config)
-    layers = model.config.num_hidden_layers
-    with activity("importance by reconstruction", total=layers, console=console) as advance:
-        return reconstruction_importance(
-            model,
-            batches=list(calibration_batches(context, micro_batch_size=size)),
-            target=shape,
-            advance=advance,
-        )
-
-
-def _compensate(context: RunContext, *, masking: Masking) -> None:
+def _refit(context: RunContext, *, masking: Masking) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
-    recipe, settings = context.recipe, context.recipe.pruning.prune
-    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
-    ramp = settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps)
+    settings = context.recipe.pruning.prune
+    ramp = masking.learner.settings.sparsity_warmup_steps
     if not settings.compensate or settings.initial_masks == "open" or ramp:
         return
     layers = masking.model.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
-        compensate(
+        refit(
             masking.model,
-            masks=masking.learner.deterministic(),
-            batches=list(calibration_batches(context, micro_batch_size=settings.micro_batch_size)),
+            masks=masking.learner.final_masks(),
+            batches=context.calibration_batches(),
             advance=advance,
         )
 
 
-def _learner(context: RunContext, *, model: PreTrainedModel, importance: Scores | None) -> MaskLearner:
+def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | None) -> MaskLearner:
     recipe, settings = context.recipe, context.recipe.pruning.prune
-    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
     wanted = recipe.pruning.target
     target: Shape | ParameterBudget
     if wanted.parameters is None:
@@ -193,26 +188,13 @@ def _learner(context: RunContext, *, model: PreTrainedModel, importance: Scores 
             uniform=wanted.uniform,
             accepts=lambda shape: export_error(shape, source=model.config) is None,
         )
+    per_step = tokens_per_step(settings, data=recipe.data)
     return MaskLearner(
         settings.granularities,
         source=Shape.of(model.config),
         target=target,
-        settings=MaskSettings(
-            total_steps=steps,
-            sparsity_warmup_steps=settings.sparsity_warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
-            freeze_step=steps - settings.freeze.in_steps(tokens_per_step=per_step, total_steps=steps),
-            warmup_steps=settings.warmup.in_steps(tokens_per_step=per_step, total_steps=steps),
-            mask_learning_rate=settings.mask_learning_rate,
-            multiplier_learning_rate=settings.multiplier_learning_rate,
-            final_learning_rate=settings.final_learning_rate,
-            quadratic_penalty=settings.quadratic_penalty,
-            temperature=settings.temperature,
-            log_alpha_limit=settings.log_alpha_limit,
-            warm_start_scale=settings.warm_start_scale,
-            warm_start_step=settings.warm_start_step,
-            seed=recipe.seed,
-        ),
-        importance=importance,
+        settings=MaskSettings.of(settings, tokens_per_step=per_step, seed=recipe.seed),
+        scores=scores,
         device=context.device,
     )
 

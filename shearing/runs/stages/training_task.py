@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import whole_rows
-from shearing.data.documents import Inputs
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
@@ -177,21 +175,3 @@ def _engine(context: RunContext, *, optimization: Optimization, split: BatchSpli
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
-
-
-def calibration_batches(
-    context: RunContext, *, micro_batch_size: int, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one.
-
-    Args:
-        micro_batch_size: sequences per batch (B).
-        advance: called with the tokens of each batch that has been used.
-    """
-    mixture, device = context.initial_mixture(), context.device
-    count = whole_rows(context.recipe.pruning.prune.calibration_tokens, sequence_length=mixture.sequence_length)
-    for first in range(0, count, micro_batch_size):
-        batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, count - first))
-        tokens_BS = batch.tokens[:, :-1].to(device)
-        yield Inputs(tokens_BS, mixture.documents.documents(batch.positions, device=device))
-        advance(tokens_BS.numel())

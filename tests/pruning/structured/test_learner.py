@@ -7,16 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
 from shearing.pruning.structured import hard_concrete
-from shearing.pruning.structured.importance.activations import activation_importance
-from shearing.pruning.structured.importance.magnitude import magnitude_importance
-from shearing.pruning.structured.importance.scores import random_importance, select
-from shearing.pruning.structured.learner import MaskLearner, MaskSettings, grade
+from shearing.pruning.structured.importance.chance import random_scores
+from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.parameter_budget import CONSTRAINT, ParameterBudget, count_parameters
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.pruning.structured.rounding import select
+from shearing.pruning.structured.starts import grade
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 GRANULARITIES = ["layers", "kv_groups", "query_heads", "intermediate", "hidden"]
@@ -24,12 +25,24 @@ SOURCE = Shape.of(tiny_model().config)
 TARGET = dataclasses.replace(
     SOURCE, num_hidden_layers=2, hidden_size=24, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2
 )
-SETTINGS = MaskSettings(total_steps=40, sparsity_warmup_steps=0, freeze_step=40, mask_learning_rate=0.1)
+PAPER = {
+    "initial_masks": "open",
+    "log_alpha_limit": hard_concrete.LOG_ALPHA_LIMIT,
+    "quadratic_penalty": 0.0,
+    "mask_learning_rate": 0.1,
+}
+SHALLOW = {"log_alpha_limit": hard_concrete.LOG_ALPHA_LIMIT, "warm_start_scale": 3.0, "warm_start_step": 0.0}
 
 
-def learner(*, granularities=GRANULARITIES, target=TARGET, importance=None, **changes) -> MaskLearner:
-    settings = dataclasses.replace(SETTINGS, **changes)
-    return MaskLearner(granularities, source=SOURCE, target=target, settings=settings, importance=importance)
+def settings(**keys) -> MaskSettings:
+    """Of a recipe's section with these keys, which says the rest; 40 steps, none of them frozen or of warm-up."""
+    section = {"duration": "40 steps", "batch_size": "1 sequences", "warmup": 0, "freeze": 0, **keys}
+    return MaskSettings.of(PruneRecipe.model_validate(section), tokens_per_step=1, seed=0)
+
+
+def learner(*, granularities=GRANULARITIES, target=TARGET, scores=None, seed=0, **keys) -> MaskLearner:
+    chosen = dataclasses.replace(settings(**keys), seed=seed)
+    return MaskLearner(granularities, source=SOURCE, target=target, settings=chosen, scores=scores)
 
 
 def saturate(subject: MaskLearner) -> None:
@@ -37,8 +50,8 @@ def saturate(subject: MaskLearner) -> None:
     with torch.no_grad():
         for granularity in subject.granularities:
             value = subject.log_alpha[granularity.name]
-            value.fill_(-hard_concrete.LOG_ALPHA_LIMIT)
-            value[..., : granularity.target] = hard_concrete.LOG_ALPHA_LIMIT
+            value.fill_(-subject.settings.log_alpha_limit)
+            value[..., : granularity.target] = subject.settings.log_alpha_limit
 
 
 def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
@@ -50,22 +63,65 @@ def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
     assert subject.selection().shape(SOURCE) == TARGET
 
 
+def test_settings_have_no_default_of_their_own_and_those_of_a_recipe_are_in_steps():
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(MaskSettings))
+    section = PruneRecipe.model_validate({"duration": "4000 tokens", "batch_size": 2, "sparsity_warmup": "10%"})
+    found = MaskSettings.of(section, tokens_per_step=40, seed=7)
+    in_steps = {"total_steps": 100, "sparsity_warmup_steps": 10, "freeze_step": 50, "warmup_steps": 3, "seed": 7}
+    same = {field.name for field in dataclasses.fields(MaskSettings)} & set(PruneRecipe.model_fields)
+    assert dataclasses.asdict(found) == {**{name: getattr(section, name) for name in same}, **in_steps}
+
+
+def test_a_start_by_the_recipes_defaults_is_at_the_target_in_the_order_of_the_scores():
+    scores = random_scores(SOURCE, seed=0)
+    subject = learner(scores=scores)
+    for granularity in subject.granularities:
+        value, order = subject.log_alpha[granularity.name].detach(), scores[granularity.name].argsort(-1)
+        assert (value.gather(-1, order).diff() >= 0).all(), granularity.name
+        assert (subject.expected()[granularity.name].sum(-1) - granularity.target).abs().max() < 1e-4, granularity.name
+    masks, _ = select(scores, source=SOURCE, target=TARGET)
+    assert all(torch.equal(value, masks.tensors()[name]) for name, value in subject.final_masks().tensors().items())
+
+
+def test_a_stage_with_the_recipes_defaults_ends_at_exactly_the_target():
+    """A loss that pulls every unit open, against the default rates, penalty and freeze."""
+    section = PruneRecipe.model_validate({"duration": 60, "batch_size": 1})
+    chosen = MaskSettings.of(section, tokens_per_step=1, seed=0)
+    scores = random_scores(SOURCE, seed=0)
+    subject = MaskLearner(section.granularities, source=SOURCE, target=TARGET, settings=chosen, scores=scores)
+    assert chosen.freeze_step == 30
+    for step in range(chosen.total_steps):
+        masks = subject.sample(step=step, draw=0)
+        binary = all(set(value.unique().tolist()) <= {0.0, 1.0} for value in masks.tensors().values())
+        assert binary or step < chosen.freeze_step
+        loss = sum((1 - value).mean() for value in masks.tensors().values()) + subject.penalty(step=step)
+        if loss.requires_grad:
+            loss.backward()
+        subject.optimizer_step(step=step)
+        if step == chosen.freeze_step:
+            fixed = {name: value.clone() for name, value in masks.tensors().items()}
+    assert subject.selection().shape(SOURCE) == TARGET
+    assert all(torch.equal(value, fixed[name]) for name, value in masks.tensors().items())
+    for name, violation in subject.violations(step=chosen.total_steps).items():
+        assert violation.abs().max() < 0.01, name
+
+
 def test_noise_depends_on_seed_step_and_micro_batch_only():
-    importance = random_importance(SOURCE, seed=0)
-    first, second = learner(importance=importance), learner(importance=importance)
+    scores = random_scores(SOURCE, seed=0)
+    first, second = learner(scores=scores), learner(scores=scores)
     second.sample(step=7, draw=3)
     a, b = first.sample(step=1, draw=2), second.sample(step=1, draw=2)
     for name, value in a.tensors().items():
         assert torch.equal(value, b.tensors()[name])
     for other in (first.sample(step=2, draw=2), first.sample(step=1, draw=1)):
         assert not torch.equal(other.intermediate, a.intermediate)
-    assert not torch.equal(learner(importance=importance, seed=1).sample(step=1, draw=2).hidden, a.hidden)
+    assert not torch.equal(learner(scores=scores, seed=1).sample(step=1, draw=2).hidden, a.hidden)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 2 / 3, 0.9])
 def test_grade_meets_the_share_and_keeps_the_order(share):
     scores = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
-    log_alpha = grade(scores, share=share, scale=3.0)
+    log_alpha = grade(scores, share=share, settings=settings(**SHALLOW))
     expected = hard_concrete.expected_alive(log_alpha).mean(-1)
     torch.testing.assert_close(expected, torch.full((3,), share), rtol=0, atol=1e-5)
     order = scores.argsort(-1, descending=True)
@@ -75,33 +131,34 @@ def test_grade_meets_the_share_and_keeps_the_order(share):
 def test_a_graded_start_leaves_few_units_of_a_long_row_in_doubt():
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for step, doubtful in ((0.0, 200), (2.0, 5)):
-        log_alpha = grade(scores, share=0.6, scale=25.0, step=step, limit=10.0)
+        keys = {"warm_start_scale": 25.0, "warm_start_step": step, "log_alpha_limit": 10.0}
+        log_alpha = grade(scores, share=0.6, settings=settings(**keys))
         assert float(hard_concrete.expected_alive(log_alpha, limit=10.0).mean()) == pytest.approx(0.6, abs=1e-4)
         assert int((log_alpha.abs() < 5).sum()) == pytest.approx(doubtful, abs=2)
 
 
 def test_sub_layers_start_from_a_choice_that_alternates_and_ties_keep_the_order_of_importance():
-    importance = random_importance(SOURCE, seed=1)
+    scores = random_scores(SOURCE, seed=1)
     names = ["sublayers", *GRANULARITIES[1:]]
-    subject = learner(granularities=names, importance=importance, warm_start_scale=100.0, log_alpha_limit=10.0)
+    subject = learner(granularities=names, scores=scores, warm_start_scale=100.0, log_alpha_limit=10.0)
     start = {name: subject.log_alpha[name].detach() for name in ("attention", "mlp")}
     assert all(int(value.abs().eq(10.0).sum()) >= 3 for value in start.values())  # saturated: the order is gone
-    masks = subject.deterministic().tensors()
+    masks = subject.final_masks().tensors()
     for name, value in start.items():
         assert torch.equal(masks[name] > 0, value > 0), name
 
 
 def test_the_warm_start_begins_at_the_target_with_the_selection_of_the_importance():
-    importance = random_importance(SOURCE, seed=3)
-    subject = learner(importance=importance)
+    scores = random_scores(SOURCE, seed=3)
+    subject = learner(scores=scores)
     assert all(v.abs().max() < 1e-5 for v in subject.violations(step=0).values())
-    masks, _ = select(importance, source=SOURCE, target=TARGET)
+    masks, _ = select(scores, source=SOURCE, target=TARGET)
     for name, value in masks.tensors().items():
-        assert torch.equal(subject.deterministic().tensors()[name], value)
+        assert torch.equal(subject.final_masks().tensors()[name], value)
 
 
 def test_the_paper_starts_open_and_its_constraint_pulls_to_the_target():
-    subject = learner(total_steps=400, sparsity_warmup_steps=80, freeze_step=400, mask_learning_rate=0.1)
+    subject = learner(**PAPER, duration=400, sparsity_warmup=80)
     assert all(v.abs().max() < 1e-6 for v in subject.violations(step=0).values())
     for step in range(400):
         subject.penalty(step=step).backward()
@@ -123,7 +180,7 @@ def test_multipliers_ascend_and_masks_descend():
 
 
 def test_a_skipped_step_changes_nothing():
-    subject = learner(importance=random_importance(SOURCE, seed=0))
+    subject = learner(scores=random_scores(SOURCE, seed=0))
     before = [value.detach().clone() for value in subject.parameters()]
     subject.penalty(step=0).backward()
     for value in subject.log_alpha.values():
@@ -135,7 +192,7 @@ def test_a_skipped_step_changes_nothing():
 
 
 def test_frozen_masks_are_binary_stay_and_cost_no_penalty():
-    subject = learner(importance=random_importance(SOURCE, seed=0), freeze_step=2)
+    subject = learner(scores=random_scores(SOURCE, seed=0), freeze=38)
     frozen = subject.sample(step=2, draw=0)
     assert all(set(value.unique().tolist()) <= {0.0, 1.0} for value in frozen.tensors().values())
     assert float(subject.penalty(step=2)) == 0.0
@@ -146,7 +203,7 @@ def test_frozen_masks_are_binary_stay_and_cost_no_penalty():
 
 
 def test_resuming_is_exact():
-    importance = random_importance(SOURCE, seed=0)
+    scores = random_scores(SOURCE, seed=0)
 
     def steps(subject: MaskLearner, first: int, last: int) -> None:
         for step in range(first, last):
@@ -157,9 +214,9 @@ def test_resuming_is_exact():
             (0.01 * loss + subject.penalty(step=step)).backward()
             subject.optimizer_step(step=step)
 
-    whole = learner(importance=importance)
+    whole = learner(scores=scores)
     steps(whole, 0, 12)
-    half = learner(importance=importance)
+    half = learner(scores=scores)
     steps(half, 0, 5)
     state = half.state_dict()
     resumed = learner()
@@ -180,7 +237,7 @@ def test_granularities_with_nothing_to_prune_are_left_out():
 
 def test_sublayers_end_in_an_ordinary_shape():
     target = dataclasses.replace(SOURCE, num_hidden_layers=2)
-    subject = learner(granularities=["sublayers"], target=target, importance=random_importance(SOURCE, seed=5))
+    subject = learner(granularities=["sublayers"], target=target, scores=random_scores(SOURCE, seed=5))
     assert subject.selection().shape(SOURCE) == target
 
 
@@ -191,7 +248,7 @@ def test_the_parameter_count_is_exact_for_binary_masks(family, tied):
     source = Shape.of(model.config)
     assert source.num_parameters() == sum(p.numel() for p in model.parameters())
     target = dataclasses.replace(source, num_hidden_layers=3, hidden_size=30, intermediate_size=11)
-    masks, selection = select(random_importance(source, seed=1), source=source, target=target)
+    masks, selection = select(random_scores(source, seed=1), source=source, target=target)
     tensors = {"layers": masks.attention, "intermediate": masks.intermediate, "hidden": masks.hidden}
     assert (
         int(count_parameters(tensors, source=source))
@@ -205,11 +262,11 @@ def test_a_budget_is_kept_and_only_a_uniform_result_has_a_shape(uniform):
     budget = ParameterBudget(
         12_000, uniform=uniform, accepts=lambda shape: shape.hidden_size % shape.num_attention_heads == 0
     )
-    subject = learner(target=budget, importance=random_importance(SOURCE, seed=0))
+    subject = learner(target=budget, scores=random_scores(SOURCE, seed=0), **SHALLOW)
     assert float(subject.metrics(step=0)[f"expected/{CONSTRAINT}"]) == pytest.approx(12_000, rel=0.02)
     with torch.no_grad():
         subject.log_alpha["intermediate"].add_(torch.linspace(-1, 1, 4)[:, None])
-    kept = subject.freeze()
+    kept = subject.fix_final_masks()
     left = int(count_parameters(kept, source=SOURCE))
     assert 0.9 * 12_000 < left <= 12_000
     if uniform:
@@ -222,52 +279,25 @@ def test_a_budget_is_kept_and_only_a_uniform_result_has_a_shape(uniform):
 def test_an_impossible_budget_is_refused():
     budget = ParameterBudget(10, uniform=False, accepts=lambda shape: True)
     with pytest.raises(ShearingError, match=r"target\.parameters"):
-        learner(target=budget, importance=random_importance(SOURCE, seed=0)).freeze()
+        learner(target=budget, scores=random_scores(SOURCE, seed=0)).fix_final_masks()
 
 
 def test_learning_opens_the_units_that_matter():
     """Planted: the loss needs two known layers of an otherwise symmetric problem."""
     target = dataclasses.replace(SOURCE, num_hidden_layers=2)
-    subject = learner(granularities=["layers"], target=target, total_steps=200, freeze_step=200, mask_learning_rate=0.1)
+    subject = learner(**PAPER, granularities=["layers"], target=target, duration=200)
     needed = torch.tensor([0.0, 1.0, 0.0, 1.0])
     for step in range(200):
         z = subject.sample(step=step, draw=0).attention
         (((1 - z) * needed).sum() + subject.penalty(step=step)).backward()
         subject.optimizer_step(step=step)
-    assert subject.deterministic().attention.tolist() == needed.tolist()
-
-
-def test_activation_importance_finds_planted_units():
-    model = tiny_model("llama")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.up_proj.weight[5:].mul_(1e-3)
-            layer.self_attn.o_proj.weight.zero_()
-            layer.self_attn.v_proj.weight[8:].mul_(1e-3)
-        model.model.layers[2].mlp.down_proj.weight.zero_()
-    scores = activation_importance(model, batches=[Inputs(tiny_ids(seed=seed)) for seed in range(3)])
-    assert (scores["intermediate"].topk(5, dim=-1).indices.sort(-1).values == torch.arange(5)).all()
-    assert (scores["kv_groups"].argmax(-1) == 0).all()
-    assert int(scores["layers"].argmin()) == 2
-    sizes = {name: tuple(value.shape) for name, value in scores.items()}
-    assert sizes == {name: tuple(value.shape) for name, value in random_importance(SOURCE, seed=0).items()}
-
-
-def test_magnitude_importance_finds_planted_units():
-    model = tiny_model("qwen2", tied=False)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate_proj.weight[7].mul_(10)
-        model.model.embed_tokens.weight[:, 3].mul_(100)
-    scores = magnitude_importance(model)
-    assert (scores["intermediate"].argmax(-1) == 7).all()
-    assert int(scores["hidden"].argmax()) == 3
+    assert subject.final_masks().attention.tolist() == needed.tolist()
 
 
 def test_masks_learn_jointly_with_a_real_model():
     model = tiny_model("llama")
     wrapped = MaskedModel(model)
-    subject = learner(importance=random_importance(SOURCE, seed=0))
+    subject = learner(scores=random_scores(SOURCE, seed=0), **SHALLOW)
     wrapped.set_masks(subject.sample(step=0, draw=0))
     (wrapped(tiny_ids()).square().mean() + subject.penalty(step=0)).backward()
     for name, value in subject.log_alpha.items():

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.runs.context import RunContext
-from shearing.runs.planning.preflight import Plan, preflight, render
+from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.summary import Plan, render
 from shearing.runs.recipe import Recipe, load_recipe
 
 

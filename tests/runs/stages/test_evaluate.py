@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from shearing.models.cutting import compact
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
-from shearing.pruning.structured.importance.magnitude import magnitude_importance
-from shearing.pruning.structured.importance.scores import select
+from shearing.pruning.structured.importance.magnitude import Magnitude, magnitude_scores
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, Facts
+from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
@@ -34,7 +38,7 @@ def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
     directory = RunDirectory(recipe.run_dir)
     source = load_source(recipe.model.source)
     masks, selection = select(
-        magnitude_importance(source),
+        magnitude_scores(source),
         source=Shape.of(source.config),
         target=resolve_target(recipe.target, source=source.config),
     )
@@ -145,7 +149,7 @@ def test_pretraining_adds_a_row_and_keeps_the_others(recipe: Recipe, monkeypatch
 
 def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> None:
     evaluation = evaluate(quiet(recipe))
-    scores = magnitude_importance(load_source(recipe.model.source))
+    scores = magnitude_scores(load_source(recipe.model.source))
     directory = RunDirectory(recipe.run_dir)
     directory.prune.mkdir()
     save_file(scores, directory.prune / "importance.safetensors")
@@ -167,3 +171,24 @@ def test_speed_is_measured_on_source_and_result_only(recipe: Recipe) -> None:
 
 def losses(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {name: model["domains"] for name, model in evaluation["models"].items()}
+
+
+def test_a_metric_declared_here_and_registered_is_a_baseline(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = Facts(home=f"{__name__}:HeldAgainstMagnitude", reads_text=True, baseline="smallest")
+    monkeypatch.setitem(METRICS, "smallest", facts)
+    settings = recipe.evaluation.model_copy(update={"baselines": ["magnitude", "smallest"]})
+    models = evaluate(quiet(recipe.model_copy(update={"evaluation": settings})))["models"]
+
+    assert list(models) == ["source", "magnitude", "smallest", "compact", "final"]
+    assert models["smallest"]["shape"] == models["magnitude"]["shape"]
+    assert models["smallest"]["domains"] != models["magnitude"]["domains"]
+
+
+class HeldAgainstMagnitude(Magnitude):
+    """The smallest units are the best."""
+
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        assert sum(batch.tokens.numel() for batch in evidence.text) == 64
+        return {name: -values for name, values in super().scores(model, evidence=evidence, advance=advance).items()}

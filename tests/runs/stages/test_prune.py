@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
+from shearing.models.shape import Shape
+from shearing.pruning.structured.granularities import unit_sizes
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, Facts
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import prune
+from shearing.settings.quantities import Duration
 
 
 def pruned(recipe: Path, *overrides: str, run_dir: Path) -> RunDirectory:
@@ -87,3 +94,30 @@ def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
     whole = pruned(tiny_recipe, *settings, run_dir=tmp_path / "whole")
     model = Path("prune") / "model.safetensors"
     assert (run.path / model).read_bytes() == (whole.path / model).read_bytes()
+
+
+def test_a_metric_declared_here_and_registered_grades_the_start(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(METRICS, "last", Facts(home=f"{__name__}:Last", reads_text=False, start="the last"))
+    recipe = load_recipe(tiny_recipe, overrides=["prune.duration=3 steps", f"run_dir={tmp_path / 'last'}"])
+    settings = recipe.pruning.prune.model_copy(update={"initial_masks": "the last", "freeze": Duration(fraction=1.0)})
+    prune(RunContext(recipe.model_copy(update={"prune": settings})))
+    masks = load_file(RunDirectory(tmp_path / "last").prune / "masks.safetensors")
+    assert masks["hidden"].tolist() == [0.0] * 16 + [1.0] * 16
+    assert masks["attention"].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert masks["intermediate"].sum(0).tolist() == [0.0] * 24 + [4.0] * 24
+
+
+class Last:
+    """The last units of every row are the best."""
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        del source, evidence
+        return 1
+
+    def scores(self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None]) -> Scores:
+        assert evidence.text == ()
+        advance(1)
+        sizes = unit_sizes(Shape.of(model.config))
+        return {name: torch.arange(float(size[-1])).expand(size).contiguous() for name, size in sizes.items()}

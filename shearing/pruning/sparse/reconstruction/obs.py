@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shearing.pruning.calibration.statistics import InverseFactor, Need
+from shearing.pruning.calibration.inverse import InverseFactor
+from shearing.pruning.calibration.statistics import Need
 from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 

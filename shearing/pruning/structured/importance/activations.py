@@ -5,7 +5,7 @@ Shapes: B sequences of S tokens, L layers, G KV groups, Q query heads of a group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,36 +15,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.scores import Scores
+from shearing.pruning.structured.importance.metric import Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.no_grad()
-def activation_importance(model: PreTrainedModel, *, batches: Iterable[Inputs]) -> Scores:
-    """Activation importance of Minitron (arXiv 2407.14679, section 2) from forward passes alone.
+class Activations:
+    """Importance of Minitron (arXiv 2407.14679, section 2) from forward passes alone; see `Metric`.
 
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
-    over its heads. Hidden dimensions sum it over the outputs of both norms of every layer. Layers and sub-layers
+    over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
     score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
-
-    Args:
-        model: plain model, on any device.
-        batches: tokens [B, S], on the model's device.
     """
-    with ActivationRecorder.listening(model) as recorder:
-        for batch in batches:
-            backbone(model)(**batch.keywords())
-    return recorder.scores(Shape.of(model.config))
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """One pass for each batch of the text."""
+        del source
+        return len(evidence.text)
+
+    @torch.no_grad()
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """See `Activations`."""
+        with ActivationRecorder.listening(model) as recorder:
+            for batch in evidence.text:
+                backbone(model)(**batch.keywords())
+                advance(1)
+        return recorder.scores(Shape.of(model.config))
 
 
 class ActivationRecorder:
-    """Running sums of what `activation_importance` is made of: (name, layer) -> [channels] or scalar."""
+    """Running sums of what `Activations` is made of: (name, layer) -> [channels] or scalar."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, int], Tensor] = {}
@@ -77,27 +83,27 @@ class ActivationRecorder:
             "kv_groups": heads.sum(-1).sqrt(),
             "query_heads": heads.sqrt(),
             "intermediate": of_layers("intermediate").sqrt(),
-            "hidden": (of_layers("attention norm").sqrt() + of_layers("mlp norm").sqrt()).sum(0),
+            "hidden": (of_layers("attention read").sqrt() + of_layers("mlp read").sqrt()).sum(0),
         }
 
     def _listen(self, model: PreTrainedModel) -> list[Any]:
         family = anatomy_of(model)
         handles: list[Any] = []
         for index, layer in enumerate(decoder_layers(model)):
-            attention_norm, mlp_norm = layer.get_submodule(family.attention_norm), layer.get_submodule(family.mlp_norm)
             handles += [
-                attention_norm.register_forward_pre_hook(self._enter_layer),
-                mlp_norm.register_forward_pre_hook(partial(self._enter_mlp, index)),
+                layer.register_forward_pre_hook(self._enter_layer),
+                layer.get_submodule(family.mlp.entry).register_forward_pre_hook(partial(self._enter_mlp, index)),
                 layer.register_forward_hook(partial(self._leave_layer, index)),
-                attention_norm.register_forward_hook(partial(self._output, ("attention norm", index))),
-                mlp_norm.register_forward_hook(partial(self._output, ("mlp norm", index))),
-                layer.get_submodule(family.attention_write).register_forward_pre_hook(
-                    partial(self._input, ("heads", index))
-                ),
-                layer.get_submodule(family.mlp_write).register_forward_pre_hook(
-                    partial(self._input, ("intermediate", index))
-                ),
             ]
+            for name, sublayer, units in (
+                ("attention", family.attention, "heads"),
+                ("mlp", family.mlp, "intermediate"),
+            ):
+                first_reader, write = (layer.get_submodule(linear) for linear in (sublayer.readers[0], sublayer.write))
+                handles += [
+                    first_reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))),
+                    write.register_forward_pre_hook(partial(self._input, (units, index))),
+                ]
         return handles
 
     def _add(self, key: tuple[str, int], value: Tensor) -> None:
@@ -111,9 +117,6 @@ class ActivationRecorder:
 
     def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._channels(key, arguments[0])
-
-    def _output(self, key: tuple[str, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        self._channels(key, output)
 
     def _enter_layer(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._layer_input = arguments[0]

@@ -1,21 +1,25 @@
-"""Importance by reconstruction: what the other units of a layer could not make up for."""
+"""Importance by reconstruction: what the other units of a layer could not make up for.
+
+Legend: T tokens, O outputs and I inputs of a linear layer; B sequences, S positions, d hidden.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.calibration.places import reading_modules, weight_of
+from shearing.pruning.calibration.inverse import damped_factors
+from shearing.pruning.calibration.places import named_places, weight_of
+from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.walk import first_inputs, run_layer
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.activations import ActivationRecorder
-from shearing.pruning.structured.importance.scores import Scores
+from shearing.pruning.structured.importance.metric import Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +56,8 @@ def elimination_order(
     Returns:
         [rows, units] fp32 scores, higher goes later.
     """
-    weight, inverse = weight.double(), torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, by=DAMPING)))
+    lower, _ = next(damped_factors(moment.to(torch.float64, copy=True), damping=DAMPING, of="each"))
+    weight, inverse = weight.double(), torch.cholesky_inverse(lower)
     width = weight.shape[1] // (rows * units)
     scores = torch.full((rows, units), float("inf"), dtype=torch.float64, device=weight.device)
     for first in range(0, remove, at_once):
@@ -98,88 +103,70 @@ def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Ten
     return weight, inverse
 
 
-def damped(moment: Tensor, *, by: float) -> Tensor:
-    moment = moment.double()
-    diagonal = moment.diagonal()
-    # An input that is always zero has no part in anything, and must not make the matrix singular.
-    return moment + torch.diag(by * diagonal + 1e-8 * diagonal.mean() + torch.finfo(torch.float32).tiny)
-
-
-@torch.no_grad()
-def reconstruction_importance(
-    model: PreTrainedModel,
-    *,
-    batches: Sequence[Inputs],
-    target: Shape | None,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Scores:
-    """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `activation_importance`.
+class Reconstruction:
+    """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `Activations`.
 
     A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
     divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
 
-    Args:
-        model: plain model, on any device; layers are visited one after the other, with one layer's moments at a time.
-        batches: tokens [B, S], on the model's device.
-        target: shape to reach: how many units of a row go. None: as if half of each row went.
-        advance: called with 1 after every layer.
+    See `Metric`. Layers are visited one after the other, with one layer's moments at a time. The target says how many
+    units of a row go; without one, half of each row.
     """
-    source, family = Shape.of(model.config), anatomy_of(model)
-    K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
-    goes = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
-    if target is not None:
-        goes = {
-            "kv_groups": K - target.num_key_value_heads,
-            "query_heads": G - target.query_heads_per_group,
-            "intermediate": m - target.intermediate_size,
-        }
-    orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
-    writes = reading_modules(family, "attention write", "mlp norm", "mlp write")
-    streams, calls = first_inputs(model, batches)
-    with ActivationRecorder.listening(model) as recorder:
-        for index, layer in enumerate(decoder_layers(model)):
-            heads, units = _Moment(), _Moment()
-            for batch, of_layers in enumerate(calls):
-                seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=writes)
-                heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
-                units.add(seen["mlp write"], weights=token_weights(after))
-                streams[batch] = after
-            for name, write, moment, rows, count in (
-                ("kv_groups", family.attention_write, heads, 1, K),
-                ("query_heads", family.attention_write, heads, K, G),
-                ("intermediate", family.mlp_write, units, 1, m),
-            ):
-                if name in orders:
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """One for each layer."""
+        del evidence
+        return source.num_hidden_layers
+
+    @torch.no_grad()
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """See `Reconstruction`."""
+        source, family = Shape.of(model.config), anatomy_of(model)
+        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        goes = _units_that_go(source, target=evidence.target)
+        rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
+        orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
+        places = named_places(family, "attention write", "mlp norm", "mlp write")
+        streams, calls = first_inputs(model, evidence.text)
+        with ActivationRecorder.listening(model) as recorder:
+            for index, layer in enumerate(decoder_layers(model)):
+                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
+                heads, units = (_statistics_for(write) for write in writes)
+                for batch, of_layers in enumerate(calls):
+                    seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
+                    heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
+                    units.add(seen["mlp write"], weights=token_weights(after))
+                    streams[batch] = after
+                for name, earlier in orders.items():
+                    weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
+                    rows, count = rows_of[name]
                     at_once = max(1, goes[name] // _ROUNDS)
                     order = elimination_order(
-                        weight_of(layer, write),
-                        moment.mean(),
-                        rows=rows,
-                        units=count,
-                        remove=goes[name],
-                        at_once=at_once,
+                        weight, read.token_moment, rows=rows, units=count, remove=goes[name], at_once=at_once
                     )
-                    orders[name].append(order.cpu())
-            advance(1)
-    sizes = unit_sizes(source)
-    reconstructed = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
-    return {**recorder.scores(source), **reconstructed}
+                    earlier.append(order.cpu())
+                advance(1)
+        sizes = unit_sizes(source)
+        eliminated = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
+        return {**recorder.scores(source), **eliminated}
 
 
-class _Moment:
-    """Weighted second moment of vectors [T, I]."""
+def _units_that_go(source: Shape, *, target: Shape | None) -> dict[str, int]:
+    """Units of a row that are removed, by granularity."""
+    K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+    if target is None:
+        return {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
+    return {
+        "kv_groups": K - target.num_key_value_heads,
+        "query_heads": G - target.query_heads_per_group,
+        "intermediate": m - target.intermediate_size,
+    }
 
-    def __init__(self) -> None:
-        self._sum = torch.zeros(())
-        self._total = 0.0
 
-    def add(self, x: Tensor, *, weights: Tensor) -> None:
-        x, weights = x.flatten(0, -2).float(), weights.flatten()
-        self._sum = self._sum.to(x.device) + ((x * weights[:, None]).T @ x).double()
-        self._total += float(weights.sum())
-
-    def mean(self) -> Tensor:
-        return self._sum / self._total
+def _statistics_for(weight: Tensor) -> InputStatistics:
+    return InputStatistics(weight.shape[1], needs=frozenset({"moment"}), device=weight.device, dtype=torch.float64)
 
 
 def token_weights(stream: Tensor) -> Tensor:

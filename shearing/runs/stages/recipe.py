@@ -1,12 +1,18 @@
-"""Recipe section `evaluation`: what is measured in the end."""
+"""Recipe section `evaluation`: what the last stage measures."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from shearing.pruning.structured.importance.registry import baselines
 from shearing.settings.section import Section
+
+if TYPE_CHECKING:
+    BaselineName = str
+else:
+    BaselineName = Literal[tuple(baselines())]
 
 
 class EvaluationRecipe(Section):
@@ -14,7 +20,7 @@ class EvaluationRecipe(Section):
 
     tokens_per_domain: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
-    baselines: list[Literal["random", "magnitude", "importance"]] = Field(
+    baselines: list[BaselineName] = Field(
         ["random", "magnitude", "importance"], description="Same shape, units chosen otherwise, scored after cutting."
     )
     speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")

@@ -1,0 +1,59 @@
+"""What an importance metric is: it scores every unit of a model before anything is learned.
+
+Metrics grade the start of mask learning and serve as baselines of the same shape.
+
+Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from shearing.data.documents import Inputs
+from shearing.models.shape import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Scores = dict[str, Tensor]
+"""Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m];
+hidden [d]; of the units of a row the higher are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a metric may go by, beside the model.
+
+    Attributes:
+        text: tokens [B, S], on the model's device; empty for metrics that read none.
+        target: shape to reach; None where there is only a number of parameters.
+        seed: of whatever is drawn.
+    """
+
+    text: Sequence[Inputs] = ()
+    target: Shape | None = None
+    seed: int = 0
+
+
+class Metric(Protocol):
+    """Scores units; see `registry` for those that have a name."""
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """How often `scores` calls `advance` with 1 for a model of these sizes."""
+        ...
+
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """Scores of all units of all granularities, fp32 on the CPU.
+
+        Args:
+            model: plain model, on any device; left as it is.
+            evidence: what else there is to go by.
+            advance: for progress, see `units_of_work`.
+        """
+        ...

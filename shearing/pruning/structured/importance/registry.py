@@ -1,0 +1,60 @@
+"""The importance metrics by name: what each is called where, and where it is defined. Imports no torch.
+
+A metric is one file with one class that does what `Metric` says, and one line here; recipes, baselines and benchmarks
+take their names from here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shearing.pruning.structured.importance.metric import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is to be known of a metric before it is imported.
+
+    Attributes:
+        home: `module:class`.
+        reads_text: whether it needs calibration text.
+        start: what `prune.initial_masks` calls it; None: it grades no start.
+        baseline: what `evaluation.baselines` calls it; None: it is no baseline.
+    """
+
+    home: str
+    reads_text: bool
+    start: str | None = None
+    baseline: str | None = None
+
+
+_HERE = "shearing.pruning.structured.importance"
+
+METRICS: dict[str, Facts] = {
+    "random": Facts(home=f"{_HERE}.chance:Chance", reads_text=False, baseline="random"),
+    "magnitude": Facts(home=f"{_HERE}.magnitude:Magnitude", reads_text=False, baseline="magnitude"),
+    "activations": Facts(
+        home=f"{_HERE}.activations:Activations", reads_text=True, start="activations", baseline="importance"
+    ),
+    "reconstruction": Facts(home=f"{_HERE}.reconstruction:Reconstruction", reads_text=True, start="reconstruction"),
+}
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of a name in `METRICS`."""
+    module, _, kind = METRICS[name].home.partition(":")
+    metric: Metric = getattr(importlib.import_module(module), kind)()
+    return metric
+
+
+def starts() -> dict[str, str]:
+    """Value of `prune.initial_masks` -> metric, for those that grade a start."""
+    return {facts.start: name for name, facts in METRICS.items() if facts.start is not None}
+
+
+def baselines() -> dict[str, str]:
+    """Value of `evaluation.baselines` -> metric."""
+    return {facts.baseline: name for name, facts in METRICS.items() if facts.baseline is not None}

@@ -1,0 +1,188 @@
+"""Refit: weights that stay make up for the units that go, layer by layer, before any of them is trained.
+
+Legend: T tokens, B sequences, S positions; I and O inputs and outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families import Family
+from shearing.models.masked import MaskedModel, Masks
+from shearing.pruning.calibration.inverse import damped_factors
+from shearing.pruning.calibration.places import Place, named_places, weight_of
+from shearing.pruning.calibration.statistics import InputStatistics, add_products, weigh
+from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
+from shearing.pruning.structured.importance.reconstruction import token_weights
+
+RIDGE = 1.5
+"""How strongly refitted weights are held where they are. Small values fit the calibration text, see docs/lab-log.md."""
+
+
+@torch.no_grad()
+def refit(
+    model: MaskedModel,
+    *,
+    masks: Masks,
+    batches: Sequence[Inputs],
+    ridge: float = RIDGE,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Refit the weights that stay under binary masks to what the whole model computes, layer by layer, in place.
+
+    A linear layer W that reads x' under the masks, where the whole model reads x and should give y, becomes
+
+        W + argmin_D Σ_t w_t |y_t - (W + D) x'_t|² + δ tr(D diag(Σ_t w_t x'_t x'_tᵀ) Dᵀ),   δ = `ridge`
+
+    over the columns and rows that stay. For what reads the residual stream, y = W x. For what writes into it, y leads
+    to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Inputs
+    x' come from layers that are refitted already (as in SparseGPT). Biases, norms, embedding and head stay as they are.
+
+    Args:
+        model: masked model, on any device; its masks are left as `masks`.
+        masks: binary.
+        batches: tokens [B, S], on the model's device.
+        ridge: how strongly weights are held where they are.
+        advance: called with 1 after every layer.
+    """
+    source_model = model.model
+    family = anatomy_of(source_model)
+    was_training = source_model.training
+    source_model.eval()
+    model.set_masks(None)
+    whole, calls = first_inputs(source_model, batches)
+    model.set_masks(masks)
+    masked, _ = first_inputs(source_model, batches)
+    hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
+    attention_read, attention_write, mlp_norm, mlp_read = named_places(
+        family, "attention read", "attention write", "mlp norm", "mlp read"
+    )
+    for index, layer in enumerate(decoder_layers(source_model)):
+        model.set_masks(None)
+        dense = [
+            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
+            for stream, of_layers in zip(whole, calls, strict=True)
+        ]
+        whole = [after for _, after in dense]
+        model.set_masks(masks)
+        units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
+        if _kept(masks.attention, index):
+            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
+            norm = layer.get_submodule(family.attention.entry)
+            inputs = [norm(x) for x in masked]
+            _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
+            places = (attention_write, mlp_norm)
+            found = [
+                run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
+                for x, of_layers in zip(masked, calls, strict=True)
+            ]
+            wanted = [seen[mlp_norm.name] for seen, _ in dense]
+            inputs = [seen[attention_write.name] for seen, _ in found]
+            write = family.attention.write
+            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
+        if _kept(masks.mlp, index):
+            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
+            _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
+            inputs = [_inputs_of_write(layer, family, x) for x in normed]
+            write = family.mlp.write
+            masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
+        advance(1)
+    source_model.train(was_training)
+
+
+def _refit_readers(
+    layer: nn.Module,
+    place: Place,
+    *,
+    inputs: Sequence[Tensor],
+    dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+    columns: Tensor | None,
+    ridge: float,
+) -> None:
+    """Corrects what reads the residual stream, from its inputs with masks and without."""
+    fit = _Fit(weight_of(layer, place.members[0]), columns=columns, outputs=inputs[0].shape[-1], ridge=ridge)
+    for x, (seen, _) in zip(inputs, dense, strict=True):
+        fit.add(x, lacks=seen[place.name] - x)
+    gain = fit.solve()
+    for name in place.members:
+        weight = weight_of(layer, name)
+        # What the output lacks is W (x - x').
+        weight[:, fit.columns] += (weight.double() @ gain.T).to(weight.dtype)
+
+
+def _refit_write(
+    layer: nn.Module,
+    name: str,
+    streams: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    *,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    ridge: float,
+) -> list[Tensor]:
+    """Corrects what writes into the residual stream; returns the stream after it."""
+    write, weight = layer.get_submodule(name), weight_of(layer, name)
+    index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
+    fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge)
+    for stream, x, y in zip(streams, inputs, wanted, strict=True):
+        lacks = y - stream - write(x)
+        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
+    weight[index_O[:, None], fit.columns] += fit.solve().T.to(weight.dtype)
+    return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
+
+
+def _kept(mask: Tensor | None, index: int) -> bool:
+    return mask is None or bool(mask[index])
+
+
+def _inputs_of_heads(heads: Tensor | None, *, inputs: int) -> Tensor | None:
+    """Indices of the kept inputs of the attention's write, from a mask of its heads or groups."""
+    return None if heads is None else heads.repeat_interleave(inputs // heads.numel()).nonzero()[:, 0]
+
+
+class _Fit:
+    """Normal equations of a linear correction, as sums over tokens: what is read, and what the output lacks.
+
+    Args:
+        weight: [O, I], what is corrected.
+        columns: indices of the inputs that take part; None: all.
+        outputs: number of outputs that lack something.
+        ridge: share of the moment's diagonal that is added to it.
+
+    Attributes:
+        columns: indices of the inputs that take part.
+    """
+
+    def __init__(self, weight: Tensor, *, columns: Tensor | None, outputs: int, ridge: float) -> None:
+        self._all, self._ridge = columns is None, ridge
+        self.columns = torch.arange(weight.shape[1], device=weight.device) if columns is None else columns
+        taking_part = self.columns.numel()
+        self._read = InputStatistics(
+            taking_part, needs=frozenset({"moment"}), device=weight.device, dtype=torch.float64
+        )
+        self._cross = torch.zeros(taking_part, outputs, dtype=torch.float64, device=weight.device)
+
+    def add(self, x: Tensor, *, lacks: Tensor, weights: Tensor | None = None) -> None:
+        """Inputs [B, S, I], what the output lacks [B, S, O], and how much each token counts [B, S]."""
+        x = x if self._all else x[..., self.columns]
+        self._read.add(x, weights=weights)
+        add_products(self._cross, weigh(x.flatten(0, -2).float(), weights), lacks.flatten(0, -2).float())
+
+    def solve(self) -> Tensor:
+        """Transposed correction [inputs that take part, O]."""
+        lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
+        return torch.cholesky_solve(self._cross, lower)
+
+
+def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:
+    """What the MLP's write reads when the MLP reads x."""
+    with listening(layer, named_places(family, "mlp write"), until="mlp write") as seen, suppress(Reached):
+        layer.get_submodule(family.mlp.module)(x)
+    return seen["mlp write"]

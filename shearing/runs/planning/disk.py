@@ -1,0 +1,74 @@
+"""What a run writes: checkpoints and models, in bytes, from settings and sizes alone; and what there is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from shearing.data.recipe import DataRecipe
+from shearing.models.shape import Shape
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.training.recipe import StageRecipe
+
+_BYTES_OF_WEIGHT = 4
+
+
+def checkpoint_bytes(settings: StageRecipe, *, data: DataRecipe, parameters: int) -> int:
+    """Of all checkpoints of a stage that can be there at the same time, with the one that is being written.
+
+    Args:
+        settings: of the stage.
+        data: says how long a step is.
+        parameters: of the model that is trained.
+    """
+    forever = 0
+    if settings.keep_every is not None:
+        steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
+        every = settings.keep_every.in_steps(tokens_per_step=per_step, total_steps=steps)
+        forever = steps // max(1, every)
+    # One more than is kept: it is whole beside the others before the oldest goes.
+    return CHECKPOINT_BYTES_PER_PARAMETER * parameters * (settings.keep_last + 1 + forever)
+
+
+def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
+    """Bytes that a run has at most.
+
+    Args:
+        recipe: of the run.
+        source: shape of its source model.
+        target: what that is cut to; None where a budget leaves it open, or no units are pruned.
+    """
+    budget = None if recipe.target is None else recipe.target.parameters
+    final = (source if target is None else target).num_parameters() if budget is None else budget
+    total = 0
+    for stage, settings in recipe.training_stages.items():
+        parameters = source.num_parameters() if stage == "prune" else final
+        total += checkpoint_bytes(settings, data=recipe.data, parameters=parameters)
+        # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
+        total += parameters * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
+    if recipe.sparsify is not None:
+        total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
+    return total
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 where there is none."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            # Another process may be at work there; the lock that keeps it apart is taken after all checks.
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(root) / name).stat().st_size
+    return total
+
+
+def bytes_free(path: Path) -> int:
+    """Bytes free on the disk that holds a path, or will."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

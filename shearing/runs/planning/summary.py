@@ -1,0 +1,134 @@
+"""What a run will do, as the checks have found it, and how that is shown before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shearing.models.shape import Shape
+from shearing.runs.run_directory import Stage
+
+WORTHWHILE_PASSES = 4
+"""Passes over the same text up to which repeating it is nearly as good as new text (Muennighoff et al., arXiv
+2305.16264)."""
+
+NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary config can hold that"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training stage will do: optimiser steps, tokens of one step, and passes over each domain.
+
+    `passes` assumes that the mixture stays at its initial weights, `most_passes` of each domain by itself that it has
+    the largest weight that the update rule can give it, all the time.
+    """
+
+    stage: Stage
+    steps: int
+    tokens_per_step: int
+    passes: Mapping[str, float]
+    most_passes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and take.
+
+    Attributes:
+        source: shape of the source model.
+        target: shape to reach, or None where a budget leaves it open or no units are pruned.
+        budget: parameters to reach, embeddings included, where the recipe gives a budget.
+        zeros: in words, what stays zero in training; None for a dense model.
+        uniform: whether the result fits an ordinary config.
+        tokens: training tokens of each domain.
+        weights: initial weight of each domain.
+        largest: largest weight that the update rule can give each.
+        training: the training stages in order.
+        disk, free: bytes that the rest of the run needs at most, and bytes that there are.
+    """
+
+    source: Shape
+    target: Shape | None
+    budget: int | None
+    zeros: str | None
+    uniform: bool
+    tokens: Mapping[str, int]
+    weights: Mapping[str, float]
+    largest: Mapping[str, float]
+    training: Sequence[TrainingPlan]
+    disk: int
+    free: int
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan as a short summary for a terminal."""
+    shapes = Table("model", "parameters", "without embeddings", "shape", box=None, pad_edge=False, header_style="bold")
+    shapes.add_row("source", *shape_cells(plan.source))
+    if plan.target is not None:
+        shapes.add_row("target", *shape_cells(plan.target))
+    elif plan.budget is not None:
+        open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
+        shapes.add_row("target", f"{plan.budget:,} at most", "", open_sizes)
+    stages = Table("stage", "steps", "tokens a step", "tokens", box=None, pad_edge=False, header_style="bold")
+    for stage in plan.training:
+        total = stage.steps * stage.tokens_per_step
+        stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}")
+    disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
+    zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
+    parts: list[RenderableType] = [shapes, "", *zeros, stages, "", _domains(plan), *map(Text, _repeats(plan)), "", disk]
+    if not plan.uniform:
+        parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
+    return Group(*parts)
+
+
+def _domains(plan: Plan) -> Table:
+    """Text, weights and passes of each domain: at its initial weight, and at the largest one that it can get."""
+    table = Table("domain", box=None, pad_edge=False, header_style="bold")
+    stages = [stage.stage for stage in plan.training]
+    for name in (
+        "training tokens",
+        "weight",
+        *(f"passes, {name}" for name in stages),
+        "largest weight",
+        "passes, at most",
+    ):
+        table.add_column(name, justify="right")
+    for domain, tokens in plan.tokens.items():
+        passes = [f"{stage.passes[domain]:.2f}" for stage in plan.training]
+        most = sum(stage.most_passes[domain] for stage in plan.training)
+        weights = f"{plan.weights[domain]:.3f}", f"{plan.largest[domain]:.3f}"
+        table.add_row(domain, f"{tokens:,}", weights[0], *passes, weights[1], f"{most:.2f}")
+    return table
+
+
+def _repeats(plan: Plan) -> Iterator[str]:
+    """What to say of domains that are walked through often; the stages walk on one after the other."""
+    planned = {name: sum(stage.passes[name] for stage in plan.training) for name in plan.tokens}
+    most = {name: sum(stage.most_passes[name] for stage in plan.training) for name in plan.tokens}
+    often = [f"{name} ({passes:.1f} passes)" for name, passes in planned.items() if passes > WORTHWHILE_PASSES]
+    if often:
+        yield (
+            f"repeated often: {', '.join(often)}. Up to about {WORTHWHILE_PASSES} passes repeated text is nearly "
+            "as good as new, later ones add ever less (arXiv 2305.16264): prepare more text, or lower the weight"
+        )
+    perhaps = [f"{name} ({passes:.1f})" for name, passes in most.items() if passes > WORTHWHILE_PASSES >= planned[name]]
+    if perhaps:
+        yield f"more than {WORTHWHILE_PASSES} passes at the largest weight that the rule can give: {', '.join(perhaps)}"
+
+
+def shape_cells(shape: Shape) -> tuple[str, str, str]:
+    """A table's cells about a shape: parameters, those without embeddings, sizes."""
+    sizes = (
+        f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
+        f"heads {shape.num_attention_heads} on {shape.num_key_value_heads} KV x {shape.head_dim}"
+    )
+    return f"{shape.num_parameters():,}", f"{shape.num_parameters(embeddings=False):,}", sizes
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,56 @@
+"""Statistics are sums that parts of the text add up to, and means of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shearing.errors import ShearingError
+from shearing.pruning.calibration.inverse import damped_factors
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+
+BOTH: frozenset[Need] = frozenset({"squares", "moment"})
+INPUTS = torch.randn(6, 8, 5, generator=torch.Generator().manual_seed(0))
+WEIGHTS = torch.rand(6, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_weighted_sums_in_double_precision_are_those_of_the_whole_text(parts: int) -> None:
+    statistics = InputStatistics(5, needs=BOTH, device=torch.device("cpu"), dtype=torch.float64)
+    for inputs, weights in zip(INPUTS.chunk(parts), WEIGHTS.chunk(parts), strict=True):
+        statistics.add(inputs, weights=weights)
+    weighted = torch.einsum("nsi,nsj,ns->ij", INPUTS.double(), INPUTS.double(), WEIGHTS.double())
+    torch.testing.assert_close(statistics.products, weighted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.token_moment, weighted / WEIGHTS.double().sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.squares, weighted.diagonal() / 6, rtol=1e-5, atol=1e-6)
+    assert statistics.sequences == 6
+
+
+def test_unweighted_tokens_count_once() -> None:
+    statistics = InputStatistics(5, needs=BOTH, device=torch.device("cpu"))
+    statistics.add(INPUTS)
+    assert float(statistics.tokens) == 48
+    torch.testing.assert_close(statistics.moment, statistics.token_moment.float() * 2 * 8)
+
+
+def test_damping_of_each_entry_is_its_own_share_and_of_the_mean_the_same_for_all() -> None:
+    moment = torch.diag(torch.tensor([1.0, 100.0], dtype=torch.float64))
+    for of, expected in (("each", [1.1, 110.0]), ("mean", [1.0 + 5.05, 100.0 + 5.05])):
+        lower, used = next(damped_factors(moment.clone(), damping=0.1, of=of))
+        assert used == 0.1
+        assert (lower @ lower.T).diagonal().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_input_that_is_always_zero_has_a_factor_and_each_further_one_is_damped_more() -> None:
+    moment = torch.diag(torch.tensor([0.0, 4.0], dtype=torch.float64))
+    factors = damped_factors(moment, damping=0.01, of="each")
+    (first, _), (second, used) = next(factors), next(factors)
+    assert used == pytest.approx(0.1)
+    assert float(first[1, 1]) ** 2 == pytest.approx(4.04)
+    assert float(second[1, 1]) ** 2 == pytest.approx(4.4)
+    assert float(first[0, 0]) > 0
+
+
+def test_a_moment_without_a_factor_is_refused() -> None:
+    with pytest.raises(ShearingError, match="damping"):
+        next(damped_factors(torch.full((3, 3), float("nan")), damping=1.5, of="each"))

@@ -1,0 +1,83 @@
+"""Importance metrics: each scores every unit of every family, and a new one is a file and a line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+import torch
+
+from shearing.data.documents import Inputs
+from shearing.models.shape import Shape
+from shearing.pruning.structured.granularities import unit_sizes
+from shearing.pruning.structured.importance.activations import Activations
+from shearing.pruning.structured.importance.chance import Chance
+from shearing.pruning.structured.importance.magnitude import Magnitude
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of, starts
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.pruning.structured.rounding import select
+from shearing.runs.stages.recipe import EvaluationRecipe
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_scores_every_unit_of_every_family(name: str, family: str) -> None:
+    model = tiny_model(family)
+    source = Shape.of(model.config)
+    target = dataclasses.replace(source, num_hidden_layers=3, intermediate_size=20, hidden_size=24)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    text = [Inputs(tiny_ids(seed=seed)) for seed in range(2)] if METRICS[name].reads_text else []
+    evidence = Evidence(text=text, target=target, seed=3)
+    calls: list[int] = []
+    scores = metric_of(name).scores(model, evidence=evidence, advance=calls.append)
+    assert {granularity: tuple(values.shape) for granularity, values in scores.items()} == unit_sizes(source)
+    assert all(values.isfinite().all() and values.dtype == torch.float32 for values in scores.values())
+    assert all(len(values.unique()) > 1 for values in scores.values() if values.shape[-1] > 1)
+    assert calls == [1] * metric_of(name).units_of_work(source, evidence=evidence)
+    _, selection = select(scores, source=source, target=target)
+    assert selection.shape(source) == target
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_recipes_take_the_names_of_the_registry() -> None:
+    assert get_args(PruneRecipe.model_fields["initial_masks"].annotation) == ("open", *starts())
+    (each,) = get_args(EvaluationRecipe.model_fields["baselines"].annotation)
+    assert get_args(each) == tuple(baselines())
+    assert starts() == {"activations": "activations", "reconstruction": "reconstruction"}
+    assert baselines() == {"random": "random", "magnitude": "magnitude", "importance": "activations"}
+
+
+def test_chance_goes_by_the_seed() -> None:
+    first, again, other = (Chance().scores(tiny_model(), evidence=Evidence(seed=seed)) for seed in (0, 0, 1))
+    for name, values in first.items():
+        assert torch.equal(values, again[name])
+        assert not torch.equal(values, other[name])
+
+
+def test_activations_find_planted_units():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[5:].mul_(1e-3)
+            layer.self_attn.o_proj.weight.zero_()
+            layer.self_attn.v_proj.weight[8:].mul_(1e-3)
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    scores = Activations().scores(model, evidence=Evidence(text=[Inputs(tiny_ids(seed=seed)) for seed in range(3)]))
+    assert (scores["intermediate"].topk(5, dim=-1).indices.sort(-1).values == torch.arange(5)).all()
+    assert (scores["kv_groups"].argmax(-1) == 0).all()
+    assert int(scores["layers"].argmin()) == 2
+    assert {name: tuple(value.shape) for name, value in scores.items()} == unit_sizes(Shape.of(model.config))
+
+
+def test_magnitude_finds_planted_units():
+    model = tiny_model("qwen2", tied=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight[7].mul_(10)
+        model.model.embed_tokens.weight[:, 3].mul_(100)
+    scores = Magnitude().scores(model, evidence=Evidence())
+    assert (scores["intermediate"].argmax(-1) == 7).all()
+    assert int(scores["hidden"].argmax()) == 3

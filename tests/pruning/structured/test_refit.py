@@ -1,0 +1,96 @@
+"""Weights that make up for the units that go."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from shearing.data.documents import Inputs
+from shearing.models.cutting import compact
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.reconstruction import Reconstruction
+from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.rounding import select
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
+from tests.pruning.calibration.test_walk import residual_streams
+
+BATCHES = [Inputs(tiny_ids(sequences=8, seed=seed)) for seed in range(8)]
+
+
+def masked_logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids) @ model.head_weight().T
+
+
+def test_the_refit_makes_up_exactly_for_units_that_others_repeat():
+    """Head 1 of each group and unit 9 repeat head 0 and unit 4: without them the logits have to stay as they are."""
+    model = tiny_model("llama")
+    source = Shape.of(model.config)
+    dh, group = source.head_dim, source.query_heads_per_group
+    with torch.no_grad():
+        for layer in model.model.layers:
+            q, up, gate = layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight
+            for first in range(0, source.num_attention_heads, group):
+                q[(first + 1) * dh : (first + 2) * dh] = q[first * dh : (first + 1) * dh]
+            gate[9], up[9] = gate[4], 2 * up[4]
+    heads = torch.ones(source.num_hidden_layers, source.num_key_value_heads, group)
+    heads[..., 1] = 0.0
+    units = torch.ones(source.num_hidden_layers, source.intermediate_size)
+    units[:, 9] = 0.0
+    masks, ids = Masks(query_heads=heads, intermediate=units), tiny_ids(seed=99)
+    subject = MaskedModel(model)
+    whole = masked_logits(subject, ids)
+    subject.set_masks(masks)
+    cut = masked_logits(subject, ids)
+    refit(subject, masks=masks, batches=BATCHES, ridge=1e-6)
+    error, error_before = (masked_logits(subject, ids) - whole).norm(), (cut - whole).norm()
+    assert error < 1e-3 * error_before
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_refit_brings_the_residual_stream_closer_to_the_whole_models(family: str, tied: bool):
+    model = tiny_model(family, tied=tied)
+    source = Shape.of(model.config)
+    target = dataclasses.replace(
+        source,
+        num_hidden_layers=source.num_hidden_layers - 1,
+        intermediate_size=source.intermediate_size * 3 // 4,
+        hidden_size=source.hidden_size - source.num_attention_heads,
+    )
+    scores = Reconstruction().scores(model, evidence=Evidence(text=BATCHES, target=target))
+    scores["layers"] = (torch.arange(source.num_hidden_layers) != 1).float()
+    masks, selection = select(scores, source=source, target=target)
+    subject, ids = MaskedModel(model), BATCHES[0].tokens
+    whole = residual_streams(subject, ids)
+    subject.set_masks(masks)
+    cut = residual_streams(subject, ids)
+    layers = []
+    refit(subject, masks=masks, batches=BATCHES, ridge=0.01, advance=layers.append)
+    refitted = residual_streams(subject, ids)
+    assert layers == [1] * source.num_hidden_layers
+    alive = masks.hidden > 0
+    for wanted, before, after in zip(whole, cut, refitted, strict=True):
+        size = wanted.norm(dim=-1, keepdim=True)
+        assert ((after - wanted) / size)[..., alive].norm() < ((before - wanted) / size)[..., alive].norm()
+
+    masked = masked_logits(subject, ids)
+    small = compact(subject.release(), masks=masks, selection=selection)
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, masked, rtol=1e-4, atol=1e-4)
+
+
+def test_the_refit_without_anything_to_make_up_for_changes_nothing():
+    model = tiny_model("qwen3")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    source = Shape.of(model.config)
+    masks = Masks(intermediate=torch.ones(source.num_hidden_layers, source.intermediate_size))
+    subject = MaskedModel(model.train())
+    refit(subject, masks=masks, batches=BATCHES[:2])
+    assert model.training
+    for name, parameter in subject.release().named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=1e-5, atol=1e-5)

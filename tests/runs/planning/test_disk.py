@@ -1,0 +1,58 @@
+"""What a run writes is foreseen: the checks before it and the plan count the same checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shearing.models.loading import load_config
+from shearing.models.shape import Shape, resolve_target
+from shearing.runs.planning.disk import bytes_free, bytes_in, checkpoint_bytes, run_bytes
+from shearing.runs.recipe import Recipe, load_recipe
+
+
+def _shapes(recipe: Recipe) -> tuple[Shape, Shape]:
+    assert recipe.target is not None
+    config = load_config(recipe.model.source)
+    return Shape.of(config), resolve_target(recipe.target, source=config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "checkpoints"),
+    [
+        ([], 2 + 1),
+        (["pretrain.keep_last=5"], 5 + 1),
+        # Four steps: those of 2 and 4 stay for good.
+        (["pretrain.keep_every=2 steps"], 2 + 1 + 2),
+        (["pretrain.keep_every=50%", "pretrain.keep_last=1"], 1 + 1 + 2),
+    ],
+)
+def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: list[str], checkpoints: int) -> None:
+    recipe = load_recipe(tiny_recipe, overrides=overrides)
+    source, target = _shapes(recipe)
+    sizes = source.num_parameters(), target.num_parameters()
+    assert checkpoint_bytes(recipe.pretrain, data=recipe.data, parameters=sizes[1]) == 12 * sizes[1] * checkpoints
+    # Of mask learning three checkpoints and its weights; of the target the kept moments, compact/ and model/.
+    expected = (12 * 3 + 4) * sizes[0] + (12 * checkpoints + 4 * 4) * sizes[1]
+    assert run_bytes(recipe, source=source, target=target) == expected
+
+
+def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
+    sparse = ["sparsify={criterion: magnitude, pattern: '2:4'}"]
+    plain, recipe = load_recipe(tiny_recipe), load_recipe(tiny_recipe, overrides=sparse)
+    source, target = _shapes(recipe)
+    more = run_bytes(recipe, source=source, target=target) - run_bytes(plain, source=source, target=target)
+    assert more == 2 * 4 * target.num_parameters()
+    budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}"])
+    expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
+    assert run_bytes(budget, source=source, target=None) == expected
+
+
+def test_what_a_folder_holds_and_what_its_disk_has_left(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_bytes(b"1234")
+    (tmp_path / "a" / "b" / "two").write_bytes(b"12345")
+    assert bytes_in(tmp_path / "a") == 9
+    assert bytes_in(tmp_path / "nowhere") == 0
+    assert bytes_free(tmp_path / "not" / "yet") > 0
