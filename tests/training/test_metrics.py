@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from shearing import progress
 from shearing.progress import activity
 from shearing.training import metrics
 from shearing.training.metrics import Display, MetricsLog, StageTotals, print_summary
@@ -96,7 +97,7 @@ def test_live_view_shows_everything() -> None:
 
 
 def test_activity_reports_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     output = io.StringIO()
     with activity("held-out losses", total=200, console=Console(file=output)) as advance:
         advance(50)

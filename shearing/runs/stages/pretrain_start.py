@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import named
 from shearing.models.stored_model import OURS, TEXT_FILES
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext

@@ -19,7 +19,7 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of, starts
@@ -37,7 +37,8 @@ from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_mom
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
-from shearing.training.stage import Task, Trained
+from shearing.training.stage import Trained
+from shearing.training.task import Task
 
 INITIAL_SCORES = "importance.safetensors"
 """In the folder of the stage: what graded the initial masks."""
@@ -75,7 +76,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     said = full_disk_said(lambda: no_space(run.prune))
     path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
     learner = _learner(context, model=model, scores=None if path is None else load_file(path))
-    masking = Masking(model=MaskedModel(model), learner=learner)
+    masking = Masking(model=MaskedModel(model), learner=learner, draws=recipe.pruning.prune.mask_draws)
     task = task_of(
         context,
         stage="prune",
@@ -88,15 +89,22 @@ def prune(context: RunContext) -> dict[str, Any]:
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
-    return processes.on_main(said(lambda: _finish(context, model=model, task=task, trained=trained, mixture=mixture)))
+    return processes.on_main(
+        said(lambda: _finish(context, model=model, task=task, learner=learner, trained=trained, mixture=mixture))
+    )
 
 
 def _finish(
-    context: RunContext, *, model: PreTrainedModel, task: Task, trained: Trained, mixture: Mixture
+    context: RunContext,
+    *,
+    model: PreTrainedModel,
+    task: Task,
+    learner: MaskLearner,
+    trained: Trained,
+    mixture: Mixture,
 ) -> dict[str, Any]:
     """Write the results of mask learning out of its last checkpoint."""
-    assert task.masking is not None
-    run, learner, state = context.directory, task.masking.learner, ShardedState(trained.checkpoint)
+    run, state = context.directory, ShardedState(trained.checkpoint)
     masks = learner.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
