@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import read_json
 from shearing.models.loading import load_source
+from shearing.pruning.sparse.recipe import COMPONENT_NAMES
 from shearing.pruning.sparse.semi_structured.hardware import Hardware, find_hardware
 from shearing.pruning.sparse.semi_structured.layout import first_violation, without_negative_zeros
 
@@ -23,6 +24,7 @@ FORMAT = 1
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@named(COMPONENT_NAMES)
 def load(folder: Path | str, *, hardware: Hardware | None = None) -> PreTrainedModel:
     """Load what `shear export --semi-structured` has written: on the GPU, for inference, its faster layers converted.
 
