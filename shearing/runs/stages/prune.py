@@ -27,7 +27,7 @@ from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
