@@ -27,7 +27,7 @@ def anatomy_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ShearingError(
-            "model.source (architecture)",
+            "source (architecture)",
             value=config.model_type,
             allowed=", ".join(sorted(FAMILIES)),
             mend="choose a source model of a supported family, or declare the family under shearing/models/families",
@@ -37,7 +37,7 @@ def anatomy_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
         undeclared = sorted({name for name, _ in model_or_config.named_parameters() if not _declared(family, name)})
         if undeclared:
             raise ShearingError(
-                "model.source (parameters)",
+                "source (parameters)",
                 value=undeclared[:5],
                 allowed=f"the parameters declared for {family.model_type!r}",
                 mend="declare their axes under shearing/models/families",

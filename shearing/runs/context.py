@@ -18,11 +18,11 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
-from shearing.runs.recipe import Recipe
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.training.device import resolve_device, resolve_precision
 
@@ -67,6 +67,7 @@ class RunContext:
         return resolve_precision(self.recipe.training, device=self.device)
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def config(self) -> PretrainedConfig:
         """The source model's; whoever changes one changes a copy.
 
@@ -96,6 +97,7 @@ class RunContext:
             ) from error
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def corpus(self) -> Corpus:
         """The recipe's domains, checked against the source model and its tokenizer.
 

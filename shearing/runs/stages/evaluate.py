@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shearing.errors import named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
@@ -36,7 +37,7 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
 from shearing.training.recipe import StageRecipe
@@ -58,6 +59,7 @@ class _Row:
     load: Callable[[], PreTrainedModel]
 
 
+@named(COMPONENT_NAMES)
 def evaluate(context: RunContext) -> dict[str, Any]:
     """Measure what exists of a run, write evaluation.json and print the comparison table.
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
+from shearing.errors import named
 from shearing.files.durable import write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
@@ -26,9 +27,9 @@ from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import tokens_per_step
+from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -43,6 +44,7 @@ INITIAL_SCORES = "importance.safetensors"
 """In the folder of the stage: what graded the initial masks."""
 
 
+@named(COMPONENT_NAMES)
 def prune(context: RunContext) -> dict[str, Any]:
     """Write run_dir/prune: final masks, trained weights of the source's size, metrics, summary.
 
