@@ -57,15 +57,15 @@ class ActivationMasks:
         self.masks = Masks()
         self.head_dim = shape.head_dim
         model.get_submodule(family.embedding).register_forward_hook(lambda _m, _i, x: x * self.masks.hidden)
-        for name in [family.final_norm] + [
+        for name in [family.final_norm.name] + [
             f"{family.layers}.{layer}.{norm}"
             for layer in range(shape.num_hidden_layers)
-            for norm in (family.attention_norm, family.mlp_norm)
+            for norm in (family.attention.entry, family.mlp.entry)
         ]:
             norm = model.get_submodule(name)
             norm.forward = self._norm(norm)
         for index, layer in enumerate(decoder_layers(model)):
-            attention, mlp = layer.get_submodule(family.attention_write), layer.get_submodule(family.mlp_write)
+            attention, mlp = layer.get_submodule(family.attention.write), layer.get_submodule(family.mlp.write)
             attention.register_forward_pre_hook(self._heads(index))
             mlp.register_forward_pre_hook(lambda _m, x, index=index: (x[0] * self.masks.intermediate[index],))
             attention.register_forward_hook(self._write("attention", index))

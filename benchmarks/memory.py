@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -95,7 +95,7 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     masked = learner = None
     if configuration.masked:
         source = Shape.of(model.config)
-        target = Shape(**{**asdict(source), **TARGET})
+        target = replace(source, **TARGET)
         section = PruneRecipe.model_validate({"duration": 100, "batch_size": 1, "freeze": 0})
         settings = MaskSettings.of(section, tokens_per_step=1, seed=0)
         learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)

@@ -41,14 +41,13 @@ from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
-from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.refitting import refit
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
 from shearing.runs.stages.compact import compact as compact_stage
 from shearing.runs.stages.pretrain import pretrain as pretrain_stage
 from shearing.runs.stages.prune import prune as prune_stage
-from shearing.runs.stages.training_task import calibration_batches
 from shearing.training.device import resolve_device
 
 OURS = ("learned", "start")
@@ -83,7 +82,7 @@ def cut_at_once(method: str, *, context: RunContext) -> None:
     model = load_source(recipe.model.source, device=context.device)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
     name = baselines()["importance" if method == REFITTED else method]
-    text = calibration_batches(context)
+    text = context.calibration_batches()
     evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
     scores = metric_of(name).scores(model, evidence=evidence)
     masks, selection = select(scores, source=source, target=target)

@@ -1,27 +1,59 @@
-"""The one error a user sees: which field, its value, what is allowed, how to mend it."""
+"""The one error a user sees: which field, its value, what is allowed, how to mend it.
+
+A component says it in its own words, the names of its arguments. Whoever hands a recipe's keys to it renames them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+_MARK = "\0"
+
+
+def key(name: str) -> str:
+    """The name of a setting for the text of an error, where renaming finds it."""
+    return f"{_MARK}{name}{_MARK}"
 
 
 class ShearingError(ValueError):
     """What the user asked for cannot be done; raised before any expensive work starts.
 
     Args:
-        field: dotted name of the setting or the file at fault.
+        field: dotted name of the setting or the file at fault; what it is of that setting may follow in brackets.
         value: what was found there.
-        allowed: what would have been accepted.
+        allowed: what would have been accepted; other settings are named by `key`, here and in `mend`.
         mend: what to type or change.
         where: file and line, or the override, that set it.
     """
 
     def __init__(self, field: str, *, value: object, allowed: str, mend: str, where: str | None = None) -> None:
-        self.field, self.value, self.allowed, self.mend, self.where = field, value, allowed, mend, where
-        place = f"{where}: " if where else ""
-        super().__init__(f"{place}{field} = {value!r}\n  allowed: {allowed}\n  to mend: {mend}")
+        self.field, self.value, self.where = field, value, where
+        self._marked = (allowed, mend)
+        super().__init__()
+        self.rename({})
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call settings otherwise, in the field and in the text.
+
+        The error stays the same object: processes that have agreed on it know it again.
+
+        Args:
+            names: as they are called so far -> as they are called from now on; others stay.
+        """
+        name, bracket, what = self.field.partition(" (")
+        self.field = f"{names.get(name, name)}{bracket}{what}"
+        allowed, mend = (
+            re.sub(f"{_MARK}(.*?){_MARK}", lambda found: key(names.get(found[1], found[1])), text)
+            for text in self._marked
+        )
+        self._marked = (allowed, mend)
+        self.allowed, self.mend = allowed.replace(_MARK, ""), mend.replace(_MARK, "")
+        place = f"{self.where}: " if self.where else ""
+        self.args = (f"{place}{self.field} = {self.value!r}\n  allowed: {self.allowed}\n  to mend: {self.mend}",)
 
     def __reduce__(self) -> tuple[Callable[..., ShearingError], tuple[object, ...]]:
         # What exceptions do by default calls the class with `args`: the error of a worker process would not arrive.
@@ -37,9 +69,16 @@ class CombinedShearingError(ShearingError):
 
     def __init__(self, errors: Sequence[ShearingError]) -> None:
         first = errors[0]
-        super().__init__(first.field, value=first.value, allowed=first.allowed, mend=first.mend, where=first.where)
         self.errors = tuple(errors)
-        self.args = ("\n".join(str(error) for error in errors),)
+        super().__init__(first.field, value=first.value, allowed=first.allowed, mend=first.mend, where=first.where)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call settings otherwise in each of the errors."""
+        for error in self.errors:
+            error.rename(names)
+        first = self.errors[0]
+        self.field, self.allowed, self.mend = first.field, first.allowed, first.mend
+        self.args = ("\n".join(str(error) for error in self.errors),)
 
 
 def _restored(kind: type[ShearingError], arguments: tuple[object, ...], attributes: Mapping[str, Any]) -> ShearingError:
@@ -47,6 +86,20 @@ def _restored(kind: type[ShearingError], arguments: tuple[object, ...], attribut
     error.args = arguments
     error.__dict__.update(attributes)
     return error
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the block, or of the function that this decorates, under other names of settings.
+
+    Args:
+        names: as a component calls them -> as people know them: `{"corpus": "data.corpus"}`.
+    """
+    try:
+        yield
+    except ShearingError as error:
+        error.rename(names)
+        raise
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:

@@ -37,12 +37,13 @@ from shearing.data.corpus.format import (
 )
 from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
 from shearing.data.corpus.writer import earlier_texts, is_complete, make_corpus_folder, write_index
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
 from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import flush_folder, write_json
 from shearing.files.mapped_arrays import map_file
 from shearing.progress import activity
+from shearing.runs.recipe import COMPONENT_NAMES
 
 # Enough for arithmetic on arrays to pay, little beside what a process takes anyway.
 TOKENS_AT_A_TIME = 1 << 22
@@ -147,7 +148,8 @@ def adopt(
             tokenizer=loaded,
             console=console,
         )
-    return write_index(output, tokenizer_fingerprint=loaded.fingerprint, tokenizer_json=loaded.backend.to_str())
+    with named(COMPONENT_NAMES):
+        return write_index(output, tokenizer_fingerprint=loaded.fingerprint, tokenizer_json=loaded.backend.to_str())
 
 
 def _require_separator(name: str, read: _Read, *, tokenizer: NamedTokenizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
 
 REQUIREMENTS = Path(__file__).with_name("demo-wheels.txt")
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sha256>[0-9a-f]{64})")
@@ -74,11 +74,7 @@ def fetch(
 
 def _good_file(wheel: Wheel, *, cache: Path) -> Path | None:
     for path in cache.glob(wheel.pattern):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() == wheel.sha256:
+        if sha256_of_file(path) == wheel.sha256:
             return path
         path.unlink()  # torn by an earlier interruption; pip would refuse to look past it
     return None

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.inspection.inspection import DomainFigures, Inspection
+from shearing.files.pictures import GRID, INK, MUTED, quiet_axes, save_picture
 from shearing.settings.quantities import format_tokens
 
 # The report's colours, on paper.
 COLOURS = ("#2563a8", "#d9730d", "#1f8a5f", "#c43d5a", "#7b54b8", "#8a6a16", "#2b9ab0", "#75808d")
-INK, MUTED, GRID = "#1a2029", "#667080", "#e3e7ec"
 DOMAINS_SHOWN = 24
 CHARACTERS_SHOWN = 400
 
@@ -109,16 +109,10 @@ def draw(inspection: Inspection, path: Path) -> None:
     """Write a picture of the domains' shares and of how long their documents are; its kind is the file's ending."""
     largest = sorted(inspection.domains, key=lambda name: -inspection.domains[name].share)
     settings: Any = {
+        **quiet_axes(),
         "font.size": 8.5,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "text.color": INK,
-        "xtick.color": MUTED,
         "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
+        "axes.spines.left": True,
         "svg.hashsalt": "inspection",
     }
     shown = largest[:DOMAINS_SHOWN]
@@ -127,7 +121,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         shares, lengths = figure.subplots(1, 2)
         _draw_shares(shares, inspection.domains, shown=shown)
         _draw_lengths(lengths, inspection.domains, shown=largest[: len(COLOURS)])
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        save_picture(figure, path)
 
 
 def _draw_shares(axes: Any, domains: Mapping[str, DomainFigures], *, shown: list[str]) -> None:

@@ -33,8 +33,9 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
 from shearing.data.corpus.splits import HeldoutSize
 from shearing.data.corpus.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
+from shearing.runs.recipe import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from data_tools.preparation.executors import Stage
@@ -114,7 +115,8 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
             if not _run(job, console=console):
                 return None
     shutil.rmtree(work.path, ignore_errors=True)
-    corpus = Corpus.open(recipe.output, tokenizer_fingerprint=settings.tokenizer_fingerprint)
+    with named(COMPONENT_NAMES):
+        corpus = Corpus.open(recipe.output, tokenizer_fingerprint=settings.tokenizer_fingerprint)
     console.print(domain_table(corpus))
     console.print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
     if others := [path.name for path in recipe.output.glob(f"{PREFIX}*")]:

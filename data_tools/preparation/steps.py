@@ -40,7 +40,8 @@ from shearing.data.corpus.writer import (
     write_domain_folder,
     write_index,
 )
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
+from shearing.runs.recipe import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -342,11 +343,12 @@ class FinishCorpus(_Single):
     name = FINISH
 
     def do(self, rank: int) -> None:  # noqa: ARG002
-        write_index(
-            self.assembly.output,
-            tokenizer_fingerprint=self.assembly.settings.tokenizer_fingerprint,
-            tokenizer_json=self.work.tokenizer.read_text(encoding="utf-8"),
-        )
+        with named(COMPONENT_NAMES):
+            write_index(
+                self.assembly.output,
+                tokenizer_fingerprint=self.assembly.settings.tokenizer_fingerprint,
+                tokenizer_json=self.work.tokenizer.read_text(encoding="utf-8"),
+            )
         self.work.clear_shards()
 
 

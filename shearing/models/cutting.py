@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import Axis, Family, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
+from shearing.models.families.axes import Axes, Unit
+from shearing.models.families.norms import Norm
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
 
@@ -114,7 +117,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     """A new, smaller model that computes exactly what `model` computes under `masks`.
 
     Each mask is folded into the rows and columns that it scales. With tied embeddings the hidden mask is folded
-    into the embedding and divided out of the final norm's weight, so that the head reads what it read before.
+    into the embedding and divided out of the final norm's gain, so that the head reads what it read before.
 
     Args:
         model: plain source model (release a `MaskedModel` first); not changed.
@@ -124,27 +127,30 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     Returns:
         A plain Hugging Face model of the selection's shape, in the dtype and on the device of `model`.
     """
+    from accelerate import init_empty_weights
+
     family = anatomy_of(model)
     source = Shape.of(model.config)
     target = selection.shape(source)
     config = config_for(model.config, shape=target, attention_layers=[a for a, _ in selection.layers])
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     state = _cut_all(family, weights, masks, selection, source)
-    if masks.hidden is not None:
-        values = masks.hidden.detach()[selection.hidden.to(masks.hidden.device)]
-        embedding, norm = f"{family.embedding}.weight", f"{family.final_norm}.weight"
+    scale = _embedding_scale(source, target)
+    if masks.hidden is not None or scale != 1.0:
+        device = weights[f"{family.embedding}.weight"].device
+        hidden = torch.ones(source.hidden_size, device=device) if masks.hidden is None else masks.hidden
+        values = _take(hidden, selection.hidden) * scale
+        embedding = f"{family.embedding}.weight"
         state[embedding] = _scale(state[embedding], columns=values)
         if source.tied:
-            state[norm] = (state[norm].double() / values.double()).to(state[norm].dtype)
+            _scale_gain(state, family.final_norm, by=1.0 / values.double())
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         result: Any = type(model)(config)
     if source.tied:
         state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
-    result = result.to_empty(device="cpu")
     result.load_state_dict(state, strict=True, assign=True)
     result.tie_weights()
-    _restore_buffers(result, config)
     result.generation_config = model.generation_config
     compacted: PreTrainedModel = result.to(model.device).eval()
     return compacted
@@ -163,35 +169,28 @@ def compact_moments(
         selection: the units to keep.
     """
     family, source = anatomy_of(model), Shape.of(model.config)
-    return {kind: _cut_all(family, of_kind, Masks(), selection, source) for kind, of_kind in moments.items()}
+    cut = {kind: _cut_all(family, of_kind, Masks(), selection, source) for kind, of_kind in moments.items()}
+    scale = _embedding_scale(source, selection.shape(source))
+    if scale != 1.0:
+        # A weight that is scaled has a gradient that is divided.
+        for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            for parameter in family.final_norm.parameters if source.tied else ():
+                if parameter.name in cut.get(kind, {}):
+                    cut[kind][parameter.name] *= scale**power
+            if (embedding := f"{family.embedding}.weight") in cut.get(kind, {}):
+                cut[kind][embedding] /= scale**power
+    return cut
 
 
-def _restore_buffers(model: Any, config: Any) -> None:
-    """Recomputes buffers that are not in the state dict (RoPE frequencies), which `to_empty` left undefined."""
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
-            fresh = type(module)(config=config)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                module.register_buffer(name, buffer, persistent=False)
+def _embedding_scale(source: Shape, target: Shape) -> float:
+    """What an embedding is scaled by when it is cut, so that its family, which may scale by the width, undoes it."""
+    scale = source.family.embedding_scale
+    return scale(source.hidden_size) / scale(target.hidden_size)
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Indices to keep on each kind of axis; heads are given as indices of their rows."""
-
-    hidden: Tensor
-    query_heads: Tensor | None = None
-    kv_groups: Tensor | None = None
-    intermediate: Tensor | None = None
-
-    def on(self, axis: Axis) -> Tensor | None:
-        kept: Tensor | None = None if axis == "fixed" else getattr(self, axis)
-        return kept
-
-
-def _cut(weight: Tensor, axes: tuple[Axis, ...], index: _Index) -> Tensor:
+def _cut(weight: Tensor, axes: Axes, units: Mapping[Unit, Tensor], *, sizes: Mapping[Unit, int]) -> Tensor:
     for position, axis in enumerate(axes[: weight.ndim]):  # an optimiser's step count has no axes
-        kept = index.on(axis)
+        kept = axis.kept(units, sizes=sizes)
         if kept is not None:
             weight = weight.index_select(position, kept.to(weight.device))
     return weight.clone()
@@ -201,8 +200,13 @@ def _cut_all(
     family: Family, weights: Mapping[str, Tensor], masks: Masks, selection: Selection, source: Shape
 ) -> dict[str, Tensor]:
     """Every parameter's kept part, sub-layer masks folded in; the hidden mask of the embedding is not."""
-    hidden = _Index(hidden=selection.hidden)
-    state = {name: _cut(weights[name], axes, hidden) for name, axes in family.outer_axes.items() if name in weights}
+    hidden: dict[Unit, Tensor] = {"hidden": selection.hidden}
+    sizes = source.units()
+    state = {
+        name: _cut(weights[name], axes, hidden, sizes=sizes)
+        for name, axes in family.outer_axes.items()
+        if name in weights
+    }
     for new, (attention_layer, mlp_layer) in enumerate(selection.layers):
         state.update(_cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer))
     return state
@@ -220,40 +224,55 @@ def _cut_layer(
 ) -> dict[str, Tensor]:
     groups, inside = selection.kv_groups[new], selection.query_heads[new]
     heads = (groups[:, None] * source.query_heads_per_group + inside).flatten()
-    index = _Index(
-        hidden=selection.hidden,
-        query_heads=_head_rows(heads, source.head_dim),
-        kv_groups=_head_rows(groups, source.head_dim),
-        intermediate=selection.intermediate[new],
-    )
-    columns: dict[str, Tensor | None] = {
-        family.attention_write: None if (z := masks.heads(attention_layer)) is None else _expand(z, source),
-        family.mlp_write: None if masks.intermediate is None else masks.intermediate[mlp_layer],
+    query_rows, units = _head_rows(heads, source.head_dim), selection.intermediate[new]
+    kept: dict[Unit, Tensor] = {
+        "hidden": selection.hidden,
+        "query_heads": query_rows,
+        "kv_groups": _head_rows(groups, source.head_dim),
+        "intermediate": units,
     }
-    kept_columns = {family.attention_write: index.query_heads, family.mlp_write: index.intermediate}
-    sublayer = {
-        family.attention_write: None if masks.attention is None else masks.attention[attention_layer],
-        family.mlp_write: None if masks.mlp is None else masks.mlp[mlp_layer],
-    }
-    state = {}
-    for layer, axes_of in ((attention_layer, family.attention_axes), (mlp_layer, family.mlp_axes)):
-        for name, axes in axes_of.items():
-            old = f"{family.layers}.{layer}.{name}"
-            if old not in weights:
-                continue
-            weight = _cut(weights[old], axes, index)
-            module, kind = name.rsplit(".", 1)
-            if module in columns:
-                rows = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
-                z_layer = sublayer[module]
-                if z_layer is not None:
-                    rows = z_layer.detach().expand(weight.shape[0]) if rows is None else rows * z_layer.detach()
-                z_columns = columns[module] if kind == "weight" else None
-                weight = _scale(
-                    weight, columns=None if z_columns is None else _take(z_columns, kept_columns[module]), rows=rows
+    z_heads = masks.heads(attention_layer)
+    head_columns = None if z_heads is None else _take(_expand(z_heads, source), query_rows)
+    unit_columns = None if masks.intermediate is None else _take(masks.intermediate[mlp_layer], units)
+    rows = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
+    state: dict[str, Tensor] = {}
+    for sublayer, layer, z, columns in (
+        (family.attention, attention_layer, masks.attention, head_columns),
+        (family.mlp, mlp_layer, masks.mlp, unit_columns),
+    ):
+        cut = {
+            name: _cut(weights[old], axes, kept, sizes=source.units())
+            for name, axes in sublayer.axes.items()
+            if (old := f"{family.layers}.{layer}.{name}") in weights
+        }
+        z_layer = None if z is None else z[layer].detach()
+        if sublayer.after is not None and z_layer is not None:
+            _scale_gain(cut, sublayer.after, by=z_layer.double())
+        in_write = None if sublayer.after is not None else z_layer
+        for part in ("weight", "bias"):
+            name = f"{sublayer.write}.{part}"
+            if name in cut:
+                cut[name] = _scale(
+                    cut[name],
+                    columns=columns if part == "weight" else None,
+                    rows=_both(rows, None if in_write is None else in_write.expand(len(cut[name]))),
                 )
-            state[f"{family.layers}.{new}.{name}"] = weight
+        state.update({f"{family.layers}.{new}.{name}": weight for name, weight in cut.items()})
     return state
+
+
+def _both(rows: Tensor | None, others: Tensor | None) -> Tensor | None:
+    if rows is None or others is None:
+        return others if rows is None else rows
+    return rows * others
+
+
+def _scale_gain(state: dict[str, Tensor], norm: Norm, *, by: Tensor) -> None:
+    """Scales what a norm puts out, in place of its parameters in `state`."""
+    weight, bias, offset = f"{norm.name}.weight", f"{norm.name}.bias", norm.kind.offset
+    state[weight] = ((state[weight].double() + offset) * by - offset).to(state[weight].dtype)
+    if bias in state:
+        state[bias] = (state[bias].double() * by).to(state[bias].dtype)
 
 
 def _head_rows(heads: Tensor, head_dim: int) -> Tensor:
@@ -264,8 +283,7 @@ def _expand(heads: Tensor, source: Shape) -> Tensor:
     return heads.repeat_interleave(source.num_attention_heads // heads.numel() * source.head_dim)
 
 
-def _take(values: Tensor, kept: Tensor | None) -> Tensor:
-    assert kept is not None
+def _take(values: Tensor, kept: Tensor) -> Tensor:
     return values.detach().index_select(0, kept.to(values.device))
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from shearing.errors import ShearingError
-from shearing.models.anatomy import FAMILIES, anatomy_of
+from shearing.errors import ShearingError, key
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,26 +27,26 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ShearingError(
-            "model.source",
+            "source",
             value=source,
             allowed="a Hugging Face model folder (config.json, *.safetensors, tokenizer) or a hub name",
-            mend="point model.source at the folder that holds config.json",
+            mend=f"point {key('source')} at the folder that holds config.json",
         )
     try:
         if Path(source).is_dir():
             model_type = json.loads((Path(source) / "config.json").read_text()).get("model_type")
             if model_type not in FAMILIES:
                 raise ShearingError(
-                    "model.source (architecture)",
+                    "source (architecture)",
                     value=model_type,
                     allowed=", ".join(sorted(FAMILIES)),
                     mend="choose a source model of a supported family, "
-                    "or declare the family in shearing/models/anatomy.py",
+                    "or declare the family under shearing/models/families",
                 )
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, json.JSONDecodeError) as error:
         raise ShearingError(
-            "model.source",
+            "source",
             value=source,
             allowed="an existing model folder, or a hub name that can be reached",
             mend=f"check the path or the network ({str(error).splitlines()[0]})",
@@ -77,7 +78,7 @@ def load_source(
     report: dict[str, Any] = loaded[1]
     if report["missing_keys"]:
         raise ShearingError(
-            "model.source (weights)",
+            "source (weights)",
             value=sorted(report["missing_keys"])[:5],
             allowed="a checkpoint with every parameter of its config",
             mend="the checkpoint is incomplete: fetch or convert it again",
@@ -120,7 +121,7 @@ def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ShearingError(
-                f"model.source (parameter {name})",
+                f"source (parameter {name})",
                 value=source,
                 allowed="finite weights",
                 mend="the checkpoint holds NaN or infinity: fetch or convert it again",

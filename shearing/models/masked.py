@@ -3,7 +3,9 @@
 Only the writes into the residual stream are masked: columns of `o_proj` and `down_proj` by the heads' and
 intermediate units' masks, their rows by the hidden and layer masks, and the embedding's output by the hidden
 mask. The residual stream then is masked already, and RMSNorm needs no more than the number of alive
-dimensions as its divisor. Nothing has a dynamic shape and nothing waits for the device.
+dimensions as its divisor. Where a norm stands between a write and the residual stream, which would undo any
+scale, it is this norm's gain that the layer mask scales. Nothing has a dynamic shape and nothing waits for
+the device.
 
 Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV groups, G query heads per group,
 dh head dimension; T = B*S tokens.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,6 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shearing.models.anatomy import anatomy_of, backbone, head_weight
+from shearing.models.families.axes import Unit
+from shearing.models.families.family import SubLayer
+from shearing.models.families.norms import Norm, NormKind
 from shearing.models.shape import Shape
 
 if TYPE_CHECKING:
@@ -158,48 +164,77 @@ class MaskedLinear(nn.Module):
         return y
 
 
-class MaskedRMSNorm(nn.Module):
-    """RMSNorm over a residual stream whose pruned dimensions are zero: the divisor is the number alive.
+class MaskedNorm(nn.Module):
+    """A norm over an axis some of whose entries are pruned: it computes what it would without them.
 
-    `alive` is a scalar tensor on the device, or None for the full width.
+    Shares its parameters with the original. `alive`, a scalar tensor on the device, is the number of entries that are
+    not pruned, or None for the full width. `inside` [width] is one for those and zero for the others; it may be None
+    where the others are zero already and no mean is taken from them. `scale`, a scalar tensor, scales what comes out.
     """
 
+    bias: Tensor | None
     alive: Tensor | None
+    inside: Tensor | None
+    scale: Tensor | None
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, *, kind: NormKind) -> None:
         super().__init__()
-        weight, epsilon = norm.weight, norm.variance_epsilon
+        weight, bias, epsilon = norm.weight, getattr(norm, "bias", None), getattr(norm, kind.epsilon)
         assert isinstance(weight, nn.Parameter)
         assert isinstance(epsilon, float)
         self.weight = weight
-        self.variance_epsilon = epsilon
-        self.alive = None
+        self.register_parameter("bias", bias)
+        self.epsilon = epsilon
+        self.kind = kind
+        self.alive = self.inside = self.scale = None
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         x = x.to(torch.float32)
-        square = x.pow(2)
-        if self.alive is None:
-            variance = square.mean(-1, keepdim=True)
-        else:
-            variance = square.sum(-1, keepdim=True) / self.alive
-        return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+        x = x if self.inside is None else x * self.inside
+        if self.kind.centred:
+            x = x - self._mean(x)
+            x = x if self.inside is None else x * self.inside
+        x = x * torch.rsqrt(self._mean(x.pow(2)) + self.epsilon)
+        bias = self.bias
+        gain: Tensor = self.kind.offset + self.weight.float() if self.kind.offset else self.weight
+        if self.scale is not None:
+            gain, bias = gain * self.scale, None if bias is None else bias * self.scale
+        y = gain * (x if self.kind.gain_in_fp32 else x.to(dtype))
+        if bias is not None:
+            y = y + (bias if self.inside is None else bias * self.inside)
+        return y.to(dtype) if self.kind.gain_in_fp32 else y
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.mean(-1, keepdim=True) if self.alive is None else x.sum(-1, keepdim=True) / self.alive
 
 
 class MaskedEmbedding(nn.Module):
-    """Token embedding [V, d] whose output is scaled by the hidden mask [d]."""
+    """Token embedding [V, d] whose output is scaled by the hidden mask [d], and by what its family scales it by."""
 
     hidden: Tensor | None
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, *, scale: float) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.padding_idx = embedding.padding_idx
+        self.scale = scale
         self.hidden = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.weight, self.padding_idx)
+        # In the dtype of x, as Hugging Face rounds it.
+        x = x if self.scale == 1.0 else x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
         return x if self.hidden is None else x * self.hidden.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _SubLayer:
+    """Wrapped modules of a sub-layer: its write, the norm after it, and norms along heads with what lies along them."""
+
+    write: MaskedLinear
+    after: MaskedNorm | None
+    inside: tuple[tuple[Unit, MaskedNorm], ...]
 
 
 class MaskedModel(nn.Module):
@@ -219,12 +254,26 @@ class MaskedModel(nn.Module):
         self._hidden_size = shape.hidden_size  # not read from a weight, whose shape is 0 while it is sharded
         self._query_heads_per_group = shape.query_heads_per_group
         self._originals: dict[str, nn.Module] = {}
-        self._embedding = self._swap(family.embedding, MaskedEmbedding)
+        scale = family.embedding_scale(shape.hidden_size)
+        self._embedding = self._swap(family.embedding, partial(MaskedEmbedding, scale=scale))
+        self._norms = [self._swap_norm(family.final_norm, prefix="")]
         layers = [f"{family.layers}.{layer}." for layer in range(shape.num_hidden_layers)]
-        self._attention = [self._swap(layer + family.attention_write, MaskedLinear) for layer in layers]
-        self._mlp = [self._swap(layer + family.mlp_write, MaskedLinear) for layer in layers]
-        inner_norms = [layer + norm for layer in layers for norm in (family.attention_norm, family.mlp_norm)]
-        self._norms = [self._swap(norm, MaskedRMSNorm) for norm in (*inner_norms, family.final_norm)]
+        self._attention = [self._swap_sublayer(family.attention, prefix=layer) for layer in layers]
+        self._mlp = [self._swap_sublayer(family.mlp, prefix=layer) for layer in layers]
+
+    def _swap_sublayer(self, sublayer: SubLayer, *, prefix: str) -> _SubLayer:
+        """Wraps what masks concern; norms along the residual stream are added to `_norms`."""
+        write = self._swap(prefix + sublayer.write, MaskedLinear)
+        before, after = (
+            None if norm is None else self._swap_norm(norm, prefix=prefix) for norm in (sublayer.before, sublayer.after)
+        )
+        self._norms += [norm for norm in (before, after) if norm is not None]
+        along_heads = [norm for norm in sublayer.inside if not norm.by_head]
+        inside = tuple((norm.over.segments[0], self._swap_norm(norm, prefix=prefix)) for norm in along_heads)
+        return _SubLayer(write, after, inside)
+
+    def _swap_norm(self, norm: Norm, *, prefix: str) -> MaskedNorm:
+        return self._swap(prefix + norm.name, partial(MaskedNorm, kind=norm.kind))
 
     def _swap(self, name: str, wrapper: Callable[[Any], Wrapper]) -> Wrapper:
         original = self.model.get_submodule(name)
@@ -240,17 +289,34 @@ class MaskedModel(nn.Module):
         """
         masks = masks or Masks()
         hidden = masks.hidden
-        alive = None if hidden is None else (hidden > 0).sum().to(torch.float32)
         self._embedding.hidden = hidden
+        inside = None if hidden is None else (hidden > 0).to(torch.float32)
+        alive = None if inside is None else inside.sum()
         for norm in self._norms:
             norm.alive = alive
+            norm.inside = inside if norm.kind.centred else None
         repeats = self._head_dim * (self._query_heads_per_group if masks.query_heads is None else 1)
         for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
             heads = masks.heads(layer)
-            attention.columns = None if heads is None else heads.repeat_interleave(repeats)
-            attention.rows = _rows(hidden, masks.attention, layer=layer, width=self._hidden_size)
-            mlp.columns = None if masks.intermediate is None else masks.intermediate[layer]
-            mlp.rows = _rows(hidden, masks.mlp, layer=layer, width=self._hidden_size)
+            columns = None if heads is None else heads.repeat_interleave(repeats)
+            self._mask_write(attention, masks.attention, columns=columns, hidden=hidden, layer=layer)
+            columns = None if masks.intermediate is None else masks.intermediate[layer]
+            self._mask_write(mlp, masks.mlp, columns=columns, hidden=hidden, layer=layer)
+            groups = None if masks.kv_groups is None else masks.kv_groups[layer].repeat_interleave(self._head_dim)
+            for unit, norm in attention.inside:
+                values = attention.write.columns if unit == "query_heads" else groups
+                norm.inside = None if values is None else (values > 0).to(torch.float32)
+                norm.alive = None if norm.inside is None else norm.inside.sum()
+
+    def _mask_write(
+        self, of: _SubLayer, sublayer: Tensor | None, *, columns: Tensor | None, hidden: Tensor | None, layer: int
+    ) -> None:
+        of.write.columns = columns
+        if of.after is None:
+            of.write.rows = _rows(hidden, sublayer, layer=layer, width=self._hidden_size)
+        else:
+            of.write.rows = hidden
+            of.after.scale = None if sublayer is None else sublayer[layer]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, S, d] after the final norm, of `input_ids` [B, S]."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
+from shearing.models.families.axes import Parameter, Unit, count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,9 +30,14 @@ SIZE_NAMES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shape:
-    """Everything the parameter count of a supported family depends on."""
+    """The sizes of a model, and the family that says what they cost.
+
+    Attributes:
+        tied: the embedding is the head.
+        family: as the model's config has it (`anatomy_of`).
+    """
 
     num_hidden_layers: int
     hidden_size: int
@@ -40,32 +47,17 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied: bool
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norms: bool = False
+    family: Family
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
         """Shape of a config of a supported family."""
         family = anatomy_of(config)
-        values: Any = config
-        heads = values.num_attention_heads
-        attention_bias = bool(getattr(values, "attention_bias", False))
-        return cls(
-            num_hidden_layers=values.num_hidden_layers,
-            hidden_size=values.hidden_size,
-            intermediate_size=values.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(values, "num_key_value_heads", None) or heads,
-            head_dim=getattr(values, "head_dim", None) or values.hidden_size // heads,
-            vocab_size=values.vocab_size,
-            tied=bool(values.tie_word_embeddings),
-            qkv_bias=attention_bias or family.model_type == "qwen2",
-            output_bias=attention_bias,
-            mlp_bias=bool(getattr(values, "mlp_bias", False)),
-            qk_norms=family.qk_norms,
-        )
+        tied: Any = config.tie_word_embeddings
+        return cls(**family.read_sizes(config), tied=bool(tied), family=family)
+
+    def __repr__(self) -> str:
+        return f"Shape({', '.join(f'{name}={value}' for name, value in self.facts().items())})"
 
     @property
     def query_heads_per_group(self) -> int:
@@ -76,20 +68,46 @@ class Shape:
         """The five sizes that can be pruned, by their config names."""
         return {name: getattr(self, name) for name in SIZE_NAMES}
 
+    def facts(self) -> dict[str, int | bool]:
+        """Sizes and what there is, as a record keeps them."""
+        attention, mlp = self.family.attention, self.family.mlp
+        return {
+            **self.sizes(),
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "tied": self.tied,
+            "qkv_bias": any(attention.has_bias(reader) for reader in attention.readers),
+            "output_bias": attention.has_bias(attention.write),
+            "mlp_bias": mlp.has_bias(mlp.write),
+            "qk_norms": bool(attention.inside),
+        }
+
+    def units(self) -> dict[Unit, int]:
+        """Entries of an axis by what they belong to."""
+        return {
+            "hidden": self.hidden_size,
+            "query_heads": self.num_attention_heads * self.head_dim,
+            "kv_groups": self.num_key_value_heads * self.head_dim,
+            "intermediate": self.intermediate_size,
+            "head": self.head_dim,
+            "vocabulary": self.vocab_size,
+        }
+
     def layer_parameters(self) -> tuple[int, int]:
-        """Parameters of the attention and of the MLP sub-layer, each with its norm."""
-        d, m, dh = self.hidden_size, self.intermediate_size, self.head_dim
-        query, kv = self.num_attention_heads * dh, self.num_key_value_heads * dh
-        attention = d + 2 * d * query + 2 * d * kv
-        attention += (query + 2 * kv if self.qkv_bias else 0) + (d if self.output_bias else 0)
-        attention += 2 * dh if self.qk_norms else 0
-        mlp = d + 3 * d * m + (2 * m + d if self.mlp_bias else 0)
-        return attention, mlp
+        """Parameters of the attention and of the MLP sub-layer, each with its norms."""
+        units = self.units()
+        return count(self.family.attention.parameters, units), count(self.family.mlp.parameters, units)
+
+    def outer_parameters(self, *, embeddings: bool = True) -> tuple[Parameter, ...]:
+        """Parameters outside the layers; `embeddings=False` leaves out the embedding and the head."""
+        embedding, head = self.family.embeddings
+        outer = (embedding,) if self.tied else (embedding, head)
+        return (*(outer if embeddings else ()), *self.family.final_norm.parameters)
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Parameters of the model; `embeddings=False` leaves out the embedding and the head."""
-        body = self.num_hidden_layers * sum(self.layer_parameters()) + self.hidden_size
-        return body + (self.vocab_size * self.hidden_size * (1 if self.tied else 2) if embeddings else 0)
+        """Number of parameters; `embeddings=False` leaves out the embedding and the head."""
+        outer: int = count(self.outer_parameters(embeddings=embeddings), self.units())
+        return self.num_hidden_layers * sum(self.layer_parameters()) + outer
 
 
 def config_for(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequence[int]) -> PretrainedConfig:
@@ -104,11 +122,10 @@ def config_for(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequ
         ValueError: Hugging Face's own validation refuses the combination.
     """
     values = source.to_dict()
-    if values.get("layer_types"):
-        values["layer_types"] = [values["layer_types"][layer] for layer in attention_layers]
-    values.update(shape.sizes())
-    if "head_dim" in values or shape.head_dim != shape.hidden_size // shape.num_attention_heads:
-        values["head_dim"] = shape.head_dim
+    for name in shape.family.per_layer:
+        if values.get(name):
+            values[name] = [values[name][layer] for layer in attention_layers]
+    values = shape.family.write_values(values, sizes=shape.sizes(), head_dim=shape.head_dim)
     config: PretrainedConfig = type(source).from_dict(values)
     return config
 

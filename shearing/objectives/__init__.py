@@ -1,1 +1,1 @@
-"""What a step minimises."""
+"""What a step minimises: objectives, one file each, one interface, one list of names (`registry`)."""

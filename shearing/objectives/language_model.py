@@ -5,53 +5,35 @@ Shapes: B sequences, T = S + 1 tokens of a row (S inputs and the last label).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.cross_entropy import causal_lm_loss
-
-PARAMETER_PREFIX = "model."
-"""What precedes a model's own parameter names in its `LanguageModelLoss`, and so in an engine."""
+from shearing.objectives.objective import Losses, Objective, Parts
 
 
-class Losses(NamedTuple):
-    """Sums of the loss of B rows, in nats.
-
-    Attributes:
-        total: over all tokens; scalar, with gradient.
-        rows: [B], over the tokens of each row; without gradient.
-        labels: int64 [B], how many tokens of each row count.
-    """
-
-    total: Tensor
-    rows: Tensor
-    labels: Tensor
-
-
-class LanguageModelLoss(nn.Module):
-    """A causal language model whose forward pass is its loss: what an engine prepares and the loop calls.
+class LanguageModelLoss(Objective):
+    """Cross-entropy of the next token, with respect to the text.
 
     Args:
-        model: Hugging Face model, or one masked in place; its parameters appear under `model.`.
+        model: see `Objective`.
         chunk_tokens: tokens whose logits exist at the same time.
     """
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self._chunk_tokens = chunk_tokens
 
-    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
-        """Sums of the loss over the B * (T - 1) tokens, or those that count.
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """See `Objective.of`."""
+        return cls(parts.model, chunk_tokens=parts.chunk_tokens)
 
-        Args:
-            tokens_BT: int64, S inputs and the last label: T = S + 1.
-            documents: of these rows; None where documents mean nothing.
-        """
+    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
+        """See `Objective.forward`."""
         inputs = Inputs(tokens_BT[:, :-1], documents)
         hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.corpus import Corpus, whole_rows
 from shearing.data.corpus.format import tokenizer_fingerprint
-from shearing.data.documents import DocumentRules
+from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.processes.processes import Processes
-from shearing.runs.recipe import Recipe
+from shearing.pruning.calibration.text import first_samples
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.training.device import resolve_device, resolve_precision
 
@@ -66,6 +67,7 @@ class RunContext:
         return resolve_precision(self.recipe.training, device=self.device)
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def config(self) -> PretrainedConfig:
         """The source model's; whoever changes one changes a copy.
 
@@ -95,6 +97,7 @@ class RunContext:
             ) from error
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def corpus(self) -> Corpus:
         """The recipe's domains, checked against the source model and its tokenizer.
 
@@ -134,4 +137,12 @@ class RunContext:
             sequence_length=self.recipe.data.sequence_length,
             weights=self.initial_weights,
             documents=self.document_rules,
+        )
+
+    def calibration_batches(self) -> list[Inputs]:
+        """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
+        mixture, prune = self.initial_mixture(), self.recipe.pruning.prune
+        samples = whole_rows(prune.calibration_tokens, sequence_length=mixture.sequence_length)
+        return list(
+            first_samples(mixture, samples=samples, micro_batch_size=prune.micro_batch_size, device=self.device)
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -310,7 +310,8 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     try:
         sequences = stage.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
     except ShearingError as error:
-        yield ShearingError(f"{name}.batch_size", value=error.value, allowed=error.allowed, mend=error.mend)
+        error.rename({"batch_size": f"{name}.batch_size"})
+        yield error
         return
     try:
         split_batch(recipe, stage=name, num_processes=1)
@@ -343,6 +344,24 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
             allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
             mend="shorten one of the two, or write both as shares of the stage",
         )
+
+
+COMPONENT_NAMES: Mapping[str, str] = {
+    "corpus": "data.corpus",
+    "domains": "data.domains",
+    "sequence_length": "data.sequence_length",
+    "source": "model.source",
+    "folder": "run_dir",
+}
+"""What components call, by the keys of a run."""
+
+ONE_SHOT_NAMES: Mapping[str, str] = {
+    "model": "model.source",
+    "output": "run_dir",
+    "device": "training.device",
+    **{name: f"sparsify.{name}" for name, _ in keys(OneShotRecipe)},
+}
+"""Keys of one-shot sparsity, by the keys of a run."""
 
 
 def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:

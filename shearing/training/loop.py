@@ -1,4 +1,4 @@
-"""The training loop of both stages: `train` is the loop, the rest is its bookkeeping.
+"""The training loop of both stages; what goes on around its steps is done by callbacks.
 
 Every process runs it; what they do together is the same in number and order on all of them.
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from shearing.data.documents import sent
 from shearing.data.mixture.sampler import Batch
-from shearing.objectives.language_model import Losses
-from shearing.training.bookkeeping import _Run, _StepLosses, _StopRequest
-from shearing.training.stage import Interrupted, Task, Trained
+from shearing.objectives.objective import Losses
+from shearing.training.callbacks.standard import StandardCallbacks
+from shearing.training.stage import Interrupted, Trained
+from shearing.training.start import start
+from shearing.training.task import StepResult, Task
 
 
 def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained:
@@ -33,29 +34,22 @@ def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained
         Interrupted: SIGTERM, SIGINT or SIGUSR1 on any process; the step was finished and a checkpoint written.
         ShearingError: too many non-finite steps in a row, or no space for a checkpoint.
     """
-    schedule = task.schedule
-    with _StopRequest() as stop, _Run.start(task, console=console, stop=stop) as run:
-        while run.step < schedule.total_steps:
-            batch = run.prefetcher.next()
-            figures = _forward_backward(task, run.model, batch, step=run.step)
+    callbacks = StandardCallbacks.of(task, measure_end=measure_end)
+    with start(task, callbacks=callbacks, console=console) as run:
+        while run.step < task.schedule.total_steps:
+            run.before_step()
+            loss, domains = _forward_backward(task, run.model, run.prefetcher.next(), step=run.step)
             skipped = _update(task, step=run.step)
-            run.record(figures, skipped=skipped)
-            ends = run.step == schedule.total_steps
-            if ends or run.step % schedule.log_interval == 0:
-                run.report()
-            if task.dynamic is not None and run.mixture_is_due():
-                run.update_mixture(task.dynamic)
-            if ends or run.stopping or run.step % schedule.checkpoint_interval == 0:
-                run.save()
-            if run.stopping and not ends:
+            run.after_step(StepResult(loss=loss, domains=domains, skipped=skipped))
+            if run.stopping and not run.ends:
                 console.print(f"{run.stopping}: stopped after step {run.step}; the same command continues from there")
                 raise Interrupted
-        heldout = run.measure("held-out losses at the end") if measure_end else None
-    return Trained(totals=run.totals, checkpoint=run.newest(), heldout=heldout, mixture_rule=run.mixture_rule)
+        run.end()
+    return callbacks.trained()
 
 
-def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) -> _StepLosses:
-    """Accumulate the gradients of one step."""
+def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradients of one step; `loss` and `domains` of its `StepResult`."""
     device, schedule, size = task.engine.device, task.schedule, task.schedule.micro_batch_size
     tokens_BT, domain_ids_B = (sent(tensor, device=device) for tensor in (batch.tokens, batch.domain_ids))
     num_valid = batch.num_labels
@@ -68,8 +62,7 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
     for index, micro_BT in enumerate(micro_batches):
         first = index * size
         if task.masking is not None:
-            draw = (offset + first) * schedule.mask_draws // schedule.sequences_per_step
-            task.masking.model.set_masks(task.masking.learner.sample(step=step, draw=draw))
+            task.masking.draw(step=step, sequence=offset + first, of=schedule.sequences_per_step)
         positions_BT = None if batch.positions is None else batch.positions[first : first + size]
         documents = task.mixture.documents.documents(positions_BT, device=device)
         with task.engine.autocast():
@@ -79,12 +72,8 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
         total += loss.detach()
         of_rows.append(torch.stack([losses.rows.double(), losses.labels.double()], 1))
     if task.masking is not None:
-        task.masking.learner.sum_gradients(scale=task.engine.loss_scale)
-        penalty = task.masking.learner.penalty(step=step)
-        if penalty.requires_grad:
-            penalty.backward()
-    domains_M2 = _by_domain(torch.cat(of_rows), domain_ids_B, num_domains=len(task.mixture.domains))
-    return _StepLosses(loss=total, domains=domains_M2)
+        task.masking.after_backward(step=step, scale=task.engine.loss_scale)
+    return total, _by_domain(torch.cat(of_rows), domain_ids_B, num_domains=len(task.mixture.domains))
 
 
 def _by_domain(rows_B2: Tensor, domain_ids_B: Tensor, *, num_domains: int) -> Tensor:
@@ -96,9 +85,4 @@ def _by_domain(rows_B2: Tensor, domain_ids_B: Tensor, *, num_domains: int) -> Te
 def _update(task: Task, *, step: int) -> Tensor:
     """One optimiser step of weights and masks; returns whether it was skipped, on the device."""
     skipped = task.engine.step(step=step)
-    if task.masking is not None:
-        gradients = [p.grad for p in task.masking.learner.parameters() if p.grad is not None]
-        if gradients:
-            skipped = skipped | ~get_total_norm(gradients).isfinite()
-        task.masking.learner.optimizer_step(step=step, skip=skipped)
-    return skipped
+    return skipped if task.masking is None else task.masking.update(step=step, skip=skipped)

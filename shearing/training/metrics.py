@@ -79,7 +79,10 @@ class StageTotals:
     mfu: float | None = None
 
     def add(self, record: Mapping[str, Any], *, tokens: int) -> None:
-        """Count one step's line of metrics.jsonl, in which it trained on `tokens` tokens."""
+        """Count a line of metrics.jsonl; a step of it trained on `tokens` tokens."""
+        if "event" in record:
+            self.heldout_seconds += record["seconds"] if record["event"] == "mixture" else 0.0
+            return
         self.seconds += record["seconds"]
         self.data_wait += record["data_wait"]
         self.tokens += tokens
@@ -131,7 +134,8 @@ class Display:
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
         if "event" in record:
-            self._heldout = record
+            if record["event"] == "mixture":
+                self._heldout = record
             return
         self._record, self._step = record, int(record["step"])
         self._progress.update(self._task, completed=self._step)

@@ -1,23 +1,21 @@
-"""What one training stage is made of, and what it leaves."""
+"""What a training stage is made of: its schedule, its held-out text, the masks it learns; and what it leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Self
 
 from shearing.data.documents import Documents
-from shearing.data.mixture.dynamic import DynamicMixture, State
-from shearing.data.mixture.sampler import Mixture
-from shearing.processes.processes import AgreedEnd, Processes
-from shearing.pruning.structured.masking import Masking
-from shearing.training.checkpoints.pieces import SavedState
-from shearing.training.engines.engine import Engine
-from shearing.training.engines.optimizer import Optimization
+from shearing.data.mixture.dynamic import State
+from shearing.processes.processes import AgreedEnd
+from shearing.settings.quantities import Duration
 from shearing.training.metrics import StageTotals
-from shearing.training.trackers import Trackers
+from shearing.training.recipe import StageRecipe, TrainingRecipe
 
 INTERRUPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later; a launcher can requeue on it."""
@@ -34,7 +32,6 @@ class Schedule:
         total_steps: length of the stage.
         sequences_per_step: global batch.
         micro_batch_size: sequences per forward pass of one process; divides its share of the batch.
-        mask_draws: equal shares of the global batch that see one draw of the masks each.
         checkpoint_interval, keep_last, keep_every: how often, how many stay, and which stay for good (None: none).
         mixture_interval: steps between two updates of the domain weights.
         log_interval: steps between two reads of metrics from the device.
@@ -44,13 +41,50 @@ class Schedule:
     total_steps: int
     sequences_per_step: int
     micro_batch_size: int
-    mask_draws: int
     checkpoint_interval: int
     keep_last: int
     keep_every: int | None
     mixture_interval: int
     log_interval: int
     max_skipped_steps: int
+
+    @classmethod
+    def of(
+        cls,
+        stage: StageRecipe,
+        *,
+        training: TrainingRecipe,
+        tokens_per_step: int,
+        sequence_length: int,
+        micro_batch_size: int,
+        mixture_interval: Duration,
+    ) -> Self:
+        """What a recipe says of a stage.
+
+        Args:
+            stage: its section.
+            training: the section `training`.
+            tokens_per_step: of a global batch.
+            sequence_length: tokens of a row.
+            micro_batch_size: sequences per forward pass, which several processes may have made smaller.
+            mixture_interval: time between two updates of the domain weights.
+        """
+        total = stage.duration.in_steps(tokens_per_step=tokens_per_step)
+
+        def interval(duration: Duration) -> int:
+            return max(1, duration.in_steps(tokens_per_step=tokens_per_step, total_steps=total))
+
+        return cls(
+            total_steps=total,
+            sequences_per_step=tokens_per_step // sequence_length,
+            micro_batch_size=micro_batch_size,
+            checkpoint_interval=interval(stage.checkpoint_interval),
+            keep_last=stage.keep_last,
+            keep_every=None if stage.keep_every is None else interval(stage.keep_every),
+            mixture_interval=interval(mixture_interval),
+            log_interval=training.log_interval,
+            max_skipped_steps=training.max_skipped_steps,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,45 +114,63 @@ class Compute:
     peak_flops: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """Everything that one stage trains with.
+class MaskedTraining(Protocol):
+    """Masks that are learned while the weights are trained, as a training loop drives them, ours or another's.
 
-    Attributes:
-        name: the stage.
-        folder: the stage's folder: checkpoints/ and metrics.jsonl appear there.
-        objective: forward pass from tokens [B, T] and their documents to `Losses`; not yet prepared by the engine.
-        masking: None: the weights alone are trained.
-        dynamic: None: domain weights are constant.
-        average_weight: that of a step's loss in its domain's average, where averaged training losses update the domain
-            weights; None: held-out losses do.
-        heldout: the text that updates domain weights and tells how good the masks are in the end.
-        moments: AdamW state to start from; None: from nothing.
-        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
-        kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
-            they drop stays 0. None: every weight may become anything.
-        processes: those that share the work.
-        compute: what a token costs, and what the hardware could do.
-        open_trackers: opens where metrics go besides metrics.jsonl, given the first step to come; main process only.
+    A step is: for each micro-batch `draw`, forward and backward pass; then `after_backward`; the weights' optimiser;
+    `update`. All processes call all of it.
     """
 
-    name: str
-    folder: Path
-    schedule: Schedule
-    objective: nn.Module
-    engine: Engine
-    optimization: Optimization
-    mixture: Mixture
-    masking: Masking | None
-    dynamic: DynamicMixture | None
-    heldout: HeldOut
-    average_weight: float | None = None
-    moments: SavedState | None = None
-    before_first_step: Callable[[], None] | None = None
-    kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-    processes: Processes = field(default_factory=Processes)
-    compute: Compute = field(default_factory=Compute)
-    open_trackers: Callable[[int], Trackers] = field(default=lambda _: Trackers({}))
+    def draw(self, *, step: int, sequence: int, of: int) -> None:
+        """Put masks for one micro-batch into the model.
+
+        Args:
+            step: optimiser steps done.
+            sequence: place of its first row in the step's global batch, from 0.
+            of: sequences of the global batch.
+        """
+        ...
+
+    def after_backward(self, *, step: int, scale: float) -> None:
+        """Complete the masks' gradients, once all micro-batches have left theirs.
+
+        Args:
+            step: optimiser steps done.
+            scale: what losses were multiplied by before their backward pass.
+        """
+        ...
+
+    def update(self, *, step: int, skip: Tensor) -> Tensor:
+        """One optimiser step of the masks.
+
+        Args:
+            step: optimiser steps done before this one.
+            skip: boolean scalar on the device: True where the weights' step was skipped, and this one has to be.
+
+        Returns:
+            As `skip`, and True too where the masks' own gradients were not finite.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Put the masks into the model as they would be in the end: without noise, at the target shape."""
+        ...
+
+    def metrics(self, *, step: int) -> dict[str, Tensor]:
+        """Scalars for the metrics of a step, by `kind/name`; nothing waits for the device."""
+        ...
+
+    def expected_parameters(self) -> float:
+        """Parameters of the model that the masks leave, in expectation, embeddings included."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, bit for bit."""
+        ...
 
 
 class Interrupted(AgreedEnd):

@@ -173,7 +173,7 @@ def test_the_divisor_is_the_number_of_alive_dimensions():
     hidden[:24] = 1.0
     wrapped.set_masks(Masks(hidden=hidden))
     norm = model.model.norm
-    assert isinstance(norm, masked_module.MaskedRMSNorm)
+    assert isinstance(norm, masked_module.MaskedNorm)
     x = torch.randn(2, 36) * hidden
-    expected = F.rms_norm(x[:, :24], (24,), norm.weight[:24], norm.variance_epsilon)
+    expected = F.rms_norm(x[:, :24], (24,), norm.weight[:24], norm.epsilon)
     torch.testing.assert_close(norm(x)[:, :24], expected)

@@ -20,12 +20,14 @@ from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
-from shearing.objectives.language_model import LanguageModelLoss, Losses
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import Losses
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
 from shearing.training import loop
 from shearing.training.metrics import TIMING_FIELDS
+from shearing.training.stage import INTERRUPTED_EXIT_CODE, PREFETCHED_STEPS, Interrupted
 from tests.conftest import tiny_recipe_data
 
 FROZEN = {"sparsity_warmup": "0%", "freeze": "100%"}
@@ -114,7 +116,7 @@ def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(tiny_input
     assert set(step["weights"]) == set(update["losses"]) == set(update["reference"]) == {"letters", "digits"}
     assert set(step["expected"]) == set(step["target"]) == set(step["violation"]) == set(step["lambda_1"])
     # Announced after step 3, in force two steps later: what the prefetcher had not dealt yet.
-    assert update["first_sample"] == (3 + loop.PREFETCHED_STEPS) * 4
+    assert update["first_sample"] == (3 + PREFETCHED_STEPS) * 4
 
 
 def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixture(
@@ -232,9 +234,9 @@ def test_signal_stops_after_the_step(
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with monkeypatch.context() as patch:
         _poison(patch, bad=lambda call: call == 3 and os.kill(os.getpid(), signal.SIGUSR1) is not None)
-        with pytest.raises(loop.Interrupted) as error:
+        with pytest.raises(Interrupted) as error:
             _prune(recipe)
-    assert error.value.code == loop.INTERRUPTED_EXIT_CODE
+    assert error.value.code == INTERRUPTED_EXIT_CODE
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
     assert (tmp_path / "run" / "prune" / "checkpoints" / "step-00000002").is_dir()
     _prune(recipe)

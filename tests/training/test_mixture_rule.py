@@ -18,8 +18,11 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
-from shearing.training import loop
-from shearing.training.checkpoints.state import read_state
+from shearing.training.callbacks import save_checkpoints
+from shearing.training.callbacks.stop_requests import StopRequests
+from shearing.training.checkpoints.state import read_state, write_state
+from shearing.training.stage import Interrupted
+from shearing.training.task import Run, StepResult
 from tests.conftest import tiny_recipe_data
 
 STEPS = 14
@@ -47,21 +50,26 @@ def _quiet(recipe: Recipe) -> RunContext:
     return RunContext(recipe, console=Console(file=io.StringIO()))
 
 
+def _stop_at(step: int, *, patch: pytest.MonkeyPatch) -> None:
+    """A signal comes in that step."""
+    after_step = StopRequests.after_step
+
+    def signalled(requests: StopRequests, run: Run, result: StepResult) -> None:
+        if run.step == step:
+            requests.requested = "SIGTERM"
+        after_step(requests, run, result)
+
+    patch.setattr(StopRequests, "after_step", signalled)
+
+
 def test_a_rule_that_remembers_goes_on_where_it_was(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, update="robust") for name in ("whole", "parts"))
     prune(_quiet(whole))
-    report = loop._Run.report
-
-    def stop_once(run: loop._Run) -> None:
-        report(run)
-        if run.step == 9:
-            run.stop.requested = "SIGTERM"
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "report", stop_once)
-        with pytest.raises(loop.Interrupted):
+        _stop_at(9, patch=patch)
+        with pytest.raises(Interrupted):
             prune(_quiet(parts))
     prune(_quiet(parts))
     assert _updates(parts.run_dir) == _updates(whole.run_dir)
@@ -96,19 +104,14 @@ def test_checkpoints_from_before_rules_remembered_are_read(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", reference="source")
-    write_state, report = loop.write_state, loop._Run.report
 
     def without(folder: Path, name: str, state: dict[str, Any]) -> None:
         write_state(folder, name, {key: value for key, value in state.items() if key != "mixture_rule"})
 
-    def stop(run: loop._Run) -> None:
-        report(run)
-        run.stop.requested = "SIGTERM" if run.step == 5 else None
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_state", without)
-        patch.setattr(loop._Run, "report", stop)
-        with pytest.raises(loop.Interrupted):
+        patch.setattr(save_checkpoints, "write_state", without)
+        _stop_at(5, patch=patch)
+        with pytest.raises(Interrupted):
             prune(_quiet(recipe))
     prune(_quiet(recipe))
     whole = _recipe(tiny_inputs, tmp_path / "whole", reference="source")

@@ -28,7 +28,7 @@ from torch import Tensor
 from shearing.data.corpus.format import SPLITS, DomainManifest, Split, read_index
 from shearing.data.corpus.integrity import open_tokens, quick_damages
 from shearing.data.corpus.tokens import Tokens
-from shearing.errors import ShearingError, nearest_name
+from shearing.errors import ShearingError, key, nearest_name
 from shearing.files.mapped_arrays import map_array
 
 
@@ -75,13 +75,13 @@ class Corpus:
         names = available if domains is None else list(domains)
         if not names:
             raise ShearingError(
-                "data.domains", value=names, allowed=f"at least one of {', '.join(available)}", mend="name a domain"
+                "domains", value=names, allowed=f"at least one of {', '.join(available)}", mend="name a domain"
             )
         manifests = {}
         for name in names:
             if name not in available:
                 raise ShearingError(
-                    "data.domains",
+                    "domains",
                     value=name,
                     allowed=", ".join(available),
                     mend=nearest_name(name, available) or f"prepare the domain {name} into {path}",
@@ -245,10 +245,10 @@ class Corpus:
         rows = (tokens - 1) // sequence_length
         if rows < 1:
             raise ShearingError(
-                "data.sequence_length",
+                "sequence_length",
                 value=sequence_length,
                 allowed=f"at most {tokens - 1}, as domain {domain} has {tokens} tokens of {split} text",
-                mend=f"choose a shorter sequence, prepare more text for {domain}, or leave it out of data.domains",
+                mend=f"choose a shorter sequence, prepare more text for {domain}, or leave it out of {key('domains')}",
             )
         return rows
 
@@ -261,20 +261,20 @@ class Corpus:
                     f"{self.path / domain}",
                     value=f"0 tokens in {split}",
                     allowed="a domain with text in both splits",
-                    mend=f"prepare the domain {domain} again from more text, or leave it out of data.domains",
+                    mend=f"prepare the domain {domain} again from more text, or leave it out of {key('domains')}",
                 )
         for damage in quick_damages(self.path / domain, manifest=manifest):
             raise damage.error()
         if vocab_size is not None and manifest.largest_token >= vocab_size:
             raise ShearingError(
-                "data.corpus",
+                "corpus",
                 value=f"{self.path} (domain {domain} has token id {manifest.largest_token})",
                 allowed=f"token ids below the model's vocabulary of {vocab_size}",
                 mend="prepare the text again with the tokenizer of this model",
             )
         if tokenizer_fingerprint is not None and manifest.tokenizer_fingerprint != tokenizer_fingerprint:
             raise ShearingError(
-                "data.corpus",
+                "corpus",
                 value=f"{self.path} (domain {domain} was tokenised with {manifest.tokenizer}, "
                 f"fingerprint {manifest.tokenizer_fingerprint})",
                 allowed=f"tokens of the model's own tokenizer, fingerprint {tokenizer_fingerprint}",

@@ -146,12 +146,12 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     prepare = "shear data prepare, or python -m data_tools.demo for the demo's text"
     if not path.is_dir():
-        raise ShearingError("data.corpus", value=str(path), allowed="a prepared corpus", mend=f"prepare it: {prepare}")
+        raise ShearingError("corpus", value=str(path), allowed="a prepared corpus", mend=f"prepare it: {prepare}")
     try:
         index: dict[str, Any] = json.loads((path / INDEX_NAME).read_text())
     except FileNotFoundError as error:
         raise ShearingError(
-            "data.corpus",
+            "corpus",
             value=f"{path} without {INDEX_NAME}",
             allowed="a corpus whose preparation was finished",
             mend=f"run the preparation again, it continues where it was: {prepare}",

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shearing.data.corpus.shards import Shard
+from shearing.data.splitmix64 import INCREMENT, mixed
 from shearing.errors import ShearingError
 
 Hashes = npt.NDArray[np.uint64]
@@ -103,13 +104,12 @@ class Earlier:
 
 
 def split_keys(hashes: Hashes, *, seed: int) -> Hashes:
-    """Numbers by which groups are ordered: the finaliser of SplitMix64 (Steele, Lea & Flood 2014) over hash and seed.
+    """Numbers by which groups are ordered: the finaliser of SplitMix64 over hash and seed.
 
     It is a bijection for each seed, so different hashes have different keys.
     """
     with np.errstate(over="ignore"):
-        mixed = hashes ^ _mix(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        return _mix(mixed)
+        return mixed(hashes ^ mixed(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(INCREMENT)))
 
 
 def choose_heldout(
@@ -151,13 +151,6 @@ def first_of_each(values: npt.NDArray[Any]) -> Mask:
     first = np.zeros(len(values), dtype=np.bool_)
     first[np.unique(values, return_index=True)[1]] = True
     return first
-
-
-def _mix(values: Hashes) -> Hashes:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Hashes = values ^ (values >> np.uint64(31))
-    return mixed
 
 
 def _group_keys(domains: Mapping[str, Documents], *, seed: int) -> dict[str, Hashes]:

@@ -33,6 +33,7 @@ from shearing.data.corpus.format import (
 from shearing.data.corpus.shards import Shard, ShardWriter, token_dtype
 from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, first_of_each
 from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import flush_folder, write_json, write_text
 
 # Enough to write at the disk's speed, little beside what else is in memory.
@@ -468,8 +469,7 @@ class _ArrayFile:
         """Flush to disk; returns the SHA-256 of the file."""
         _flush(self._file)
         self._file.close()
-        with self._path.open("rb") as file:
-            return _sha256(file)
+        return sha256_of_file(self._path)
 
 
 def _pieces(lengths: npt.NDArray[np.int64]) -> Iterable[tuple[int, int, int, int]]:
@@ -486,10 +486,3 @@ def _pieces(lengths: npt.NDArray[np.int64]) -> Iterable[tuple[int, int, int, int
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.documents import DocumentRules
+from shearing.data.splitmix64 import INCREMENT, Words, mixed
 from shearing.errors import ShearingError
 
 UNITS = 1 << 40
-ROUND_CONSTANTS = tuple(np.uint64(0x9E3779B97F4A7C15 * i % 2**64) for i in range(1, 7))
+ROUND_CONSTANTS = tuple(np.uint64(INCREMENT * i % 2**64) for i in range(1, 7))
 # Samples are dealt in stretches of this many, so that what a call of NumPy takes whatever its size is shared out.
 STRETCH = 1024
 # The last few stretches are kept whole, and positions every so many samples, which bounds the work of going back.
@@ -44,7 +45,6 @@ SNAPSHOT_INTERVAL = 8192
 MANY_DOMAINS = 32
 STATE_VERSION = 2
 
-Words = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -130,24 +130,16 @@ def permuted(positions: npt.NDArray[np.int64], *, sizes: npt.NDArray[np.int64], 
     masks = (np.uint64(1) << shifts) - np.uint64(1)
     values = positions.astype(np.uint64)
     limits = sizes.astype(np.uint64)
-    round_keys = [_mix(keys ^ constant) for constant in ROUND_CONSTANTS]
+    round_keys = [mixed(keys ^ constant) for constant in ROUND_CONSTANTS]
     walking = np.arange(len(values))
     while len(walking):
         shift, mask = shifts[walking], masks[walking]
         left, right = values[walking] >> shift, values[walking] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key[walking]) & mask)
+            left, right = right, left ^ (mixed(right ^ round_key[walking]) & mask)
         values[walking] = left << shift | right
         walking = walking[values[walking] >= limits[walking]]
     return values.astype(np.int64)
-
-
-def _mix(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words; [B] -> [B]."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Words = words ^ (words >> np.uint64(31))
-    return mixed
 
 
 def _in_units(weights: list[float]) -> Floats:

@@ -15,11 +15,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from shearing.errors import ShearingError
 from shearing.evaluation.reference_losses.fit import DomainFit, ReferenceFit
+from shearing.files.pictures import BLUE, GRID, INK, MUTED, ORANGE, quiet_axes, save_picture
 from shearing.settings.quantities import format_tokens
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# The report's light page.
-_INK, _MUTED, _GRID, _LINE, _POINT, _FREE = "#1a2029", "#667080", "#e3e7ec", "#2563a8", "#1a2029", "#d9730d"
+_LINE, _POINT, _FREE = BLUE, INK, ORANGE
 _COLUMNS = 4
 
 
@@ -44,21 +44,7 @@ def draw_laws(fit: ReferenceFit, *, path: Path) -> None:
     require_picture(path)
     columns = min(_COLUMNS, len(fit.domains))
     rows = math.ceil(len(fit.domains) / columns)
-    settings: Any = {
-        "font.size": 8,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _MUTED,
-        "text.color": _INK,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "xtick.minor.size": 0,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "svg.hashsalt": "laws",
-    }
+    settings: Any = {**quiet_axes(), "xtick.minor.size": 0, "font.size": 8, "svg.hashsalt": "laws"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(2.5 * columns, 2.0 * rows + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -67,11 +53,10 @@ def draw_laws(fit: ReferenceFit, *, path: Path) -> None:
             _panel(panel, each, name=name, fit=fit)
         for panel in panels[len(fit.domains) :]:
             panel.set_axis_off()
-        figure.supxlabel("parameters, embeddings included", fontsize=8, color=_MUTED)
-        figure.supylabel("held-out loss, nats per token", fontsize=8, color=_MUTED)
+        figure.supxlabel("parameters, embeddings included", fontsize=8, color=MUTED)
+        figure.supylabel("held-out loss, nats per token", fontsize=8, color=MUTED)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata)
+        save_picture(figure, path)
 
 
 def _panel(axes: Axes, each: DomainFit, *, name: str, fit: ReferenceFit) -> None:
@@ -91,11 +76,11 @@ def _panel(axes: Axes, each: DomainFit, *, name: str, fit: ReferenceFit) -> None
         textcoords="offset points",
         color=_LINE,
     )
-    axes.set_title(name, fontsize=9, loc="left", color=_INK)
+    axes.set_title(name, fontsize=9, loc="left", color=INK)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,)) if high / low > 20 else LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from shearing.models.anatomy import Axis, Family, anatomy_of
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
 from shearing.models.stored_model import Source
 
 
@@ -30,24 +31,13 @@ def named_places(family: Family, *names: str) -> list[Place]:
         names: those of `places_of`, and `mlp norm`: the residual stream between attention and MLP.
     """
     members = {
-        "attention read": _readers(family, "attention"),
-        "attention write": (family.attention_write,),
-        "mlp norm": (family.mlp_norm,),
-        "mlp read": _readers(family, "mlp"),
-        "mlp write": (family.mlp_write,),
+        "attention read": family.attention.readers,
+        "attention write": (family.attention.write,),
+        "mlp norm": (family.mlp.entry,),
+        "mlp read": family.mlp.readers,
+        "mlp write": (family.mlp.write,),
     }
     return [Place(name, members[name]) for name in names]
-
-
-def _readers(family: Family, kind: str) -> tuple[str, ...]:
-    """Names of the linear layers of a sub-layer that read the residual stream, in declaration order."""
-    axes_of = family.attention_axes if kind == "attention" else family.mlp_axes
-    reading: Axis = "hidden"
-    return tuple(
-        name.removesuffix(".weight")
-        for name, axes in axes_of.items()
-        if name.endswith(".weight") and len(axes) == 2 and axes[1] == reading
-    )
 
 
 @dataclass(frozen=True)

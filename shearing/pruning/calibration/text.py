@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
 from shearing.data.documents import Inputs
 from shearing.data.mixture.sampler import Mixture
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 
 
 @dataclass(frozen=True)
@@ -88,25 +87,6 @@ def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, devi
         yield Inputs(batch.tokens[:, :-1].to(device), mixture.documents.documents(batch.positions, device=device))
 
 
-@contextmanager
-def corpus_named(field: str) -> Iterator[None]:
-    """Errors about a corpus, under the keys of one-shot sparsity instead of a run's.
-
-    Args:
-        field: the key that names the corpus.
-    """
-    try:
-        yield
-    except ShearingError as error:
-        named = {"data.corpus": field, "data.sequence_length": "seqlen"}
-        mend = error.mend
-        if error.field == "data.sequence_length":
-            mend = "set a shorter seqlen, or prepare more text"
-        raise ShearingError(
-            named.get(error.field, error.field), value=error.value, allowed=error.allowed, mend=mend
-        ) from error
-
-
 def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seqlen: int, seed: int) -> Tensor:
     if not (path / INDEX_NAME).is_file():
         raise ShearingError(
@@ -115,7 +95,7 @@ def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seq
             allowed="the folder of a prepared corpus, or plain text files",
             mend=f"give the folder that holds {INDEX_NAME}, or the files themselves",
         )
-    with corpus_named("calibration"):
+    with named({"corpus": "calibration"}):
         corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
     rows = {name: (tokens - 1) // seqlen for name, tokens in lengths.items()}

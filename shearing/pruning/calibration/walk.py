@@ -86,7 +86,7 @@ def layer_calls(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, list[Cal
         raise Reached
 
     layers: list[Any] = list(decoder_layers(model))
-    handle = model.get_submodule(anatomy_of(model.config).final_norm).register_forward_pre_hook(stop)
+    handle = model.get_submodule(anatomy_of(model.config).final_norm.name).register_forward_pre_hook(stop)
     try:
         for layer in layers:
             layer.forward = record

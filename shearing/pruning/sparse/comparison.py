@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
-from shearing.pruning.calibration.text import corpus_named
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,15 @@ def open_heldout(path: Path, *, tokenizer_folder: Path, vocab_size: int, sequenc
         ShearingError: see `Corpus.open`.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    with corpus_named("evaluate"):
+    with named({"corpus": "evaluate"}):
         corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    try:
         for domain in corpus.domains:
             corpus.heldout_rows(domain, sequence_length=sequence_length)
+    except ShearingError as error:
+        # All domains are read, so that none can be left out.
+        mend = "set a shorter seqlen, or prepare more text"
+        raise ShearingError("seqlen", value=error.value, allowed=error.allowed, mend=mend) from error
     return corpus
 
 

@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.files.durable import locked, read_json, require_writable, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.pruning.sparse.allocation.allocator import Allocator, Request, require_fit, units_of
@@ -24,11 +24,12 @@ from shearing.pruning.sparse.allocation.picture import draw_allocation
 from shearing.pruning.sparse.allocation.rank import Rank
 from shearing.pruning.sparse.allocation.uniform import Uniform
 from shearing.pruning.sparse.job import Job, no_room, prepare, require_same
-from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.msp import Msp
 
 
+@named(COMPONENT_NAMES)
 def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     """Choose a level for every matrix and write the choice, with a picture beside it.
 

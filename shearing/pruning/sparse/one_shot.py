@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.table import comparison_table
 from shearing.files.durable import locked, read_json, require_writable, write_json
@@ -22,7 +22,7 @@ from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
 from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
 from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
-from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.pruned_layers import Blocks
 from shearing.pruning.sparse.stored.write import Done, write_output
@@ -31,6 +31,7 @@ from shearing.settings.quantities import format_parameters
 EVALUATION = "evaluation.json"
 
 
+@named(COMPONENT_NAMES)
 def sparsify(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     """Prune a model in one shot and write it, with its masks and a manifest.
 

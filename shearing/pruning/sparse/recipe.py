@@ -5,7 +5,6 @@ python -m shearing.pruning.sparse.recipe docs/sparsity.md     rewrites the table
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -253,6 +252,10 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
             )
 
 
+COMPONENT_NAMES: Mapping[str, str] = {"source": "model.source", "domains": "data.domains"}
+"""What components that load a model and read a corpus call, by the names that errors of one-shot sparsity have."""
+
+
 def load_sparsify_recipe(path: Path, *, overrides: Sequence[str] = ()) -> SparsifyRecipe:
     """Read and validate a file of `shear sparsify`; see `load_recipe`."""
     data, places = read_recipe_file(path, overrides=overrides)
@@ -346,19 +349,6 @@ def _pattern_contradictions(recipe: OneShotRecipe, *, pattern: str) -> Iterator[
             allowed=f"unset with an N:M pattern: weights compete within each group of {of} inputs of a row",
             mend="remove group, or give sparsity instead of pattern",
         )
-
-
-@contextlib.contextmanager
-def named_as_in_a_run() -> Iterator[None]:
-    """Errors of one-shot sparsity under the keys of a run's recipe."""
-    try:
-        yield
-    except ShearingError as error:
-        elsewhere = {"model": "model.source", "output": "run_dir", "device": "training.device"}
-        name = elsewhere.get(error.field, error.field)
-        if name.partition(".")[0] in OneShotRecipe.model_fields:
-            name = f"sparsify.{name}"
-        raise ShearingError(name, value=error.value, allowed=error.allowed, mend=error.mend) from error
 
 
 if __name__ == "__main__":

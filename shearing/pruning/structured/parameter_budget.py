@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
+from shearing.models.families.axes import Unit, count
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity
 
@@ -61,15 +63,16 @@ def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:
     groups_LK = get("kv_groups", L, K)
     kv_L = groups_LK.sum(-1) * dh
     query_L = (groups_LK * get("query_heads", L, K, G).sum(-1)).sum(-1) * dh
-    units_L = get("intermediate", L, source.intermediate_size).sum(-1)
-    d = get("hidden", source.hidden_size).sum()
-
-    attention = d + 2 * d * query_L + 2 * d * kv_L
-    attention = attention + (query_L + 2 * kv_L if source.qkv_bias else 0) + (d if source.output_bias else 0)
-    attention = attention + (2 * dh if source.qk_norms else 0)
-    mlp = d + 3 * d * units_L + (2 * units_L + d if source.mlp_bias else 0)
-    outer = d + source.vocab_size * d * (1 if source.tied else 2)
-    return outer + (attention_L * attention + mlp_L * mlp).sum()
+    units: dict[Unit, Any] = {
+        **source.units(),
+        "hidden": get("hidden", source.hidden_size).sum(),
+        "query_heads": query_L,
+        "kv_groups": kv_L,
+        "intermediate": get("intermediate", L, source.intermediate_size).sum(-1),
+    }
+    attention, mlp = count(source.family.attention.parameters, units), count(source.family.mlp.parameters, units)
+    total: Tensor = count(source.outer_parameters(), units) + (attention_L * attention + mlp_L * mlp).sum()
+    return total
 
 
 def round_to_budget(

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from shearing.models.families.axes import count
+from shearing.models.families.norms import Norm
 from shearing.models.shape import Shape
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
@@ -148,12 +150,9 @@ def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> di
 
 
 def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
-    product = workload.product_bytes
-    query, kv = _widths(shape)
-    saved = _saved_by_norm(shape, "attention", readers=3, workload=workload, weight_bytes=weight_bytes)
-    if shape.qk_norms:
-        factors = _FP32 * (shape.num_attention_heads + shape.num_key_value_heads)
-        saved["query and key norms"] = (_FP32 + product) * (query + kv) + factors
+    product, units = workload.product_bytes, shape.units()
+    query, kv = units["query_heads"], units["kv_groups"]
+    saved = _saved_by_norms(shape, "attention", workload=workload, weight_bytes=weight_bytes)
     # Without a fused kernel, keys and values are repeated for every query head.
     attended = query if workload.eager_attention else kv
     saved |= {
@@ -172,21 +171,38 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
 
 
 def _saved_by_mlp(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    saved = _saved_by_norms(shape, "mlp", workload=workload, weight_bytes=weight_bytes)
+    products = workload.product_bytes * _width_read(shape, "mlp")
     units = workload.product_bytes * shape.intermediate_size
-    saved = _saved_by_norm(shape, "MLP", readers=2, workload=workload, weight_bytes=weight_bytes)
-    return saved | {"gate": units, "activated gate": units, "up": units, "MLP's product": units}
+    saved |= {"MLP's products": products, "MLP's activations": units}
+    # Half of the products are gates, and what they let through is what the write reads.
+    return saved | ({"MLP's gated products": units} if products > units else {})
 
 
-def _saved_by_norm(shape: Shape, name: str, *, readers: int, workload: Workload, weight_bytes: int) -> dict[str, int]:
-    d, product = shape.hidden_size, workload.product_bytes
+def _saved_by_norms(shape: Shape, name: str, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
+    """Bytes per token that the norms of a sub-layer keep, and what reads its first norm's output."""
+    sublayer, d, product = shape.family.sublayers[name], shape.hidden_size, workload.product_bytes
+    saved: dict[str, int] = {}
+    for norm in sublayer.norms:
+        # The first reads the residual stream, the others what a product put out.
+        saved |= _saved_by_norm(norm, shape=shape, input_bytes=weight_bytes if norm is sublayer.before else product)
     # Autocast makes a bf16 copy of an activation for each product that reads it; only weights' copies are shared.
-    output = product * d * readers if product != weight_bytes else weight_bytes * d
+    casts = product != weight_bytes
+    saved[f"{name}'s input"] = product * d * len(sublayer.readers) if casts else weight_bytes * d
+    return saved
+
+
+def _saved_by_norm(norm: Norm, *, shape: Shape, input_bytes: int) -> dict[str, int]:
+    """Bytes per token that a norm keeps, without its output; `input_bytes` are those of a number that it reads."""
+    width: int = norm.over.size(shape.units())
+    factors = width // shape.head_dim if norm.by_head else 1
+    if norm.kind.centred:
+        return {f"{norm.name}'s input": input_bytes * width, f"{norm.name}'s means and factors": 2 * _FP32 * factors}
     return {
-        # The residual stream itself where it is fp32, else the copy that the norm is computed from.
-        f"{name} norm's input": _FP32 * d,
-        f"{name} norm's normalised input": weight_bytes * d,
-        f"{name} norm's factor": _FP32,
-        f"{name} norm's output": output,
+        # The input itself where it is fp32, else the copy that the norm is computed from.
+        f"{norm.name}'s input": _FP32 * width,
+        f"{norm.name}'s normalised input": (_FP32 if norm.kind.gain_in_fp32 else input_bytes) * width,
+        f"{norm.name}'s factors": _FP32 * factors,
     }
 
 
@@ -196,13 +212,12 @@ def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dic
         return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes)
     kept = {"layer's input": weight_bytes * shape.hidden_size}
     if workload.checkpointing == "selective":
-        product = workload.product_bytes
-        query, kv = _widths(shape)
+        product, query = workload.product_bytes, shape.units()["query_heads"]
         kept |= {
-            "query, key and value products": product * (query + 2 * kv),
+            "query, key and value products": product * _width_read(shape, "attention"),
             "attention's output": product * query,
             "attention's write": product * shape.hidden_size,
-            "gate and up products": 2 * product * shape.intermediate_size,
+            "MLP's products": product * _width_read(shape, "mlp"),
             "MLP's write": product * shape.hidden_size,
         }
         if workload.eager_attention:
@@ -242,7 +257,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     # What is there from the first layer to the end of the backward pass: the embedding's output, which its mask needs,
     # and cosines and sines of the positions.
     outside = (stream if workload.masked else 0) + 2 * weight_bytes * workload.sequence_length * shape.head_dim
-    final_norm = tokens * (_FP32 * d + weight_bytes * d + _FP32)
+    final_norm = tokens * sum(_saved_by_norm(shape.family.final_norm, shape=shape, input_bytes=weight_bytes).values())
     layer_copies = _BF16 * _autocast_parameters(shape, masked=workload.masked) if casts else 0
     # Without recomputation the graph holds all copies; with it, autocast's cache does until the forward pass ends.
     copies_behind = layer_copies * (layers if workload.checkpointing == "none" else 1)
@@ -308,21 +323,22 @@ class _Part:
 
 def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[_Part]:
     """The moments at which a layer's backward pass can hold most."""
-    tokens, d, m = workload.tokens, shape.hidden_size, shape.intermediate_size
-    query, kv = _widths(shape)
-    product = workload.product_bytes
+    tokens, mlp = workload.tokens, shape.family.mlp
+    product, sizes = workload.product_bytes, shape.units()
+    d, m, query, kv = (sizes[unit] for unit in ("hidden", "intermediate", "query_heads", "kv_groups"))
     casts = product != weight_bytes
     stream = tokens * weight_bytes * d
     units = tokens * product * m
     yield _Part(
-        name="down_proj",
+        name=mlp.write.rpartition(".")[2],
         activations=stream + (tokens * product * d if casts else 0) + units,
         finished=0,
         # The gradient, the bf16 one it is cast from, and under masks its product with the weight.
         loose=(weight_bytes + (product if casts else 0) + (weight_bytes if workload.masked else 0)) * m * d,
     )
     # The gradients of both factors and of their product, which is itself released.
-    yield _Part(name="gate", activations=stream + 2 * units, finished=m * d, loose=0)
+    write = _weights(shape, "mlp", writes=True)
+    yield _Part(name="gate", activations=stream + tokens * product * _width_read(shape, "mlp"), finished=write, loose=0)
     released = tokens * sum(_saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes).values())
     if workload.eager_attention:
         weights = tokens * shape.num_attention_heads * workload.sequence_length
@@ -330,7 +346,8 @@ def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> I
         inside = weights * (2 * _FP32 - (_BF16 if workload.bf16 else 0))
     else:
         inside = tokens * product * (2 * query + 2 * kv)  # gradients of the output, the queries, keys and values
-    yield _Part(name="attention", activations=stream + inside - released, finished=3 * m * d + query * d, loose=0)
+    finished = write + _weights(shape, "mlp", writes=False) + _weights(shape, "attention", writes=True)
+    yield _Part(name="attention", activations=stream + inside - released, finished=finished, loose=0)
 
 
 def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
@@ -349,16 +366,25 @@ def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
     return (_BF16 + _FP32) * logits + _BF16 * states + max(softmax, products)
 
 
-def _widths(shape: Shape) -> tuple[int, int]:
-    """Numbers per token in the queries, and in the keys or the values."""
-    return shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+def _width_read(shape: Shape, name: str) -> int:
+    """Numbers per token that the products put out with which a sub-layer reads the residual stream."""
+    sublayer, sizes = shape.family.sublayers[name], shape.units()
+    widths: list[int] = [sublayer.weight(reader).axes[0].size(sizes) for reader in sublayer.readers]
+    return sum(widths)
+
+
+def _weights(shape: Shape, name: str, *, writes: bool) -> int:
+    """Entries of a sub-layer's matrix that writes into the residual stream, or of those that read it."""
+    sublayer = shape.family.sublayers[name]
+    linears = (sublayer.write,) if writes else sublayer.readers
+    found: int = count((sublayer.weight(linear) for linear in linears), shape.units())
+    return found
 
 
 def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     """Weights of a layer's products; without those that masks scale, which are cast each time they are used."""
-    d, m = shape.hidden_size, shape.intermediate_size
-    query, kv = _widths(shape)
-    return d * (query + 2 * kv + 2 * m) + (0 if masked else d * (query + m))
+    kinds = (False,) if masked else (False, True)
+    return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
 
 
 def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int) -> Memory:
@@ -381,7 +407,8 @@ def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: i
         # One bucket is filled while the other is under way.
         gradients += 2 * weight_bytes * min(total, _ZERO_BUCKET_PARAMETERS)
     elif sharding.processes > 1 and phase.accumulated:
-        largest = shape.hidden_size * max(shape.vocab_size, shape.intermediate_size)
+        parameters = (*shape.outer_parameters(), *shape.family.attention.linears, *shape.family.mlp.linears)
+        largest = max(parameter.size(shape.units()) for parameter in parameters)
         gradients += _FP32 * min(total, _TORCH_BUCKET_PARAMETERS + largest)
 
     optimizer = _MOMENTS * total if stage == 0 else (_FP32 + _MOMENTS) * share

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.data.corpus.corpus import whole_rows
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.runs.planning.disk import checkpoint_bytes
@@ -31,7 +31,7 @@ from shearing.runs.planning.memory import (
     estimate,
 )
 from shearing.runs.planning.summary import shape_cells
-from shearing.runs.recipe import Recipe, TrainingStage, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe, TrainingStage, tokens_per_step, total_steps
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.stage import PREFETCHED_STEPS
 
@@ -209,6 +209,7 @@ class RunPlan:
     advice: str | None
 
 
+@named(COMPONENT_NAMES)
 def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
     """What a recipe takes on given hardware.
 
@@ -351,9 +352,9 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
 
 
 def _num_domains(recipe: Recipe) -> int | None:
-    for named in (recipe.data.domains, recipe.mixture.initial_weights):
-        if isinstance(named, (list, dict)):
-            return len(named)
+    for given in (recipe.data.domains, recipe.mixture.initial_weights):
+        if isinstance(given, (list, dict)):
+            return len(given)
     return len(list(recipe.data.corpus.glob("*/manifest.json"))) or None
 
 

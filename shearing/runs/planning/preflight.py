@@ -15,17 +15,25 @@ from torch import nn
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
-from shearing.errors import CombinedShearingError, ShearingError
+from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
-from shearing.pruning.sparse.recipe import named_as_in_a_run
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.runs.context import RunContext
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
-from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch, tokens_per_step, total_steps
+from shearing.runs.recipe import (
+    COMPONENT_NAMES,
+    ONE_SHOT_NAMES,
+    Pruning,
+    Recipe,
+    one_shot_recipe,
+    split_batch,
+    tokens_per_step,
+    total_steps,
+)
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.trackers import require_trackers
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
 _Checked = TypeVar("_Checked")
 
 
+@named(COMPONENT_NAMES)
 def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> Plan:
     """Check that `stages` can run: model, target, corpus, tokenizer, hardware, disk, permission.
 
@@ -305,5 +314,5 @@ def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
         if parameter.ndim == 2 and name.startswith(layers) and chosen:
             if any(fnmatchcase(module, each) for each in one_shot.exclude):
                 continue
-            with named_as_in_a_run():
+            with named(ONE_SHOT_NAMES):
                 pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from shearing.files.pictures import quiet_axes
 from shearing.runs.report.series import SERIES_COLOURS, Series
 from shearing.settings.quantities import format_tokens
 
@@ -49,19 +50,10 @@ def line_chart(
     """
     small = size == SMALL
     settings: Any = {
+        **quiet_axes(ink=_PLACEHOLDERS["ink"], muted=_PLACEHOLDERS["muted"], grid=_PLACEHOLDERS["grid"]),
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.size": 7.5 if small else 8.5,
-        "axes.edgecolor": _PLACEHOLDERS["grid"],
-        "axes.labelcolor": _PLACEHOLDERS["muted"],
-        "text.color": _PLACEHOLDERS["ink"],
-        "xtick.color": _PLACEHOLDERS["muted"],
-        "ytick.color": _PLACEHOLDERS["muted"],
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
         "path.simplify": True,
         "path.simplify_threshold": 0.5,
     }

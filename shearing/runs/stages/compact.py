@@ -10,20 +10,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, write_json
 from shearing.models.cutting import Selection, compact as cut
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 
 CHECK_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-4
 """Relative difference of logits, masked against cut, above which the cut is refused; rounding is below 1e-5."""
 
 
+@named(COMPONENT_NAMES)
 def compact(context: RunContext) -> dict[str, Any]:
     """Writes run_dir/compact: model, tokenizer, generation config and chat template, and shape.json.
 

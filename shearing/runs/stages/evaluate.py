@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shearing.errors import named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
@@ -36,10 +37,9 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
-from shearing.runs.stages.training_task import calibration_batches
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -59,6 +59,7 @@ class _Row:
     load: Callable[[], PreTrainedModel]
 
 
+@named(COMPONENT_NAMES)
 def evaluate(context: RunContext) -> dict[str, Any]:
     """Measure what exists of a run, write evaluation.json and print the comparison table.
 
@@ -168,7 +169,7 @@ class _Source:
         measured = context.directory.prune / INITIAL_SCORES
         if name == "importance" and measured.is_file():  # as mask learning measured it, where it did
             return load_file(measured)
-        text = calibration_batches(context) if METRICS[metric].reads_text else ()
+        text = context.calibration_batches() if METRICS[metric].reads_text else ()
         evidence = Evidence(text=text, target=target, seed=context.recipe.seed)
         with attention_within_documents(self.model(), on=context.document_rules.attention_within):
             return metric_of(metric).scores(self.model(), evidence=evidence)
@@ -262,7 +263,7 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
     return {
         "label": row.label,
         "group": row.group,
-        "shape": dataclasses.asdict(row.shape),
+        "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
         "training_tokens": row.training_tokens,

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
+from shearing.runs.recipe import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain_start import Start
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
@@ -27,6 +28,7 @@ from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
 
 
+@named(COMPONENT_NAMES)
 def pretrain(context: RunContext) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
 

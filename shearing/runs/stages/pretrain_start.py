@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import named
 from shearing.models.stored_model import OURS, TEXT_FILES
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
@@ -69,7 +69,7 @@ class Start:
             ShearingError: peft is not installed, or no layer has such a name.
         """
         seed_random(seed)
-        try:
+        with named({"lora": "pretrain.lora", **{name: f"pretrain.lora.{name}" for name in type(lora).model_fields}}):
             return add_adapters(
                 model,
                 masks=self.kept(),
@@ -78,9 +78,6 @@ class Start:
                 dropout=lora.dropout,
                 targets=lora.targets,
             )
-        except ShearingError as error:
-            name = "pretrain.lora" if error.field == "lora" else f"pretrain.lora.{error.field}"
-            raise ShearingError(name, value=error.value, allowed=error.allowed, mend=error.mend) from error
 
     @torch.no_grad()
     def trained(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel:

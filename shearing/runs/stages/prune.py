@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
+from shearing.errors import named
 from shearing.files.durable import write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
@@ -18,7 +19,7 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.objectives.language_model import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of, starts
@@ -26,22 +27,24 @@ from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import tokens_per_step
+from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
-from shearing.runs.stages.training_task import calibration_batches, task_of
+from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
-from shearing.training.stage import Task, Trained
+from shearing.training.stage import Trained
+from shearing.training.task import Task
 
 INITIAL_SCORES = "importance.safetensors"
 """In the folder of the stage: what graded the initial masks."""
 
 
+@named(COMPONENT_NAMES)
 def prune(context: RunContext) -> dict[str, Any]:
     """Write run_dir/prune: final masks, trained weights of the source's size, metrics, summary.
 
@@ -73,7 +76,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     said = full_disk_said(lambda: no_space(run.prune))
     path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
     learner = _learner(context, model=model, scores=None if path is None else load_file(path))
-    masking = Masking(model=MaskedModel(model), learner=learner)
+    masking = Masking(model=MaskedModel(model), learner=learner, draws=recipe.pruning.prune.mask_draws)
     task = task_of(
         context,
         stage="prune",
@@ -86,15 +89,22 @@ def prune(context: RunContext) -> dict[str, Any]:
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
-    return processes.on_main(said(lambda: _finish(context, model=model, task=task, trained=trained, mixture=mixture)))
+    return processes.on_main(
+        said(lambda: _finish(context, model=model, task=task, learner=learner, trained=trained, mixture=mixture))
+    )
 
 
 def _finish(
-    context: RunContext, *, model: PreTrainedModel, task: Task, trained: Trained, mixture: Mixture
+    context: RunContext,
+    *,
+    model: PreTrainedModel,
+    task: Task,
+    learner: MaskLearner,
+    trained: Trained,
+    mixture: Mixture,
 ) -> dict[str, Any]:
     """Write the results of mask learning out of its last checkpoint."""
-    assert task.masking is not None
-    run, learner, state = context.directory, task.masking.learner, ShardedState(trained.checkpoint)
+    run, state = context.directory, ShardedState(trained.checkpoint)
     masks = learner.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if isinstance(learner.target, Shape) or learner.target.uniform:
@@ -143,7 +153,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
         return path
     name, target = starts()[start], context.recipe.pruning.target
     evidence = Evidence(
-        text=calibration_batches(context) if METRICS[name].reads_text else (),
+        text=context.calibration_batches() if METRICS[name].reads_text else (),
         target=None if target.parameters is not None else resolve_target(target, source=model.config),
         seed=context.recipe.seed,
     )
@@ -169,7 +179,7 @@ def _refit(context: RunContext, *, masking: Masking) -> None:
         refit(
             masking.model,
             masks=masking.learner.final_masks(),
-            batches=calibration_batches(context),
+            batches=context.calibration_batches(),
             advance=advance,
         )
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shearing.data.mixture.reference import write_reference
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.reference_losses.chart import draw_laws, require_picture
 from shearing.evaluation.reference_losses.fit import ReferenceFit, fit_reference, render
 from shearing.evaluation.reference_losses.measure import measure_losses
@@ -18,7 +18,7 @@ from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.progress import activity
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.settings.quantities import parse_parameter_count
@@ -26,6 +26,7 @@ from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
 
 
+@named(COMPONENT_NAMES)
 def measure(
     models: Sequence[str],
     *,
@@ -72,6 +73,7 @@ def measure(
     return table
 
 
+@named(COMPONENT_NAMES)
 def fit(
     table: Path,
     *,
@@ -116,6 +118,7 @@ def fit(
     return found
 
 
+@named(COMPONENT_NAMES)
 def source(context: RunContext, *, output: Path) -> dict[str, float]:
     """Write the source model's own held-out losses, as `mixture.reference: source` would measure them.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from shearing.errors import named
 from shearing.pruning.sparse.one_shot import sparsify as make_sparse
-from shearing.pruning.sparse.recipe import named_as_in_a_run
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import one_shot_recipe
+from shearing.runs.recipe import ONE_SHOT_NAMES, one_shot_recipe
 
 
 def sparsify(context: RunContext) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def sparsify(context: RunContext) -> dict[str, Any]:
     recipe, run = context.recipe, context.directory
     if "compact" in recipe.stages:
         run.read_complete("compact")
-    with named_as_in_a_run():
+    with named(ONE_SHOT_NAMES):
         make_sparse(one_shot_recipe(recipe), console=context.console)
     complete = {"budget": read_manifest(run.sparse)["budget"]}
     run.mark_complete("sparsify", complete)

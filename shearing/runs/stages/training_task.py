@@ -8,28 +8,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shearing.data.corpus.corpus import whole_rows
-from shearing.data.documents import Inputs
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
-from shearing.objectives.language_model import LanguageModelLoss
-from shearing.pruning.calibration.text import first_samples
-from shearing.pruning.structured.masking import Masking
-from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.objectives.objective import Parts
+from shearing.objectives.registry import objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
-from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step, total_steps
+from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
-from shearing.settings.quantities import Duration
+from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
-from shearing.training.stage import Compute, HeldOut, Schedule, Task
+from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
+from shearing.training.task import Task
 from shearing.training.trackers import Trackers
 
 
@@ -39,7 +36,7 @@ def task_of(
     stage: TrainingStage,
     model: PreTrainedModel,
     mixture: Mixture,
-    masking: Masking | None,
+    masking: MaskedTraining | None,
     reference: Mapping[str, float],
     rule_memory: Mapping[str, float] | None = None,
     moments: SavedState | None = None,
@@ -56,7 +53,7 @@ def task_of(
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
         rule_memory: what the rule that updates domain weights remembers of the stage before.
-        moments: AdamW state to start from, under the names of `LanguageModelLoss`; None: from nothing.
+        moments: AdamW state to start from, under the names of the objective; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model, whose zeros stay; see `Task`.
 
@@ -65,11 +62,7 @@ def task_of(
     """
     recipe, processes = context.recipe, context.processes
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
-    steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
-
-    def in_steps(duration: Duration) -> int:
-        return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
-
+    per_step = tokens_per_step(settings, data=data)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     if data.attention == "documents":
         keep_attention_within_documents(model)
@@ -79,33 +72,19 @@ def task_of(
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
         compile_layers(model)
-    interval = recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval
-    optimization = Optimization(
-        learning_rate=settings.learning_rate,
-        total_steps=steps,
-        warmup_steps=in_steps(settings.warmup),
-        final_learning_rate=settings.final_learning_rate,
-        betas=settings.betas,
-        epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        gradient_clipping=settings.gradient_clipping,
-    )
+    optimization = Optimization.of(settings, tokens_per_step=per_step)
     return Task(
         name=stage,
         folder=context.directory.folder(stage),
-        schedule=Schedule(
-            total_steps=steps,
-            sequences_per_step=per_step // data.sequence_length,
+        schedule=Schedule.of(
+            settings,
+            training=training,
+            tokens_per_step=per_step,
+            sequence_length=data.sequence_length,
             micro_batch_size=split.micro_batch_size,
-            mask_draws=settings.mask_draws if isinstance(settings, PruneRecipe) else 1,
-            checkpoint_interval=max(1, in_steps(settings.checkpoint_interval)),
-            keep_last=settings.keep_last,
-            keep_every=None if settings.keep_every is None else max(1, in_steps(settings.keep_every)),
-            mixture_interval=max(1, in_steps(interval)),
-            log_interval=training.log_interval,
-            max_skipped_steps=training.max_skipped_steps,
+            mixture_interval=recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval,
         ),
-        objective=LanguageModelLoss(model, chunk_tokens=training.loss_chunk_tokens),
+        objective=objective_of("language_model", parts=_parts(context, model=model)),
         engine=_engine(context, optimization=optimization, split=split),
         optimization=optimization,
         mixture=mixture,
@@ -116,7 +95,7 @@ def task_of(
             rule=rule_of(recipe.mixture, prior=context.initial_weights),
             reference=reference,
             parameters=_final_parameters(recipe, stage=stage, model=model),
-            tokens=steps * per_step,
+            tokens=optimization.total_steps * per_step,
             online=recipe.mixture.reference == "online",
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state={"memory": rule_memory or {}},
@@ -140,6 +119,16 @@ def task_of(
             configuration=recipe.flat(),
             first_step=first_step,
         ),
+    )
+
+
+def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
+    """What the stage has for its objective."""
+    source = context.recipe.model
+    return Parts(
+        model=model,
+        chunk_tokens=context.recipe.training.loss_chunk_tokens,
+        source=lambda: load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True),
     )
 
 
@@ -178,10 +167,3 @@ def _engine(context: RunContext, *, optimization: Optimization, split: BatchSpli
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
-
-
-def calibration_batches(context: RunContext) -> list[Inputs]:
-    """Inputs [B, S] of the first training samples: `prune.calibration_tokens` in whole sequences, at least one."""
-    mixture, prune = context.initial_mixture(), context.recipe.pruning.prune
-    samples = whole_rows(prune.calibration_tokens, sequence_length=mixture.sequence_length)
-    return list(first_samples(mixture, samples=samples, micro_batch_size=prune.micro_batch_size, device=context.device))

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.files.durable import flush_folder, flush_tree, write_text
 from shearing.files.full_disk import full_disk_said
 from shearing.processes.processes import Processes
@@ -37,10 +37,11 @@ _Entries = dict[str, dict[str, int]]
 def no_space(folder: Path) -> ShearingError:
     """That the disk under a folder of a run is full."""
     return ShearingError(
-        "run_dir",
+        "folder",
         value=f"{folder}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
         allowed="a disk that can take one more checkpoint",
-        mend="free space or choose a run_dir on another disk, lower keep_last, then run the same command again",
+        mend=f"free space or choose a {key('folder')} on another disk, lower keep_last, then run the same command "
+        "again",
     )
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import Self
 
 from shearing.errors import ShearingError
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, STEP, Piece, SavedState, write_pieces
+from shearing.training.recipe import StageRecipe
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,26 @@ class Optimization:
     epsilon: float
     weight_decay: float
     gradient_clipping: float
+
+    @classmethod
+    def of(cls, stage: StageRecipe, *, tokens_per_step: int) -> Self:
+        """What a recipe says of a stage.
+
+        Args:
+            stage: its section.
+            tokens_per_step: of a global batch.
+        """
+        total = stage.duration.in_steps(tokens_per_step=tokens_per_step)
+        return cls(
+            learning_rate=stage.learning_rate,
+            total_steps=total,
+            warmup_steps=stage.warmup.in_steps(tokens_per_step=tokens_per_step, total_steps=total),
+            final_learning_rate=stage.final_learning_rate,
+            betas=stage.betas,
+            epsilon=stage.epsilon,
+            weight_decay=stage.weight_decay,
+            gradient_clipping=stage.gradient_clipping,
+        )
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step that follows `step` done ones."""

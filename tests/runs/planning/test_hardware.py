@@ -7,11 +7,14 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
+from shearing.models.families.llama import LLAMA
 from shearing.models.shape import Shape
 from shearing.runs.planning.hardware import GPUS, forward_flops_per_token, gpu_of, peak_flops, training_flops_per_token
 
 SHAPE = Shape(
+    family=LLAMA.of(LlamaConfig()),
     num_hidden_layers=3,
     hidden_size=64,
     intermediate_size=96,
@@ -74,7 +77,7 @@ def test_sizes_tell_rows_apart() -> None:
 
 
 def test_flops_are_those_torch_counts() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokens = torch.zeros(2, 32, dtype=torch.int64)
     # Eager attention, because torch does not count a CPU's fused one.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedModel, Qwen3Config
 
 from shearing.models.attention import drop_attention_mask
+from shearing.models.families import FAMILIES
+from shearing.models.families.llama import LLAMA
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.objectives.language_model import LanguageModelLoss
@@ -29,6 +33,7 @@ from shearing.runs.planning.memory import (
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from tests.models.declared import DECLARED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -49,7 +54,9 @@ WORKLOAD = Workload(
 )
 
 
-def model_of(family: type = LlamaConfig, *, layers: int, attention: str = "sdpa", tied: bool = True) -> PreTrainedModel:
+def model_of(
+    family: Callable[..., Any] = LlamaConfig, *, layers: int, attention: str = "sdpa", tied: bool = True
+) -> PreTrainedModel:
     torch.manual_seed(0)
     config = family(**SIZES, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).train()
@@ -80,13 +87,29 @@ def bytes_saved(model: PreTrainedModel, *, bf16: bool) -> int:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_every_saved_tensor_is_counted(family: type, attention: str, precision: str) -> None:
+    check_saved(family, attention=attention, precision=precision)
+
+
+@pytest.mark.parametrize(
+    "family", [partial(Gemma2Config, attn_logit_softcapping=None), Olmo2Config], ids=["gemma2", "olmo2"]
+)
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_norms_of_other_kinds_and_in_other_places_are_counted(
+    family: Callable[..., Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model_type in ("gemma2", "olmo2"):
+        monkeypatch.setitem(FAMILIES, model_type, DECLARED[model_type])
+    check_saved(family, attention="eager", precision=precision)
+
+
+def check_saved(family: Callable[..., Any], *, attention: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     few, many = (
         bytes_saved(model_of(family, layers=layers, attention=attention).to(dtype), bf16=precision == "autocast")
         for layers in (1, 3)
     )
     workload = dataclasses.replace(WORKLOAD, bf16=precision != "fp32", eager_attention=attention == "eager")
-    shape = Shape.of(model_of(family, layers=1).config)
+    shape = Shape.of(model_of(family, layers=1, attention=attention).config)
     counted = saved_by_layer(shape, workload=workload, weight_bytes=2 if precision == "bf16" else 4)
     assert sum(counted.values()) * workload.tokens == (many - few) / 2
 
@@ -162,6 +185,7 @@ def check_peak(workload: Workload, *, tolerance: float, tied: bool = True) -> No
 
 
 BILLION = Shape(
+    family=LLAMA.of(LlamaConfig()),
     num_hidden_layers=24,
     hidden_size=2048,
     intermediate_size=5504,

@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from shearing.files.pictures import BLUE, GREY, GRID, INK, MUTED, ORANGE, quiet_axes, save_picture
 from shearing.pruning.sparse.allocation.file import StoredAllocation
 
 FILE_NAME = "allocation.png"
-_INK, _MUTED, _GRID = "#1a2029", "#667080", "#e3e7ec"
-_LEVEL, _SCORE, _RIVAL = "#2563a8", "#d9730d", "#75808d"
+_LEVEL, _SCORE, _RIVAL = BLUE, ORANGE, GREY
 _SCORE_NAMES = {
     "rank": "Fisher trace",
     "msp": "Fisher trace",
@@ -40,21 +40,7 @@ def draw_allocation(allocation: StoredAllocation, *, path: Path) -> None:
     """
     facts = allocation.content["facts"]
     history = facts.get("history")
-    settings: Any = {
-        "font.size": 8,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _MUTED,
-        "text.color": _INK,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "svg.hashsalt": "allocation",
-    }
+    settings: Any = {**quiet_axes(), "ytick.minor.size": 0, "font.size": 8, "svg.hashsalt": "allocation"}
     with matplotlib.rc_context(settings):
         by_matrix = allocation.content["unit"] == "matrix"
         panels = 1 + (not by_matrix and bool(facts.get("scores"))) + bool(history)
@@ -69,8 +55,7 @@ def draw_allocation(allocation: StoredAllocation, *, path: Path) -> None:
                 _draw_scores(next(axes), allocation)
         if history:
             _draw_history(next(axes), allocation)
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        figure.savefig(path, dpi=150, metadata=metadata)
+        save_picture(figure, path)
 
 
 def _draw_levels(axes: Axes, allocation: StoredAllocation) -> None:
@@ -90,7 +75,7 @@ def _draw_levels(axes: Axes, allocation: StoredAllocation) -> None:
                 textcoords="offset points",
                 ha="center",
                 fontsize=5.5,
-                color=_MUTED,
+                color=MUTED,
             )
     mean = float(1 - allocation.budget)
     axes.axhline(mean, color=_RIVAL, linewidth=0.8, linestyle=(0, (4, 2)))
@@ -124,7 +109,7 @@ def _draw_map(axes: Axes, allocation: StoredAllocation, *, figure: Figure) -> No
     step = max(1, len(layers) // 16)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.01)
-    axes.set_title("weights removed", fontsize=9, loc="left", color=_INK)
+    axes.set_title("weights removed", fontsize=9, loc="left", color=INK)
     axes.set_xlabel("decoder layer")
 
 
@@ -163,9 +148,9 @@ def _draw_history(axes: Axes, allocation: StoredAllocation) -> None:
 
 
 def _finish(axes: Axes, *, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=9, loc="left", color=_INK)
+    axes.set_title(title, fontsize=9, loc="left", color=INK)
     axes.set_xlabel(label)
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

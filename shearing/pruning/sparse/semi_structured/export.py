@@ -17,7 +17,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree, locked, require_writable, write_json
 from shearing.files.full_disk import full_disk_said
@@ -25,6 +25,7 @@ from shearing.files.tensors import overwrite
 from shearing.models.stored_model import Source, dtype_of, open_source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.sparse.recipe import COMPONENT_NAMES
 from shearing.pruning.sparse.semi_structured.hardware import TOLERANCES, Hardware, find_hardware
 from shearing.pruning.sparse.semi_structured.layout import (
     BACKENDS,
@@ -83,6 +84,7 @@ class _Found:
     negative_zeros: list[str] = field(default_factory=list)
 
 
+@named(COMPONENT_NAMES)
 def export(
     model: str,
     *,

@@ -11,18 +11,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
-from shearing.files.durable import read_json
 from shearing.models.loading import load_source
+from shearing.pruning.sparse.recipe import COMPONENT_NAMES
 from shearing.pruning.sparse.semi_structured.hardware import Hardware, find_hardware
 from shearing.pruning.sparse.semi_structured.layout import first_violation, without_negative_zeros
+from shearing.pruning.sparse.stored.manifest import read_description
 
 MANIFEST = "semi_structured.json"
 FORMAT = 1
 PRECISIONS: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@named(COMPONENT_NAMES)
 def load(folder: Path | str, *, hardware: Hardware | None = None) -> PreTrainedModel:
     """Load what `shear export --semi-structured` has written: on the GPU, for inference, its faster layers converted.
 
@@ -57,20 +59,13 @@ def read_export(folder: Path) -> dict[str, Any]:
     Raises:
         ShearingError: there is none, or one that this version cannot read.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ShearingError(
-            str(folder),
-            value=f"no {MANIFEST}",
-            allowed="a model that `shear export --semi-structured` has written",
-            mend="export the sparse model first, on the GPU that will run it",
-        )
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ShearingError(
-            str(path), value=f"format {manifest.get('format')}", allowed=f"format {FORMAT}", mend="export it again"
-        )
-    return manifest
+    return read_description(
+        folder / MANIFEST,
+        version=FORMAT,
+        of="a model that `shear export --semi-structured` has written",
+        mend="export the sparse model first, on the GPU that will run it",
+        again="export it again",
+    )
 
 
 @torch.no_grad()

@@ -21,20 +21,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ShearingError: there is none, or one that this version cannot read.
     """
-    path = folder / MANIFEST
+    return read_description(
+        folder / MANIFEST,
+        version=FORMAT,
+        of="a model that `shear sparsify` has written",
+        mend="give the folder that was its output",
+        again="sparsify again",
+    )
+
+
+def read_description(path: Path, *, version: int, of: str, mend: str, again: str) -> dict[str, Any]:
+    """What a file of ours says about the model beside it.
+
+    Args:
+        path: the file, in the folder of the model.
+        version: its `format` has to be this.
+        of: what kind of model has such a file.
+        mend: where there is none: what to do.
+        again: where it is of another version: how to have it in this one.
+
+    Raises:
+        ShearingError: there is none, or it is of another version.
+    """
     if not path.is_file():
-        raise ShearingError(
-            str(folder),
-            value=f"no {MANIFEST}",
-            allowed="a model that `shear sparsify` has written",
-            mend="give the folder that was its output",
-        )
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ShearingError(
-            str(path), value=f"format {manifest.get('format')}", allowed=f"format {FORMAT}", mend="sparsify again"
-        )
-    return manifest
+        raise ShearingError(str(path.parent), value=f"no {path.name}", allowed=of, mend=mend)
+    said = read_json(path)
+    if said.get("format") != version:
+        raise ShearingError(str(path), value=f"format {said.get('format')}", allowed=f"format {version}", mend=again)
+    return said
 
 
 def file_entries(

@@ -27,7 +27,7 @@ def masks_beside(folder: Path) -> Path | None:
     if len(found) == 1:
         absent = MASKS if found == [MANIFEST] else MANIFEST
         raise ShearingError(
-            "model.source",
+            "source",
             value=f"{folder} with {found[0]} and without {absent}",
             allowed="a sparse model with both, or a model with neither, whose zeros are weights like all others",
             mend=f"put {absent} back, or remove {found[0]} to let every weight be trained",

@@ -28,7 +28,7 @@ class Activations:
 
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
-    over its heads. Hidden dimensions sum it over the outputs of both norms of every layer. Layers and sub-layers
+    over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
     score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
     """
 
@@ -83,27 +83,27 @@ class ActivationRecorder:
             "kv_groups": heads.sum(-1).sqrt(),
             "query_heads": heads.sqrt(),
             "intermediate": of_layers("intermediate").sqrt(),
-            "hidden": (of_layers("attention norm").sqrt() + of_layers("mlp norm").sqrt()).sum(0),
+            "hidden": (of_layers("attention read").sqrt() + of_layers("mlp read").sqrt()).sum(0),
         }
 
     def _listen(self, model: PreTrainedModel) -> list[Any]:
         family = anatomy_of(model)
         handles: list[Any] = []
         for index, layer in enumerate(decoder_layers(model)):
-            attention_norm, mlp_norm = layer.get_submodule(family.attention_norm), layer.get_submodule(family.mlp_norm)
             handles += [
-                attention_norm.register_forward_pre_hook(self._enter_layer),
-                mlp_norm.register_forward_pre_hook(partial(self._enter_mlp, index)),
+                layer.register_forward_pre_hook(self._enter_layer),
+                layer.get_submodule(family.mlp.entry).register_forward_pre_hook(partial(self._enter_mlp, index)),
                 layer.register_forward_hook(partial(self._leave_layer, index)),
-                attention_norm.register_forward_hook(partial(self._output, ("attention norm", index))),
-                mlp_norm.register_forward_hook(partial(self._output, ("mlp norm", index))),
-                layer.get_submodule(family.attention_write).register_forward_pre_hook(
-                    partial(self._input, ("heads", index))
-                ),
-                layer.get_submodule(family.mlp_write).register_forward_pre_hook(
-                    partial(self._input, ("intermediate", index))
-                ),
             ]
+            for name, sublayer, units in (
+                ("attention", family.attention, "heads"),
+                ("mlp", family.mlp, "intermediate"),
+            ):
+                first_reader, write = (layer.get_submodule(linear) for linear in (sublayer.readers[0], sublayer.write))
+                handles += [
+                    first_reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))),
+                    write.register_forward_pre_hook(partial(self._input, (units, index))),
+                ]
         return handles
 
     def _add(self, key: tuple[str, int], value: Tensor) -> None:
@@ -117,9 +117,6 @@ class ActivationRecorder:
 
     def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._channels(key, arguments[0])
-
-    def _output(self, key: tuple[str, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        self._channels(key, output)
 
     def _enter_layer(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._layer_input = arguments[0]

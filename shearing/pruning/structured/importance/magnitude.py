@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families.axes import HIDDEN, Unit
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 
@@ -46,28 +47,30 @@ def magnitude_scores(model: PreTrainedModel) -> Scores:
     for name, axes in family.outer_axes.items():
         parameter = dict(model.named_parameters()).get(name)
         if parameter is not None and parameter.ndim == 2:
-            hidden += _squares(parameter, axes.index("hidden"))
+            hidden += _squares(parameter, axes.index(HIDDEN))
     for layer in decoder_layers(model):
         parameters = dict(layer.named_parameters())
-        by_axis = {
+        by_unit: dict[Unit, Tensor] = {
             "query_heads": torch.zeros(source.num_attention_heads * dh, dtype=torch.float64),
             "kv_groups": torch.zeros(K * dh, dtype=torch.float64),
             "intermediate": torch.zeros(source.intermediate_size, dtype=torch.float64),
             "hidden": hidden,
         }
-        for kind, axes_of in (("attention", family.attention_axes), ("mlp", family.mlp_axes)):
+        for kind, sublayer in family.sublayers.items():
             total = torch.zeros((), dtype=torch.float64)
-            for name, axes in axes_of.items():
+            for name, axes in sublayer.axes.items():
                 if name not in parameters or parameters[name].ndim != 2:
                     continue
                 for position, axis in enumerate(axes):
-                    by_axis[axis] += _squares(parameters[name], position)
+                    squares_of_axis = _squares(parameters[name], position)
+                    for unit, where in axis.places(source.units()):
+                        by_unit[unit] += squares_of_axis[where]
                 total += parameters[name].detach().cpu().double().square().sum()
             sublayers[kind].append(total)
-        heads = by_axis["query_heads"].view(K, G, dh).sum(-1)
+        heads = by_unit["query_heads"].view(K, G, dh).sum(-1)
         query.append(heads)
-        groups.append(heads.sum(-1) + by_axis["kv_groups"].view(K, dh).sum(-1))
-        units.append(by_axis["intermediate"])
+        groups.append(heads.sum(-1) + by_unit["kv_groups"].view(K, dh).sum(-1))
+        units.append(by_unit["intermediate"])
     squares = {
         "attention": torch.stack(sublayers["attention"]),
         "mlp": torch.stack(sublayers["mlp"]),

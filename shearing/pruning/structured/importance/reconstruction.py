@@ -132,7 +132,7 @@ class Reconstruction:
         streams, calls = first_inputs(model, evidence.text)
         with ActivationRecorder.listening(model) as recorder:
             for index, layer in enumerate(decoder_layers(model)):
-                writes = weight_of(layer, family.attention_write), weight_of(layer, family.mlp_write)
+                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
                 heads, units = (_statistics_for(write) for write in writes)
                 for batch, of_layers in enumerate(calls):
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)

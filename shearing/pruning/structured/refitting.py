@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import Family, anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
@@ -72,8 +73,8 @@ def refit(
         model.set_masks(masks)
         units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
         if _kept(masks.attention, index):
-            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention_write).shape[1])
-            norm = layer.get_submodule(family.attention_norm)
+            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
+            norm = layer.get_submodule(family.attention.entry)
             inputs = [norm(x) for x in masked]
             _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
             places = (attention_write, mlp_norm)
@@ -83,13 +84,13 @@ def refit(
             ]
             wanted = [seen[mlp_norm.name] for seen, _ in dense]
             inputs = [seen[attention_write.name] for seen, _ in found]
-            write = family.attention_write
+            write = family.attention.write
             masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
         if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp_norm)(x) for x in masked]
+            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
             _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
             inputs = [_inputs_of_write(layer, family, x) for x in normed]
-            write = family.mlp_write
+            write = family.mlp.write
             masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
         advance(1)
     source_model.train(was_training)
@@ -183,5 +184,5 @@ class _Fit:
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:
     """What the MLP's write reads when the MLP reads x."""
     with listening(layer, named_places(family, "mlp write"), until="mlp write") as seen, suppress(Reached):
-        layer.get_submodule(family.mlp)(x)
+        layer.get_submodule(family.mlp.module)(x)
     return seen["mlp write"]

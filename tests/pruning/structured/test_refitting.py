@@ -13,7 +13,7 @@ from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
-from shearing.pruning.structured.refit import refit
+from shearing.pruning.structured.refitting import refit
 from shearing.pruning.structured.rounding import select
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 from tests.pruning.calibration.test_walk import residual_streams

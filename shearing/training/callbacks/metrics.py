@@ -1,0 +1,160 @@
+"""Metrics: figures of every step, read from the device every few steps, to metrics.jsonl, trackers and the display.
+
+Shapes: P processes, N steps read at once, M domains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from shearing.progress import max_memory
+from shearing.training.callbacks.figures import read_scalars, step_line
+from shearing.training.metrics import MetricsLog, StageTotals
+from shearing.training.task import Callback, Run, StepResult, Task
+from shearing.training.trackers import Trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unread:
+    """A step whose figures are still on the device.
+
+    Attributes:
+        known: what its line says that the host knows.
+        figures: scalars.
+        domains: see `StepResult`.
+    """
+
+    known: dict[str, Any]
+    figures: dict[str, Tensor]
+    domains: Tensor
+
+
+class Metrics(Callback):
+    """Keeps each step's figures on the device until they are read, all in one transfer; then writes their lines."""
+
+    def __init__(self, task: Task) -> None:
+        self.totals = StageTotals()
+        self._task = task
+        self._trackers = Trackers({})
+        self._file: MetricsLog | None = None
+        self._num_bytes = 0
+        self._skipped = 0
+        self._unread: list[_Unread] = []
+        self._mark = self._wait_mark = 0.0
+
+    @override
+    def start(self, run: Run) -> None:
+        """Open metrics.jsonl and the trackers, on the main process."""
+        if self._task.processes.is_main:
+            self._file = MetricsLog(self._task.folder / "metrics.jsonl", num_bytes=self._num_bytes)
+            self._trackers = self._task.open_trackers(run.step + 1)
+
+    @override
+    def before_step(self, run: Run) -> None:
+        """Start the clock anew after a report: what came since then is no part of the steps."""
+        if not self._unread:
+            self._mark = time.monotonic()
+            self._wait_mark = run.prefetcher.wait_seconds
+
+    @override
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Take note of a step; read from the device when it is time to."""
+        task, done_before = self._task, run.step - 1
+        figures = {"loss": result.loss, "grad_norm": task.engine.grad_norm(), "skipped": result.skipped}
+        if task.masking is not None:
+            figures |= task.masking.metrics(step=done_before)
+        known = {
+            "step": run.step,
+            "tokens": run.tokens,
+            "learning_rate": task.optimization.learning_rate_at(done_before),
+            "weights": run.prefetcher.weights,
+        }
+        self._unread.append(_Unread(known=known, figures=figures, domains=result.domains))
+        if run.ends or run.step % task.schedule.log_interval == 0:
+            run.report()
+
+    @override
+    def report(self, run: Run) -> None:
+        """Read all steps since the last report, and log their lines."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        self._sum_losses(unread)
+        values = read_scalars([step.figures for step in unread], device=self._task.engine.device)
+        of_domains = self._read_domains(unread)
+        seconds = (time.monotonic() - self._mark) / len(unread)
+        waited = (run.prefetcher.wait_seconds - self._wait_mark) / len(unread)
+        told = [callback.tell() for callback in run.callbacks]
+        everywhere = self._task.processes.gather((waited, max_memory(), told))
+        for index, callback in enumerate(run.callbacks):
+            callback.hear(run, [of_process[index] for _, _, of_process in everywhere])
+        aside = {
+            **self._speed(seconds),
+            "data_wait": max(wait for wait, _, _ in everywhere),
+            "seconds": seconds,
+            "max_memory": max(peak for _, peak, _ in everywhere),
+        }
+        for step, figures, domain_losses in zip(unread, values, of_domains, strict=True):
+            self._skipped += int(figures["skipped"])
+            line = step_line(step.known, figures | {"skipped": self._skipped})
+            run.log({**line, "domain_losses": domain_losses, **aside})
+
+    @override
+    def log(self, run: Run, line: Mapping[str, Any]) -> None:
+        """Write a line wherever lines go."""
+        if self._file is not None:
+            self._file.write(line)
+            self._trackers.log(line)
+        self.totals.add(line, tokens=self._tokens_per_step())
+        run.display.show(line)
+
+    @override
+    def close(self) -> None:
+        """Close metrics.jsonl and the trackers."""
+        self._trackers.close()
+        if self._file is not None:
+            self._file.close()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Skipped steps so far, and how much of metrics.jsonl there is; it is on disk."""
+        return {"skipped": self._skipped, "metrics_bytes": 0 if self._file is None else self._file.sync()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._skipped, self._num_bytes = state["skipped"], state["metrics_bytes"]
+
+    def _tokens_per_step(self) -> int:
+        return self._task.schedule.sequences_per_step * self._task.mixture.sequence_length
+
+    def _speed(self, seconds: float) -> dict[str, float | None]:
+        """Tokens per second of all processes, of one, and as a share of the hardware's peak."""
+        everywhere = self._tokens_per_step() / max(seconds, 1e-9)
+        each = everywhere / self._task.processes.size
+        compute = self._task.compute
+        mfu = None if compute.peak_flops is None else each * compute.flops_per_token / compute.peak_flops
+        return {"tokens_per_second": everywhere, "tokens_per_second_per_gpu": each, "mfu": mfu}
+
+    def _sum_losses(self, unread: list[_Unread]) -> None:
+        """Turn each process's share of the losses into the step's loss and the largest of a process."""
+        shares_PN = self._task.processes.all_gather(torch.stack([step.figures["loss"] for step in unread]))
+        for step, total, largest in zip(unread, shares_PN.sum(0), shares_PN.amax(0), strict=True):
+            step.figures["loss"] = total
+            step.figures["loss_max"] = largest * self._task.processes.size
+
+    def _read_domains(self, unread: list[_Unread]) -> list[dict[str, float]]:
+        """Mean loss of each domain that a step had text of, in nats, over all processes."""
+        of_processes_PNM2 = self._task.processes.all_gather(torch.stack([step.domains for step in unread]))
+        domains = self._task.mixture.domains
+        return [
+            {domain: total / count for domain, (total, count) in zip(domains, step, strict=True) if count}
+            for step in of_processes_PNM2.sum(0).tolist()
+        ]

@@ -1,0 +1,87 @@
+"""Mixture updates: domain weights that follow held-out losses, or averages of training losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from typing_extensions import override
+
+from shearing.data.mixture.averages import LossAverages
+from shearing.data.mixture.dynamic import DynamicMixture, State
+from shearing.training.callbacks.held_out import measure_held_out
+from shearing.training.stage import PREFETCHED_STEPS
+from shearing.training.task import Callback, Run, StepResult, Task
+
+
+class MixtureUpdates(Callback):
+    """Announces new domain weights when they are due; keeps what the rule remembers, and the averages."""
+
+    def __init__(self, task: Task) -> None:
+        self.rule: State = {} if task.dynamic is None else task.dynamic.state
+        self._dynamic = task.dynamic
+        self._averages = None if task.average_weight is None else LossAverages(weight=task.average_weight)
+
+    @override
+    def log(self, run: Run, line: Mapping[str, Any]) -> None:
+        """Take a step's losses into the averages."""
+        if self._averages is not None and "event" not in line:
+            self._averages.add(line["domain_losses"])
+
+    @override
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Update if it is due, and not so late that the stage would not use the weights."""
+        schedule = run.task.schedule
+        due = run.step % schedule.mixture_interval == 0 and run.step + PREFETCHED_STEPS < schedule.total_steps
+        if self._dynamic is not None and due:
+            self._update(run, self._dynamic)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule remembers, and the averages."""
+        return {
+            "mixture_rule": self.rule,
+            "averages": None if self._averages is None else self._averages.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        # A checkpoint of a version whose rules remembered nothing has no such entry.
+        self.rule = state.get("mixture_rule", self.rule)
+        if self._averages is not None:
+            self._averages.load_state_dict(state["averages"])
+
+    def _update(self, run: Run, dynamic: DynamicMixture) -> None:
+        run.report()
+        started = time.monotonic()
+        if self._averages is None:
+            losses = measure_held_out(run, name="held-out losses")
+        else:
+            losses = self._averages.losses
+        masking = run.task.masking
+        # On one process: whatever its arithmetic, all of them go on with the same weights.
+        update = run.task.processes.on_main(
+            lambda: dynamic.update(
+                run.prefetcher.weights,
+                losses=losses,
+                parameters=dynamic.parameters if masking is None else masking.expected_parameters(),
+                tokens=run.tokens,
+                state=self.rule,
+            )
+        )
+        self.rule = update.state
+        first_sample = run.prefetcher.update_weights(update.weights)
+        run.log(
+            {
+                "step": run.step,
+                "event": "mixture",
+                "losses": losses,
+                "losses_from": "heldout" if self._averages is None else "training",
+                "reference": update.reference,
+                "weights": update.weights,
+                "first_sample": first_sample,
+                "seconds": time.monotonic() - started,
+            }
+        )

@@ -1,0 +1,124 @@
+"""Checkpoints: when one is written, what its state holds, and how it is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from shearing.files.durable import read_json
+from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
+from shearing.training.checkpoints.fingerprints import Fingerprints
+from shearing.training.checkpoints.state import random_states, read_state, set_random_states, write_state
+from shearing.training.task import Callback, Run, StepResult, Task
+
+_STATE = (
+    "step",
+    "skipped",
+    "skipped_in_row",
+    "metrics_bytes",
+    "mixture",
+    "mixture_rule",
+    "masks",
+    "averages",
+    "random",
+)
+"""What a state file holds, in its order; behind it, under `callbacks`, what a task's own callbacks keep."""
+
+
+class SaveCheckpoints(Callback):
+    """Writes a checkpoint every few steps, at the last one, and when the run stops."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._files: Checkpoints
+
+    @override
+    def open(self) -> None:
+        """Clear away what an interrupted write left."""
+        schedule = self._task.schedule
+        self._files = Checkpoints(
+            self._task.checkpoints,
+            keep_last=schedule.keep_last,
+            keep_every=schedule.keep_every,
+            processes=self._task.processes,
+        )
+
+    @override
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Save if it is time to."""
+        if run.ends or run.stopping or run.step % run.task.schedule.checkpoint_interval == 0:
+            self.save(run)
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint of the steps done."""
+        run.report()
+        state = self._state(run)
+        folder = self._files.save(step=run.step, write=partial(self._write, state=state))
+        for callback in run.callbacks:
+            callback.after_save(run, folder)
+
+    def newest(self) -> Path | None:
+        """Folder of the newest checkpoint that is undamaged, None if there is none."""
+        return self._files.newest()
+
+    def last(self) -> Path:
+        """Folder of the checkpoint of the final step."""
+        return self._files.place(self._task.schedule.total_steps)
+
+    def restore(self, folder: Path, *, callbacks: Sequence[Callback]) -> int:
+        """Bring the prepared engine, samples, masks, callbacks and random generators to where a checkpoint was taken.
+
+        Args:
+            folder: the checkpoint.
+            callbacks: all of the run.
+
+        Returns:
+            Optimiser steps done.
+        """
+        task, state = self._task, read_state(folder, "state")
+        task.engine.load(folder, saved=read_json(folder / FINGERPRINTS))
+        task.mixture.load_state_dict(state["mixture"])
+        if task.masking is not None:
+            task.masking.load_state_dict(state["masks"])
+        others: Mapping[str, Any] = state.get("callbacks", {})
+        for callback in callbacks:
+            if not self._is_others(callback):
+                callback.load_state_dict(state)
+            elif callback.name in others:
+                callback.load_state_dict(others[callback.name])
+        set_random_states(state["random"])
+        step: int = state["step"]
+        return step
+
+    def _state(self, run: Run) -> dict[str, Any]:
+        task = run.task
+        state: dict[str, Any] = {
+            "step": run.step,
+            "mixture": run.prefetcher.state_dict(),
+            "masks": None if task.masking is None else task.masking.state_dict(),
+        }
+        others: dict[str, dict[str, Any]] = {}
+        for callback in run.callbacks:
+            kept = callback.state_dict()
+            if not self._is_others(callback):
+                state |= kept
+            elif kept:
+                others[callback.name] = kept
+        state["random"] = random_states()
+        ordered = {key: state.pop(key) for key in _STATE}
+        assert not state, f"no place in a checkpoint: {sorted(state)}"
+        return {**ordered, "callbacks": others} if others else ordered
+
+    def _is_others(self, callback: Callback) -> bool:
+        """Whether it is one of the task's own, whose state has a place of its own."""
+        return any(callback is each for each in self._task.callbacks)
+
+    def _write(self, folder: Path, *, state: dict[str, Any]) -> Fingerprints:
+        marks = self._task.engine.save(folder)
+        if self._task.processes.is_main:
+            write_state(folder, "state", state)
+        return marks

@@ -1,0 +1,66 @@
+"""How a stage gets under way: the model is prepared, and the newest checkpoint restored if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from rich.console import Console
+
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.training.callbacks.standard import StandardCallbacks
+from shearing.training.metrics import Display
+from shearing.training.stage import PREFETCHED_STEPS
+from shearing.training.task import Run, Task
+
+
+@contextmanager
+def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iterator[Run]:
+    """A run of `task`, from its newest checkpoint or from the start; all that it has opened is closed in the end.
+
+    Args:
+        task: what is trained.
+        callbacks: those that every stage has.
+        console: where messages and progress go.
+    """
+    processes, engine, schedule = task.processes, task.engine, task.schedule
+    every = callbacks.around(task.callbacks)
+    with ExitStack() as opened:
+        for callback in every:
+            opened.callback(callback.close)
+            callback.open()
+        newest = callbacks.checkpoints.newest()
+        if newest is None and task.before_first_step is not None:
+            processes.on_main(task.before_first_step)
+        model = engine.prepare(task.objective)
+        model.train()
+        step = 0
+        if newest is not None:
+            step = callbacks.checkpoints.restore(newest, callbacks=every)
+            console.print(f"continuing {task.name} from step {step} ({newest})", soft_wrap=True)
+        elif task.moments is not None:
+            engine.load_moments(task.moments)
+        if task.kept is not None:
+            engine.keep_zeros(task.kept())
+        prefetcher = Prefetcher(
+            task.mixture,
+            sequences_per_step=schedule.sequences_per_step,
+            rank=processes.rank,
+            world_size=processes.size,
+            depth=PREFETCHED_STEPS,
+        )
+        opened.callback(prefetcher.close)
+        display = Display(task.name, total_steps=schedule.total_steps, done_steps=step, console=console)
+        run = Run(
+            task=task,
+            model=model,
+            callbacks=every,
+            prefetcher=prefetcher,
+            console=console,
+            display=display,
+            step=step,
+        )
+        for callback in every:
+            callback.start(run)
+        opened.enter_context(display)
+        yield run

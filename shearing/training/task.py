@@ -1,0 +1,218 @@
+"""What a stage trains with (`Task`), the stage under way (`Run`), and what may go on around its steps (`Callback`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from shearing.data.mixture.dynamic import DynamicMixture
+from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.data.mixture.sampler import Mixture
+from shearing.objectives.objective import Objective
+from shearing.processes.processes import Processes
+from shearing.training.checkpoints.pieces import SavedState
+from shearing.training.engines.engine import Engine
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.metrics import Display
+from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
+from shearing.training.trackers import Trackers
+
+
+class Callback:
+    """Something that goes on around the steps of a stage; every hook does nothing unless overridden.
+
+    Hooks are called on all processes, of one callback after the other in their order: those that every stage has (see
+    `callbacks.standard`), with the task's own before stop requests and checkpoints. So a hook may exchange something
+    with the other processes, a checkpoint holds what the step's hooks left, and a run that is killed and continued is
+    the uninterrupted one, as long as what a callback does depends on the step and on its state alone.
+
+    What is on the device stays there until `Run.report`: a hook that reads from it in every step makes every step wait.
+    What takes long calls `Run.report` first, so that its time does not count as the steps'.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the callback's state is called in a checkpoint; no two of a task share it."""
+        return type(self).__name__
+
+    def open(self) -> None:
+        """First of all, before the model is prepared."""
+
+    def start(self, run: Run) -> None:
+        """Model and state are there, restored where a checkpoint is continued; the next step is `run.step`."""
+
+    def before_step(self, run: Run) -> None:
+        """A step begins."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """A step was done; `run.step` counts it."""
+
+    def report(self, run: Run) -> None:
+        """The steps so far are to be read from the device: their lines have come by `log`."""
+
+    def log(self, run: Run, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl: that of a step, or of an `event`."""
+
+    def tell(self) -> object:
+        """Something small for the other processes, exchanged whenever steps are read."""
+        return None
+
+    def hear(self, run: Run, told: Sequence[Any]) -> None:
+        """What this callback's `tell` returned on every process, by rank."""
+
+    def after_save(self, run: Run, folder: Path) -> None:
+        """A checkpoint is complete, in `folder`."""
+
+    def end(self, run: Run) -> None:
+        """The last step is done and saved."""
+
+    def close(self) -> None:
+        """Always called once, last, whatever happened."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, see `write_state`; empty: nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; called before `start`, where there is such a state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything that one stage trains with.
+
+    Attributes:
+        name: the stage.
+        folder: the stage's folder: checkpoints/ and metrics.jsonl appear there.
+        objective: what is minimised; not yet prepared by the engine.
+        masking: None: the weights alone are trained.
+        dynamic: None: domain weights are constant.
+        average_weight: that of a step's loss in its domain's average, where averaged training losses update the domain
+            weights; None: held-out losses do.
+        heldout: the text that updates domain weights and tells how good the masks are in the end.
+        moments: AdamW state to start from; None: from nothing.
+        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+        kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
+            they drop stays 0. None: every weight may become anything.
+        callbacks: besides those that every stage has.
+        processes: those that share the work.
+        compute: what a token costs, and what the hardware could do.
+        open_trackers: opens where metrics go besides metrics.jsonl, given the first step to come; main process only.
+
+    Raises:
+        ValueError: two callbacks of one name.
+    """
+
+    name: str
+    folder: Path
+    schedule: Schedule
+    objective: Objective
+    engine: Engine
+    optimization: Optimization
+    mixture: Mixture
+    masking: MaskedTraining | None
+    dynamic: DynamicMixture | None
+    heldout: HeldOut
+    average_weight: float | None
+    moments: SavedState | None = None
+    before_first_step: Callable[[], None] | None = None
+    kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    callbacks: tuple[Callback, ...] = ()
+    processes: Processes = field(default_factory=Processes)
+    compute: Compute = field(default_factory=Compute)
+    open_trackers: Callable[[int], Trackers] = field(default=lambda _: Trackers({}))
+
+    def __post_init__(self) -> None:
+        names = [callback.name for callback in self.callbacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"callbacks of one name: {sorted(names)}")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """A process's share of a step, on the device.
+
+    Attributes:
+        loss: of the step's mean loss per token; scalar.
+        domains: fp64 [M, 2], of each domain's sum in nats, and of its number of labels.
+        skipped: boolean scalar: whether loss or gradient was not finite; the same on all processes.
+    """
+
+    loss: Tensor
+    domains: Tensor
+    skipped: Tensor
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A stage under way, as its callbacks see it.
+
+    Attributes:
+        task: what is trained, and with what.
+        model: the objective as the engine prepared it.
+        callbacks: all of them, in order.
+        prefetcher: deals the samples; knows the domain weights in force.
+        console: where messages go.
+        display: the live view on it.
+        step: optimiser steps done.
+        stopping: why the run stops after this step, once all processes know; None: it goes on.
+    """
+
+    task: Task
+    model: nn.Module
+    callbacks: Sequence[Callback]
+    prefetcher: Prefetcher
+    console: Console
+    display: Display
+    step: int
+    stopping: str | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether that was the last step."""
+        return self.step == self.task.schedule.total_steps
+
+    @property
+    def tokens(self) -> int:
+        """Trained on in this stage, by all processes."""
+        return self.step * self.task.schedule.sequences_per_step * self.task.mixture.sequence_length
+
+    def before_step(self) -> None:
+        """Tell the callbacks that a step begins."""
+        for callback in self.callbacks:
+            callback.before_step(self)
+
+    def after_step(self, result: StepResult) -> None:
+        """Count a step, and tell the callbacks."""
+        self.step += 1
+        for callback in self.callbacks:
+            callback.after_step(self, result)
+
+    def report(self) -> None:
+        """Have what the steps so far left on the device read and written; all processes call it together.
+
+        Raises:
+            ShearingError: too many steps in a row were not finite.
+        """
+        for callback in self.callbacks:
+            callback.report(self)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Write a line of metrics.jsonl, with its `step`, and show it; what is no step's has an `event`."""
+        for callback in self.callbacks:
+            callback.log(self, line)
+
+    def end(self) -> None:
+        """Tell the callbacks that all is done."""
+        for callback in self.callbacks:
+            callback.end(self)

@@ -1,0 +1,76 @@
+"""Objectives: built by name, and free to listen to what no engine takes charge of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shearing.objectives import registry
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts
+from shearing.objectives.registry import OBJECTIVES, objective_of
+from shearing.training.checkpoints.pieces import ShardedState
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.recipe import StageRecipe
+from tests.models.tiny import VOCAB_SIZE, tiny_model
+from tests.objectives.teacher import TeachersLoss
+
+CPU = torch.device("cpu")
+
+
+def _parts() -> Parts:
+    return Parts(model=tiny_model(), chunk_tokens=8, source=lambda: tiny_model(seed=1))
+
+
+def test_the_list_of_names_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        "from shearing.objectives.registry import OBJECTIVES; print(*OBJECTIVES)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == list(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_name_is_an_objective_of_its_model(name: str) -> None:
+    parts = _parts()
+    objective = objective_of(name, parts=parts)
+    assert isinstance(objective, Objective)
+    own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
+    assert {name for name, _ in objective.named_parameters()} == own
+    losses = objective(torch.arange(10).view(2, 5) % VOCAB_SIZE)
+    assert losses.rows.shape == losses.labels.shape == (2,)
+    assert losses.total.item() == pytest.approx(losses.rows.sum().item())
+
+
+def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "OBJECTIVES", {**OBJECTIVES, "teacher": "tests.objectives.teacher.TeachersLoss"})
+    parts = _parts()
+    objective = objective_of("teacher", parts=parts)
+    stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})
+    engine = TorchEngine(Optimization.of(stage, tokens_per_step=2), device=CPU, precision=torch.float32)
+    prepared = engine.prepare(objective).train()
+    teacher = tiny_model(seed=1)
+    tokens_BT = torch.arange(10).view(2, 5) % VOCAB_SIZE
+    losses = prepared(tokens_BT)
+    with torch.no_grad():
+        of_teacher = LanguageModelLoss(teacher, chunk_tokens=8)(tokens_BT)
+    assert losses.total.item() == pytest.approx((losses.rows.sum() - of_teacher.total).item(), abs=1e-4)
+    engine.backward(losses.total, last=True)
+    engine.step(step=0)
+    engine.save(tmp_path)
+    own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
+    assert ShardedState(tmp_path).shapes.keys() == own
+    assert isinstance(objective, TeachersLoss)
+    after = dict(objective.teacher.named_parameters())
+    for name, weight in teacher.named_parameters():
+        assert torch.equal(after[name], weight)
+    prepared.eval()
+    assert prepared(tokens_BT).total.item() == pytest.approx(prepared(tokens_BT).rows.sum().item())

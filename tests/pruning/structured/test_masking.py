@@ -1,0 +1,65 @@
+"""Masks are driven by any training loop: a plain one gives what ours gives, bit for bit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from shearing.training.loop import train
+from tests.training import tasks
+
+
+def _plain_loop(inputs: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Mask learning as in a notebook; weights, masks and log_alpha."""
+    objective, masking = tasks.masked_objective(inputs)
+    mixture = tasks.mixture_of(inputs)
+    matrices = [p for p in objective.parameters() if p.ndim >= 2]
+    vectors = [p for p in objective.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": tasks.DECAY}, {"params": vectors, "weight_decay": 0.0}],
+        lr=tasks.RATE,
+        betas=tasks.BETAS,
+        eps=tasks.EPSILON,
+        fused=True,
+    )
+    objective.train()
+    for step in range(tasks.STEPS):
+        batch = mixture.batch(first_sample=step * tasks.SEQUENCES, num_sequences=tasks.SEQUENCES)
+        for sequence in range(0, tasks.SEQUENCES, tasks.MICRO_BATCH):
+            masking.draw(step=step, sequence=sequence, of=tasks.SEQUENCES)
+            total = objective(batch.tokens[sequence : sequence + tasks.MICRO_BATCH]).total
+            (total / (tasks.SEQUENCES * tasks.LENGTH)).backward()
+        masking.after_backward(step=step, scale=1.0)
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), tasks.CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        masking.update(step=step, skip=~norm.isfinite())
+    weights = {name: parameter.detach() for name, parameter in objective.named_parameters()}
+    return weights, masking.learner.final_masks().tensors(), masking.state_dict()["log_alpha"]
+
+
+def test_a_plain_loop_ends_where_ours_does(tiny_inputs: Path, tmp_path: Path) -> None:
+    task = tasks.tiny_task(tiny_inputs, tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in task.objective.named_parameters()}
+    assert task.masking is not None
+    start = {name: value.clone() for name, value in task.masking.state_dict()["log_alpha"].items()}
+    train(task, console=Console(file=io.StringIO()))
+    weights, masks, log_alpha = _plain_loop(tiny_inputs)
+    ours = dict(task.objective.named_parameters())
+    assert ours.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(ours[name], weight), name
+        assert not torch.equal(before[name], weight), name
+    learned = task.masking.state_dict()
+    assert learned["log_alpha"].keys() == log_alpha.keys() == {"layers", "query_heads", "intermediate", "hidden"}
+    for name, value in log_alpha.items():
+        assert torch.equal(learned["log_alpha"][name], value), name
+        assert not torch.equal(start[name], value), name
+    assert learned["frozen"].keys() == log_alpha.keys()
+    assert masks["hidden"].sum() == 16
+    for name, mask in learned["frozen"].items():
+        of_model = masks["attention" if name == "layers" else name]
+        assert torch.equal(mask.reshape(of_model.shape), of_model), name
