@@ -34,7 +34,7 @@ from rich.table import Table
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.files.durable import read_json, write_json
 from shearing.models.loading import load_source
 from shearing.pruning.sparse.allocation.allocator import Allocation, Allocator, Request

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.progress import max_memory
 from shearing.pruning.calibration.statistics import InputStatistics, Need
@@ -54,7 +54,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "shearing.pruning.sparse.one_shot",
-        "shearing.evaluation.heldout_loss",
+        "shearing.evaluation.heldout",
         "transformers",
     ]
 )

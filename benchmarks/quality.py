@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout_loss import heldout_loss
+from shearing.evaluation.heldout import heldout_loss
 from shearing.files.durable import read_json, write_json
 from shearing.models.cutting import compact
 from shearing.models.loading import load_source

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from shearing.data.corpus.corpus import Corpus
     from shearing.data.corpus.format import tokenizer_fingerprint
     from shearing.data.corpus.writer import CorpusWriter
-    from shearing.data.documents import DocumentRules, Documents, Inputs
+    from shearing.data.documents import DocumentRules, Inputs
     from shearing.data.mixture.averages import LossAverages
+    from shearing.data.mixture.dynamic import DynamicMixture
     from shearing.data.mixture.prefetcher import Prefetcher
     from shearing.data.mixture.reference import resolve_reference
     from shearing.data.mixture.rules.update import rule_of, update_weights
@@ -25,7 +26,7 @@ __all__ = [
     "CorpusWriter",
     "DataRecipe",
     "DocumentRules",
-    "Documents",
+    "DynamicMixture",
     "Inputs",
     "LossAverages",
     "Mixture",
@@ -46,7 +47,7 @@ __getattr__ = late(
         "CorpusWriter": "corpus.writer",
         "DataRecipe": "recipe",
         "DocumentRules": "documents",
-        "Documents": "documents",
+        "DynamicMixture": "mixture.dynamic",
         "Inputs": "documents",
         "LossAverages": "mixture.averages",
         "Mixture": "mixture.sampler",

@@ -1,3 +1,64 @@
-"""Where each dimension of a model lives, how to mask it and how to cut it; knows nothing of how masks are learned."""
+"""Supported families, models under masks, and the exact cut."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shearing.late import late
+
+if TYPE_CHECKING:
+    from shearing.models.anatomy import anatomy_of
+    from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
+    from shearing.models.cutting import Selection, compact, compact_moments
+    from shearing.models.families import FAMILIES
+    from shearing.models.families.family import Family
+    from shearing.models.loading import load_config, load_source
+    from shearing.models.masked import MaskedModel, Masks
+    from shearing.models.recipe import ModelRecipe, TargetRecipe
+    from shearing.models.shape import Shape, config_for, resolve_target
+    from shearing.models.stored_model import open_source
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "MaskedModel",
+    "Masks",
+    "ModelRecipe",
+    "Selection",
+    "Shape",
+    "TargetRecipe",
+    "anatomy_of",
+    "compact",
+    "compact_moments",
+    "config_for",
+    "drop_attention_mask",
+    "keep_attention_within_documents",
+    "load_config",
+    "load_source",
+    "open_source",
+    "resolve_target",
+]
+
+__getattr__ = late(
+    __name__,
+    {
+        "FAMILIES": "families",
+        "Family": "families.family",
+        "MaskedModel": "masked",
+        "Masks": "masked",
+        "ModelRecipe": "recipe",
+        "Selection": "cutting",
+        "Shape": "shape",
+        "TargetRecipe": "recipe",
+        "anatomy_of": "anatomy",
+        "compact": "cutting",
+        "compact_moments": "cutting",
+        "config_for": "shape",
+        "drop_attention_mask": "attention",
+        "keep_attention_within_documents": "attention",
+        "load_config": "loading",
+        "load_source": "loading",
+        "open_source": "stored_model",
+        "resolve_target": "shape",
+    },
+)

@@ -1,3 +1,74 @@
-"""Training: objectives, engine, checkpoints, metrics and the one loop that both stages share."""
+"""Training of both stages: the loop, callbacks around it, engines that compute its steps, and checkpoints."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shearing.late import late
+
+if TYPE_CHECKING:
+    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
+    from shearing.training.engines.engine import Engine
+    from shearing.training.engines.optimizer import Optimization
+    from shearing.training.engines.torch_engine import TorchEngine
+    from shearing.training.loop import train
+    from shearing.training.lora import add_adapters, merge_adapters
+    from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
+    from shearing.training.stage import Compute, HeldOut, Interrupted, MaskedTraining, Schedule, Trained
+    from shearing.training.task import Callback, Run, StepResult, Task
+    from shearing.training.trackers import Trackers
+
+__all__ = [
+    "Callback",
+    "Compute",
+    "DeepSpeedEngine",
+    "DeepSpeedRecipe",
+    "Engine",
+    "HeldOut",
+    "Interrupted",
+    "LoraRecipe",
+    "MaskedTraining",
+    "Optimization",
+    "PretrainRecipe",
+    "Run",
+    "Schedule",
+    "StageRecipe",
+    "StepResult",
+    "Task",
+    "TorchEngine",
+    "Trackers",
+    "Trained",
+    "TrainingRecipe",
+    "add_adapters",
+    "merge_adapters",
+    "train",
+]
+
+__getattr__ = late(
+    __name__,
+    {
+        "Callback": "task",
+        "Compute": "stage",
+        "DeepSpeedEngine": "engines.deepspeed_engine",
+        "DeepSpeedRecipe": "recipe",
+        "Engine": "engines.engine",
+        "HeldOut": "stage",
+        "Interrupted": "stage",
+        "LoraRecipe": "recipe",
+        "MaskedTraining": "stage",
+        "Optimization": "engines.optimizer",
+        "PretrainRecipe": "recipe",
+        "Run": "task",
+        "Schedule": "stage",
+        "StageRecipe": "recipe",
+        "StepResult": "task",
+        "Task": "task",
+        "TorchEngine": "engines.torch_engine",
+        "Trackers": "trackers",
+        "Trained": "stage",
+        "TrainingRecipe": "recipe",
+        "add_adapters": "lora",
+        "merge_adapters": "lora",
+        "train": "loop",
+    },
+)

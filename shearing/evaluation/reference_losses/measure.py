@@ -13,7 +13,7 @@ from rich.console import Console
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
-from shearing.evaluation.heldout_loss import heldout_loss
+from shearing.evaluation.heldout import heldout_loss
 from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
 from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape

@@ -16,7 +16,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout_loss import heldout_loss, macro_mean
+from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
 

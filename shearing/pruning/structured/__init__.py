@@ -1,3 +1,54 @@
-"""Learning which units to keep: hard-concrete masks under Lagrangian constraints on the exact target shape."""
+"""Units that go: masks over layers, heads, MLP units and hidden dimensions, and what learns them."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shearing.late import late
+
+if TYPE_CHECKING:
+    from shearing.pruning.structured.constraint import Constraint
+    from shearing.pruning.structured.granularities import Granularity, granularities_of
+    from shearing.pruning.structured.importance.metric import Evidence, Metric
+    from shearing.pruning.structured.importance.registry import METRICS, metric_of
+    from shearing.pruning.structured.learner import MaskLearner
+    from shearing.pruning.structured.mask_settings import MaskSettings
+    from shearing.pruning.structured.masking import Masking
+    from shearing.pruning.structured.parameter_budget import ParameterBudget
+    from shearing.pruning.structured.recipe import PruneRecipe
+    from shearing.pruning.structured.refitting import refit
+
+__all__ = [
+    "METRICS",
+    "Constraint",
+    "Evidence",
+    "Granularity",
+    "MaskLearner",
+    "MaskSettings",
+    "Masking",
+    "Metric",
+    "ParameterBudget",
+    "PruneRecipe",
+    "granularities_of",
+    "metric_of",
+    "refit",
+]
+
+__getattr__ = late(
+    __name__,
+    {
+        "Constraint": "constraint",
+        "Evidence": "importance.metric",
+        "Granularity": "granularities",
+        "METRICS": "importance.registry",
+        "MaskLearner": "learner",
+        "MaskSettings": "mask_settings",
+        "Masking": "masking",
+        "Metric": "importance.metric",
+        "ParameterBudget": "parameter_budget",
+        "PruneRecipe": "recipe",
+        "granularities_of": "granularities",
+        "metric_of": "importance.registry",
+        "refit": "refitting",
+    },
+)

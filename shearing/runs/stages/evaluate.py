@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import named
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
+from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
 from shearing.evaluation.table import comparison_table, verdict
 from shearing.files.durable import read_json, write_json

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.data.documents import Documents
-from shearing.evaluation.heldout_loss import heldout_loss
+from shearing.evaluation.heldout import heldout_loss
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import TrainingStage

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearing.data.documents import DocumentRules
-from shearing.evaluation.heldout_loss import DomainLoss, heldout_loss, macro_mean
+from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
 from tests.evaluation.test_text_bytes import byte_level
 
