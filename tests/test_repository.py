@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ import shearing
 from data_tools.preparation.recipe import PreparationRecipe
 from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
+from shearing.models.families import FAMILIES
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
@@ -181,6 +183,20 @@ def test_python_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
     assert seen[0].run_dir == Path("runs/mine")
+
+
+def test_python_of_extending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "mine", FAMILIES["llama"])  # what the page declares goes when the test ends
+    defined: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL):
+        exec(compile(block, "extending.md", "exec"), defined)
+    assert FAMILIES["mine"].model_type == "mine"
+    assert FAMILIES["mine"].attention == FAMILIES["mistral"].attention
+    callback, again = defined["LowestLoss"](), defined["LowestLoss"]()
+    for line in ({"loss": 3.0}, {"loss": 2.0}, {"event": "mixture"}, {"loss": 2.5}):
+        callback.log(None, line)
+    again.load_state_dict(callback.state_dict())
+    assert again.lowest == 2.0
 
 
 def test_make_targets_of_the_readme_exist() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -255,3 +256,27 @@ def test_private_names_stay_in_their_module() -> None:
             if isinstance(node, ast.ImportFrom) and node.module in modules():
                 taken[name] += [alias.name for alias in node.names if alias.name.startswith("_")]
     assert not {name: names for name, names in taken.items() if names}
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def python_of(document: Path) -> list[str]:
+    """Python that people may copy from a document."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if python_of(path)], ids=lambda path: path.stem)
+def test_documents_show_public_names(document: Path) -> None:
+    for block in python_of(document):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and package_of(f"{node.module}") in {*sum(FLOORS, ()), "shearing"}:
+                names = {alias.name for alias in node.names}
+                assert names <= set(_public(f"{node.module}") or ()), f"{node.module} does not show {names}"
+
+
+def test_modules_that_documents_name_are_there() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for path in re.findall(r"\b(?:shearing|data_tools|tests|benchmarks)/[a-z0-9_/]+\.py\b", text):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shearing.data.mixture.rules.rule import RuleName
 from shearing.errors import ShearingError
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
@@ -37,7 +38,7 @@ class MixtureRecipe(Section):
     initial_weights: dict[str, float] | Literal["uniform", "proportional"] = Field(
         "proportional", description="Starting domain weights; proportional: by tokens in the corpus."
     )
-    update: Literal["paper", "released", "bandit", "constant", "robust"] = Field(
+    update: RuleName = Field(
         "paper",
         description="Rule that turns excess loss into new weights: paper (Sheared LLaMA, Algorithm 1), released (its "
         "published code), bandit (the same code, undocumented), constant, or robust (the worst mix near the initial "

@@ -8,11 +8,23 @@ from typing import Any
 
 from transformers import Gemma2Config, Olmo2Config, Phi3Config, Starcoder2Config
 
-from shearing.models.families import Family
-from shearing.models.families.axes import HIDDEN, INTERMEDIATE, KV_GROUPS, QUERY_HEADS, Axis, flag, linear
-from shearing.models.families.family import SubLayer
-from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, Norm
-from shearing.models.families.sub_layers import gated_mlp, separate_attention
+from shearing.models.families import (
+    HIDDEN,
+    INTERMEDIATE,
+    KV_GROUPS,
+    LAYER,
+    QUERY_HEADS,
+    RMS,
+    RMS_ONE_PLUS,
+    Axis,
+    Family,
+    Norm,
+    SubLayer,
+    flag,
+    gated_mlp,
+    linear,
+    separate_attention,
+)
 from tests.models.tiny import SIZES
 
 PHI3 = Family(  # fused matrices

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from shearing.data.mixture.rules.robust import worst_mix
-from shearing.data.mixture.rules.update import RuleName, largest_weights, rule_of, update_weights
+from shearing.data.mixture.rules.rule import RuleName
+from shearing.data.mixture.rules.update import largest_weights, rule_of, update_weights
 from shearing.data.recipe import MixtureRecipe
 
 LOSSES = {"a": 2.0, "b": 3.0, "c": 1.0}

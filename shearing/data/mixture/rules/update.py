@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,13 +17,10 @@ if TYPE_CHECKING:
     from shearing.data.recipe import MixtureRecipe
 
 
-RuleName = Literal["paper", "released", "bandit", "constant", "robust"]
 Memory = dict[str, float]
 """What a rule remembers between two updates: a number for each domain of which it knows one. JSON-able."""
 
 _EXPONENTIAL: dict[str, Callable[..., Rule]] = {"paper": Paper, "released": Released, "bandit": Bandit}
-
-__all__ = ["Memory", "Rule", "RuleName", "largest_weights", "rule_of", "update_weights"]
 
 
 def rule_of(mixture: MixtureRecipe, *, prior: Mapping[str, float]) -> Rule:
