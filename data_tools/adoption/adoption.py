@@ -152,6 +152,32 @@ def adopt(
         return write_index(output, tokenizer_fingerprint=loaded.fingerprint, tokenizer_json=loaded.backend.to_str())
 
 
+def find_documents(path: Path, *, field: str) -> ForeignSet:
+    """The documents of the tokenised set at `path`.
+
+    Args:
+        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
+            of `datasets` wrote, with a column `input_ids`.
+        field: what the user calls it.
+
+    Raises:
+        ShearingError: it is neither, or damaged.
+    """
+    from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
+    from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
+
+    if files := datatrove_files(path):
+        return find_in_datatrove(files)
+    if files := arrow_files(path, field=field):
+        return find_in_arrow(files)
+    raise ShearingError(
+        field,
+        value=str(path),
+        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
+        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
+    )
+
+
 def _require_separator(name: str, read: _Read, *, tokenizer: NamedTokenizer) -> None:
     """Refuse documents that end in another special token: nobody wants two of them after each."""
     counts = np.bincount(read.lasts)
@@ -376,29 +402,3 @@ def _save_split(
     for path, array in arrays.items():
         with path.open("wb") as file:
             np.save(file, np.ascontiguousarray(array))
-
-
-def find_documents(path: Path, *, field: str) -> ForeignSet:
-    """The documents of the tokenised set at `path`.
-
-    Args:
-        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
-            of `datasets` wrote, with a column `input_ids`.
-        field: what the user calls it.
-
-    Raises:
-        ShearingError: it is neither, or damaged.
-    """
-    from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
-    from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
-
-    if files := datatrove_files(path):
-        return find_in_datatrove(files)
-    if files := arrow_files(path, field=field):
-        return find_in_arrow(files)
-    raise ShearingError(
-        field,
-        value=str(path),
-        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
-        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
-    )

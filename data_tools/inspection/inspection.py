@@ -140,6 +140,20 @@ def inspect(path: Path, *, recipe: Recipe | None, longest_document: int, seed: i
     return Inspection(path, domains, duplicates, decodable=tokenizer is not None)
 
 
+def require_output(path: Path) -> None:
+    """Check before the work that a picture can be written.
+
+    Raises:
+        ShearingError: another kind of file, or no folder to write it into.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ShearingError("--output", value=str(path), allowed="a .png, .svg or .pdf file", mend="write corpus.png")
+    if not path.absolute().parent.is_dir():
+        raise ShearingError(
+            "--output", value=str(path), allowed="a file in a folder that exists", mend="make the folder"
+        )
+
+
 def _planned_tokens(recipe: Recipe, *, corpus: Corpus) -> dict[str, float]:
     """Tokens of each domain that all training stages read, at the starting weights."""
     tokens = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
@@ -274,17 +288,3 @@ def _problems(figures: DomainFigures, *, leaked: int, longest_document: int) -> 
         yield f"a document of {longest:,} tokens"
     if not manifest.train.bytes or not manifest.heldout.bytes:
         yield "no text in " + " and ".join(split for split in SPLITS if not manifest.split(split).bytes)
-
-
-def require_output(path: Path) -> None:
-    """Check before the work that a picture can be written.
-
-    Raises:
-        ShearingError: another kind of file, or no folder to write it into.
-    """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ShearingError("--output", value=str(path), allowed="a .png, .svg or .pdf file", mend="write corpus.png")
-    if not path.absolute().parent.is_dir():
-        raise ShearingError(
-            "--output", value=str(path), allowed="a file in a folder that exists", mend="make the folder"
-        )

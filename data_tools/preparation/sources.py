@@ -147,6 +147,30 @@ def open_file_system(path: str) -> tuple[Any, str]:
     return file_system, inside
 
 
+def load_hub_dataset(piece: HubPiece) -> Dataset | IterableDataset:
+    """A data set by name, as `datasets` loads it: a name of the hub, or a folder of data files.
+
+    Raises:
+        ShearingError: it cannot be found or read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(
+            piece.name, piece.config, split=piece.split, revision=piece.revision, streaming=piece.streaming
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ShearingError(
+            "domains",
+            value=f"{HUB_PREFIX}{piece.name}",
+            allowed="a data set that `datasets` can load, with its config and split",
+            mend=str(error).splitlines()[0],
+        ) from error
+    assert isinstance(loaded, (datasets.Dataset, datasets.IterableDataset))
+    return loaded
+
+
 def _files(domain: str, *, path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every file behind a path, sorted, with what the file system says of it."""
     from fsspec.implementations.local import LocalFileSystem
@@ -209,30 +233,6 @@ def _input(path: str, *, info: Mapping[str, Any], text_field: str) -> Input:
         compression=compression,
         etag=etag,
     )
-
-
-def load_hub_dataset(piece: HubPiece) -> Dataset | IterableDataset:
-    """A data set by name, as `datasets` loads it: a name of the hub, or a folder of data files.
-
-    Raises:
-        ShearingError: it cannot be found or read.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        loaded = datasets.load_dataset(
-            piece.name, piece.config, split=piece.split, revision=piece.revision, streaming=piece.streaming
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ShearingError(
-            "domains",
-            value=f"{HUB_PREFIX}{piece.name}",
-            allowed="a data set that `datasets` can load, with its config and split",
-            mend=str(error).splitlines()[0],
-        ) from error
-    assert isinstance(loaded, (datasets.Dataset, datasets.IterableDataset))
-    return loaded
 
 
 def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: str) -> list[Input]:

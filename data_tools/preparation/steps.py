@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 NearDuplicates = Literal["ignore", "together", "remove"]
 
+TOKENISE, DECIDE, WRITE, FINISH = "tokenise", "decide", "write", "finish"
+
 
 @dataclass
 class Reading:
@@ -172,9 +174,6 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
             writer.abandon()
             raise
         self.work.report_progress(rank, bytes_read=self.reading.bytes_read, tokens=writer.tokens)
-
-
-TOKENISE, DECIDE, WRITE, FINISH = "tokenise", "decide", "write", "finish"
 
 
 @lru_cache(maxsize=1)

@@ -141,6 +141,22 @@ def heldout_loss(
     }
 
 
+def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
+    """The mean over domains, each domain counted once: mean loss, its exponential, mean bits per byte, all tokens.
+
+    Args:
+        losses: at least one domain.
+    """
+    loss = sum(domain.loss for domain in losses.values()) / len(losses)
+    bits = [domain.bits_per_byte for domain in losses.values() if domain.bits_per_byte is not None]
+    return DomainLoss(
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=sum(bits) / len(bits) if len(bits) == len(losses) else None,
+        tokens=sum(domain.tokens for domain in losses.values()),
+    )
+
+
 def _heldout_rows(
     corpus: Corpus, domain: str, *, rules: DocumentRules, sequence_length: int, tokens: int, micro_batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -167,22 +183,6 @@ def _sum_of_losses(
     labels_BS = batch_BT[:, 1:] if documents is None else documents.labels(batch_BT)
     loss_BS = per_token_loss(hidden_BSD, head_weight(model), labels_BS, chunk_tokens=chunk_tokens)
     return loss_BS.sum(dtype=torch.float64)
-
-
-def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
-    """The mean over domains, each domain counted once: mean loss, its exponential, mean bits per byte, all tokens.
-
-    Args:
-        losses: at least one domain.
-    """
-    loss = sum(domain.loss for domain in losses.values()) / len(losses)
-    bits = [domain.bits_per_byte for domain in losses.values() if domain.bits_per_byte is not None]
-    return DomainLoss(
-        loss=loss,
-        perplexity=_exp(loss),
-        bits_per_byte=sum(bits) / len(bits) if len(bits) == len(losses) else None,
-        tokens=sum(domain.tokens for domain in losses.values()),
-    )
 
 
 def _domain_loss(loss_sum: float, *, num_bytes: int, tokens: int) -> DomainLoss:

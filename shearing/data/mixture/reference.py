@@ -54,6 +54,31 @@ def resolve_reference(
     return {name: _loss(name, losses=losses, origin=origin) for name in domains}
 
 
+def write_reference(
+    path: Path, *, losses: Mapping[str, float], parameters: int, method: str, provenance: Mapping[str, object]
+) -> None:
+    """Write reference losses in the form that `mixture.reference` reads.
+
+    Args:
+        path: JSON file.
+        losses: of each domain, nats per token.
+        parameters: size of the model whose losses they are meant to be, embeddings included.
+        method: how they were found, for people.
+        provenance: what they were found from; JSON-able.
+    """
+    write_json(
+        path,
+        {
+            "kind": "reference losses",
+            "format": 1,
+            "losses": dict(losses),
+            "parameters": parameters,
+            "method": method,
+            **provenance,
+        },
+    )
+
+
 def _read(path: Path, *, conditions: Mapping[str, object]) -> Mapping[str, object]:
     try:
         losses = json.loads(path.read_text())
@@ -105,28 +130,3 @@ def _loss(name: str, *, losses: Mapping[str, object], origin: str) -> float:
             mend=f"correct it in {origin}",
         )
     return float(loss)
-
-
-def write_reference(
-    path: Path, *, losses: Mapping[str, float], parameters: int, method: str, provenance: Mapping[str, object]
-) -> None:
-    """Write reference losses in the form that `mixture.reference` reads.
-
-    Args:
-        path: JSON file.
-        losses: of each domain, nats per token.
-        parameters: size of the model whose losses they are meant to be, embeddings included.
-        method: how they were found, for people.
-        provenance: what they were found from; JSON-able.
-    """
-    write_json(
-        path,
-        {
-            "kind": "reference losses",
-            "format": 1,
-            "losses": dict(losses),
-            "parameters": parameters,
-            "method": method,
-            **provenance,
-        },
-    )

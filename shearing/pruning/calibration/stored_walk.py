@@ -31,6 +31,25 @@ if TYPE_CHECKING:
     from shearing.pruning.calibration.text import Calibration
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Where and how layers are computed.
+
+    Attributes:
+        device: the compute device.
+        dtype: of weights and activations while they are on it.
+        micro_batch_size: sequences on it at a time (B).
+        offload: where the other sequences' streams are.
+        folder: for what is offloaded to disk.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch_size: int
+    offload: Offload
+    folder: Path
+
+
 class LayerWalk:
     """Goes through the layers in order; what a layer has become by then is what the text passes through.
 
@@ -203,22 +222,3 @@ def _malloc_trim() -> Any:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how layers are computed.
-
-    Attributes:
-        device: the compute device.
-        dtype: of weights and activations while they are on it.
-        micro_batch_size: sequences on it at a time (B).
-        offload: where the other sequences' streams are.
-        folder: for what is offloaded to disk.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch_size: int
-    offload: Offload
-    folder: Path

@@ -76,21 +76,6 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     return output
 
 
-def _summary(recipe: SparsifyRecipe, allocation: StoredAllocation, *, job: Job, seconds: float) -> Table:
-    table = Table(title="allocate complete", show_header=False, title_justify="left")
-    units = units_of(job.matrices, unit=recipe.unit)
-    counts = Counter(allocation.patterns[unit.matrices[0].name] for unit in units)
-    table.add_row("allocation", f"{allocation.content['allocation']}, for {recipe.criterion}")
-    table.add_row("sparsity", f"{100 * float(1 - allocation.budget):.2f} % of the matrices")
-    what = "layers" if recipe.unit == "block" else "matrices"
-    table.add_row(what, ", ".join(f"{counts[level]} at {level}" for level in job.levels if counts[level]))
-    facts = allocation.content["facts"]
-    if "fitness" in facts:
-        table.add_row("fitness", ", ".join(f"{name} {value:.4f}" for name, value in facts["fitness"].items()))
-    table.add_row("time", f"{seconds:.1f} s")
-    return table
-
-
 def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> StoredAllocation:
     """The level of every matrix, from a file or from the recipe's rule.
 
@@ -181,3 +166,18 @@ def _rules(recipe: SparsifyRecipe) -> dict[str, Allocator]:
         "owl": Owl(outlier_ratio=recipe.outlier_ratio, spread=spread),
         "rank": rank if spread is None else replace(rank, spread=spread),
     }
+
+
+def _summary(recipe: SparsifyRecipe, allocation: StoredAllocation, *, job: Job, seconds: float) -> Table:
+    table = Table(title="allocate complete", show_header=False, title_justify="left")
+    units = units_of(job.matrices, unit=recipe.unit)
+    counts = Counter(allocation.patterns[unit.matrices[0].name] for unit in units)
+    table.add_row("allocation", f"{allocation.content['allocation']}, for {recipe.criterion}")
+    table.add_row("sparsity", f"{100 * float(1 - allocation.budget):.2f} % of the matrices")
+    what = "layers" if recipe.unit == "block" else "matrices"
+    table.add_row(what, ", ".join(f"{counts[level]} at {level}" for level in job.levels if counts[level]))
+    facts = allocation.content["facts"]
+    if "fitness" in facts:
+        table.add_row("fitness", ", ".join(f"{name} {value:.4f}" for name, value in facts["fitness"].items()))
+    table.add_row("time", f"{seconds:.1f} s")
+    return table

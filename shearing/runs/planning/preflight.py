@@ -183,6 +183,37 @@ def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) ->
     return f"what {masks} drops"
 
 
+def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
+    """Check what can be of one-shot sparsity in a run before there is the model that it prunes.
+
+    Args:
+        recipe: with the section `sparsify`.
+        config: of the model that it will prune.
+
+    Raises:
+        ShearingError: the pattern does not fit a matrix, or the model cannot read so long a sequence.
+    """
+    one_shot, longest = one_shot_recipe(recipe), config.max_position_embeddings
+    if one_shot.needs_text and one_shot.seqlen is not None and one_shot.seqlen > longest:
+        raise ShearingError(
+            "sparsify.seqlen",
+            value=one_shot.seqlen,
+            allowed=f"at most {longest}, what the model can read (max_position_embeddings)",
+            mend=f"set sparsify.seqlen={longest}",
+        )
+    if one_shot.kept_of is None:
+        return
+    pattern, layers = KeptOf(*one_shot.kept_of), f"{anatomy_of(config).layers}."
+    for name, parameter in skeleton(config).named_parameters():
+        module = name.removesuffix(".weight")
+        chosen = any(fnmatchcase(module, each) for each in one_shot.include or ["*"])
+        if parameter.ndim == 2 and name.startswith(layers) and chosen:
+            if any(fnmatchcase(module, each) for each in one_shot.exclude):
+                continue
+            with named(ONE_SHOT_NAMES):
+                pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)
+
+
 def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
     lora = recipe.pretrain.lora
     if lora is None:
@@ -285,34 +316,3 @@ def _training(
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:
     return errors[0] if len(errors) == 1 else CombinedShearingError(errors)
-
-
-def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
-    """Check what can be of one-shot sparsity in a run before there is the model that it prunes.
-
-    Args:
-        recipe: with the section `sparsify`.
-        config: of the model that it will prune.
-
-    Raises:
-        ShearingError: the pattern does not fit a matrix, or the model cannot read so long a sequence.
-    """
-    one_shot, longest = one_shot_recipe(recipe), config.max_position_embeddings
-    if one_shot.needs_text and one_shot.seqlen is not None and one_shot.seqlen > longest:
-        raise ShearingError(
-            "sparsify.seqlen",
-            value=one_shot.seqlen,
-            allowed=f"at most {longest}, what the model can read (max_position_embeddings)",
-            mend=f"set sparsify.seqlen={longest}",
-        )
-    if one_shot.kept_of is None:
-        return
-    pattern, layers = KeptOf(*one_shot.kept_of), f"{anatomy_of(config).layers}."
-    for name, parameter in skeleton(config).named_parameters():
-        module = name.removesuffix(".weight")
-        chosen = any(fnmatchcase(module, each) for each in one_shot.include or ["*"])
-        if parameter.ndim == 2 and name.startswith(layers) and chosen:
-            if any(fnmatchcase(module, each) for each in one_shot.exclude):
-                continue
-            with named(ONE_SHOT_NAMES):
-                pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)

@@ -53,6 +53,42 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         return _run(context, stages=recipe.stages if stages is None else stages)
 
 
+def prune(recipe: Recipe) -> RunDirectory:
+    """Learn the masks; see `run`."""
+    return run(recipe, stages=["prune"])
+
+
+def compact(recipe: Recipe) -> RunDirectory:
+    """Cut the model to the learned shape; see `run`."""
+    return run(recipe, stages=["compact"])
+
+
+def pretrain(recipe: Recipe) -> RunDirectory:
+    """Train the cut or sparse model, or the source, on; see `run`."""
+    return run(recipe, stages=["pretrain"])
+
+
+def evaluate(recipe: Recipe) -> RunDirectory:
+    """Measure every model of the run so far and write the report; see `run`."""
+    return run(recipe, stages=["evaluate"])
+
+
+def report(directory: RunDirectory) -> None:
+    """Write the page about a run from what it has so far.
+
+    Raises:
+        ShearingError: no run in that folder.
+    """
+    if not directory.recipe.is_file():
+        raise ShearingError(
+            "RUN_DIR",
+            value=str(directory.path),
+            allowed="a folder that holds a run (recipe.yaml and the folders of its stages)",
+            mend="give a recipe or the run_dir of a run that was started",
+        )
+    _report(directory)
+
+
 def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
     directory, console, processes = context.directory, context.console, context.processes
     with contextlib.ExitStack() as lock:
@@ -88,42 +124,6 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
 
 def _alone(stage: Stage, context: RunContext) -> None:
     _function_of(stage)(context)
-
-
-def prune(recipe: Recipe) -> RunDirectory:
-    """Learn the masks; see `run`."""
-    return run(recipe, stages=["prune"])
-
-
-def compact(recipe: Recipe) -> RunDirectory:
-    """Cut the model to the learned shape; see `run`."""
-    return run(recipe, stages=["compact"])
-
-
-def pretrain(recipe: Recipe) -> RunDirectory:
-    """Train the cut or sparse model, or the source, on; see `run`."""
-    return run(recipe, stages=["pretrain"])
-
-
-def evaluate(recipe: Recipe) -> RunDirectory:
-    """Measure every model of the run so far and write the report; see `run`."""
-    return run(recipe, stages=["evaluate"])
-
-
-def report(directory: RunDirectory) -> None:
-    """Write the page about a run from what it has so far.
-
-    Raises:
-        ShearingError: no run in that folder.
-    """
-    if not directory.recipe.is_file():
-        raise ShearingError(
-            "RUN_DIR",
-            value=str(directory.path),
-            allowed="a folder that holds a run (recipe.yaml and the folders of its stages)",
-            mend="give a recipe or the run_dir of a run that was started",
-        )
-    _report(directory)
 
 
 def _report(directory: RunDirectory) -> None:
