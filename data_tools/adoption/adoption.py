@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
+from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
 from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from data_tools.checksums import sha256_of_tokens
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
@@ -35,6 +37,7 @@ from shearing.data.corpus.format import (
     SplitManifest,
     require_domain_name,
 )
+from shearing.data.corpus.shards import token_dtype
 from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
 from shearing.data.corpus.writer import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.errors import ShearingError, named
@@ -163,9 +166,6 @@ def find_documents(path: Path, *, field: str) -> ForeignSet:
     Raises:
         ShearingError: it is neither, or damaged.
     """
-    from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
-    from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
-
     if files := datatrove_files(path):
         return find_in_datatrove(files)
     if files := arrow_files(path, field=field):
@@ -329,7 +329,7 @@ def _write_domain(
         ),
     )
     adopted.write(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = token_dtype(tokenizer.vocab_size).name
     sides: dict[Split, npt.NDArray[np.bool_]] = {"train": ~heldout, "heldout": heldout}
     for split in SPLITS:
         _save_split(folder, split, read=read, chosen=sides[split], separators=adopted.separators)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_tools.extras import require_extra
 from data_tools.preparation.recipe import HUB_PREFIX, DomainSources
 from shearing.errors import ShearingError
 
@@ -236,8 +237,6 @@ def _input(path: str, *, info: Mapping[str, Any], text_field: str) -> Input:
 
 
 def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: str) -> list[Input]:
-    from data_tools.extras import require_extra
-
     require_extra("data", modules=["datasets"], what=f"domains.{domain}")
     revision = _revision(name, revision=sources.revision)
     whole = HubPiece(name, sources.config, sources.split, revision, sources.streaming, 0, 0)

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
@@ -22,9 +22,6 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.masked import MaskedModel
 from shearing.objectives.cross_entropy import per_token_loss
 from shearing.processes.processes import Processes
-
-if TYPE_CHECKING:
-    from shearing.data.corpus.corpus import Corpus
 
 
 @dataclass(frozen=True)

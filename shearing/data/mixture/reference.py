@@ -6,14 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from shearing.data.recipe import MixtureRecipe
 from shearing.errors import ShearingError, nearest_name
 from shearing.files.durable import write_json
-
-if TYPE_CHECKING:
-    from shearing.data.recipe import MixtureRecipe
-
 
 FIELD = "mixture.reference"
 

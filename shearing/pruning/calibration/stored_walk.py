@@ -18,17 +18,15 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import skeleton
-from shearing.pruning.calibration.places import weight_of
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.calibration.walk import Call, layer_calls, run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from shearing.models.stored_model import Source
-    from shearing.pruning.calibration.places import Place
-    from shearing.pruning.calibration.text import Calibration
 
 
 @dataclass(frozen=True)

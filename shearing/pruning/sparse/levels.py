@@ -1,4 +1,4 @@
-"""`shear allocate`: the choice of levels alone, in a file that any later run of `shear sparsify` can use."""
+"""The level of every matrix: read from a file or chosen by an allocation, which `shear allocate` does alone."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ class PruneRecipe(StageRecipe):
 
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
+    """Granularities that are named twice, or exclude each other."""
     chosen = prune.granularities
     if len(set(chosen)) < len(chosen) or not chosen:
         yield ShearingError(

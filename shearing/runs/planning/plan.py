@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.data.corpus.corpus import whole_rows
+from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
@@ -355,7 +356,7 @@ def _num_domains(recipe: Recipe) -> int | None:
     for given in (recipe.data.domains, recipe.mixture.initial_weights):
         if isinstance(given, (list, dict)):
             return len(given)
-    return len(list(recipe.data.corpus.glob("*/manifest.json"))) or None
+    return len(list(recipe.data.corpus.glob(f"*/{MANIFEST_NAME}"))) or None
 
 
 def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:

@@ -172,7 +172,7 @@ def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) ->
         if target is not None:
             config = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
         if recipe.target is None or target is not None:  # what a budget leaves open is checked by the stage itself
-            require_possible(recipe, config=config)
+            _require_possible(recipe, config=config)
         budget, pattern = recipe.sparsify.budget, recipe.sparsify.pattern
         share = f"{100 * float(1 - budget):g} %" if budget is not None else f"as {recipe.sparsify.allocation} says,"
         return f"{share} of the weights of matrices, by {recipe.sparsify.criterion}{f', {pattern}' if pattern else ''}"
@@ -183,7 +183,7 @@ def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) ->
     return f"what {masks} drops"
 
 
-def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
+def _require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
     """Check what can be of one-shot sparsity in a run before there is the model that it prunes.
 
     Args:

@@ -123,6 +123,7 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
 
 
 def _alone(stage: Stage, context: RunContext) -> None:
+    """A stage of the main process alone; what it returns stays there."""
     _function_of(stage)(context)
 
 

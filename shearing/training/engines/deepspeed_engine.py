@@ -1,7 +1,7 @@
 """Steps by DeepSpeed: ZeRO 0 to 3, with offloading; see `Engine`.
 
 DeepSpeed is driven directly. accelerate's wrapper would do the optimiser's step inside `backward` and, on a machine
-without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `sharded`.
+without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `checkpoints.pieces`.
 
 What is read of DeepSpeed's insides, to know which elements a process holds, is in `_pieces` alone. What comes back
 from a checkpoint is compared with what was saved, so a release that lays them out differently is refused and not

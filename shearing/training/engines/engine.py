@@ -1,4 +1,8 @@
-"""What the loop asks of an engine."""
+"""What the loop asks of whatever computes its steps: the seam for engines that shard.
+
+The mask learner is not behind it: its few fp32 tensors are replicated and have their own optimiser, because an engine
+would cast, clip and shard them.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,7 @@ from shearing.training.checkpoints.pieces import SavedState
 
 
 class Engine(Protocol):
-    """What the loop asks of whatever computes its steps.
-
-    All processes call every method together.
-    """
+    """Computes steps; all processes call every method together."""
 
     device: torch.device
     loss_scale: float
@@ -27,7 +28,7 @@ class Engine(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
 
-        The main process's weights are taken. On the others they may be placeholders (see `models.anatomy.skeleton`).
+        The main process's weights are taken. On the others they may be placeholders (see `models.loading.skeleton`).
         """
         ...
 

@@ -1,8 +1,4 @@
-"""How one optimiser step is computed: the protocol, and plain torch on one process or several.
-
-The protocol is the seam for sharded engines. The mask learner is not behind it: its few fp32 tensors are replicated
-and have their own optimiser, because an engine would cast, clip and shard them.
-"""
+"""Steps by plain torch, on one process or several; see `Engine`."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ from shearing.training.engines.optimizer import (
 
 
 class TorchEngine:
-    """Plain torch: fp32 weights, every process holds everything and gradients are summed; see `Engine`.
+    """fp32 weights; every process holds everything, and gradients are summed.
 
     Nothing here waits for the device: whether a step is skipped is decided there.
     """

@@ -1,10 +1,9 @@
-"""Update rules of the domain weights, one file each; `rule_of` is the only place that knows their names."""
+"""One update of the domain weights by a rule, domains by name; `rule_of` alone knows what recipes call the rules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,10 +11,7 @@ from shearing.data.mixture.rules.constant import Constant
 from shearing.data.mixture.rules.exponential import Bandit, Paper, Released
 from shearing.data.mixture.rules.robust import Robust
 from shearing.data.mixture.rules.rule import Rule, Seen, Vector
-
-if TYPE_CHECKING:
-    from shearing.data.recipe import MixtureRecipe
-
+from shearing.data.recipe import MixtureRecipe
 
 Memory = dict[str, float]
 """What a rule remembers between two updates: a number for each domain of which it knows one. JSON-able."""
