@@ -22,7 +22,7 @@ from shearing.data.corpus.format import SPLITS, DomainManifest
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.progress import activity
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -158,8 +158,10 @@ def _planned_tokens(recipe: Recipe, *, corpus: Corpus) -> dict[str, float]:
     """Tokens of each domain that all training stages read, at the starting weights."""
     tokens = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
     weights = resolve_weights(recipe.mixture.initial_weights, tokens=tokens)
-    stages = recipe.training_stages.values()
-    total = sum(total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data) for stage in stages)
+    stages, length = recipe.training_stages.values(), recipe.data.sequence_length
+    total = sum(
+        stage.total_steps(sequence_length=length) * stage.tokens_per_step(sequence_length=length) for stage in stages
+    )
     return {name: weight * total for name, weight in weights.items()}
 
 

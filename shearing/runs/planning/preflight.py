@@ -31,8 +31,6 @@ from shearing.runs.recipe import (
     Recipe,
     one_shot_recipe,
     split_batch,
-    tokens_per_step,
-    total_steps,
 )
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
@@ -305,7 +303,7 @@ def _training(
 ) -> Iterator[TrainingPlan]:
     length = recipe.data.sequence_length
     for stage, settings in recipe.training_stages.items():
-        steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
         rows = steps * per_step // length
         passes, most_passes = (
             {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}

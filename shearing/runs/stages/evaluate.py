@@ -37,7 +37,7 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import COMPONENT_NAMES, Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
 from shearing.training.recipe import StageRecipe
@@ -293,7 +293,8 @@ def _fingerprint(source: Path, revision: str | None) -> str:
 
 
 def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:
-    return total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data)
+    length = recipe.data.sequence_length
+    return stage.total_steps(sequence_length=length) * stage.tokens_per_step(sequence_length=length)
 
 
 def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:

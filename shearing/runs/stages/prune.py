@@ -29,7 +29,7 @@ from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
+from shearing.runs.recipe import COMPONENT_NAMES
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -196,7 +196,7 @@ def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | No
             uniform=wanted.uniform,
             accepts=lambda shape: export_error(shape, source=model.config) is None,
         )
-    per_step = tokens_per_step(settings, data=recipe.data)
+    per_step = settings.tokens_per_step(sequence_length=recipe.data.sequence_length)
     return MaskLearner(
         settings.granularities,
         source=Shape.of(model.config),

@@ -17,7 +17,7 @@ from shearing.objectives.objective import Parts
 from shearing.objectives.registry import objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
-from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
+from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.training.checkpoints.pieces import SavedState
@@ -62,7 +62,7 @@ def task_of(
     """
     recipe, processes = context.recipe, context.processes
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
-    per_step = tokens_per_step(settings, data=data)
+    per_step = settings.tokens_per_step(sequence_length=data.sequence_length)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     if data.attention == "documents":
         keep_attention_within_documents(model)
