@@ -291,6 +291,8 @@ COMPONENT_NAMES: Mapping[str, str] = {
     "sequence_length": "data.sequence_length",
     "source": "model.source",
     "folder": "run_dir",
+    "metric": "prune.initial_masks",
+    "refit": "prune.compensate",
 }
 """What components call, by the keys of a run."""
 

@@ -21,6 +21,9 @@ from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import metric_of, starts
+from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
@@ -79,6 +82,8 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
+    attempt(lambda: _require_metric(recipe, source=source))
+    attempt(lambda: _require_refit(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
     corpus = attempt(lambda: context.corpus)
@@ -162,6 +167,18 @@ def _require_context(recipe: Recipe, *, config: PretrainedConfig) -> None:
             allowed=f"at most {limit}, the positions of the source model",
             mend=f"set data.sequence_length={limit} or less",
         )
+
+
+def _require_metric(recipe: Recipe, *, source: Shape) -> None:
+    """What grades the initial masks is for models of this family."""
+    if recipe.prune is not None and (metric := starts().get(recipe.prune.initial_masks)) is not None:
+        metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+def _require_refit(recipe: Recipe, *, source: Shape) -> None:
+    """The weights that stay can be refitted in models of this family, if they are to be."""
+    if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
+        require_refittable(source.family)
 
 
 def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) -> str | None:

@@ -170,9 +170,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
 
 def _refit(context: RunContext, *, masking: Masking) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
-    settings = context.recipe.pruning.prune
-    ramp = masking.learner.settings.sparsity_warmup_steps
-    if not settings.compensate or settings.initial_masks == "open" or ramp:
+    if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
     layers = masking.model.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
