@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -39,6 +39,13 @@ class DomainLoss:
     perplexity: float
     bits_per_byte: float | None
     tokens: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """By name; JSON has no NaN and no infinity: a model that diverged has null there."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def heldout_loss(

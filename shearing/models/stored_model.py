@@ -107,6 +107,10 @@ class Source:
         """Names of the files that hold tensors."""
         return sorted(set(self.files.values()))
 
+    def weight_bytes(self) -> int:
+        """Size of the files that hold tensors."""
+        return sum((self.folder / name).stat().st_size for name in self.weight_files())
+
     def other_files(self) -> list[str]:
         """Names of config, tokenizer, chat template and the like."""
         return sorted({path.name for pattern in TEXT_FILES for path in self.folder.glob(pattern)} - OURS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,6 +20,7 @@ from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
+from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of, starts
 from shearing.pruning.structured.refitting import require_refittable
@@ -255,7 +255,7 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
     """The target shape, or None for a budget."""
     source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
     if wanted.parameters is not None:
-        smallest = _smallest(source, granularities=chosen).num_parameters()
+        smallest = smallest_shape(chosen, source=source).num_parameters()
         if not smallest <= wanted.parameters < source.num_parameters():
             raise ShearingError(
                 "target.parameters",
@@ -266,14 +266,7 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
             )
         return None
     target = resolve_target(wanted, source=config)
-    pruned_by = {
-        "num_hidden_layers": ("layers", "sublayers"),
-        "hidden_size": ("hidden",),
-        "intermediate_size": ("intermediate",),
-        "num_key_value_heads": ("kv_groups",),
-        "query_heads_per_group": ("query_heads",),
-    }
-    for size, granularities in pruned_by.items():
+    for size, granularities in PRUNED_BY.items():
         if getattr(target, size) != getattr(source, size) and not set(granularities) & set(chosen):
             raise ShearingError(
                 "prune.granularities",
@@ -287,19 +280,6 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
             "target", value=target.sizes(), allowed="at least one size below the source's", mend="choose a smaller size"
         )
     return target
-
-
-def _smallest(source: Shape, *, granularities: Sequence[str]) -> Shape:
-    """One unit left of everything that may be pruned."""
-    groups = 1 if "kv_groups" in granularities else source.num_key_value_heads
-    return dataclasses.replace(
-        source,
-        num_hidden_layers=1 if {"layers", "sublayers"} & set(granularities) else source.num_hidden_layers,
-        hidden_size=1 if "hidden" in granularities else source.hidden_size,
-        intermediate_size=1 if "intermediate" in granularities else source.intermediate_size,
-        num_key_value_heads=groups,
-        num_attention_heads=groups * (1 if "query_heads" in granularities else source.query_heads_per_group),
-    )
 
 
 def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:

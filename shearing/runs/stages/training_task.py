@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
-from shearing.runs.stages.source_model import load_whole_or_skeleton
+from shearing.runs.stages.source_model import load_source_model
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine
@@ -124,11 +125,10 @@ def task_of(
 
 def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
     """What the stage has for its objective."""
-    source = context.recipe.model
     return Parts(
         model=model,
         chunk_tokens=context.recipe.training.loss_chunk_tokens,
-        source=lambda: load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True),
+        source=partial(load_source_model, context),
     )
 
 
