@@ -28,6 +28,7 @@ from data_tools.checksums import sha256_of_tokens
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
@@ -39,7 +40,6 @@ from shearing.data.corpus.format import (
 )
 from shearing.data.corpus.shards import token_dtype
 from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
-from shearing.data.corpus.writer import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.errors import ShearingError, named
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
 from shearing.files.checksums import sha256_of_file

@@ -30,9 +30,9 @@ from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_ta
 from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import load_tokenizer
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
 from shearing.data.corpus.splits import HeldoutSize
-from shearing.data.corpus.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
 from shearing.progress import PLAIN_SECONDS
