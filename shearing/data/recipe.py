@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shearing.data.mixture.rules.rule import RuleName
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
 
@@ -95,8 +95,8 @@ def rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
         if value != default:
             rules = "robust" if name in of_robust else "paper, released or bandit"
             yield ShearingError(
-                f"mixture.{name}",
+                name,
                 value=value,
-                allowed=f"only with mixture.update = {rules}; it is {mixture.update}",
-                mend=f"set mixture.{name}={default}, or mixture.update={rules.partition(',')[0]}",
+                allowed=f"only with {key('update')} = {rules}; it is {mixture.update}",
+                mend=f"set {key(name)}={default}, or {key('update')}={rules.partition(',')[0]}",
             )
