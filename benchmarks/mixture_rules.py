@@ -231,7 +231,7 @@ def main() -> None:
             "tokens": steps * base.pretrain.tokens_per_step(sequence_length=base.data.sequence_length),
             "updates": max(result["updates"] for of_seeds in results.values() for result in of_seeds),
             "rules": figures,
-            **environment(resolve_device(base.training)),
+            **environment(resolve_device(base.training.device)),
         }
     print(json.dumps(line))
 

@@ -41,7 +41,7 @@ from shearing.data.corpus.format import SourceFile
 from shearing.data.corpus.shards import Shard, ShardWriter
 from shearing.data.corpus.splits import Documents
 from shearing.errors import ShearingError, named
-from shearing.runs.recipe import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

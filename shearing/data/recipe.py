@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shearing.data.mixture.rules.rule import RuleName
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
 
@@ -96,11 +96,11 @@ def mixture_contradictions(mixture: MixtureRecipe, *, domains: Sequence[str] | N
     yield from _rule_contradictions(mixture)
     if domains is not None and (not domains or len(set(domains)) < len(domains)):
         yield ShearingError(
-            "data.domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
+            "domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
         )
     for field, values in (
-        ("mixture.initial_weights", mixture.initial_weights),
-        ("mixture.reference", mixture.reference),
+        ("initial_weights", mixture.initial_weights),
+        ("reference", mixture.reference),
     ):
         if not isinstance(values, dict):
             continue
@@ -109,17 +109,17 @@ def mixture_contradictions(mixture: MixtureRecipe, *, domains: Sequence[str] | N
                 field,
                 value=values,
                 allowed="a positive number for each domain",
-                mend="leave a domain out of data.domains rather than give it 0",
+                mend=f"leave a domain out of {key('domains')} rather than give it 0",
             )
         # A reference may know more domains than this run reads.
         unfit = set() if domains is None else set(domains) - set(values)
-        if domains is not None and field == "mixture.initial_weights":
+        if domains is not None and field == "initial_weights":
             unfit |= set(values) - set(domains)
         if domains is not None and unfit:
             yield ShearingError(
                 field,
                 value=sorted(values),
-                allowed=f"the domains of data.domains: {', '.join(domains)}",
+                allowed=f"the domains of {key('domains')}: {', '.join(domains)}",
                 mend=_domain_mend(values, domains=domains),
             )
 
@@ -134,10 +134,10 @@ def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
         if value != default:
             rules = "robust" if name in of_robust else "paper, released or bandit"
             yield ShearingError(
-                f"mixture.{name}",
+                name,
                 value=value,
-                allowed=f"only with mixture.update = {rules}; it is {mixture.update}",
-                mend=f"set mixture.{name}={default}, or mixture.update={rules.partition(',')[0]}",
+                allowed=f"only with {key('update')} = {rules}; it is {mixture.update}",
+                mend=f"set {key(name)}={default}, or {key('update')}={rules.partition(',')[0]}",
             )
 
 

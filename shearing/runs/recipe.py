@@ -6,7 +6,7 @@ python -m shearing.runs.recipe docs/recipe.md     rewrites the reference of keys
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
 from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
@@ -192,10 +193,10 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
     if recipe.target is not None:
-        yield from target_contradictions(recipe.target)
+        yield from _renamed(target_contradictions(recipe.target))
     if recipe.prune is not None:
-        yield from granularity_contradictions(recipe.prune)
-    yield from mixture_contradictions(recipe.mixture, domains=recipe.data.domains)
+        yield from _renamed(granularity_contradictions(recipe.prune))
+    yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -217,6 +218,13 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             yield ShearingError(
                 field, value=tokens, allowed=f"at least one sequence: {length} tokens", mend=f"write {length} or more"
             )
+
+
+def _renamed(errors: Iterable[ShearingError]) -> Iterator[ShearingError]:
+    """Errors that a section finds in itself, under the keys of the whole recipe."""
+    for error in errors:
+        error.rename(COMPONENT_NAMES)
+        yield error
 
 
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
@@ -250,7 +258,7 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     try:
         stage.tokens_per_step(sequence_length=sequence_length)
     except ShearingError as error:
-        error.rename({"batch_size": f"{name}.batch_size"})
+        error.rename({**COMPONENT_NAMES, "batch_size": f"{name}.batch_size"})
         yield error
         return
     try:
@@ -283,26 +291,6 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
             allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
             mend="shorten one of the two, or write both as shares of the stage",
         )
-
-
-COMPONENT_NAMES: Mapping[str, str] = {
-    "corpus": "data.corpus",
-    "domains": "data.domains",
-    "sequence_length": "data.sequence_length",
-    "source": "model.source",
-    "folder": "run_dir",
-    "metric": "prune.initial_masks",
-    "refit": "prune.compensate",
-}
-"""What components call, by the keys of a run."""
-
-ONE_SHOT_NAMES: Mapping[str, str] = {
-    "model": "model.source",
-    "output": "run_dir",
-    "device": "training.device",
-    **{name: f"sparsify.{name}" for name, _ in keys(OneShotRecipe)},
-}
-"""Keys of one-shot sparsity, by the keys of a run."""
 
 
 def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:

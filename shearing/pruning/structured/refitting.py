@@ -113,7 +113,7 @@ def require_refittable(family: Family) -> None:
             value=family.model_type,
             allowed="for refitting the weights that stay, a family whose sub-layers read the residual stream through a "
             "norm and add what they write to it as it is",
-            mend=f"switch {key('refit')} off",
+            mend=f"switch {key('compensate')} off",
         )
 
 

@@ -25,16 +25,10 @@ from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of, starts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
+from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
-from shearing.runs.recipe import (
-    COMPONENT_NAMES,
-    ONE_SHOT_NAMES,
-    Pruning,
-    Recipe,
-    one_shot_recipe,
-    split_batch,
-)
+from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.trackers import require_trackers

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
@@ -318,10 +318,10 @@ def import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise ShearingError(
-            "training.engine",
+            "engine",
             value="deepspeed",
             allowed=f"torch: DeepSpeed cannot be imported ({error})",
-            mend="pip install 'shearing[deepspeed]', or set training.engine=torch",
+            mend=f"pip install 'shearing[deepspeed]', or set {key('engine')}=torch",
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An extension for processes on CPUs that it compiles, a minute or two, and that waits for ever for a lost process.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
 from shearing.training.checkpoints.pieces import (
@@ -125,7 +125,7 @@ def fill_moments(
                 value=shape,
                 allowed="state of the model's own parameters"
                 + (f"; this one has shape {shapes[name]}" if name in shapes else ""),
-                mend="set pretrain.optimizer=fresh, or learn the masks again in a new run_dir",
+                mend=f"set {key('optimizer')}=fresh, or learn the masks again in a new {key('folder')}",
             )
     fill(pieces, moments, kinds=MOMENTS)
     set_steps(optimizer, moments.step)

@@ -108,7 +108,7 @@ def test_a_family_with_norms_after_its_writes_is_refused_before_anything_changes
         with pytest.raises(ShearingError) as refused:
             refit(masked, masks=Masks(intermediate=torch.ones(4, 40)), batches=BATCHES)
         assert refused.value.value == family
-        assert "switch refit off" in str(refused.value)
+        assert "switch compensate off" in str(refused.value)
         after = dict(masked.release().named_parameters())
         assert all(torch.equal(after[name], value) for name, value in before.items())
 

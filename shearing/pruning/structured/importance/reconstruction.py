@@ -167,7 +167,7 @@ def _require_added_writes(family: Family) -> None:
             value=family.model_type,
             allowed="for importance by reconstruction, a family whose sub-layers add what they write to the residual "
             "stream as it is, without a norm in between",
-            mend=f"choose another {key('metric')}, as activations",
+            mend=f"choose another {key('initial_masks')}, as activations",
         )
 
 

@@ -93,7 +93,7 @@ def test_it_ranks_heads_groups_and_units_and_leaves_the_rest_to_activations():
 def test_a_family_with_norms_after_its_writes_is_refused_before_any_work(family: str):
     with declared_families():
         model, evidence = tiny_model(family), Evidence(text=BATCHES)
-        with pytest.raises(ShearingError, match="another metric"):
+        with pytest.raises(ShearingError, match="another initial_masks"):
             Reconstruction().units_of_work(Shape.of(model.config), evidence=evidence)
         advanced: list[int] = []
         with pytest.raises(ShearingError) as refused:
