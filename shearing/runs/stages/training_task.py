@@ -22,9 +22,8 @@ from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
-from shearing.training.engines.engine import Engine
+from shearing.training.engines.engine import Engine, EngineParts, engine_of
 from shearing.training.engines.optimizer import Optimization
-from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
 from shearing.training.task import Task
 from shearing.training.trackers import Trackers
@@ -153,17 +152,14 @@ def _compute(context: RunContext, *, shape: Shape) -> Compute:
 
 
 def _engine(context: RunContext, *, optimization: Optimization, split: BatchSplit) -> Engine:
-    training, device, precision = context.recipe.training, context.device, context.precision
-    if training.engine == "torch":
-        return TorchEngine(optimization, device=device, precision=precision, processes=context.processes)
-    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        optimization,
-        settings=training.deepspeed,
-        device=device,
-        precision=precision,
+    training = context.recipe.training
+    parts = EngineParts(
+        optimization=optimization,
+        training=training,
+        device=context.device,
+        precision=context.precision,
         processes=context.processes,
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
+    return engine_of(training.engine, parts=parts)

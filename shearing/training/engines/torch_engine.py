@@ -1,8 +1,4 @@
-"""How one optimiser step is computed: the protocol, and plain torch on one process or several.
-
-The protocol is the seam for sharded engines. The mask learner is not behind it: its few fp32 tensors are replicated
-and have their own optimiser, because an engine would cast, clip and shard them.
-"""
+"""Steps by plain torch, on one process or several; see `Engine`."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from typing_extensions import Self
 
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
@@ -26,6 +23,7 @@ from shearing.training.checkpoints.pieces import (
     fingerprints,
     require_parameters,
 )
+from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.gradient_sum import GradientSum
 from shearing.training.engines.kept_zeros import KeptZeros
 from shearing.training.engines.optimizer import (
@@ -66,6 +64,11 @@ class TorchEngine:
         self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._sum: GradientSum | None = None
         self._zeros: KeptZeros | None = None
+
+    @classmethod
+    def of(cls, parts: EngineParts) -> Self:
+        """See `Engine.of`."""
+        return cls(parts.optimization, device=parts.device, precision=parts.precision, processes=parts.processes)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""
