@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
+from shearing.data.recipe import DataRecipe
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
-from shearing.objectives.objective import Parts
-from shearing.objectives.registry import objective_of
+from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
@@ -63,10 +63,7 @@ def task_of(
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
     per_step = tokens_per_step(settings, data=data)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
-    if data.attention == "documents":
-        keep_attention_within_documents(model)
-    else:
-        drop_attention_mask(model, sequence_length=data.sequence_length)
+    _attend(model, data=data)
     if training.activation_checkpointing != "none":
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
@@ -121,14 +118,25 @@ def task_of(
     )
 
 
+def _attend(model: PreTrainedModel, *, data: DataRecipe) -> None:
+    """Makes a model attend as the recipe says, in place, and without mask tensors where that can be."""
+    if data.attention == "documents":
+        keep_attention_within_documents(model)
+    else:
+        drop_attention_mask(model, sequence_length=data.sequence_length)
+
+
 def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
     """What the stage has for its objective."""
-    source = context.recipe.model
-    return Parts(
-        model=model,
-        chunk_tokens=context.recipe.training.loss_chunk_tokens,
-        source=lambda: load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True),
-    )
+    recipe = context.recipe
+
+    def source() -> PreTrainedModel:
+        wanted = recipe.model
+        whole = load_whole_or_skeleton(context, source=wanted.source, revision=wanted.revision, whole=True)
+        _attend(whole, data=recipe.data)
+        return whole
+
+    return Parts(model=model, chunk_tokens=recipe.training.loss_chunk_tokens, source=source)
 
 
 def _final_parameters(recipe: Recipe, *, stage: TrainingStage, model: PreTrainedModel) -> int:
