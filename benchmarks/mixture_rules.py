@@ -231,7 +231,7 @@ def main() -> None:
             "tokens": steps * tokens_per_step(base.pretrain, data=base.data),
             "updates": max(result["updates"] for of_seeds in results.values() for result in of_seeds),
             "rules": figures,
-            **environment(resolve_device(base.training)),
+            **environment(resolve_device(base.training.device)),
         }
     print(json.dumps(line))
 

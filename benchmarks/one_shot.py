@@ -140,7 +140,12 @@ def prune_with_llmcompressor(model: Path, corpus: Path, sizes: Sizes, criterion:
 
     started = time.perf_counter()
     calibration = load_calibration(
-        [corpus], tokenizer_folder=model, vocab_size=1 << 31, samples=sizes.samples, seqlen=sizes.seqlen, seed=0
+        [corpus],
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        vocab_size=1 << 31,
+        samples=sizes.samples,
+        seqlen=sizes.seqlen,
+        seed=0,
     )
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in calibration.tokens]
@@ -167,7 +172,7 @@ def output_errors(model: Path, corpus: Path, sizes: Sizes) -> dict[str, Any]:
     dense = load_source(str(model))
     calibration = load_calibration(
         [corpus],
-        tokenizer_folder=model,
+        tokenizer=AutoTokenizer.from_pretrained(model),
         vocab_size=dense.config.vocab_size,
         samples=sizes.samples,
         seqlen=sizes.seqlen,

@@ -266,7 +266,7 @@ def main() -> None:
             * learned.data.sequence_length,
             **figures,
             "seconds": {m: round(statistics.mean(r["seconds"] for r in of), 1) for m, of in results.items()},
-            **environment(resolve_device(learned.training)),
+            **environment(resolve_device(learned.training.device)),
         }
     print(json.dumps(result))
 

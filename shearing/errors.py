@@ -23,7 +23,8 @@ class ShearingError(ValueError):
     """What the user asked for cannot be done; raised before any expensive work starts.
 
     Args:
-        field: dotted name of the setting or the file at fault; what it is of that setting may follow in brackets.
+        field: name of the setting or the file at fault; what it is of that setting may follow in brackets. A name that
+            is only a part of the field is marked by `key`.
         value: what was found there.
         allowed: what would have been accepted; other settings are named by `key`, here and in `mend`.
         mend: what to type or change.
@@ -31,8 +32,11 @@ class ShearingError(ValueError):
     """
 
     def __init__(self, field: str, *, value: object, allowed: str, mend: str, where: str | None = None) -> None:
-        self.field, self.value, self.where = field, value, where
-        self._marked = (allowed, mend)
+        self.value, self.where = value, where
+        if _MARK not in field:
+            name, bracket, what = field.partition(" (")
+            field = f"{key(name)}{bracket}{what}"
+        self._marked = (field, allowed, mend)
         super().__init__()
         self.rename({})
 
@@ -44,14 +48,12 @@ class ShearingError(ValueError):
         Args:
             names: as they are called so far -> as they are called from now on; others stay.
         """
-        name, bracket, what = self.field.partition(" (")
-        self.field = f"{names.get(name, name)}{bracket}{what}"
-        allowed, mend = (
+        field, allowed, mend = (
             re.sub(f"{_MARK}(.*?){_MARK}", lambda found: key(names.get(found[1], found[1])), text)
             for text in self._marked
         )
-        self._marked = (allowed, mend)
-        self.allowed, self.mend = allowed.replace(_MARK, ""), mend.replace(_MARK, "")
+        self._marked = (field, allowed, mend)
+        self.field, self.allowed, self.mend = (text.replace(_MARK, "") for text in self._marked)
         place = f"{self.where}: " if self.where else ""
         self.args = (f"{place}{self.field} = {self.value!r}\n  allowed: {self.allowed}\n  to mend: {self.mend}",)
 

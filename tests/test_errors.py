@@ -48,6 +48,14 @@ def test_what_is_renamed_of_a_field(field: str, expected: str) -> None:
     assert error.field == expected
 
 
+def test_of_a_field_that_is_more_than_a_name_the_marked_part_is_renamed() -> None:
+    error = _error(f"{key('domains')}.books: {key('others')}")
+    assert error.field == "domains.books: others"
+    error.rename(NAMES)
+    assert error.field == "data.domains.books: others"
+    assert str(error).startswith("data.domains.books: others = 'x'\n")
+
+
 def test_names_can_be_changed_one_after_the_other() -> None:
     later = {"data.corpus": "evaluation.corpus"}
     with pytest.raises(ShearingError, match=r"evaluation\.corpus = ") as caught, named(later), named(NAMES):

@@ -1,6 +1,6 @@
 """The house keeps its shape: floors, no circles, what reads without torch, public names, the size of folders.
 
-Read from the source text alone, but for what must import without torch and for public names, which are imported.
+Read from the source text alone, but for what must import without torch, public names and keys of recipes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from shearing.runs.recipe import Recipe
+from shearing.settings.document import keys
 from tests.repository import ROOT
 
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -256,6 +258,80 @@ def test_private_names_stay_in_their_module() -> None:
             if isinstance(node, ast.ImportFrom) and node.module in modules():
                 taken[name] += [alias.name for alias in node.names if alias.name.startswith("_")]
     assert not {name: names for name, names in taken.items() if names}
+
+
+SAYS_A_KEY = {
+    # What a dotted key looks like: overrides are read without knowing of which recipe.
+    ("shearing.settings.reading", "prune.learning_rate"),
+}
+"""Modules below `runs` that may say a key of a run, with a reason each."""
+
+
+def _said(node: ast.AST) -> Iterator[str]:
+    """The texts below a node, with {} for what is filled in.
+
+    Without docstrings, which may tell programmers what a run does with a component; without `description=` of keys,
+    which are read in the reference of the whole recipe; without the modules that a face names (`late`).
+    """
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "description":
+        return
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "late":
+        return
+    if isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        filled_in = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+        for value in filled_in:
+            yield from _said(value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _said(child)
+
+
+def keys_of_a_run_in(node: ast.AST) -> set[str]:
+    """Dotted keys of the root recipe that stand in the texts below a node, whole or made of a section and a name."""
+    dotted = [name for name, _ in keys(Recipe) if "." in name]
+    sections = {name.rpartition(".")[0] for name in dotted}
+    names = sorted([*dotted, *sections - set(Recipe.model_fields), *(f"{section}.{{}}" for section in sections)])
+    key = re.compile(rf"(?<![\w./])(?:run_dir|{'|'.join(map(re.escape, reversed(names)))})(?![\w/]|\.\w)")
+    return {found for text in _said(node) for found in key.findall(text)}
+
+
+def test_components_do_not_say_keys_of_a_run() -> None:
+    """They raise in their own words, and `shearing.runs.names` says what people call that."""
+    above = FLOORS.index(("runs", "integrations"))
+    below = {package for floor in FLOORS[:above] for package in floor}
+    found = {
+        (name, key)
+        for name, file in modules().items()
+        if package_of(name) in below
+        for key in keys_of_a_run_in(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert found == SAYS_A_KEY
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x = 'training.device'", {"training.device"}),
+        (
+            "f'set training.deepspeed.zero_stage={3}, or {x} mixture.floor'",
+            {"training.deepspeed.zero_stage", "mixture.floor"},
+        ),
+        ("f'target.{name}'", {"target.{}"}),
+        ("f\"{', '.join('pretrain.lora' for _ in x)}\"", {"pretrain.lora"}),
+        ("raise Error('a new run_dir')", {"run_dir"}),
+        ("def f():\n    'of `training.device`'", set()),
+        ("Field(description='unset: data.corpus')", set()),
+        ("late(__name__, {'a': 'mixture.reference'})", set()),
+        ("'model.layers', 'evaluation.json', 'data.corpus.format', 'some/data.corpus'", set()),
+    ],
+)
+def test_keys_of_a_run_are_found(source: str, found: set[str]) -> None:
+    assert keys_of_a_run_in(ast.parse(source)) == found
 
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -43,7 +43,7 @@ from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import flush_folder, write_json
 from shearing.files.mapped_arrays import map_file
 from shearing.progress import activity
-from shearing.runs.recipe import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES
 
 # Enough for arithmetic on arrays to pay, little beside what a process takes anyway.
 TOKENS_AT_A_TIME = 1 << 22

@@ -22,7 +22,8 @@ from shearing.data.corpus.format import SPLITS, DomainManifest
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.progress import activity
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -107,7 +108,7 @@ class Inspection:
         return [f"{name}: {problem}" for name, figures in self.domains.items() for problem in figures.problems]
 
 
-@named(COMPONENT_NAMES)
+@named({**COMPONENT_NAMES, "corpus": "CORPUS"})
 def inspect(path: Path, *, recipe: Recipe | None, longest_document: int, seed: int, console: Console) -> Inspection:
     """Look at a corpus.
 

@@ -29,7 +29,6 @@ from shearing.errors import ShearingError, named
 from shearing.files.checksums import sha256_of_file
 from shearing.files.mapped_arrays import map_array
 from shearing.progress import activity
-from shearing.runs.recipe import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +52,7 @@ class Verification:
     unchecked: list[str] = field(default_factory=list)
 
 
-@named(COMPONENT_NAMES)
+@named({"corpus": "CORPUS"})
 def verify(path: Path, *, sources: bool, rows: int, seed: int, console: Console) -> Verification:
     """Read all of a corpus and compare it with its manifests.
 

@@ -35,7 +35,7 @@ from shearing.data.corpus.splits import HeldoutSize
 from shearing.data.corpus.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
-from shearing.runs.recipe import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from data_tools.preparation.executors import Stage

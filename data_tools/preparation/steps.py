@@ -41,7 +41,7 @@ from shearing.data.corpus.writer import (
     write_index,
 )
 from shearing.errors import ShearingError, named
-from shearing.runs.recipe import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

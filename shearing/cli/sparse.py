@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from rich.console import Console
 
 from shearing.cli.frame import app
 from shearing.cli.keys import with_keys
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.pruning.sparse.recipe import SparsifyRecipe, load_sparsify_recipe, recipe_of_options
 
 SparseModel = Annotated[
@@ -62,7 +62,8 @@ def sparsify(
     recipe = _sparsify_recipe(model, options=options, overrides=overrides)
     from shearing.pruning.sparse.one_shot import sparsify as run
 
-    run(recipe)
+    with named(_names(model)):
+        run(recipe)
 
 
 @app.command()
@@ -72,7 +73,8 @@ def allocate(model: SparseModel = None, overrides: SparseOverrides = None, **opt
     recipe = _sparsify_recipe(model, options=options, overrides=overrides)
     from shearing.pruning.sparse.levels import allocate as run
 
-    run(recipe)
+    with named(_names(model)):
+        run(recipe)
 
 
 @app.command()
@@ -103,23 +105,34 @@ def export(
         )
     from shearing.pruning.sparse.semi_structured.export import BATCHES, export as run
 
-    run(
-        model,
-        output=output,
-        batches=batch or BATCHES,
-        precision=precision,
-        backend=backend,
-        margin=margin,
-        revision=revision,
-    )
+    with named(_names(model)):
+        run(
+            model,
+            output=output,
+            batches=batch or BATCHES,
+            precision=precision,
+            backend=backend,
+            margin=margin,
+            revision=revision,
+        )
 
 
 def _sparsify_recipe(model: str | None, *, options: dict[str, Any], overrides: Sequence[str] | None) -> SparsifyRecipe:
     given = {name: value for name, value in options.items() if value not in (None, [])}
-    if model is not None and model.endswith((".yaml", ".yml")):
+    if _is_recipe(model):
         last = [f"{name}={json.dumps(value)}" for name, value in given.items()]
         return load_sparsify_recipe(Path(model), overrides=[*(overrides or ()), *last])
     return recipe_of_options({"model": model, **given}, overrides=overrides or ())
+
+
+def _is_recipe(model: str | None) -> TypeGuard[str]:
+    return model is not None and model.endswith((".yaml", ".yml"))
+
+
+def _names(model: str | None) -> dict[str, str]:
+    """What people typed, by the recipe's keys."""
+    typed = {} if _is_recipe(model) else {"model": "MODEL"}
+    return {**typed, "domains": "data.domains"}
 
 
 def _check_sparsity(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shearing.data.mixture.rules.facts import RULES, RuleName
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
 
@@ -98,8 +98,8 @@ def rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
         if mixture.update not in rules and value != default:
             named = " or ".join(filter(None, [", ".join(rules[:-1]), rules[-1]]))
             yield ShearingError(
-                f"mixture.{name}",
+                name,
                 value=value,
-                allowed=f"only with mixture.update = {named}; it is {mixture.update}",
-                mend=f"set mixture.{name}={default}, or mixture.update={rules[0]}",
+                allowed=f"only with {key('update')} = {named}; it is {mixture.update}",
+                mend=f"set {key(name)}={default}, or {key('update')}={rules[0]}",
             )

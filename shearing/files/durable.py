@@ -15,6 +15,14 @@ from shearing.errors import ShearingError
 LOCK = ".lock"
 
 
+def existing_folder(path: Path) -> Path:
+    """The path itself if there is anything, or the nearest folder above it that there is."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
 def require_writable(path: Path, *, field: str) -> None:
     """Check that files can be written below a folder, without writing any.
 
@@ -25,9 +33,7 @@ def require_writable(path: Path, *, field: str) -> None:
     Raises:
         ShearingError: the folder, or the nearest folder above it that exists, is no folder or not writable.
     """
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_folder(path)
     if not existing.is_dir():
         raise ShearingError(
             field,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Axes, Unit
@@ -108,7 +108,7 @@ def _indices(alive: Tensor, count: int, *, name: str) -> Tensor:
             f"masks ({name})",
             value=found.numel(),
             allowed=f"exactly {count} units that are not zero, the target's size",
-            mend="use masks rounded to the target shape; a result of a parameter budget needs target.uniform=true",
+            mend=f"use masks rounded to the target shape; a result of a parameter budget needs {key('uniform')}=true",
         )
     return found
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.settings.quantities import ParameterCount
 from shearing.settings.section import Section
 
@@ -43,10 +43,10 @@ def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
     given = [name for name in sizes if getattr(target, name) is not None]
     if target.parameters is not None and given:
         yield ShearingError(
-            "target.parameters",
+            "parameters",
             value=target.parameters,
             allowed="either a budget or sizes by name",
-            mend=f"remove target.parameters, or {', '.join(f'target.{name}' for name in given)}",
+            mend=f"remove {key('parameters')}, or {', '.join(map(key, given))}",
         )
     if target.parameters is None and not given:
         yield ShearingError(
@@ -57,8 +57,8 @@ def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
         )
     if target.uniform and target.parameters is None:
         yield ShearingError(
-            "target.uniform",
+            "uniform",
             value=True,
-            allowed="true only with target.parameters: sizes by name are the same in every layer anyway",
-            mend="remove target.uniform",
+            allowed=f"true only with {key('parameters')}: sizes by name are the same in every layer anyway",
+            mend=f"remove {key('uniform')}",
         )

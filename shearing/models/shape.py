@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Parameter, Unit, count
@@ -150,20 +150,20 @@ def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
         limit = getattr(have, name)
         if value > limit:
             raise ShearingError(
-                f"target.{name}",
+                name,
                 value=value,
                 allowed=f"1 to {limit}, the source's size",
-                mend=f"set target.{name}={limit} to leave it as it is, or something smaller",
+                mend=f"set {key(name)}={limit} to leave it as it is, or something smaller",
             )
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     if heads % groups or heads // groups > have.query_heads_per_group:
         valid = [groups * per_group for per_group in range(1, have.query_heads_per_group + 1)]
         raise ShearingError(
-            "target.num_attention_heads",
+            "num_attention_heads",
             value=heads,
             allowed=f"with num_key_value_heads={groups}: {_nearest(valid, heads)}",
             mend=f"every one of the {groups} KV groups keeps the same 1 to {have.query_heads_per_group} query heads: "
-            f"set target.num_attention_heads={_nearest(valid, heads)[0]}",
+            f"set {key('num_attention_heads')}={_nearest(valid, heads)[0]}",
         )
     _refuse_unexportable(shape, source=source)
     return shape
@@ -185,12 +185,12 @@ def _refuse_unexportable(shape: Shape, *, source: PretrainedConfig) -> None:
         if export_error(dataclasses.replace(shape, num_attention_heads=count), source=source) is None
     ]
     raise ShearingError(
-        "target.hidden_size",
+        "hidden_size",
         value=shape.hidden_size,
         allowed=f"what {type(source).__name__} accepts with {shape.num_attention_heads} heads: "
         f"hidden_size {_nearest(widths, shape.hidden_size)}"
         + (f", or num_attention_heads {_nearest(heads, shape.num_attention_heads)} at this width" if heads else ""),
-        mend=f"set target.hidden_size={_nearest(widths, shape.hidden_size)[0]} ({message})"
+        mend=f"set {key('hidden_size')}={_nearest(widths, shape.hidden_size)[0]} ({message})"
         if widths
         else f"choose other sizes ({message})",
     )

@@ -122,6 +122,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
 
     Raises:
         ShearingError: no such model, another family, quantised or incomplete weights.
+        OSError, SafetensorError: it cannot be written to `converted`; see `files.full_disk`.
     """
     config = load_config(name, revision=revision)
     if getattr(config, "quantization_config", None):
@@ -186,9 +187,13 @@ def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) 
     beside = converted.with_name(f".{converted.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     dtype = getattr(load_config(name, revision=revision), "dtype", None) or torch.float32
-    load_source(name, revision=revision, dtype=dtype).save_pretrained(beside)
-    for pattern in TEXT_FILES:
-        for path in folder.glob(pattern):
+    model = load_source(name, revision=revision, dtype=dtype)
+    try:
+        model.save_pretrained(beside)
+        for path in (path for pattern in TEXT_FILES for path in folder.glob(pattern)):
             if not (beside / path.name).exists() and path.name not in OURS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, beside / path.name)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     beside.rename(converted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from typing_extensions import Self
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key, named
 from shearing.processes.watch import Watch, exit_code
 
 Value = TypeVar("Value")
@@ -62,31 +62,35 @@ class Processes:
         self._agreed: BaseException | None = None  # the error of this process that the others have been told
 
     @classmethod
-    def start(cls, *, device: str = "auto", timeout: float = 1800.0) -> Self:
+    def start(cls, *, device: str = "auto", timeout: float = 1800.0, names: Mapping[str, str] | None = None) -> Self:
         """Join the processes that the launcher started; alone where there was none.
 
         Args:
-            device: `training.device` of the recipe.
+            device: `auto`, `cpu` or `cuda`.
             timeout: seconds that training's exchanges wait for the slowest process.
+            names: what people call these two (see `errors.named`): what fails here may be said here, and end the
+                process.
 
         Raises:
             ShearingError: the launcher's variables are incomplete or do not fit this machine; the processes do not
                 come, or cannot reach each other.
         """
+        said = named(names or {})
         rank, size, local_rank = _environment()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         processes = cls(rank=rank, size=size)
         if size == 1:
             if on_gpu:
-                _take_gpu(local_rank)
+                said(_take_gpu)(local_rank)
             return processes
         meeting = _meet(size, seconds=timeout)
+        tells = rank == 0 or local_rank == 0
         # The watch is first: what fails from here on, on whatever host, ends all.
-        watch = Watch.start(rank=rank, size=size, meeting=meeting, seconds=timeout, tells=rank == 0 or local_rank == 0)
+        watch = said(Watch.start)(rank=rank, size=size, meeting=meeting, seconds=timeout, tells=tells)
         processes._watch = watch
         try:
             if on_gpu:
-                _take_gpu(local_rank)
+                said(_take_gpu)(local_rank)
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             processes._control = _connect(backend, store=meeting, rank=rank, size=size, seconds=timeout)
         except BaseException as error:  # noqa: BLE001  told to all, and the end of this process
@@ -204,7 +208,7 @@ def _take_gpu(local_rank: int) -> None:
             "LOCAL_RANK (set by the launcher)",
             value=local_rank,
             allowed=f"one process per GPU: this machine has {torch.cuda.device_count()}",
-            mend="start as many processes as there are GPUs (torchrun --nproc-per-node), or set training.device=cpu",
+            mend=f"start as many processes as there are GPUs (torchrun --nproc-per-node), or set {key('device')}=cpu",
         )
     torch.cuda.set_device(local_rank)
 

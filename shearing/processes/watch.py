@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from typing_extensions import Self
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -264,7 +264,7 @@ def _wait_for_all(store: Any, *, size: int, seconds: float) -> None:
                 "WORLD_SIZE (set by the launcher)",
                 value=size,
                 allowed=f"as many processes as have started; not heard of within {seconds:.0f} s: {_listed(missing)}",
-                mend="look into the logs of the hosts where they should be; training.timeout is how long to wait",
+                mend=f"look into the logs of the hosts where they should be; {key('timeout')} is how long to wait",
             )
         if missing:
             print(f"waiting for {_listed(missing)} of {size} to start", file=sys.stderr, flush=True)

@@ -22,7 +22,8 @@ from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.training.device import resolve_device, resolve_precision
 
@@ -53,13 +54,14 @@ class RunContext:
         return RunDirectory(self.recipe.run_dir)
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def device(self) -> torch.device:
         """Where this process computes.
 
         Raises:
             ShearingError: see `resolve_device`.
         """
-        return resolve_device(self.recipe.training)
+        return resolve_device(self.recipe.training.device)
 
     @cached_property
     def precision(self) -> torch.dtype:
@@ -120,6 +122,7 @@ class RunContext:
         return DocumentRules(attention_within=data.attention == "documents", loss_across=data.loss_across_documents)
 
     @cached_property
+    @named(COMPONENT_NAMES)
     def initial_weights(self) -> dict[str, float]:
         """The starting weight of each domain, summing to 1, in the order of the corpus.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
 from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
@@ -212,9 +213,9 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
     if recipe.target is not None:
-        yield from target_contradictions(recipe.target)
+        yield from _renamed(target_contradictions(recipe.target))
     if recipe.prune is not None:
-        yield from granularity_contradictions(recipe.prune)
+        yield from _renamed(granularity_contradictions(recipe.prune))
     yield from _mixture_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
@@ -239,6 +240,13 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             )
 
 
+def _renamed(errors: Iterable[ShearingError]) -> Iterator[ShearingError]:
+    """Errors that a section finds in itself, under the keys of the whole recipe."""
+    for error in errors:
+        error.rename(COMPONENT_NAMES)
+        yield error
+
+
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if (recipe.target is None) != (recipe.prune is None):
         absent, there = ("prune", "target") if recipe.prune is None else ("target", "prune")
@@ -259,7 +267,7 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
 
 def _mixture_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     mixture, domains = recipe.mixture, recipe.data.domains
-    yield from rule_contradictions(mixture)
+    yield from _renamed(rule_contradictions(mixture))
     if domains is not None and (not domains or len(set(domains)) < len(domains)):
         yield ShearingError(
             "data.domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
@@ -311,7 +319,7 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     try:
         sequences = stage.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
     except ShearingError as error:
-        error.rename({"batch_size": f"{name}.batch_size"})
+        error.rename({**COMPONENT_NAMES, "batch_size": f"{name}.batch_size"})
         yield error
         return
     try:
@@ -345,24 +353,6 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
             allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
             mend="shorten one of the two, or write both as shares of the stage",
         )
-
-
-COMPONENT_NAMES: Mapping[str, str] = {
-    "corpus": "data.corpus",
-    "domains": "data.domains",
-    "sequence_length": "data.sequence_length",
-    "source": "model.source",
-    "folder": "run_dir",
-}
-"""What components call, by the keys of a run."""
-
-ONE_SHOT_NAMES: Mapping[str, str] = {
-    "model": "model.source",
-    "output": "run_dir",
-    "device": "training.device",
-    **{name: f"sparsify.{name}" for name, _ in keys(OneShotRecipe)},
-}
-"""Keys of one-shot sparsity, by the keys of a run."""
 
 
 def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:

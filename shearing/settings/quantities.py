@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = r"(?P<number>\d[\d_,]*(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?P<multiple>(?:[kKmMbBtT](?![a-zA-Z]))?)"
@@ -175,7 +175,7 @@ class BatchSize:
             raise ShearingError(
                 "batch_size",
                 value=str(self),
-                allowed=f"a multiple of data.sequence_length = {sequence_length} tokens",
+                allowed=f"a multiple of {key('sequence_length')} = {sequence_length} tokens",
                 mend=f"write '{below} tokens' or '{above} tokens'" if below != above else f"write '{above} tokens'",
             )
         return sequences

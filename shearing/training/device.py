@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.models.anatomy import decoder_layers
 from shearing.models.attention import VARLEN_OPERATORS
 from shearing.training.recipe import TrainingRecipe
@@ -60,21 +60,21 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile()
 
 
-def resolve_device(training: TrainingRecipe) -> torch.device:
-    """The device a recipe asks for.
+def resolve_device(device: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` stands for here.
 
     Raises:
         ShearingError: cuda is asked for and there is none.
     """
     available = torch.cuda.is_available()
-    if training.device == "cuda" and not available:
+    if device == "cuda" and not available:
         raise ShearingError(
-            "training.device",
+            "device",
             value="cuda",
             allowed="cpu or auto: torch finds no GPU here",
-            mend="set training.device=auto, or install a torch build and a driver that fit the GPU",
+            mend=f"set {key('device')}=auto, or install a torch build and a driver that fit the GPU",
         )
-    return torch.device("cuda" if available and training.device != "cpu" else "cpu")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
 def resolve_precision(training: TrainingRecipe, *, device: torch.device) -> torch.dtype:

@@ -44,7 +44,7 @@ def require_trackers(training: TrainingRecipe) -> None:
     missing = [name for name in training.trackers if not any(map(_is_installed, _PACKAGES.get(name, (name,))))]
     if missing:
         raise ShearingError(
-            "training.trackers",
+            "trackers",
             value=training.trackers,
             allowed=f"trackers whose packages are installed; not here: {', '.join(missing)}",
             mend=f"{sys.executable} -m pip install {' '.join(missing)}",
@@ -118,7 +118,7 @@ class Trackers:
             except Exception as error:  # each has classes of its own
                 opened.close()
                 raise ShearingError(
-                    "training.trackers",
+                    "trackers",
                     value=name,
                     allowed="trackers that start",
                     mend=f"it says: {error or type(error).__name__}; mend that, or take {name} out",

@@ -1,115 +1,25 @@
 """What people read when a corpus, a model or a folder cannot be used: whole messages, by what was typed.
 
 The components that find these out know nothing of recipes and options; here is that their words arrive under the names
-that people know. `messages.txt` has one part for each situation; paths of the test are INPUTS and HERE.
+that people know. `messages.txt` has one part for each situation; paths are INPUTS, HERE and PYTHON.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
-from shearing.files import tensors as tensor_files
-from shearing.files.durable import read_json, write_json
+from tests.cli.damages import DAMAGES, SURROUNDINGS, Place
 from tests.conftest import tiny_recipe_data
 
 MESSAGES = Path(__file__).with_name("messages.txt")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Folders of one situation.
-
-    Attributes:
-        here: where the command may write.
-        model, corpus: copies to damage.
-        recipe: over these, of all stages.
-    """
-
-    here: Path
-    model: Path
-    corpus: Path
-    recipe: Path
-
-
-def _index(place: Place, **changes: Any) -> None:
-    write_json(place.corpus / "corpus.json", {**read_json(place.corpus / "corpus.json"), **changes})
-
-
-def _manifests(place: Place, **changes: Any) -> None:
-    for domain in ("letters", "digits"):
-        path = place.corpus / domain / "manifest.json"
-        write_json(path, {**read_json(path), **changes})
-
-
-def _empty(place: Place) -> None:
-    path = place.corpus / "digits" / "manifest.json"
-    manifest = read_json(path)
-    write_json(path, {**manifest, "heldout": {**manifest["heldout"], "tokens": 0}})
-
-
-def _config(place: Place, **changes: Any) -> None:
-    path = place.model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def _weights(place: Place, *, without: str | None = None, nan: str | None = None) -> None:
-    tensors = load_file(place.model / "model.safetensors")
-    if without:
-        del tensors[without]
-    if nan:
-        tensors[nan][0] = torch.nan
-    save_file(tensors, place.model / "model.safetensors", metadata={"format": "pt"})
-
-
-def _short(place: Place) -> None:
-    """Leave one held-out document of 40 tokens."""
-    folder = place.corpus / "digits"
-    manifest = read_json(folder / "manifest.json")
-    ids = np.fromfile(folder / "heldout.bin", dtype=manifest["dtype"])[:40]
-    ids[-1] = manifest["separator_id"]
-    ids.tofile(folder / "heldout.bin")
-    counts = manifest["heldout"]
-    counts |= {"tokens": 40, "documents": 1}
-    for name, values in (("ends", np.array([40])), ("hashes", np.array([1], dtype=np.uint64))):
-        path = folder / f"heldout_{name}.npy"
-        np.save(path, values)
-        counts[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_json(folder / "manifest.json", manifest)
-
-
-DAMAGES: dict[str, Callable[[Place], object]] = {
-    "nothing": lambda _: None,
-    "no corpus": lambda place: shutil.rmtree(place.corpus),
-    "unfinished corpus": lambda place: (place.corpus / "corpus.json").unlink(),
-    "corpus of another format": lambda place: _index(place, format=0),
-    "corpus of another tokenizer": lambda place: _manifests(place, tokenizer_fingerprint="0" * 32),
-    "corpus beyond the vocabulary": lambda place: _manifests(place, largest_token=1000),
-    "empty split": _empty,
-    "short": _short,
-    "no config": lambda place: (place.model / "config.json").unlink(),
-    "unreadable config": lambda place: (place.model / "config.json").write_text("{"),
-    "another family": lambda place: _config(place, model_type="gpt2"),
-    "no tokenizer": lambda place: [path.unlink() for path in place.model.glob("tokenizer*")],
-    "a weight missing": lambda place: _weights(place, without="model.layers.1.mlp.up_proj.weight"),
-    "a weight not finite": lambda place: _weights(place, nan="model.layers.1.mlp.up_proj.weight"),
-    "masks without manifest": lambda place: save_file({"x": torch.zeros(1)}, place.model / "masks.safetensors"),
-}
 ONE_SHOT = "MODEL --criterion wanda --pattern 2:4 --calibration CORPUS --samples 4 --seqlen 16 -o HERE/out"
 EVALUATED = f"{ONE_SHOT.replace('CORPUS', 'INPUTS/corpus')} --evaluate CORPUS"
 MEASURE = "data reference-loss measure --corpus CORPUS --model MODEL -o HERE/t.json --sequence-length 16"
@@ -124,6 +34,8 @@ CORPORA = [
 ]
 MODELS = ["no config", "unreadable config", "another family"]
 WEIGHTS = ["a weight missing", "a weight not finite"]
+FULL = ["full disk", "full disk while converting"]
+LOSSES = ["losses at another length", "losses below 0"]
 SITUATIONS = [
     *((damage, "run RECIPE") for damage in (*CORPORA, *MODELS, *WEIGHTS, "no tokenizer", "full disk")),
     *((damage, DENSE) for damage in (*WEIGHTS, "masks without manifest", "full disk")),
@@ -135,6 +47,39 @@ SITUATIONS = [
     ("short", "run RECIPE data.sequence_length=64 mixture.heldout_tokens=64"),
     ("nothing", "compact RECIPE"),
     ("nothing", "run RECIPE prune.batch_size=8tokens"),
+    *(
+        ("nothing", f"config check RECIPE {keys}")
+        for keys in (
+            "target.hidden_size=64",
+            "target.num_attention_heads=3",
+            "target.hidden_size=15 target.num_key_value_heads=1",
+            "target.parameters=4000 target.uniform=true",
+            "target.uniform=true prune.granularities=[layers,sublayers] mixture.update=robust mixture.step_size=2",
+            "mixture.floor=0.5 prune.granularities=[]",
+            'mixture.initial_weights={"letter":1}',
+            'mixture.initial_weights={"letters":1} mixture.reference={"letters":1}',
+            "mixture.reference=HERE/nowhere.json",
+            "training.engine=deepspeed training.deepspeed.config=HERE/nowhere.json",
+        )
+    ),
+    ("list", "config check RECIPE mixture.reference=HERE/list.json"),
+    *((damage, "config check RECIPE mixture.reference=HERE/losses.json") for damage in LOSSES),
+    ("list", "config check RECIPE training.engine=deepspeed training.deepspeed.config=HERE/list.json"),
+    (
+        "settings of DeepSpeed",
+        "config check RECIPE training.engine=deepspeed training.deepspeed.config=HERE/deepspeed.json",
+    ),
+    ("no GPU", "run RECIPE training.device=cuda"),
+    ("second of one GPU", "run RECIPE training.device=cuda"),
+    ("one of two", "run RECIPE training.timeout=1"),
+    ("no trackers", "run RECIPE training.trackers=[wandb,mlflow]"),
+    ("failing trackers", "run RECIPE training.trackers=[wandb]"),
+    ("nothing", "run RECIPE prune.learning_rate=1e30 training.max_skipped_steps=1"),
+    ("corpus of another text", "pretrain RECIPE"),
+    ("another model", "prune RECIPE"),
+    ("other fingerprints", "prune RECIPE"),
+    ("moments of another model", "pretrain RECIPE"),
+    ("masks of another shape", "compact RECIPE"),
     ("nothing", f"{DENSE} pretrain.lora={{targets:[other]}}"),
     *(
         ("nothing", f"{DENSE} sparsify.criterion=wanda sparsify.calibration=[INPUTS/corpus] {keys}")
@@ -147,17 +92,20 @@ SITUATIONS = [
     ),
     *(
         (damage, f"{DENSE} sparsify.criterion=wanda sparsify.pattern='2:4' sparsify.samples=4 sparsify.seqlen=16")
-        for damage in ("a weight not finite", "full disk")
+        for damage in ("a weight not finite", "full disk", "full disk while converting")
     ),
-    *((damage, f"sparsify {ONE_SHOT}") for damage in (*CORPORA, *MODELS, *WEIGHTS, "full disk")),
+    *((damage, f"sparsify {ONE_SHOT}") for damage in (*CORPORA, *MODELS, *WEIGHTS, *FULL)),
     *((damage, f"sparsify {EVALUATED}") for damage in CORPORA if damage != "corpus of another format"),
     ("short", f"sparsify {EVALUATED} --seqlen 64"),
+    ("no GPU", f"sparsify {ONE_SHOT} device=cuda"),
     *((damage, f"allocate {ONE_SHOT}.json --allocation rank") for damage in ("no corpus", "another family", *WEIGHTS)),
+    ("full disk while converting", f"allocate {ONE_SHOT}.json --allocation rank"),
     *((damage, "data inspect CORPUS") for damage in ("no corpus", "unfinished corpus", "empty split")),
     ("nothing", "data inspect CORPUS --recipe HERE/other.yaml"),
     *((damage, "data verify CORPUS") for damage in ("no corpus", "unfinished corpus")),
     ("nothing", f"{MEASURE} --domain letter"),
     ("short", MEASURE.replace("16", "64")),
+    ("no GPU", f"{MEASURE} --device cuda"),
     *((damage, MEASURE) for damage in ("no corpus", "empty split", "no config", "another family", *WEIGHTS)),
     *(
         (damage, "data reference-loss source RECIPE -o HERE/r.json")
@@ -168,23 +116,19 @@ SITUATIONS = [
 
 def _said(place: Place, *, inputs: Path, damage: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a command prints about a damage, without what differs from run to run."""
-    if damage == "full disk":
-        monkeypatch.setattr(tensor_files, "save_file", _full)
-    else:
+    if damage in DAMAGES:
         DAMAGES[damage](place)
+    if damage in SURROUNDINGS:
+        SURROUNDINGS[damage](monkeypatch)
     words = {"RECIPE": place.recipe, "MODEL": place.model, "CORPUS": place.corpus, "HERE": place.here, "INPUTS": inputs}
     arguments = re.sub("|".join(words), lambda match: str(words[match[0]]), typed).split()
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "1000"})
     said = result.stderr if result.exit_code == 2 else result.stdout
-    for name, path in (("HERE", place.here), ("INPUTS", inputs)):
+    for name, path in (("HERE", place.here), ("INPUTS", inputs), ("PYTHON", sys.executable)):
         said = said.replace(str(path), name)
     said = re.sub(r"with [0-9.]+ GB free", "with # GB free", said)
-    said = re.sub(r"(the network|the tokenizer's files) \(.*\)", r"\1 (#)", said)
+    said = re.sub(r"(the network|the tokenizer's files|hidden_size=14) \(.*\)", r"\1 (#)", said)
     return f"exit code {result.exit_code}\n" + "".join(f"{line.rstrip()}\n" for line in said.splitlines())
-
-
-def _full(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _expected() -> dict[str, str]:

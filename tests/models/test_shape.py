@@ -30,15 +30,15 @@ def test_heads_follow_groups():
 @pytest.mark.parametrize(
     ("target", "field", "mend"),
     [
-        ({"hidden_size": 64}, "target.hidden_size", "target.hidden_size=36"),
-        ({"num_hidden_layers": 9}, "target.num_hidden_layers", "target.num_hidden_layers=4"),
-        ({"num_attention_heads": 4}, "target.num_attention_heads", "target.num_attention_heads=3"),
+        ({"hidden_size": 64}, "hidden_size", "hidden_size=36"),
+        ({"num_hidden_layers": 9}, "num_hidden_layers", "num_hidden_layers=4"),
+        ({"num_attention_heads": 4}, "num_attention_heads", "num_attention_heads=3"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 1},
-            "target.num_attention_heads",
-            "set target.num_attention_heads=2",
+            "num_attention_heads",
+            "set num_attention_heads=2",
         ),
-        ({"hidden_size": 25, "num_attention_heads": 3}, "target.hidden_size", "target.hidden_size=24"),
+        ({"hidden_size": 25, "num_attention_heads": 3}, "hidden_size", "hidden_size=24"),
     ],
 )
 def test_impossible_targets_name_the_nearest_valid_one(target, field, mend):

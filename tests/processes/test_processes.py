@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from shearing.errors import ShearingError
 from shearing.processes.processes import AgreedEnd, Processes
@@ -223,6 +224,20 @@ def test_an_error_at_the_start_of_one_process_ends_all(tmp_path: Path) -> None:
     codes, outputs = _ends(_fails_to_connect, folder=tmp_path)
     assert codes == [2, 2]
     assert all("learning_rate" in output for output in outputs)
+
+
+def _has_too_few_gpus() -> None:
+    torch.cuda.is_available = lambda: True  # type: ignore[assignment]
+    torch.cuda.device_count = lambda: 1  # type: ignore[assignment]
+    torch.cuda.set_device = lambda _: None  # type: ignore[assignment]
+    Processes.start(names={"device": "training.device"})
+
+
+@pytest.mark.slow
+def test_what_one_process_says_for_all_has_the_names_that_people_know(tmp_path: Path) -> None:
+    codes, outputs = _ends(_has_too_few_gpus, folder=tmp_path)
+    assert codes == [2, 2]
+    assert "or set training.device=cpu" in outputs[1]
 
 
 def _suspended(ready: Path) -> None:

@@ -49,6 +49,22 @@ def test_a_whole_run_opens_the_corpus_and_its_tokenizer_once(tiny_recipe: Path, 
     assert calls == dict.fromkeys(("open", "from_pretrained", "resolve_device", "resolve_precision", "load_config"), 1)
 
 
+@pytest.mark.parametrize(
+    ("keys", "opened"),
+    [([], 1), (["sparsify.calibration=[TEXT]"], 1), (["data.domains=[digits, letters]"], 2)],
+    ids=["the run's corpus", "a file of text", "more than the run's domains"],
+)
+def test_one_shot_sparsity_reads_what_the_run_has_open(
+    tiny_recipe: Path, tmp_path: Path, calls: Counter[str], keys: list[str], opened: int
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcd0123" * 100)
+    sparsify = ["sparsify.criterion=wanda", "sparsify.pattern='2:4'", "sparsify.samples=4", "sparsify.seqlen=16"]
+    overrides = [*sparsify, *(key.replace("TEXT", str(text)) for key in keys)]
+    shearing.run(load_recipe(tiny_recipe, overrides=overrides), console=Console(file=io.StringIO()))
+    assert (calls["open"], calls["from_pretrained"]) == (opened, 1)
+
+
 def test_what_the_checks_have_opened_is_handed_on(tiny_recipe: Path, calls: Counter[str]) -> None:
     context = RunContext(load_recipe(tiny_recipe))
     preflight(context)

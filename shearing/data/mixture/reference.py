@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shearing.errors import ShearingError, nearest_name
+from shearing.errors import ShearingError, key, nearest_name
 from shearing.files.durable import write_json
 
 if TYPE_CHECKING:
     from shearing.data.recipe import MixtureRecipe
 
 
-FIELD = "mixture.reference"
+FIELD = "reference"
 
 
 def resolve_reference(
@@ -94,12 +94,12 @@ def _loss(name: str, *, losses: Mapping[str, object], origin: str) -> float:
             FIELD,
             value=f"nothing for domain {name} in {origin}",
             allowed=f"a loss for each domain; there are: {', '.join(losses) or 'none'}",
-            mend=near or f"add a loss for {name}, or set {FIELD} to source",
+            mend=near or f"add a loss for {name}, or set {key(FIELD)} to source",
         )
     loss = losses[name]
     if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss) or loss <= 0:
         raise ShearingError(
-            f"{FIELD}.{name}",
+            f"{key(FIELD)}.{name}",
             value=loss,
             allowed="a finite number above 0, in nats per token",
             mend=f"correct it in {origin}",

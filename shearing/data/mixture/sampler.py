@@ -32,7 +32,7 @@ from torch import Tensor
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.documents import DocumentRules
 from shearing.data.splitmix64 import INCREMENT, Words, mixed
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 UNITS = 1 << 40
 ROUND_CONSTANTS = tuple(np.uint64(INCREMENT * i % 2**64) for i in range(1, 7))
@@ -303,7 +303,7 @@ class Mixture:
                     f"mixture state: {name.replace('_', ' ')}",
                     value=mine,
                     allowed=f"{state['identity'][name]}, as when the checkpoint was written",
-                    mend="set it back, or start a new run in another run_dir",
+                    mend=f"set it back, or start a new run in another {key('folder')}",
                 )
         self._log = [
             self._segment(dict(zip(self.domains, weights, strict=True)), first_sample=first)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from shearing.errors import ShearingError, nearest_name
+from shearing.errors import ShearingError, key, nearest_name
 
 
 def resolve_weights(
@@ -25,7 +25,7 @@ def resolve_weights(
         return dict.fromkeys(tokens, 1.0 / len(tokens))
     if weights == "proportional":
         return {name: count / sum(tokens.values()) for name, count in tokens.items()}
-    field = "mixture.initial_weights"
+    field = "initial_weights"
     for name in weights:
         if name not in tokens:
             raise ShearingError(
@@ -36,12 +36,12 @@ def resolve_weights(
             raise ShearingError(
                 field,
                 value=f"nothing for domain {name}",
-                allowed="a weight for every domain of data.domains",
-                mend=f"add `{name}: 0.1`, or leave {name} out of data.domains",
+                allowed=f"a weight for every domain of {key('domains')}",
+                mend=f"add `{name}: 0.1`, or leave {name} out of {key('domains')}",
             )
         if not math.isfinite(weights[name]) or weights[name] < 0:
             raise ShearingError(
-                f"{field}.{name}", value=weights[name], allowed="a finite number, at least 0", mend="correct it"
+                f"{key(field)}.{name}", value=weights[name], allowed="a finite number, at least 0", mend="correct it"
             )
     total = sum(weights.values())
     if total <= 0:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
@@ -42,26 +41,32 @@ class Calibration:
 
 
 def load_calibration(
-    paths: Sequence[Path], *, tokenizer_folder: Path, vocab_size: int, samples: int, seqlen: int, seed: int
+    paths: Sequence[Path],
+    *,
+    tokenizer: Any,
+    vocab_size: int,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    corpus: Corpus | None = None,
 ) -> Calibration:
     """Rows of the training split of a corpus, domains by their share of the tokens; or of text files.
 
     Args:
         paths: the folder of one corpus, or text files (UTF-8), of which each ends in the tokenizer's end of text.
-        tokenizer_folder: the model's folder.
+        tokenizer: the model's.
         vocab_size: rows of the model's embedding.
         samples: number of rows.
         seqlen: tokens of a row.
         seed: of the draw; no row is drawn twice.
+        corpus: the one at `paths`, with all its domains, where it is open already and known to fit the model.
 
     Raises:
         ShearingError: no such text, tokens of another tokenizer, or too little of it.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     if len(paths) == 1 and paths[0].is_dir():
-        tokens = _of_corpus(
-            paths[0], tokenizer=tokenizer, vocab_size=vocab_size, samples=samples, seqlen=seqlen, seed=seed
-        )
+        corpus = corpus or _opened(paths[0], tokenizer=tokenizer, vocab_size=vocab_size)
+        tokens = _of_corpus(corpus, samples=samples, seqlen=seqlen, seed=seed)
     else:
         tokens = _of_files(paths, tokenizer=tokenizer, samples=samples, seqlen=seqlen, seed=seed)
         if int(tokens.max()) >= vocab_size:
@@ -87,7 +92,7 @@ def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, devi
         yield Inputs(batch.tokens[:, :-1].to(device), mixture.documents.documents(batch.positions, device=device))
 
 
-def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seqlen: int, seed: int) -> Tensor:
+def _opened(path: Path, *, tokenizer: Any, vocab_size: int) -> Corpus:
     if not (path / INDEX_NAME).is_file():
         raise ShearingError(
             "calibration",
@@ -96,15 +101,16 @@ def _of_corpus(path: Path, *, tokenizer: Any, vocab_size: int, samples: int, seq
             mend=f"give the folder that holds {INDEX_NAME}, or the files themselves",
         )
     with named({"corpus": "calibration"}):
-        corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+        return Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+
+
+def _of_corpus(corpus: Corpus, *, samples: int, seqlen: int, seed: int) -> Tensor:
     lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
     rows = {name: (tokens - 1) // seqlen for name, tokens in lengths.items()}
     long_enough = [name for name, count in rows.items() if count > 0]
-    _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(path))
-    corpus = Corpus.open(path, domains=long_enough)
-    mixture = Mixture(
-        corpus, seed=seed, sequence_length=seqlen, weights={name: float(rows[name]) for name in long_enough}
-    )
+    _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(corpus.path))
+    weights = {name: float(rows[name]) for name in long_enough}
+    mixture = Mixture(corpus.only(long_enough), seed=seed, sequence_length=seqlen, weights=weights)
     [whole] = first_samples(mixture, samples=samples, micro_batch_size=samples, device=torch.device("cpu"))
     return whole.tokens.contiguous()
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
+from shearing.files.durable import existing_folder
+from shearing.files.full_disk import full_disk_said
 from shearing.models.stored_model import Source, dtype_of, open_source
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
@@ -28,6 +32,7 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
 from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
 from shearing.settings.neutral import neutral_keys
+from shearing.training.device import resolve_device
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192
@@ -80,18 +85,21 @@ class Job:
         return f"{100 * float(1 - self.budget):g} % removed in all, {self.levels[0]} to {self.levels[-1]}"
 
 
-def prepare(recipe: SparsifyRecipe, *, folder: Path) -> Job:
+def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corpus: Corpus | None = None) -> Job:
     """Check a recipe against the model, the text and the machine.
 
     Args:
         recipe: what to do.
         folder: of the run's own files.
+        tokenizer: the model's, where it is loaded already.
+        corpus: the calibration's, where it is open already; see `load_calibration`.
 
     Raises:
         ShearingError: something the user can mend.
     """
-    device = _device(recipe.device)
-    source = open_source(recipe.model, revision=recipe.revision, converted=folder / "source")
+    device = resolve_device(recipe.device)
+    with full_disk_said(lambda: no_room(folder, what="the model once more, in safetensors files")):
+        source = open_source(recipe.model, revision=recipe.revision, converted=folder / "source")
     matrices = _selected(matrices_of(source), recipe=recipe)
     criterion = criteria()[recipe.criterion]
     reconstruction = reconstructions()[recipe.resolved_reconstruction]
@@ -112,7 +120,7 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path) -> Job:
         for matrix in matrices if allocation is None else ():
             level.check(rows=matrix.rows, columns=matrix.columns, name=matrix.name)
     seqlen = _seqlen(recipe, source=source)
-    calibration, fitness = _texts(recipe, source=source, seqlen=seqlen)
+    calibration, fitness = _texts(recipe, source=source, seqlen=seqlen, tokenizer=tokenizer, corpus=corpus)
     dtype = torch.float32 if device.type == "cpu" else dtype_of(source, matrices[0].name)
     if recipe.precision != "auto":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
@@ -159,7 +167,7 @@ def no_room(folder: Path, *, what: str) -> ShearingError:
     """That the disk under `folder`, which is a run's own, is too small for `what`."""
     return ShearingError(
         "output",
-        value=f"{folder.parent}, with {shutil.disk_usage(folder).free / 1e9:.2f} GB free",
+        value=f"{folder.parent}, with {shutil.disk_usage(existing_folder(folder)).free / 1e9:.2f} GB free",
         allowed=f"a disk with room for {what}",
         mend="free space and run the same command again, or choose an output on another disk",
     )
@@ -203,17 +211,20 @@ def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
     return levels
 
 
-def _texts(recipe: SparsifyRecipe, *, source: Source, seqlen: int) -> tuple[Calibration | None, Calibration | None]:
+def _texts(
+    recipe: SparsifyRecipe, *, source: Source, seqlen: int, tokenizer: Any, corpus: Corpus | None
+) -> tuple[Calibration | None, Calibration | None]:
     if not recipe.needs_text:
         return None, None
     more = recipe.search.fitness_samples if recipe.allocation == "msp" else 0
     text = load_calibration(
         recipe.calibration or [],
-        tokenizer_folder=source.folder,
+        tokenizer=tokenizer or AutoTokenizer.from_pretrained(source.folder),
         vocab_size=source.config.vocab_size,
         samples=recipe.samples + more,
         seqlen=seqlen,
         seed=recipe.seed,
+        corpus=corpus,
     )
     calibration = Calibration(text.tokens[: recipe.samples], text.source)
     return calibration, Calibration(text.tokens[recipe.samples :], text.source) if more else None
@@ -276,9 +287,3 @@ def _seqlen(recipe: SparsifyRecipe, *, source: Source) -> int:
             mend=f"set seqlen to {min(longest, DEFAULT_SEQLEN)}",
         )
     return recipe.seqlen or min(longest, DEFAULT_SEQLEN)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ShearingError("device", value=name, allowed="cpu, as torch finds no GPU here", mend="set device: cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

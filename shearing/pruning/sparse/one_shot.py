@@ -32,7 +32,9 @@ EVALUATION = "evaluation.json"
 
 
 @named(COMPONENT_NAMES)
-def sparsify(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
+def sparsify(
+    recipe: SparsifyRecipe, *, console: Console | None = None, tokenizer: Any = None, corpus: Corpus | None = None
+) -> Path:
     """Prune a model in one shot and write it, with its masks and a manifest.
 
     The same call after any interruption continues behind the last layer that was finished, and ends in the same bits. A
@@ -41,6 +43,8 @@ def sparsify(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     Args:
         recipe: what to do.
         console: where progress and results go; stdout if None.
+        tokenizer: the model's, where it is loaded already.
+        corpus: the calibration's, where it is open already; see `load_calibration`.
 
     Returns:
         The folder of the sparse model.
@@ -53,7 +57,7 @@ def sparsify(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     output, partial = recipe.output, recipe.output.with_name(f"{recipe.output.name}.partial")
     _require_place(output)
     require_writable(output, field="output")
-    job = prepare(recipe, folder=partial)
+    job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus)
     heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job)
     if (output / MANIFEST).is_file():
         require_same(read_manifest(output)["settings"], job.settings, where=output)

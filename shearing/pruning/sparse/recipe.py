@@ -252,8 +252,8 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
             )
 
 
-COMPONENT_NAMES: Mapping[str, str] = {"source": "model.source", "domains": "data.domains"}
-"""What components that load a model and read a corpus call, by the names that errors of one-shot sparsity have."""
+COMPONENT_NAMES: Mapping[str, str] = {"source": "model"}
+"""What components that load a model call, by these keys."""
 
 
 def load_sparsify_recipe(path: Path, *, overrides: Sequence[str] = ()) -> SparsifyRecipe:

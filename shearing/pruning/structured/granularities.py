@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
 
@@ -87,11 +87,11 @@ def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | Non
         if shrinks and name not in expanded and alternatives.get(name) not in expanded:
             named = "layers' or 'sublayers" if name in alternatives else name
             raise ShearingError(
-                "prune.granularities",
+                "granularities",
                 value=list(names),
                 allowed=f"a list with '{named}', as the target shrinks {size} "
                 f"from {getattr(source, size)} to {getattr(target, size)}",
-                mend=f"add '{named}' to prune.granularities, or leave target sizes of this kind as in the source",
+                mend=f"add '{named}' to {key('granularities')}, or leave target sizes of this kind as in the source",
             )
     return tuple(found)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.models.families.axes import Unit, count
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity
@@ -107,10 +107,10 @@ def round_to_budget(
     smallest = int(count_parameters(keep(low), source=source))
     if smallest > parameters:
         raise ShearingError(
-            "target.parameters",
+            "parameters",
             value=parameters,
             allowed=f"{smallest} to {source.num_parameters()} with the granularities of this recipe",
-            mend="raise target.parameters, or add granularities to prune.granularities",
+            mend=f"raise {key('parameters')}, or add granularities to {key('granularities')}",
         )
     while low < high:
         middle = (low + high + 1) // 2
@@ -167,8 +167,8 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         if units / 2 <= room:
             return dataclasses.replace(shape, intermediate_size=min(room, source.intermediate_size))
     raise ShearingError(
-        "target.parameters",
+        "parameters",
         value=budget.parameters,
         allowed="a budget that some uniform shape near the learned sizes meets",
-        mend="raise target.parameters or prune more kinds of units (prune.granularities)",
+        mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})",
     )

@@ -80,14 +80,14 @@ def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
     chosen = prune.granularities
     if len(set(chosen)) < len(chosen) or not chosen:
         yield ShearingError(
-            "prune.granularities",
+            "granularities",
             value=chosen,
             allowed="at least one granularity, each once",
             mend=f"write {list(dict.fromkeys(chosen)) or ['hidden']}",
         )
     if {"layers", "sublayers"} <= set(chosen):
         yield ShearingError(
-            "prune.granularities",
+            "granularities",
             value=chosen,
             allowed="layers (attention and MLP go together) or sublayers (apart)",
             mend="remove one of the two",

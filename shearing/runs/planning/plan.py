@@ -20,6 +20,7 @@ from shearing.data.corpus.corpus import whole_rows
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
+from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.disk import checkpoint_bytes
 from shearing.runs.planning.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
 from shearing.runs.planning.memory import (
@@ -31,7 +32,7 @@ from shearing.runs.planning.memory import (
     estimate,
 )
 from shearing.runs.planning.summary import shape_cells
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe, TrainingStage, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe, TrainingStage, tokens_per_step, total_steps
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.engines.facts import ENGINES
 from shearing.training.stage import PREFETCHED_STEPS
@@ -261,7 +262,7 @@ def _precision(recipe: Recipe, *, hardware: Hardware) -> torch.dtype:
     if training.precision == "auto" and (hardware.gpu is not None or training.device == "cuda"):
         # For the GPU that is planned for, not for what is here; one that is not in the table has bf16, as all newer do.
         return torch.bfloat16 if hardware.gpu is None or torch.bfloat16 in hardware.gpu.peak else torch.float32
-    device = resolve_device(training) if training.precision == "auto" else torch.device("cpu")
+    device = resolve_device(training.device) if training.precision == "auto" else torch.device("cpu")
     return resolve_precision(training, device=device)
 
 

@@ -22,18 +22,10 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.runs.context import RunContext
+from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
-from shearing.runs.recipe import (
-    COMPONENT_NAMES,
-    ONE_SHOT_NAMES,
-    Pruning,
-    Recipe,
-    one_shot_recipe,
-    split_batch,
-    tokens_per_step,
-    total_steps,
-)
+from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch, tokens_per_step, total_steps
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES

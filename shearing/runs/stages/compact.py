@@ -17,7 +17,8 @@ from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import Recipe
 
 CHECK_TOKENS = 64
 LARGEST_DIFFERENCE = 1e-4

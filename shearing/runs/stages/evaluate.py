@@ -37,7 +37,8 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe, tokens_per_step, total_steps
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
 from shearing.training.recipe import StageRecipe

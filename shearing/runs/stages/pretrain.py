@@ -15,7 +15,7 @@ from shearing.files.full_disk import full_disk_said
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain_start import Start
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses

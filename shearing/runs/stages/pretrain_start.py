@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.errors import named
 from shearing.models.stored_model import OURS, TEXT_FILES
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
@@ -69,15 +68,14 @@ class Start:
             ShearingError: peft is not installed, or no layer has such a name.
         """
         seed_random(seed)
-        with named({"lora": "pretrain.lora", **{name: f"pretrain.lora.{name}" for name in type(lora).model_fields}}):
-            return add_adapters(
-                model,
-                masks=self.kept(),
-                rank=lora.rank,
-                alpha=lora.alpha,
-                dropout=lora.dropout,
-                targets=lora.targets,
-            )
+        return add_adapters(
+            model,
+            masks=self.kept(),
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+        )
 
     @torch.no_grad()
     def trained(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel:

@@ -29,7 +29,8 @@ from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, tokens_per_step
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space

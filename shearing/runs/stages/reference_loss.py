@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,15 +18,25 @@ from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.progress import activity
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import COMPONENT_NAMES, Recipe
+from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.recipe import Recipe
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.settings.quantities import parse_parameter_count
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
 
+MEASURE_NAMES: Mapping[str, str] = {
+    "source": "--model",
+    "corpus": "--corpus",
+    "domains": "--domain",
+    "sequence_length": "--sequence-length",
+    "device": "--device",
+}
+"""What components call, by the options of `shear data reference-loss measure`."""
 
-@named(COMPONENT_NAMES)
+
+@named(MEASURE_NAMES)
 def measure(
     models: Sequence[str],
     *,
@@ -49,7 +59,7 @@ def measure(
             allowed="positive numbers, of --sequence-length at least 2",
             mend="correct them",
         )
-    device = resolve_device(training)
+    device = resolve_device(training.device)
     table = measure_losses(
         models,
         corpus=corpus,

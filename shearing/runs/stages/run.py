@@ -17,6 +17,7 @@ from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
 from shearing.runs.continuation import require_same_run
+from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -42,7 +43,8 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
     # transformers imports DeepSpeed where it is installed, which says on every machine without a GPU that it has none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
-    with Processes.start(device=recipe.training.device, timeout=recipe.training.timeout) as processes:
+    training = recipe.training
+    with Processes.start(device=training.device, timeout=training.timeout, names=COMPONENT_NAMES) as processes:
         if processes.is_main:
             console = console or Console()
         else:

@@ -8,7 +8,8 @@ from shearing.errors import named
 from shearing.pruning.sparse.one_shot import sparsify as make_sparse
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import ONE_SHOT_NAMES, one_shot_recipe
+from shearing.runs.names import ONE_SHOT_NAMES
+from shearing.runs.recipe import one_shot_recipe
 
 
 def sparsify(context: RunContext) -> dict[str, Any]:
@@ -28,8 +29,16 @@ def sparsify(context: RunContext) -> dict[str, Any]:
     recipe, run = context.recipe, context.directory
     if "compact" in recipe.stages:
         run.read_complete("compact")
+    one_shot = one_shot_recipe(recipe)
+    # Of the whole corpus, whichever domains the run trains on.
+    own = one_shot.calibration == [recipe.data.corpus] and recipe.data.domains is None
     with named(ONE_SHOT_NAMES):
-        make_sparse(one_shot_recipe(recipe), console=context.console)
+        make_sparse(
+            one_shot,
+            console=context.console,
+            tokenizer=context.tokenizer if one_shot.needs_text else None,
+            corpus=context.corpus if own else None,
+        )
     complete = {"budget": read_manifest(run.sparse)["budget"]}
     run.mark_complete("sparsify", complete)
     return complete

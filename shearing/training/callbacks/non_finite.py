@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.training.task import Callback, Run
 
 
@@ -48,9 +48,10 @@ class NonFiniteGuard(Callback):
         raise ShearingError(
             f"{run.task.name} (loss or gradient, step {run.step})",
             value=f"not finite in {in_row} steps in a row",
-            allowed=f"fewer than training.max_skipped_steps = {self._most}",
+            allowed=f"fewer than {key('max_skipped_steps')} = {self._most}",
             mend="the same command tries the steps that follow, from the last good weights "
-            f"({run.task.checkpoints}); if it stops again, start a new run_dir with a lower learning rate or fp32",
+            f"({run.task.checkpoints}); if it stops again, start a new {key('folder')} with a lower learning rate or "
+            "fp32",
         )
 
     @override

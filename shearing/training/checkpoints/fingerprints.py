@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 Fingerprints = dict[str, int]
 """`KIND/PARAMETER` -> fingerprint."""
@@ -42,8 +42,8 @@ def add_fingerprints(parts: Iterable[Fingerprints]) -> Fingerprints:
     """Fingerprints of whole tensors from those of their pieces."""
     total: Fingerprints = {}
     for part in parts:
-        for key, value in part.items():
-            total[key] = (total.get(key, 0) + value) % _MODULUS
+        for tensor, value in part.items():
+            total[tensor] = (total.get(tensor, 0) + value) % _MODULUS
     return total
 
 
@@ -53,12 +53,12 @@ def require_same(found: Fingerprints, *, saved: Fingerprints, folder: Path) -> N
     Raises:
         ShearingError: a weight or moment that differs.
     """
-    different = sorted(key for key in found.keys() | saved.keys() if found.get(key) != saved.get(key))
+    different = sorted(tensor for tensor in found.keys() | saved.keys() if found.get(tensor) != saved.get(tensor))
     if different:
         raise ShearingError(
             str(folder),
             value=f"{len(different)} of {len(saved)} tensors came back different, the first {different[0]}",
             allowed="weights and moments as they were saved, bit for bit",
-            mend="this is a defect of the engine, not of the checkpoint: continue with training.engine=torch, "
+            mend=f"this is a defect of the engine, not of the checkpoint: continue with {key('engine')}=torch, "
             "and report it with the versions you use",
         )

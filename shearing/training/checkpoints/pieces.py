@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.files.tensors import write_tensors
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
 
@@ -123,9 +123,9 @@ class ShardedState:
             saved = json.loads(file.metadata()[_SAVED])
             steps.add(saved[STEP])
             self.shapes |= {name: tuple(shape) for name, shape in saved["shapes"].items()}
-            for key in file.keys():  # noqa: SIM118  not a dict
-                whole, _, start = key.rpartition("@")
-                self._pieces[whole].append((int(start), file.get_slice(key).get_shape()[0], file, key))
+            for piece in file.keys():  # noqa: SIM118  not a dict
+                whole, _, start = piece.rpartition("@")
+                self._pieces[whole].append((int(start), file.get_slice(piece).get_shape()[0], file, piece))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
         if len(steps) != 1:
@@ -136,7 +136,7 @@ class ShardedState:
                 mend="remove this checkpoint; the one before it is used",
             )
         self.step = steps.pop()
-        self.kinds = frozenset(key.partition("/")[0] for key in self._pieces)
+        self.kinds = frozenset(whole.partition("/")[0] for whole in self._pieces)
 
     def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
         """See `SavedState.read`.
@@ -146,10 +146,10 @@ class ShardedState:
         """
         found: list[Tensor] = []
         position, end = start, start + numel
-        for first, count, file, key in self._pieces.get(f"{kind}/{name}", []):
+        for first, count, file, piece in self._pieces.get(f"{kind}/{name}", []):
             if first <= position < min(end, first + count):
                 stop = min(end, first + count)
-                found.append(file.get_slice(key)[position - first : stop - first])
+                found.append(file.get_slice(piece)[position - first : stop - first])
                 position = stop
         if position < end:
             raise ShearingError(
@@ -187,7 +187,7 @@ def require_parameters(state: SavedState, *, shapes: Mapping[str, tuple[int, ...
             value=f"{len(different)} parameters that differ from the model's, the first {different[0]}: "
             f"{saved.get(different[0])} instead of {shapes.get(different[0])}",
             allowed="a checkpoint of this model",
-            mend="use another run_dir, or go back to the model this run was started with",
+            mend=f"use another {key('folder')}, or go back to the model this run was started with",
         )
 
 
@@ -219,7 +219,7 @@ def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> No
 def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     """What `write_moments` wrote, on the CPU."""
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
-        kind, name = key.split("/", 1)
+    for tensor, value in load_file(path).items():
+        kind, name = tensor.split("/", 1)
         moments.setdefault(kind, {})[name] = value
     return moments

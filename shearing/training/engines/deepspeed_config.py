@@ -8,29 +8,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shearing.errors import CombinedShearingError, ShearingError
+from shearing.errors import CombinedShearingError, ShearingError, key
 from shearing.training.recipe import DeepSpeedRecipe
 
-FIELD = "training.deepspeed.config"
+FIELD = "config"
 
-# Who decides what the recipe decides: a second place to say it would be a place to contradict it.
-_OWNED: Mapping[str, str] = {
-    "train_batch_size": "prune.batch_size and pretrain.batch_size",
-    "train_micro_batch_size_per_gpu": "prune.micro_batch_size and pretrain.micro_batch_size",
+OWNED: Mapping[str, str] = {
+    "train_batch_size": key("batch_size"),
+    "train_micro_batch_size_per_gpu": key("micro_batch_size"),
     "gradient_accumulation_steps": "batch_size and micro_batch_size of the stages",
-    "gradient_clipping": "prune.gradient_clipping and pretrain.gradient_clipping",
+    "gradient_clipping": key("gradient_clipping"),
     "optimizer": "betas, epsilon, weight_decay and learning_rate of the stages",
     "scheduler": "warmup, learning_rate and final_learning_rate of the stages",
-    "bf16": "training.precision",
-    "bfloat16": "training.precision",
-    "fp16": "training.precision",
-    "amp": "training.precision",
-    "torch_autocast": "training.precision",
-    "zero_optimization.stage": "training.deepspeed.zero_stage",
-    "zero_optimization.offload_optimizer.device": "training.deepspeed.offload_optimizer",
-    "zero_optimization.offload_param.device": "training.deepspeed.offload_parameters",
-    "activation_checkpointing": "training.activation_checkpointing",
+    "bf16": key("precision"),
+    "bfloat16": key("precision"),
+    "fp16": key("precision"),
+    "amp": key("precision"),
+    "torch_autocast": key("precision"),
+    "zero_optimization.stage": key("zero_stage"),
+    "zero_optimization.offload_optimizer.device": key("offload_optimizer"),
+    "zero_optimization.offload_param.device": key("offload_parameters"),
+    "activation_checkpointing": key("activation_checkpointing"),
 }
+"""Who decides what the recipe decides: a second place to say it would be a place to contradict it."""
 
 # Top-level keys of https://www.deepspeed.ai/docs/config-json/ that make sense here; DeepSpeed itself ignores others.
 _KNOWN = frozenset(
@@ -156,21 +156,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _owned(extra: Mapping[str, Any]) -> Iterator[ShearingError]:
-    for key, owner in _OWNED.items():
+    for setting, owner in OWNED.items():
         found: Any = extra
-        for part in key.split("."):
+        for part in setting.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None
         if found not in (None, "auto"):
             yield ShearingError(
-                f"{FIELD}: {key}", value=found, allowed="nothing: the recipe decides it", mend=f"remove it; set {owner}"
+                f"{key(FIELD)}: {setting}",
+                value=found,
+                allowed="nothing: the recipe decides it",
+                mend=f"remove it; set {owner}",
             )
 
 
 def _unknown(extra: Mapping[str, Any]) -> Iterator[ShearingError]:
-    known = _KNOWN | {key for key in _OWNED if "." not in key}
-    for key in extra:
-        if key not in known:
-            yield _unknown_key(key, known=known, where="DeepSpeed's top-level keys")
+    known = _KNOWN | {setting for setting in OWNED if "." not in setting}
+    for setting in extra:
+        if setting not in known:
+            yield _unknown_key(setting, known=known, where="DeepSpeed's top-level keys")
     zero = extra.get("zero_optimization", {})
     if isinstance(zero, Mapping) and zero:
         try:
@@ -179,15 +182,17 @@ def _unknown(extra: Mapping[str, Any]) -> Iterator[ShearingError]:
             return  # that it is missing is an error of its own
         fields = DeepSpeedZeroConfig.model_fields
         names = {field.alias or name for name, field in fields.items()} | set(fields)
-        for key in zero:
-            if key not in names:
-                yield _unknown_key(key, known=names, where="the keys of zero_optimization", prefix="zero_optimization.")
+        for setting in zero:
+            if setting not in names:
+                yield _unknown_key(
+                    setting, known=names, where="the keys of zero_optimization", prefix="zero_optimization."
+                )
 
 
-def _unknown_key(key: str, *, known: frozenset[str] | set[str], where: str, prefix: str = "") -> ShearingError:
-    near = difflib.get_close_matches(key, known, n=1)
+def _unknown_key(setting: str, *, known: frozenset[str] | set[str], where: str, prefix: str = "") -> ShearingError:
+    near = difflib.get_close_matches(setting, known, n=1)
     return ShearingError(
-        f"{FIELD}: {prefix}{key}",
+        f"{key(FIELD)}: {prefix}{setting}",
         value="unknown",
         allowed=f"one of {where}",
         mend=f"did you mean {prefix}{near[0]}?" if near else "remove it",
@@ -196,9 +201,9 @@ def _unknown_key(key: str, *, known: frozenset[str] | set[str], where: str, pref
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(ours)
-    for key, value in theirs.items():
+    for setting, value in theirs.items():
         if value == "auto":
             continue
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if nested else value
+        nested = isinstance(value, Mapping) and isinstance(merged.get(setting), Mapping)
+        merged[setting] = _merged(merged[setting], value) if nested else value
     return merged

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from typing_extensions import Self
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
 from shearing.training.checkpoints.pieces import (
@@ -354,10 +354,10 @@ def import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise ShearingError(
-            "training.engine",
+            "engine",
             value="deepspeed",
             allowed=f"torch: DeepSpeed cannot be imported ({error})",
-            mend="pip install 'shearing[deepspeed]', or set training.engine=torch",
+            mend=f"pip install 'shearing[deepspeed]', or set {key('engine')}=torch",
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An extension for processes on CPUs that it compiles, a minute or two, and that waits for ever for a lost process.

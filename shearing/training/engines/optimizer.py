@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import Self
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, STEP, Piece, SavedState, write_pieces
@@ -156,7 +156,7 @@ def require_moments(moments: SavedState, *, shapes: Mapping[str, tuple[int, ...]
                 value=shape,
                 allowed="state of the model's own parameters"
                 + (f"; this one has shape {shapes[name]}" if name in shapes else ""),
-                mend="set pretrain.optimizer=fresh, or learn the masks again in a new run_dir",
+                mend=f"set {key('optimizer')}=fresh, or learn the masks again in a new {key('folder')}",
             )
 
 

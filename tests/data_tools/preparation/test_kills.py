@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -66,14 +67,26 @@ def test_killed_twice_and_continued(command: list[str], undisturbed: dict[str, b
     assert content(output) == undisturbed
 
 
-def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(command: list[str], tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(letters: Path, tmp_path: Path) -> None:
     import psutil
 
-    output = tmp_path / "corpus"
-    process = start(command, output=output)
-    wait_for(lambda: len(shards(output)) >= 1)
-    (server,) = [child for child in psutil.Process(process.pid).children() if child.children()]
-    max(server.children(), key=lambda worker: sum(worker.cpu_times()[:2])).kill()
+    # Tasks of seconds: one that is killed between two tasks is replaced, and nothing is lost.
+    for name in ("a", "b"):
+        write_lines(tmp_path / f"{name}.jsonl", [f"{name} " * 3000] * 6000)
+    sources = ["--domain", f"all={tmp_path}", "--tokenizer", str(letters), "--workers", "2"]
+    process = start(["data", "prepare", "task_bytes=1000", *sources], output=tmp_path / "corpus")
+    main = psutil.Process(process.pid)
+
+    def busy() -> list[psutil.Process]:
+        found = []
+        for child in main.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                if child.ppid() != main.pid and sum(child.cpu_times()[:2]) > 1.0:
+                    found.append(child)
+        return found
+
+    wait_for(lambda: bool(busy()))
+    busy()[0].kill()
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 2, said
     assert "fewer --workers" in said

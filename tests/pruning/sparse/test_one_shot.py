@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -19,11 +20,12 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import shearing
 from shearing.cli.frame import app
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
@@ -170,11 +172,24 @@ def test_the_dtype_of_the_source_stays(tiny_inputs: Path, tmp_path: Path) -> Non
     assert pruned.model.layers[0].mlp.up_proj.weight.count_nonzero() == 48 * 32 // 2
 
 
-def test_a_model_without_safetensors_is_converted(tiny_inputs: Path, tmp_path: Path, wanda: Path) -> None:
+def test_a_model_without_safetensors_is_converted(
+    tiny_inputs: Path, tmp_path: Path, wanda: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(tiny_inputs, tmp_path / "inputs")
     folder = tmp_path / "inputs" / "model"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+    def half_written(_: PreTrainedModel, target: Path) -> None:
+        target.mkdir(parents=True)
+        (target / "model.safetensors").write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(PreTrainedModel, "save_pretrained", half_written)
+        with pytest.raises(ShearingError, match=r"output = .* GB free"):
+            sparse(tmp_path / "inputs", tmp_path / "sparse")
+    assert not list(tmp_path.rglob("*.writing"))
     output = sparse(tmp_path / "inputs", tmp_path / "sparse")
     assert differences(output) == []
     found, expected = load_file(output / "model.safetensors"), load_file(wanda / "model.safetensors")
@@ -229,7 +244,8 @@ def test_text_files_are_calibration_too(tiny_inputs: Path, tmp_path: Path) -> No
     files = [tmp_path / "0.txt", tmp_path / "1.txt"]
     output = sparse(tiny_inputs, tmp_path / "sparse", calibration=files)
     assert differences(output) == []
-    chosen: dict[str, Any] = {"tokenizer_folder": tiny_inputs / "model", "vocab_size": 20, "samples": 20, "seqlen": 16}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_inputs / "model")
+    chosen: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 20, "samples": 20, "seqlen": 16}
     first, again, other = (load_calibration(files, seed=seed, **chosen) for seed in (0, 0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.tokens.shape == (20, 16)
@@ -237,13 +253,33 @@ def test_text_files_are_calibration_too(tiny_inputs: Path, tmp_path: Path) -> No
 
 
 def test_calibration_rows_of_a_corpus(tiny_inputs: Path) -> None:
-    chosen: dict[str, Any] = {"tokenizer_folder": tiny_inputs / "model", "vocab_size": 20, "seqlen": 16}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_inputs / "model")
+    chosen: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": 20, "seqlen": 16}
     corpus = [tiny_inputs / "corpus"]
     first, again, other = (load_calibration(corpus, samples=40, seed=seed, **chosen) for seed in (0, 0, 1))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert len({tuple(row) for row in first.tokens.tolist()}) == 40
     with pytest.raises(ShearingError, match="rows of 16 tokens"):
         load_calibration(corpus, samples=10_000, seed=0, **chosen)
+
+
+def test_a_corpus_that_is_open_gives_the_same_rows(tiny_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: dict[str, Any] = {"vocab_size": 20, "samples": 40, "seqlen": 16, "seed": 0}
+    paths = [tiny_inputs / "corpus"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_inputs / "model")
+    opened: list[Corpus] = []
+    open_corpus = Corpus.open
+
+    def remembered(*arguments: Any, **checks: Any) -> Corpus:
+        opened.append(open_corpus(*arguments, **checks))
+        return opened[-1]
+
+    monkeypatch.setattr(Corpus, "open", remembered)
+    expected = load_calibration(paths, tokenizer=tokenizer, **chosen)
+    assert len(opened) == 1
+    found = load_calibration(paths, tokenizer=None, corpus=opened[0], **chosen)
+    assert (found.fingerprint, found.source) == (expected.fingerprint, expected.source)
+    assert len(opened) == 1
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_other_conditions_and_other_tokenizers_are_refused(
     )
     assert "positive numbers" in measure(tiny_inputs, table, family[1], tokens=0).stderr
     assert "auto, cpu, cuda" in measure(tiny_inputs, table, family[1], device="gpu").stderr
-    assert "model.source" in measure(tiny_inputs, table, tmp_path / "absent").stderr
+    assert "--model = " in measure(tiny_inputs, table, tmp_path / "absent").stderr
 
 
 def test_published_losses_make_the_recipes_references(tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ def test_offloading_and_precision() -> None:
     ("extra", "message"),
     [
         ({"zero_optimisation": {}}, "did you mean zero_optimization"),
-        ({"gradient_clipping": 0.5}, "set prune.gradient_clipping"),
+        ({"gradient_clipping": 0.5}, "set gradient_clipping"),
         ({"optimizer": {"type": "Adam"}}, "the recipe decides it"),
-        ({"zero_optimization": {"stage": 3}}, "training.deepspeed.zero_stage"),
-        ({"fp16": {"enabled": True}}, "training.precision"),
+        ({"zero_optimization": {"stage": 3}}, "set zero_stage"),
+        ({"fp16": {"enabled": True}}, "set precision"),
     ],
 )
 def test_what_would_be_ignored_or_contradict_the_recipe_is_refused(extra: dict[str, Any], message: str) -> None:
@@ -93,7 +93,7 @@ def test_values_left_to_the_launcher_are_ours(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(content)
-    with pytest.raises(ShearingError, match=r"training\.deepspeed\.config"):
+    with pytest.raises(ShearingError, match=r"^config = "):
         user_config(DeepSpeedRecipe(config=path))
 
 

@@ -200,5 +200,5 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
 def test_absent_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ShearingError, match="device"):
-        resolve_device(TrainingRecipe(device="cuda"))
-    assert resolve_device(TrainingRecipe()) == CPU
+        resolve_device("cuda")
+    assert resolve_device("auto") == CPU

@@ -1,0 +1,56 @@
+"""What components call the settings they are given, by the keys of a run: one table for all of them.
+
+A component says what is wrong in its own words: a key of its section without the section, an argument. Where a run
+hands its sections to components, errors are renamed with these tables (`errors.named`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pydantic import BaseModel
+
+from shearing.data.recipe import DataRecipe, MixtureRecipe
+from shearing.models.recipe import ModelRecipe, TargetRecipe
+from shearing.pruning.sparse.recipe import OneShotRecipe
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
+
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "model": ModelRecipe,
+    "data": DataRecipe,
+    "target": TargetRecipe,
+    "mixture": MixtureRecipe,
+    "prune": PruneRecipe,
+    "pretrain": PretrainRecipe,
+    "pretrain.lora": LoraRecipe,
+    "training": TrainingRecipe,
+    "training.deepspeed": DeepSpeedRecipe,
+}
+"""Those of a run whose keys components know. `sparsify` has a table of its own: its keys are those of a command too."""
+
+
+def own_keys(section: type[BaseModel]) -> list[str]:
+    """Keys of a section, without those that both training stages have."""
+    return [name for name in section.model_fields if name not in StageRecipe.model_fields]
+
+
+def _in(section: str, names: Iterable[str]) -> dict[str, str]:
+    return {name: f"{section}.{name}" for name in names}
+
+
+COMPONENT_NAMES: Mapping[str, str] = {
+    **{name: key for section, keys in SECTIONS.items() for name, key in _in(section, own_keys(keys)).items()},
+    **{name: f"prune.{name} and pretrain.{name}" for name in StageRecipe.model_fields},
+    "folder": "run_dir",
+}
+"""What components call, by the keys of a run."""
+
+ONE_SHOT_NAMES: Mapping[str, str] = {
+    **_in("sparsify", OneShotRecipe.model_fields),
+    "model": "model.source",
+    "domains": "data.domains",
+    "output": "run_dir",
+    "device": "training.device",
+}
+"""Keys of one-shot sparsity, and what else it says, by the keys of a run."""
