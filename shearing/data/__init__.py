@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from shearing.data.corpus.corpus import Corpus
     from shearing.data.corpus.format import tokenizer_fingerprint
     from shearing.data.corpus.writer import CorpusWriter
-    from shearing.data.documents import DocumentRules, Inputs
+    from shearing.data.documents import IGNORED_LABEL, DocumentRules, Documents, Inputs
     from shearing.data.mixture.averages import LossAverages
     from shearing.data.mixture.dynamic import DynamicMixture
     from shearing.data.mixture.prefetcher import Prefetcher
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from shearing.data.recipe import DataRecipe, MixtureRecipe
 
 __all__ = [
+    "IGNORED_LABEL",
     "Batch",
     "Corpus",
     "CorpusWriter",
     "DataRecipe",
     "DocumentRules",
+    "Documents",
     "DynamicMixture",
     "Inputs",
     "LossAverages",
@@ -47,7 +49,9 @@ __getattr__ = late(
         "CorpusWriter": "corpus.writer",
         "DataRecipe": "recipe",
         "DocumentRules": "documents",
+        "Documents": "documents",
         "DynamicMixture": "mixture.dynamic",
+        "IGNORED_LABEL": "documents",
         "Inputs": "documents",
         "LossAverages": "mixture.averages",
         "Mixture": "mixture.sampler",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shearing.data.mixture.rules.rule import RuleName
+from shearing.data.mixture.rules.facts import RULES, RuleName
 from shearing.errors import ShearingError, key
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
@@ -128,16 +128,19 @@ def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
     """Constants of another rule than the one chosen; with constant weights no constant says anything."""
     if mixture.update == "constant":
         return
-    of_robust = ("divergence", "floor", "loss_ema")
-    for name in ("step_size", "smoothing") if mixture.update == "robust" else of_robust:
+    owners: dict[str, list[str]] = {}
+    for rule, facts in RULES.items():
+        for name in facts.constants:
+            owners.setdefault(name, []).append(rule)
+    for name, rules in owners.items():
         value, default = getattr(mixture, name), MixtureRecipe.model_fields[name].default
-        if value != default:
-            rules = "robust" if name in of_robust else "paper, released or bandit"
+        if mixture.update not in rules and value != default:
+            named = " or ".join(filter(None, [", ".join(rules[:-1]), rules[-1]]))
             yield ShearingError(
                 name,
                 value=value,
-                allowed=f"only with {key('update')} = {rules}; it is {mixture.update}",
-                mend=f"set {key(name)}={default}, or {key('update')}={rules.partition(',')[0]}",
+                allowed=f"only with {key('update')} = {named}; it is {mixture.update}",
+                mend=f"set {key(name)}={default}, or {key('update')}={rules[0]}",
             )
 
 

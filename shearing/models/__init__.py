@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shearing.late import late
 
 if TYPE_CHECKING:
-    from shearing.models.anatomy import anatomy_of
+    from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
     from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
     from shearing.models.cutting import Selection, compact, compact_moments
     from shearing.models.families import FAMILIES
@@ -28,10 +28,13 @@ __all__ = [
     "Shape",
     "TargetRecipe",
     "anatomy_of",
+    "backbone",
     "compact",
     "compact_moments",
     "config_for",
+    "decoder_layers",
     "drop_attention_mask",
+    "head_weight",
     "keep_attention_within_documents",
     "load_config",
     "load_source",
@@ -51,10 +54,13 @@ __getattr__ = late(
         "Shape": "shape",
         "TargetRecipe": "recipe",
         "anatomy_of": "anatomy",
+        "backbone": "anatomy",
         "compact": "cutting",
         "compact_moments": "cutting",
         "config_for": "shape",
+        "decoder_layers": "anatomy",
         "drop_attention_mask": "attention",
+        "head_weight": "anatomy",
         "keep_attention_within_documents": "attention",
         "load_config": "loading",
         "load_source": "loading",

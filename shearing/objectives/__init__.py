@@ -9,8 +9,8 @@ from shearing.late import late
 if TYPE_CHECKING:
     from shearing.objectives.cross_entropy import causal_lm_loss, per_token_loss
     from shearing.objectives.language_model import LanguageModelLoss
-    from shearing.objectives.objective import Losses, Objective, Parts
-    from shearing.objectives.registry import OBJECTIVES, objective_of
+    from shearing.objectives.objective import Losses, Objective, Parts, objective_of
+    from shearing.objectives.registry import OBJECTIVES
 
 __all__ = [
     "OBJECTIVES",
@@ -32,7 +32,7 @@ __getattr__ = late(
         "Objective": "objective",
         "Parts": "objective",
         "causal_lm_loss": "cross_entropy",
-        "objective_of": "registry",
+        "objective_of": "objective",
         "per_token_loss": "cross_entropy",
     },
 )

@@ -1,10 +1,11 @@
-"""What an objective is: a model whose forward pass is what a step minimises.
+"""What an objective is: a model whose forward pass is what a step minimises. And any of them by its name.
 
 Shapes: B sequences, T = S + 1 tokens of a row (S inputs and the last label).
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import Documents
+from shearing.objectives.registry import OBJECTIVES
 
 PARAMETER_PREFIX = "model."
 """What precedes a model's own parameter names in its objective, and so in an engine."""
@@ -42,7 +44,7 @@ class Parts:
         model: to be trained, masked in place while masks are learned.
         chunk_tokens: tokens whose logits exist at the same time.
         source: loads one more copy of the source model, as it was before anything was masked, refitted or cut; whole,
-            on the stage's device.
+            on the stage's device, attending as `model` does.
     """
 
     model: PreTrainedModel
@@ -81,3 +83,15 @@ class Objective(nn.Module, ABC):
             tokens_BT: int64, S inputs and the last label: T = S + 1.
             documents: of these rows; None where documents mean nothing.
         """
+
+
+def objective_of(name: str, *, parts: Parts) -> Objective:
+    """The objective of a name.
+
+    Args:
+        name: one of `OBJECTIVES`.
+        parts: what the stage has.
+    """
+    module, _, of_class = OBJECTIVES[name].rpartition(".")
+    objective: Objective = getattr(importlib.import_module(module), of_class).of(parts)
+    return objective

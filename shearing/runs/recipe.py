@@ -28,6 +28,7 @@ from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.reading import read_recipe_file
 from shearing.settings.section import Section
+from shearing.training.engines.facts import ENGINES
 from shearing.training.recipe import PretrainRecipe, StageRecipe, TrainingRecipe
 
 TrainingStage = Literal["prune", "pretrain"]
@@ -236,7 +237,7 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="both sections, target (the shape to reach) and prune (how masks are learned), or neither",
             mend=f"add {absent}, or remove {there} to prune no units",
         )
-    if recipe.pretrain.lora is not None and recipe.training.engine != "torch":
+    if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
         yield ShearingError(
             "pretrain.lora",
             value=recipe.pretrain.lora.model_dump(),

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from shearing.late import late
 
 if TYPE_CHECKING:
+    from shearing.training.callbacks.held_out import measure_held_out
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
-    from shearing.training.engines.engine import Engine
+    from shearing.training.engines.engine import Engine, EngineParts, engine_of
+    from shearing.training.engines.facts import ENGINES, EngineFacts
     from shearing.training.engines.optimizer import Optimization
     from shearing.training.engines.torch_engine import TorchEngine
     from shearing.training.loop import train
@@ -19,11 +21,14 @@ if TYPE_CHECKING:
     from shearing.training.trackers import Trackers
 
 __all__ = [
+    "ENGINES",
     "Callback",
     "Compute",
     "DeepSpeedEngine",
     "DeepSpeedRecipe",
     "Engine",
+    "EngineFacts",
+    "EngineParts",
     "HeldOut",
     "Interrupted",
     "LoraRecipe",
@@ -40,6 +45,8 @@ __all__ = [
     "Trained",
     "TrainingRecipe",
     "add_adapters",
+    "engine_of",
+    "measure_held_out",
     "merge_adapters",
     "train",
 ]
@@ -51,7 +58,10 @@ __getattr__ = late(
         "Compute": "stage",
         "DeepSpeedEngine": "engines.deepspeed_engine",
         "DeepSpeedRecipe": "recipe",
+        "ENGINES": "engines.facts",
         "Engine": "engines.engine",
+        "EngineFacts": "engines.facts",
+        "EngineParts": "engines.engine",
         "HeldOut": "stage",
         "Interrupted": "stage",
         "LoraRecipe": "recipe",
@@ -68,6 +78,8 @@ __getattr__ = late(
         "Trained": "stage",
         "TrainingRecipe": "recipe",
         "add_adapters": "lora",
+        "engine_of": "engines.engine",
+        "measure_held_out": "callbacks.held_out",
         "merge_adapters": "lora",
         "train": "loop",
     },

@@ -10,6 +10,7 @@ from pydantic import Field
 from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import BatchSize, Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
+from shearing.training.engines.facts import ENGINES, EngineName
 
 
 class StageRecipe(Section):
@@ -113,8 +114,8 @@ class DeepSpeedRecipe(Section):
 class TrainingRecipe(Section):
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
-    engine: Neutral[Literal["torch", "deepspeed"]] = Field(
-        "torch", description="torch: every process holds everything; deepspeed: ZeRO."
+    engine: Neutral[EngineName] = Field(
+        "torch", description="; ".join(f"{name}: {facts.summary}" for name, facts in ENGINES.items()) + "."
     )
     deepspeed: Neutral[DeepSpeedRecipe] = DeepSpeedRecipe()
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shearing.objectives import registry
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts
-from shearing.objectives.registry import OBJECTIVES, objective_of
+from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts, objective_of
+from shearing.objectives.registry import OBJECTIVES
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
@@ -43,15 +42,21 @@ def test_every_name_is_an_objective_of_its_model(name: str) -> None:
     assert isinstance(objective, Objective)
     own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     assert {name for name, _ in objective.named_parameters()} == own
-    losses = objective(torch.arange(10).view(2, 5) % VOCAB_SIZE)
-    assert losses.rows.shape == losses.labels.shape == (2,)
-    assert losses.total.item() == pytest.approx(losses.rows.sum().item())
+    tokens_BT = torch.arange(10).view(2, 5) % VOCAB_SIZE
+    with torch.no_grad():
+        expected = LanguageModelLoss(parts.model, chunk_tokens=8)(tokens_BT)
+    for training in (True, False):
+        losses = objective.train(training)(tokens_BT)
+        torch.testing.assert_close(losses.rows, expected.rows)
+        assert losses.labels.tolist() == [4, 4]
+        if not training or name == "language_model":
+            assert losses.total.item() == pytest.approx(losses.rows.sum().item())
 
 
 def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "OBJECTIVES", {**OBJECTIVES, "teacher": "tests.objectives.teacher.TeachersLoss"})
+    monkeypatch.setitem(OBJECTIVES, "teacher", "tests.objectives.teacher.TeachersLoss")
     parts = _parts()
     objective = objective_of("teacher", parts=parts)
     stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})

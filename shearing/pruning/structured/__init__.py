@@ -9,8 +9,8 @@ from shearing.late import late
 if TYPE_CHECKING:
     from shearing.pruning.structured.constraint import Constraint
     from shearing.pruning.structured.granularities import Granularity, granularities_of
-    from shearing.pruning.structured.importance.metric import Evidence, Metric
-    from shearing.pruning.structured.importance.registry import METRICS, metric_of
+    from shearing.pruning.structured.importance.metric import Evidence, Metric, Scores
+    from shearing.pruning.structured.importance.registry import METRICS, MetricFacts, metric_of
     from shearing.pruning.structured.learner import MaskLearner
     from shearing.pruning.structured.mask_settings import MaskSettings
     from shearing.pruning.structured.masking import Masking
@@ -27,8 +27,10 @@ __all__ = [
     "MaskSettings",
     "Masking",
     "Metric",
+    "MetricFacts",
     "ParameterBudget",
     "PruneRecipe",
+    "Scores",
     "granularities_of",
     "metric_of",
     "refit",
@@ -45,8 +47,10 @@ __getattr__ = late(
         "MaskSettings": "mask_settings",
         "Masking": "masking",
         "Metric": "importance.metric",
+        "MetricFacts": "importance.registry",
         "ParameterBudget": "parameter_budget",
         "PruneRecipe": "recipe",
+        "Scores": "importance.metric",
         "granularities_of": "granularities",
         "metric_of": "importance.registry",
         "refit": "refitting",

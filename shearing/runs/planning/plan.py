@@ -35,6 +35,7 @@ from shearing.runs.planning.memory import (
 from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import Recipe, TrainingStage
 from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.engines.facts import ENGINES
 from shearing.training.stage import PREFETCHED_STEPS
 
 Fit = Literal["yes", "tight", "no", "?"]
@@ -103,7 +104,7 @@ class Choice:
     """The settings that decide what a step holds, beside the micro-batch.
 
     Attributes:
-        zero_stage: DeepSpeed's; 0: the torch engine, or ZeRO-0, which holds the same.
+        zero_stage: DeepSpeed's, or the one that holds what the engine holds; 0: the torch engine.
         checkpointing: `training.activation_checkpointing`.
         offload_optimizer, offload_parameters: whether they are in host memory.
     """
@@ -117,8 +118,9 @@ class Choice:
     def of(cls, recipe: Recipe) -> Choice:
         """The recipe's."""
         training, deepspeed = recipe.training, recipe.training.deepspeed
+        holds_as = ENGINES[training.engine].holds_as
         return cls(
-            zero_stage=deepspeed.zero_stage if training.engine == "deepspeed" else 0,
+            zero_stage=deepspeed.zero_stage if holds_as is None else holds_as,
             checkpointing=training.activation_checkpointing,
             offload_optimizer=deepspeed.offload_optimizer == "cpu",
             offload_parameters=deepspeed.offload_parameters == "cpu",

@@ -31,6 +31,8 @@ from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, g
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
+from shearing.training.engines.facts import ENGINES
+from shearing.training.recipe import DeepSpeedRecipe
 from shearing.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -125,17 +127,22 @@ def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
 
 
 def _require_engine(recipe: Recipe) -> None:
-    settings = recipe.training.deepspeed
-    if recipe.training.engine == "torch":
-        return
-    user_config(settings)
-    if find_spec("deepspeed") is None:
+    engine, settings = recipe.training.engine, recipe.training.deepspeed
+    package = ENGINES[engine].package
+    if engine == "deepspeed":
+        user_config(settings)
+    if package is not None and find_spec(package) is None:
         raise ShearingError(
             "training.engine",
-            value="deepspeed",
-            allowed="torch: the package deepspeed is not installed",
-            mend="pip install 'shearing[deepspeed]', or set training.engine=torch",
+            value=engine,
+            allowed=f"torch: the package {package} is not installed",
+            mend=f"pip install 'shearing[{package}]', or set training.engine=torch",
         )
+    if engine == "deepspeed":
+        _require_offloading(settings)
+
+
+def _require_offloading(settings: DeepSpeedRecipe) -> None:
     if settings.offload_parameters != "none" and settings.zero_stage != 3:
         raise ShearingError(
             "training.deepspeed.offload_parameters",

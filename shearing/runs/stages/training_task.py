@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +11,10 @@ from transformers import PreTrainedModel
 from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
+from shearing.data.recipe import DataRecipe
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.shape import Shape, resolve_target
-from shearing.objectives.objective import Parts
-from shearing.objectives.registry import objective_of
+from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
@@ -23,9 +22,8 @@ from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 from shearing.runs.stages.source_model import load_source_model
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
-from shearing.training.engines.engine import Engine
+from shearing.training.engines.engine import Engine, EngineParts, engine_of
 from shearing.training.engines.optimizer import Optimization
-from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
 from shearing.training.task import Task
 from shearing.training.trackers import Trackers
@@ -65,10 +63,7 @@ def task_of(
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
     per_step = settings.tokens_per_step(sequence_length=data.sequence_length)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
-    if data.attention == "documents":
-        keep_attention_within_documents(model)
-    else:
-        drop_attention_mask(model, sequence_length=data.sequence_length)
+    _attend(model, data=data)
     if training.activation_checkpointing != "none":
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
@@ -123,13 +118,24 @@ def task_of(
     )
 
 
+def _attend(model: PreTrainedModel, *, data: DataRecipe) -> None:
+    """Makes a model attend as the recipe says, in place, and without mask tensors where that can be."""
+    if data.attention == "documents":
+        keep_attention_within_documents(model)
+    else:
+        drop_attention_mask(model, sequence_length=data.sequence_length)
+
+
 def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
     """What the stage has for its objective."""
-    return Parts(
-        model=model,
-        chunk_tokens=context.recipe.training.loss_chunk_tokens,
-        source=partial(load_source_model, context),
-    )
+    recipe = context.recipe
+
+    def source() -> PreTrainedModel:
+        whole = load_source_model(context)
+        _attend(whole, data=recipe.data)
+        return whole
+
+    return Parts(model=model, chunk_tokens=recipe.training.loss_chunk_tokens, source=source)
 
 
 def _final_parameters(recipe: Recipe, *, stage: TrainingStage, model: PreTrainedModel) -> int:
@@ -153,17 +159,14 @@ def _compute(context: RunContext, *, shape: Shape) -> Compute:
 
 
 def _engine(context: RunContext, *, optimization: Optimization, split: BatchSplit) -> Engine:
-    training, device, precision = context.recipe.training, context.device, context.precision
-    if training.engine == "torch":
-        return TorchEngine(optimization, device=device, precision=precision, processes=context.processes)
-    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        optimization,
-        settings=training.deepspeed,
-        device=device,
-        precision=precision,
+    training = context.recipe.training
+    parts = EngineParts(
+        optimization=optimization,
+        training=training,
+        device=context.device,
+        precision=context.precision,
         processes=context.processes,
         micro_batch_size=split.micro_batch_size,
         accumulation=split.accumulation,
     )
+    return engine_of(training.engine, parts=parts)

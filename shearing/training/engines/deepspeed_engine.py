@@ -23,12 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.deepspeed_config import deepspeed_config
+from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
     fill_moments,
     load_pieces,
@@ -81,6 +83,19 @@ class DeepSpeedEngine:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.AdamW
         self._zeros: KeptZeros | None = None
+
+    @classmethod
+    def of(cls, parts: EngineParts) -> Self:
+        """See `Engine.of`."""
+        return cls(
+            parts.optimization,
+            settings=parts.training.deepspeed,
+            device=parts.device,
+            precision=parts.precision,
+            processes=parts.processes,
+            micro_batch_size=parts.micro_batch_size,
+            accumulation=parts.accumulation,
+        )
 
     @property
     def _stage(self) -> int:

@@ -1,21 +1,50 @@
-"""What the loop asks of whatever computes its steps: the seam for engines that shard.
+"""What the loop asks of an engine, what an engine is made of, and every engine by name.
 
-The mask learner is not behind it: its few fp32 tensors are replicated and have their own optimiser, because an engine
-would cast, clip and shard them.
+The mask learner is not behind this seam: its few fp32 tensors are replicated and have their own optimiser, because an
+engine would cast, clip and shard them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from shearing.late import at_home
+from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import SavedState
+from shearing.training.engines.facts import ENGINES
+from shearing.training.engines.optimizer import Optimization
+from shearing.training.recipe import TrainingRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What a stage has to make an engine of.
+
+    Attributes:
+        optimization: AdamW and its schedule.
+        training: the recipe's section, with the engine's own settings in it.
+        device, precision: where and in what forward passes are computed; bf16 keeps fp32 master weights.
+        processes: those of the run.
+        micro_batch_size: sequences of a forward pass of one process.
+        accumulation: micro-batches of a step of one process.
+    """
+
+    optimization: Optimization
+    training: TrainingRecipe
+    device: torch.device
+    precision: torch.dtype
+    processes: Processes
+    micro_batch_size: int
+    accumulation: int
 
 
 class Engine(Protocol):
@@ -24,6 +53,11 @@ class Engine(Protocol):
     device: torch.device
     loss_scale: float
     """What `backward` multiplies a loss by; gradients of parameters that the engine does not hold have it too."""
+
+    @classmethod
+    def of(cls, parts: EngineParts) -> Self:
+        """The engine of a stage."""
+        ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
@@ -99,3 +133,14 @@ class Engine(Protocol):
             ShearingError: a mask is of no parameter of the prepared model, or of another shape.
         """
         ...
+
+
+def engine_of(name: str, *, parts: EngineParts) -> Engine:
+    """The engine of a name.
+
+    Args:
+        name: one of `ENGINES`.
+        parts: what the stage has.
+    """
+    engine: Engine = at_home(__package__, ENGINES[name].home).of(parts)
+    return engine

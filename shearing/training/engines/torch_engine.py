@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from typing_extensions import Self
 
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import Piece, SavedState
+from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.gradient_sum import GradientSum
 from shearing.training.engines.held_state import (
     fill_moments,
@@ -51,6 +53,11 @@ class TorchEngine:
         self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._sum: GradientSum | None = None
         self._zeros: KeptZeros | None = None
+
+    @classmethod
+    def of(cls, parts: EngineParts) -> Self:
+        """See `Engine.of`."""
+        return cls(parts.optimization, device=parts.device, precision=parts.precision, processes=parts.processes)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""

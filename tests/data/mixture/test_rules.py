@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 
+from shearing.data.mixture.rules.facts import RULES, RuleName
 from shearing.data.mixture.rules.robust import worst_mix
-from shearing.data.mixture.rules.rule import RuleName
 from shearing.data.mixture.rules.update import largest_weights, rule_of, update_weights
 from shearing.data.recipe import MixtureRecipe
 
@@ -40,6 +41,17 @@ def update(
 def expected(logits: list[float]) -> list[float]:
     powers = np.exp(logits)
     return (powers / powers.sum()).tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_is_what_its_facts_say(name: str) -> None:
+    rule: Any = rule_of(MixtureRecipe.model_validate({"update": name}), prior=WEIGHTS)
+    facts = RULES[name]
+    arguments = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    assert arguments.keys() - {"prior"} == set(facts.constants)
+    assert ("prior" in arguments) == facts.knows_prior
+    for constant in facts.constants:
+        assert arguments[constant] == MixtureRecipe.model_fields[constant].default
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.magnitude import Magnitude, magnitude_scores
 from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, Facts
+from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
@@ -174,7 +174,7 @@ def losses(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_metric_declared_here_and_registered_is_a_baseline(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = Facts(home=f"{__name__}:HeldAgainstMagnitude", reads_text=True, baseline="smallest")
+    facts = MetricFacts(home=f"{__name__}:HeldAgainstMagnitude", reads_text=True, baseline="smallest")
     monkeypatch.setitem(METRICS, "smallest", facts)
     settings = recipe.evaluation.model_copy(update={"baselines": ["magnitude", "smallest"]})
     models = evaluate(quiet(recipe.model_copy(update={"evaluation": settings})))["models"]

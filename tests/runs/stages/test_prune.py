@@ -18,7 +18,7 @@ from shearing.files import tensors as tensor_files
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, Facts
+from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
 def test_a_metric_declared_here_and_registered_grades_the_start(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(METRICS, "last", Facts(home=f"{__name__}:Last", reads_text=False, start="the last"))
+    monkeypatch.setitem(METRICS, "last", MetricFacts(home=f"{__name__}:Last", reads_text=False, start="the last"))
     recipe = load_recipe(tiny_recipe, overrides=["prune.duration=3 steps", f"run_dir={tmp_path / 'last'}"])
     settings = recipe.pruning.prune.model_copy(update={"initial_masks": "the last", "freeze": Duration(fraction=1.0)})
     prune(RunContext(recipe.model_copy(update={"prune": settings})))

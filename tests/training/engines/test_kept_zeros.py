@@ -12,10 +12,10 @@ from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
-from shearing.training.engines.engine import Engine
+from shearing.training.engines.engine import Engine, EngineParts, engine_of
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
-from shearing.training.recipe import DeepSpeedRecipe
+from shearing.training.recipe import DeepSpeedRecipe, TrainingRecipe
 from tests.distributed.harness import spawn
 from tests.models.tiny import tiny_model
 
@@ -44,24 +44,26 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def make_engine(kind: str, *, processes: Processes, precision: torch.dtype) -> Engine:
-    if kind == "torch":
-        return TorchEngine(OPTIMIZATION, device=CPU, precision=precision, processes=processes)
-    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
-
-    stage, _, offloaded = kind.removeprefix("zero").partition("+")
-    return DeepSpeedEngine(
-        OPTIMIZATION,
-        settings=DeepSpeedRecipe(
+    """An engine by name; `zero2+offload` is DeepSpeed's at that stage, with the optimiser on the host."""
+    training = TrainingRecipe()
+    if kind.startswith("zero"):
+        stage, _, offloaded = kind.removeprefix("zero").partition("+")
+        settings = DeepSpeedRecipe(
             zero_stage=int(stage),  # type: ignore[arg-type]
             offload_optimizer="cpu" if offloaded else "none",
             offload_parameters="cpu" if offloaded and stage == "3" else "none",
-        ),
+        )
+        kind, training = "deepspeed", TrainingRecipe(deepspeed=settings)
+    parts = EngineParts(
+        optimization=OPTIMIZATION,
+        training=training,
         device=CPU,
         precision=precision,
         processes=processes,
         micro_batch_size=1,
         accumulation=SEQUENCES // processes.size,
     )
+    return engine_of(kind, parts=parts)
 
 
 def train(folder: Path, kind: str, precision: torch.dtype, resume_after: int | None) -> None:

@@ -6,12 +6,11 @@ Vectors are float64 [domains], in one order for all of them; NaN stands for what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-RuleName = Literal["paper", "released", "bandit", "constant", "robust"]
 Vector = npt.NDArray[np.float64]
 
 

@@ -1,22 +1,20 @@
-"""One update of the domain weights by a rule, domains by name; `rule_of` alone knows what recipes call the rules."""
+"""Update rules of the domain weights by name, and weights by domain as they see them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from shearing.data.mixture.rules.constant import Constant
-from shearing.data.mixture.rules.exponential import Bandit, Paper, Released
-from shearing.data.mixture.rules.robust import Robust
+from shearing.data.mixture.rules.facts import RULES
 from shearing.data.mixture.rules.rule import Rule, Seen, Vector
 from shearing.data.recipe import MixtureRecipe
+from shearing.late import at_home
 
 Memory = dict[str, float]
 """What a rule remembers between two updates: a number for each domain of which it knows one. JSON-able."""
-
-_EXPONENTIAL: dict[str, Callable[..., Rule]] = {"paper": Paper, "released": Released, "bandit": Bandit}
 
 
 def rule_of(mixture: MixtureRecipe, *, prior: Mapping[str, float]) -> Rule:
@@ -26,12 +24,12 @@ def rule_of(mixture: MixtureRecipe, *, prior: Mapping[str, float]) -> Rule:
         mixture: names the rule.
         prior: weights before the first update of the run, summing to 1.
     """
-    if mixture.update == "constant":
-        return Constant()
-    if mixture.update == "robust":
-        weights = np.array(list(prior.values()), dtype=np.float64)
-        return Robust(prior=weights, divergence=mixture.divergence, floor=mixture.floor, loss_ema=mixture.loss_ema)
-    return _EXPONENTIAL[mixture.update](step_size=mixture.step_size, smoothing=mixture.smoothing)
+    facts = RULES[mixture.update]
+    constants: dict[str, Any] = {name: getattr(mixture, name) for name in facts.constants}
+    if facts.knows_prior:
+        constants["prior"] = np.array(list(prior.values()), dtype=np.float64)
+    rule: Rule = at_home(__package__, facts.home)(**constants)
+    return rule
 
 
 def update_weights(

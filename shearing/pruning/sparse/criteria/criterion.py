@@ -31,7 +31,7 @@ class Criterion(Protocol):
         ...
 
     def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
-        """Scores of neighbouring columns of a matrix.
+        """Scores of neighbouring columns of a matrix: of all of them, unless the scores follow compensation.
 
         Args:
             weight: [O, columns], any dtype.

@@ -29,7 +29,8 @@ class Evidence:
     """What a metric may go by, beside the model.
 
     Attributes:
-        text: tokens [B, S], on the model's device; empty for metrics that read none.
+        text: tokens [B, S], on the model's device; empty for metrics that read none. The documents are those of rows of
+            S + 1 tokens: whether a label of these S - 1 counts is in `documents.begins[:, :-1]`.
         target: shape to reach; None where there is only a number of parameters.
         seed: of whatever is drawn.
     """

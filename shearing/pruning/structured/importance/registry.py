@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class MetricFacts:
     """What is to be known of a metric before it is imported.
 
     Attributes:
@@ -33,13 +33,15 @@ class Facts:
 
 _HERE = "shearing.pruning.structured.importance"
 
-METRICS: dict[str, Facts] = {
-    "random": Facts(home=f"{_HERE}.chance:Chance", reads_text=False, baseline="random"),
-    "magnitude": Facts(home=f"{_HERE}.magnitude:Magnitude", reads_text=False, baseline="magnitude"),
-    "activations": Facts(
+METRICS: dict[str, MetricFacts] = {
+    "random": MetricFacts(home=f"{_HERE}.chance:Chance", reads_text=False, baseline="random"),
+    "magnitude": MetricFacts(home=f"{_HERE}.magnitude:Magnitude", reads_text=False, baseline="magnitude"),
+    "activations": MetricFacts(
         home=f"{_HERE}.activations:Activations", reads_text=True, start="activations", baseline="importance"
     ),
-    "reconstruction": Facts(home=f"{_HERE}.reconstruction:Reconstruction", reads_text=True, start="reconstruction"),
+    "reconstruction": MetricFacts(
+        home=f"{_HERE}.reconstruction:Reconstruction", reads_text=True, start="reconstruction"
+    ),
 }
 
 
