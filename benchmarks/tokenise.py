@@ -140,9 +140,10 @@ def run_side(side: str, text: Path, *, tokenizer: Path) -> None:
 
     Seconds of the core are said beside those of the clock, which a machine that others use too makes longer.
     """
-    import data_tools.steps  # noqa: F401 (imported before the clock starts, as the others' packages are)
     import datasets
     import transformers
+
+    import data_tools.preparation.steps  # noqa: F401 (imported before the clock starts, as the others' packages are)
 
     datasets.disable_progress_bars()
     transformers.AutoTokenizer.from_pretrained(tokenizer)
