@@ -31,7 +31,7 @@ from shearing.data.recipe import MixtureRecipe
 from shearing.evaluation.environment import environment
 from shearing.files.durable import read_json, write_json
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.reference_loss import source as source_losses
@@ -222,13 +222,13 @@ def main() -> None:
                 results.setdefault(rule, []).append(result)
         figures = summarise(results)
         print_table(figures, console=console)
-        steps = total_steps(base.pretrain, data=base.data)
+        steps = base.pretrain.total_steps(sequence_length=base.data.sequence_length)
         line = {
             "benchmark": "mixture_rules",
             "quick": arguments.quick,
             "seeds": seeds,
             "steps": steps,
-            "tokens": steps * tokens_per_step(base.pretrain, data=base.data),
+            "tokens": steps * base.pretrain.tokens_per_step(sequence_length=base.data.sequence_length),
             "updates": max(result["updates"] for of_seeds in results.values() for result in of_seeds),
             "rules": figures,
             **environment(resolve_device(base.training.device)),

@@ -44,7 +44,7 @@ from shearing.pruning.structured.importance.registry import METRICS, baselines, 
 from shearing.pruning.structured.refitting import refit
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.compact import compact as compact_stage
 from shearing.runs.stages.pretrain import pretrain as pretrain_stage
 from shearing.runs.stages.prune import prune as prune_stage
@@ -126,12 +126,16 @@ def recipe_of(path: Path, *, method: str, seed: int, output: Path, overrides: Se
         return load_recipe(path, overrides=[*common, "prune.freeze=100%"])
     if recipe.prune.batch_size != recipe.pretrain.batch_size:
         raise SystemExit("the stages of the recipe need the same batch_size for equal total tokens")
-    steps = {stage: total_steps(getattr(recipe, stage), data=recipe.data) for stage in ("prune", "pretrain")}
-    warmup = recipe.prune.warmup.in_steps(
-        tokens_per_step=tokens_per_step(recipe.prune, data=recipe.data), total_steps=steps["prune"]
-    )
+    steps = steps_of(recipe)
+    warmup = recipe.prune.in_steps(recipe.prune.warmup, sequence_length=recipe.data.sequence_length)
     alone = [f"pretrain.duration={sum(steps.values())} steps", f"pretrain.warmup={warmup} steps"]
     return load_recipe(path, overrides=[*common, *alone, "pretrain.optimizer=fresh"])
+
+
+def steps_of(recipe: Recipe) -> dict[str, int]:
+    """Optimiser steps of each training stage."""
+    length = recipe.data.sequence_length
+    return {name: stage.total_steps(sequence_length=length) for name, stage in recipe.training_stages.items()}
 
 
 def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -261,7 +265,7 @@ def main() -> None:
             "benchmark": "quality",
             "quick": arguments.quick,
             "seeds": arguments.seeds,
-            "steps": {s: total_steps(getattr(learned, s), data=learned.data) for s in ("prune", "pretrain")},
+            "steps": steps_of(learned),
             "tokens_per_step": learned.pretrain.batch_size.in_sequences(sequence_length=learned.data.sequence_length)
             * learned.data.sequence_length,
             **figures,

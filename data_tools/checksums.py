@@ -1,4 +1,4 @@
-"""SHA-256 of files and of tokens, with progress."""
+"""SHA-256 of tokens, wherever they lie, with progress."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
+"""Between two lines where there is no terminal for a bar."""
 
 
 @contextmanager
@@ -59,6 +60,7 @@ def max_memory() -> int:
 
 
 def clock(seconds: float | None) -> str:
+    """A time as people read it: 0:07, 1:02:03; dashes where it is not known."""
     if seconds is None:
         return "–:––"
     minutes, seconds = divmod(round(seconds), 60)

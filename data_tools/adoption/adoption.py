@@ -21,11 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
+from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
 from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from data_tools.checksums import sha256_of_tokens
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
@@ -35,8 +38,8 @@ from shearing.data.corpus.format import (
     SplitManifest,
     require_domain_name,
 )
+from shearing.data.corpus.shards import token_dtype
 from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
-from shearing.data.corpus.writer import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.errors import ShearingError, named
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
 from shearing.files.checksums import sha256_of_file
@@ -150,6 +153,29 @@ def adopt(
         )
     with named(COMPONENT_NAMES):
         return write_index(output, tokenizer_fingerprint=loaded.fingerprint, tokenizer_json=loaded.backend.to_str())
+
+
+def find_documents(path: Path, *, field: str) -> ForeignSet:
+    """The documents of the tokenised set at `path`.
+
+    Args:
+        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
+            of `datasets` wrote, with a column `input_ids`.
+        field: what the user calls it.
+
+    Raises:
+        ShearingError: it is neither, or damaged.
+    """
+    if files := datatrove_files(path):
+        return find_in_datatrove(files)
+    if files := arrow_files(path, field=field):
+        return find_in_arrow(files)
+    raise ShearingError(
+        field,
+        value=str(path),
+        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
+        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
+    )
 
 
 def _require_separator(name: str, read: _Read, *, tokenizer: NamedTokenizer) -> None:
@@ -303,7 +329,7 @@ def _write_domain(
         ),
     )
     adopted.write(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = token_dtype(tokenizer.vocab_size).name
     sides: dict[Split, npt.NDArray[np.bool_]] = {"train": ~heldout, "heldout": heldout}
     for split in SPLITS:
         _save_split(folder, split, read=read, chosen=sides[split], separators=adopted.separators)
@@ -376,29 +402,3 @@ def _save_split(
     for path, array in arrays.items():
         with path.open("wb") as file:
             np.save(file, np.ascontiguousarray(array))
-
-
-def find_documents(path: Path, *, field: str) -> ForeignSet:
-    """The documents of the tokenised set at `path`.
-
-    Args:
-        path: a `.ds` file or a folder of them, as datatrove and nanotron write them; or a folder that `save_to_disk`
-            of `datasets` wrote, with a column `input_ids`.
-        field: what the user calls it.
-
-    Raises:
-        ShearingError: it is neither, or damaged.
-    """
-    from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
-    from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
-
-    if files := datatrove_files(path):
-        return find_in_datatrove(files)
-    if files := arrow_files(path, field=field):
-        return find_in_arrow(files)
-    raise ShearingError(
-        field,
-        value=str(path),
-        allowed="a .ds file or a folder of them (datatrove, nanotron), or a folder written by save_to_disk (datasets)",
-        mend="correct the path" if not path.exists() else "prepare raw text with `shear data prepare`",
-    )

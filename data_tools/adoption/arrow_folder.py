@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow
 
 from data_tools.adoption.foreign import Counts, ForeignFile, ForeignSet
 from shearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 COLUMN = "input_ids"
 STATE_NAME = "state.json"

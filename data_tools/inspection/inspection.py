@@ -23,7 +23,7 @@ from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.progress import activity
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -141,12 +141,28 @@ def inspect(path: Path, *, recipe: Recipe | None, longest_document: int, seed: i
     return Inspection(path, domains, duplicates, decodable=tokenizer is not None)
 
 
+def require_output(path: Path) -> None:
+    """Check before the work that a picture can be written.
+
+    Raises:
+        ShearingError: another kind of file, or no folder to write it into.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ShearingError("--output", value=str(path), allowed="a .png, .svg or .pdf file", mend="write corpus.png")
+    if not path.absolute().parent.is_dir():
+        raise ShearingError(
+            "--output", value=str(path), allowed="a file in a folder that exists", mend="make the folder"
+        )
+
+
 def _planned_tokens(recipe: Recipe, *, corpus: Corpus) -> dict[str, float]:
     """Tokens of each domain that all training stages read, at the starting weights."""
     tokens = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
     weights = resolve_weights(recipe.mixture.initial_weights, tokens=tokens)
-    stages = recipe.training_stages.values()
-    total = sum(total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data) for stage in stages)
+    stages, length = recipe.training_stages.values(), recipe.data.sequence_length
+    total = sum(
+        stage.total_steps(sequence_length=length) * stage.tokens_per_step(sequence_length=length) for stage in stages
+    )
     return {name: weight * total for name, weight in weights.items()}
 
 
@@ -275,17 +291,3 @@ def _problems(figures: DomainFigures, *, leaked: int, longest_document: int) -> 
         yield f"a document of {longest:,} tokens"
     if not manifest.train.bytes or not manifest.heldout.bytes:
         yield "no text in " + " and ".join(split for split in SPLITS if not manifest.split(split).bytes)
-
-
-def require_output(path: Path) -> None:
-    """Check before the work that a picture can be written.
-
-    Raises:
-        ShearingError: another kind of file, or no folder to write it into.
-    """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ShearingError("--output", value=str(path), allowed="a .png, .svg or .pdf file", mend="write corpus.png")
-    if not path.absolute().parent.is_dir():
-        raise ShearingError(
-            "--output", value=str(path), allowed="a file in a folder that exists", mend="make the folder"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from shearing.data.corpus.format import (
 )
 from shearing.data.corpus.integrity import Damage, open_tokens, quick_damages
 from shearing.errors import ShearingError, named
-from shearing.files.checksums import sha256_of_file
+from shearing.files.checksums import Advance, sha256_of_file
 from shearing.files.mapped_arrays import map_array
 from shearing.progress import activity
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 TOKENS_AT_A_TIME = 1 << 20
 DECODED_TOKENS = 64
-
-Advance = Callable[[int], None]
 
 
 @dataclass

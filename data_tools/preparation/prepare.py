@@ -30,11 +30,12 @@ from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_ta
 from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import load_tokenizer
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
 from shearing.data.corpus.splits import HeldoutSize
-from shearing.data.corpus.writer import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
+from shearing.progress import PLAIN_SECONDS
 from shearing.runs.names import COMPONENT_NAMES
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 
 PACKAGES = ("datatrove", "numpy", "shearing", "tokenizers")
-_PLAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ class Watch:
         text = f"{tokens / 1e6:,.1f} M tokens, {rate / 1e3:,.0f} k tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=bytes_read, tokens=text, description=self._stage(bytes_read))
-        elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
+        elif time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
             new = bytes_read - int(self._before[0])
             left = f", {(self._total - bytes_read) / new * seconds:.0f} s left" if new > 0 else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_tools.extras import require_extra
 from data_tools.preparation.recipe import HUB_PREFIX, DomainSources
 from shearing.errors import ShearingError
 
@@ -147,6 +148,30 @@ def open_file_system(path: str) -> tuple[Any, str]:
     return file_system, inside
 
 
+def load_hub_dataset(piece: HubPiece) -> Dataset | IterableDataset:
+    """A data set by name, as `datasets` loads it: a name of the hub, or a folder of data files.
+
+    Raises:
+        ShearingError: it cannot be found or read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(
+            piece.name, piece.config, split=piece.split, revision=piece.revision, streaming=piece.streaming
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ShearingError(
+            "domains",
+            value=f"{HUB_PREFIX}{piece.name}",
+            allowed="a data set that `datasets` can load, with its config and split",
+            mend=str(error).splitlines()[0],
+        ) from error
+    assert isinstance(loaded, (datasets.Dataset, datasets.IterableDataset))
+    return loaded
+
+
 def _files(domain: str, *, path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every file behind a path, sorted, with what the file system says of it."""
     from fsspec.implementations.local import LocalFileSystem
@@ -211,33 +236,7 @@ def _input(path: str, *, info: Mapping[str, Any], text_field: str) -> Input:
     )
 
 
-def load_hub_dataset(piece: HubPiece) -> Dataset | IterableDataset:
-    """A data set by name, as `datasets` loads it: a name of the hub, or a folder of data files.
-
-    Raises:
-        ShearingError: it cannot be found or read.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        loaded = datasets.load_dataset(
-            piece.name, piece.config, split=piece.split, revision=piece.revision, streaming=piece.streaming
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ShearingError(
-            "domains",
-            value=f"{HUB_PREFIX}{piece.name}",
-            allowed="a data set that `datasets` can load, with its config and split",
-            mend=str(error).splitlines()[0],
-        ) from error
-    assert isinstance(loaded, (datasets.Dataset, datasets.IterableDataset))
-    return loaded
-
-
 def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: str) -> list[Input]:
-    from data_tools.extras import require_extra
-
     require_extra("data", modules=["datasets"], what=f"domains.{domain}")
     revision = _revision(name, revision=sources.revision)
     whole = HubPiece(name, sources.config, sources.split, revision, sources.streaming, 0, 0)

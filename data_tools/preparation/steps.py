@@ -28,10 +28,7 @@ from data_tools.preparation.reading import BadInput, SourceStream, open_source, 
 from data_tools.preparation.sources import Input
 from data_tools.preparation.work_folder import Task, WorkFolder, publish
 from data_tools.tokenisation import PlainTokenizer, batches
-from shearing.data.corpus.format import SourceFile
-from shearing.data.corpus.shards import Shard, ShardWriter
-from shearing.data.corpus.splits import Documents
-from shearing.data.corpus.writer import (
+from shearing.data.corpus.domain_folder import (
     DomainSettings,
     Places,
     decide_places,
@@ -40,6 +37,9 @@ from shearing.data.corpus.writer import (
     write_domain_folder,
     write_index,
 )
+from shearing.data.corpus.format import SourceFile
+from shearing.data.corpus.shards import Shard, ShardWriter
+from shearing.data.corpus.splits import Documents
 from shearing.errors import ShearingError, named
 from shearing.runs.names import COMPONENT_NAMES
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 
 NearDuplicates = Literal["ignore", "together", "remove"]
+
+TOKENISE, DECIDE, WRITE, FINISH = "tokenise", "decide", "write", "finish"
 
 
 @dataclass
@@ -172,9 +174,6 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
             writer.abandon()
             raise
         self.work.report_progress(rank, bytes_read=self.reading.bytes_read, tokens=writer.tokens)
-
-
-TOKENISE, DECIDE, WRITE, FINISH = "tokenise", "decide", "write", "finish"
 
 
 @lru_cache(maxsize=1)

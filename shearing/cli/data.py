@@ -80,6 +80,79 @@ def prepare(
     run(load_preparation(file, overrides=arguments[1 if file else 0 :], options=set_by_options))
 
 
+@data.command()
+def adopt(
+    domain: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A tokenised set; once for each domain.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the tokenizer that made the tokens.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")],
+    heldout: Annotated[str, typer.Option(help="How much of each domain is held out: 5% or '2M tokens'.")] = "5%",
+    separator_token: Annotated[
+        str | None, typer.Option(help="Token after each document; the tokenizer's end-of-sequence token if unset.")
+    ] = None,
+) -> None:
+    """Use sets that are tokenised already, of datatrove, nanotron or `datasets`, where they lie."""
+    from data_tools.adoption.adoption import adopt as adopt_sets
+    from data_tools.tokenisation import domain_table
+
+    pairs = [item.partition("=") for item in domain]
+    for item, (name, _, path) in zip(domain, pairs, strict=True):
+        if not (name and path):
+            raise ShearingError("--domain", value=item, allowed="NAME=PATH", mend="write --domain books=sets/books")
+    console = Console(stderr=True)
+    corpus = adopt_sets(
+        domains={name: Path(path) for name, _, path in pairs},
+        tokenizer=tokenizer,
+        output=output,
+        heldout=heldout,
+        separator_token=separator_token,
+        console=console,
+    )
+    Console().print(domain_table(corpus))
+    Console().print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
+
+
+@data.command()
+def inspect(
+    corpus: CorpusFolder,
+    recipe: Annotated[Path | None, typer.Option(help="Compare with what this recipe will read.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a picture: .png, .svg or .pdf.")] = None,
+    samples: Annotated[int, typer.Option(help="Decoded documents of each domain to print.")] = 0,
+    longest_document: Annotated[int, typer.Option(help="Tokens above which a document is a problem.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Chooses what is read and printed.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if there are problems.")] = False,
+) -> None:
+    """Say what is in a corpus: sizes, lengths, duplicates, samples, and what looks wrong."""
+    resolved = None if recipe is None else load(recipe, None)
+    from data_tools.inspection.inspection import inspect as look, require_output
+    from data_tools.inspection.view import draw, render
+
+    if output is not None:
+        require_output(output)
+    found = look(corpus, recipe=resolved, longest_document=longest_document, seed=seed, console=Console(stderr=True))
+    Console().print(render(found, samples=samples), soft_wrap=not Console().is_terminal)
+    if output is not None:
+        draw(found, output)
+        Console().print(f"picture {output}", soft_wrap=True, highlight=False)
+    if strict and found.problems:
+        raise typer.Exit(1)
+
+
+@data.command()
+def verify(
+    corpus: CorpusFolder,
+    sources: Annotated[bool, typer.Option("--sources", help="Read the files that it was made from too.")] = False,
+    rows: Annotated[int, typer.Option(help="Pieces decoded from each split of each domain.")] = 8,
+    seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
+) -> None:
+    """Read all of a corpus and name every file that is not what it was. Exit code 1 if there is one."""
+    from data_tools.inspection.verification import render, verify as read_all
+
+    result = read_all(corpus, sources=sources, rows=rows, seed=seed, console=Console(stderr=True))
+    Console().print(render(result), soft_wrap=True)
+    if result.damages:
+        raise typer.Exit(1)
+
+
 @reference_loss.command("measure")
 def measure_reference_loss(
     corpus: Annotated[Path, typer.Option(help="Folder of a prepared corpus.")],
@@ -155,79 +228,6 @@ def source_reference_loss(
     from shearing.runs.stages.reference_loss import source
 
     source(RunContext(resolved), output=output)
-
-
-@data.command()
-def adopt(
-    domain: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A tokenised set; once for each domain.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the tokenizer that made the tokens.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")],
-    heldout: Annotated[str, typer.Option(help="How much of each domain is held out: 5% or '2M tokens'.")] = "5%",
-    separator_token: Annotated[
-        str | None, typer.Option(help="Token after each document; the tokenizer's end-of-sequence token if unset.")
-    ] = None,
-) -> None:
-    """Use sets that are tokenised already, of datatrove, nanotron or `datasets`, where they lie."""
-    from data_tools.adoption.adoption import adopt as adopt_sets
-    from data_tools.tokenisation import domain_table
-
-    pairs = [item.partition("=") for item in domain]
-    for item, (name, _, path) in zip(domain, pairs, strict=True):
-        if not (name and path):
-            raise ShearingError("--domain", value=item, allowed="NAME=PATH", mend="write --domain books=sets/books")
-    console = Console(stderr=True)
-    corpus = adopt_sets(
-        domains={name: Path(path) for name, _, path in pairs},
-        tokenizer=tokenizer,
-        output=output,
-        heldout=heldout,
-        separator_token=separator_token,
-        console=console,
-    )
-    Console().print(domain_table(corpus))
-    Console().print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
-
-
-@data.command()
-def inspect(
-    corpus: CorpusFolder,
-    recipe: Annotated[Path | None, typer.Option(help="Compare with what this recipe will read.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a picture: .png, .svg or .pdf.")] = None,
-    samples: Annotated[int, typer.Option(help="Decoded documents of each domain to print.")] = 0,
-    longest_document: Annotated[int, typer.Option(help="Tokens above which a document is a problem.")] = 1_000_000,
-    seed: Annotated[int, typer.Option(help="Chooses what is read and printed.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if there are problems.")] = False,
-) -> None:
-    """Say what is in a corpus: sizes, lengths, duplicates, samples, and what looks wrong."""
-    resolved = None if recipe is None else load(recipe, None)
-    from data_tools.inspection.inspection import inspect as look, require_output
-    from data_tools.inspection.view import draw, render
-
-    if output is not None:
-        require_output(output)
-    found = look(corpus, recipe=resolved, longest_document=longest_document, seed=seed, console=Console(stderr=True))
-    Console().print(render(found, samples=samples), soft_wrap=not Console().is_terminal)
-    if output is not None:
-        draw(found, output)
-        Console().print(f"picture {output}", soft_wrap=True, highlight=False)
-    if strict and found.problems:
-        raise typer.Exit(1)
-
-
-@data.command()
-def verify(
-    corpus: CorpusFolder,
-    sources: Annotated[bool, typer.Option("--sources", help="Read the files that it was made from too.")] = False,
-    rows: Annotated[int, typer.Option(help="Pieces decoded from each split of each domain.")] = 8,
-    seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
-) -> None:
-    """Read all of a corpus and name every file that is not what it was. Exit code 1 if there is one."""
-    from data_tools.inspection.verification import render, verify as read_all
-
-    result = read_all(corpus, sources=sources, rows=rows, seed=seed, console=Console(stderr=True))
-    Console().print(render(result), soft_wrap=True)
-    if result.damages:
-        raise typer.Exit(1)
 
 
 def _training(*, device: str, precision: str) -> TrainingRecipe:

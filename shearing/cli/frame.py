@@ -59,4 +59,5 @@ def options(
 
 
 def load(path: Path, overrides: Sequence[str] | None) -> Recipe:
+    """The recipe that `RecipeFile` and `Overrides` name."""
     return load_recipe(path, overrides=overrides or ())

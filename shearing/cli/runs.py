@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,7 @@ from rich.syntax import Syntax
 from shearing.cli.frame import Overrides, RecipeFile, app, config, load
 from shearing.errors import ShearingError
 from shearing.runs.recipe import Recipe
-from shearing.runs.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from shearing.runs.run_directory import Stage
+from shearing.runs.run_directory import RunDirectory, Stage
 
 
 def _slurm(text: str, *names: str) -> Any:

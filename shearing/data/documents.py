@@ -119,14 +119,14 @@ class Inputs:
         }
 
 
+def sent(tensor: Tensor, *, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without the host waiting for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _boundaries(position_ids_BS: Tensor) -> Tensor:
     begins_N = (position_ids_BS.reshape(-1) == 0).nonzero()[:, 0]
     room = 1 << len(begins_N).bit_length()
     boundaries = torch.full((room,), position_ids_BS.numel(), dtype=torch.int32)
     boundaries[: len(begins_N)] = begins_N
     return boundaries
-
-
-def sent(tensor: Tensor, *, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without the host waiting for the copy."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +86,45 @@ class MixtureRecipe(Section):
     )
 
 
-def rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
+def mixture_contradictions(mixture: MixtureRecipe, *, domains: Sequence[str] | None) -> Iterator[ShearingError]:
+    """Constants that the rule does not have, and numbers by domain that do not fit the domains.
+
+    Args:
+        mixture: the section.
+        domains: `data.domains`.
+    """
+    yield from _rule_contradictions(mixture)
+    if domains is not None and (not domains or len(set(domains)) < len(domains)):
+        yield ShearingError(
+            "domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
+        )
+    for field, values in (
+        ("initial_weights", mixture.initial_weights),
+        ("reference", mixture.reference),
+    ):
+        if not isinstance(values, dict):
+            continue
+        if not values or min(values.values()) <= 0:
+            yield ShearingError(
+                field,
+                value=values,
+                allowed="a positive number for each domain",
+                mend=f"leave a domain out of {key('domains')} rather than give it 0",
+            )
+        # A reference may know more domains than this run reads.
+        unfit = set() if domains is None else set(domains) - set(values)
+        if domains is not None and field == "initial_weights":
+            unfit |= set(values) - set(domains)
+        if domains is not None and unfit:
+            yield ShearingError(
+                field,
+                value=sorted(values),
+                allowed=f"the domains of {key('domains')}: {', '.join(domains)}",
+                mend=_domain_mend(values, domains=domains),
+            )
+
+
+def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
     """Constants of another rule than the one chosen; with constant weights no constant says anything."""
     if mixture.update == "constant":
         return
@@ -103,3 +142,12 @@ def rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
                 allowed=f"only with {key('update')} = {named}; it is {mixture.update}",
                 mend=f"set {key(name)}={default}, or {key('update')}={rules[0]}",
             )
+
+
+def _domain_mend(values: dict[str, float], *, domains: Sequence[str]) -> str:
+    missing, unknown = sorted(set(domains) - set(values)), sorted(set(values) - set(domains))
+    parts = [f"add {', '.join(missing)}"] if missing else []
+    for name in unknown:
+        near = difflib.get_close_matches(name, domains, n=1)
+        parts.append(f"remove {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return "; ".join(parts)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
@@ -22,9 +22,6 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.masked import MaskedModel
 from shearing.objectives.cross_entropy import per_token_loss
 from shearing.processes.processes import Processes
-
-if TYPE_CHECKING:
-    from shearing.data.corpus.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,13 @@ class DomainLoss:
     perplexity: float
     bits_per_byte: float | None
     tokens: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """By name; JSON has no NaN and no infinity: a model that diverged has null there."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def heldout_loss(
@@ -141,6 +145,22 @@ def heldout_loss(
     }
 
 
+def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
+    """The mean over domains, each domain counted once: mean loss, its exponential, mean bits per byte, all tokens.
+
+    Args:
+        losses: at least one domain.
+    """
+    loss = sum(domain.loss for domain in losses.values()) / len(losses)
+    bits = [domain.bits_per_byte for domain in losses.values() if domain.bits_per_byte is not None]
+    return DomainLoss(
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=sum(bits) / len(bits) if len(bits) == len(losses) else None,
+        tokens=sum(domain.tokens for domain in losses.values()),
+    )
+
+
 def _heldout_rows(
     corpus: Corpus, domain: str, *, rules: DocumentRules, sequence_length: int, tokens: int, micro_batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -167,22 +187,6 @@ def _sum_of_losses(
     labels_BS = batch_BT[:, 1:] if documents is None else documents.labels(batch_BT)
     loss_BS = per_token_loss(hidden_BSD, head_weight(model), labels_BS, chunk_tokens=chunk_tokens)
     return loss_BS.sum(dtype=torch.float64)
-
-
-def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
-    """The mean over domains, each domain counted once: mean loss, its exponential, mean bits per byte, all tokens.
-
-    Args:
-        losses: at least one domain.
-    """
-    loss = sum(domain.loss for domain in losses.values()) / len(losses)
-    bits = [domain.bits_per_byte for domain in losses.values() if domain.bits_per_byte is not None]
-    return DomainLoss(
-        loss=loss,
-        perplexity=_exp(loss),
-        bits_per_byte=sum(bits) / len(bits) if len(bits) == len(losses) else None,
-        tokens=sum(domain.tokens for domain in losses.values()),
-    )
 
 
 def _domain_loss(loss_sum: float, *, num_bytes: int, tokens: int) -> DomainLoss:

@@ -73,6 +73,29 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in names}
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
+
+    Args:
+        path: file to write; its folder exists.
+        tensors: no two may share memory.
+        metadata: text for the file's header.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written; `full_disk.is_disk_full` tells why. Nothing is left of it.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    beside.replace(path)
+    flush_folder(path.parent)
+
+
 def overwrite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Put other values into tensors of a file, whose dtypes and shapes stay."""
     entries, _ = read_header(path)
@@ -122,26 +145,3 @@ def write_in_turn(
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, exact to the bit, beside its place and renamed into it.
-
-    Args:
-        path: file to write; its folder exists.
-        tensors: no two may share memory.
-        metadata: text for the file's header.
-
-    Raises:
-        OSError, SafetensorError: the file cannot be written; `full_disk.is_disk_full` tells why. Nothing is left of it.
-    """
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    beside.replace(path)
-    flush_folder(path.parent)

@@ -2,7 +2,7 @@
 
 Hugging Face's mask preparation asks the device, once a forward pass, whether sequences were packed. Where documents
 begin in training rows is known on the host, so the answer is known: an attention kernel registered without a mask
-function is handed no mask and is causal by itself, over whole rows or inside documents (`models.documents`).
+function is handed no mask and is causal by itself, over whole rows or inside documents (`data.documents`).
 
 Legend: B rows, S positions, H query heads, K KV heads, dh head dimension, N stretches of documents, n tokens of one.
 """

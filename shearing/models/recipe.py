@@ -39,6 +39,7 @@ class TargetRecipe(Section):
 
 
 def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
+    """A budget and sizes at once, neither of them, or `uniform` without a budget."""
     sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform"))
     given = [name for name in sizes if getattr(target, name) is not None]
     if target.parameters is not None and given:

@@ -14,11 +14,10 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Parameter, Unit, count
+from shearing.models.recipe import TargetRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from shearing.models.recipe import TargetRecipe
 
 
 SIZE_NAMES = (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shearing.errors import ShearingError
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
+from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_config, load_source, skeleton
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ class Source:
         """Names of the files that hold tensors."""
         return sorted(set(self.files.values()))
 
+    def weight_bytes(self) -> int:
+        """Size of the files that hold tensors."""
+        return sum((self.folder / name).stat().st_size for name in self.weight_files())
+
     def other_files(self) -> list[str]:
         """Names of config, tokenizer, chat template and the like."""
         return sorted({path.name for pattern in TEXT_FILES for path in self.folder.glob(pattern)} - OURS)
@@ -135,7 +140,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     folder = _folder_of(name, revision=revision)
     needed = set(skeleton(config).state_dict())
     if getattr(config, "tie_word_embeddings", False):
-        needed.discard("lm_head.weight")
+        needed.discard(f"{anatomy_of(config).head}.weight")
     source = _opened(folder, config, original=folder)
     if not needed <= source.files.keys():
         if not (converted / "config.json").is_file():

@@ -29,7 +29,6 @@ Value = TypeVar("Value")
 _PATIENCE = timedelta(days=7)
 """For what the main process does alone. Whether it is alive at all is the watch's business."""
 
-
 _SECONDS_TO_TELL = 2.0
 """For the process that failed to print why: a launcher kills it as soon as another one has ended."""
 

@@ -44,6 +44,8 @@ _REMINDER = 60.0
 
 _FAILURE = "failure"
 
+_CONTINUES = "all processes of the run end here; the same command continues from the last checkpoint"
+
 
 class Watch:
     """Threads of one process that sign its life and end it when the run has failed.
@@ -237,9 +239,6 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return 2 if isinstance(error, ShearingError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-_CONTINUES = "all processes of the run end here; the same command continues from the last checkpoint"
 
 
 def _reason(error: BaseException) -> str:

@@ -5,7 +5,6 @@ python -m shearing.runs.recipe docs/recipe.md     rewrites the reference of keys
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from shearing.data.recipe import DataRecipe, MixtureRecipe, rule_contradictions
+from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictions
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
@@ -131,15 +130,6 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
     raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
 
 
-def tokens_per_step(stage: StageRecipe, *, data: DataRecipe) -> int:
-    """Tokens of one global batch of a stage.
-
-    Raises:
-        ShearingError: a batch in tokens that is no whole number of sequences.
-    """
-    return stage.batch_size.in_sequences(sequence_length=data.sequence_length) * data.sequence_length
-
-
 @dataclass(frozen=True)
 class BatchSplit:
     """How one process computes its share of a step.
@@ -200,15 +190,6 @@ def _nearest(numbers: Sequence[int], *, to: int) -> int:
     return min(numbers, key=lambda number: abs(number - to))
 
 
-def total_steps(stage: StageRecipe, *, data: DataRecipe) -> int:
-    """Optimiser steps of a stage.
-
-    Raises:
-        ShearingError: as `tokens_per_step`.
-    """
-    return stage.duration.in_steps(tokens_per_step=tokens_per_step(stage, data=data))
-
-
 def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
@@ -216,7 +197,7 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         yield from _renamed(target_contradictions(recipe.target))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
-    yield from _mixture_contradictions(recipe)
+    yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -265,49 +246,8 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         )
 
 
-def _mixture_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
-    mixture, domains = recipe.mixture, recipe.data.domains
-    yield from _renamed(rule_contradictions(mixture))
-    if domains is not None and (not domains or len(set(domains)) < len(domains)):
-        yield ShearingError(
-            "data.domains", value=domains, allowed="at least one domain, each once", mend="leave it out to take all"
-        )
-    for field, values in (
-        ("mixture.initial_weights", mixture.initial_weights),
-        ("mixture.reference", mixture.reference),
-    ):
-        if not isinstance(values, dict):
-            continue
-        if not values or min(values.values()) <= 0:
-            yield ShearingError(
-                field,
-                value=values,
-                allowed="a positive number for each domain",
-                mend="leave a domain out of data.domains rather than give it 0",
-            )
-        # A reference may know more domains than this run reads.
-        unfit = set() if domains is None else set(domains) - set(values)
-        if domains is not None and field == "mixture.initial_weights":
-            unfit |= set(values) - set(domains)
-        if domains is not None and unfit:
-            yield ShearingError(
-                field,
-                value=sorted(values),
-                allowed=f"the domains of data.domains: {', '.join(domains)}",
-                mend=_domain_mend(values, domains=domains),
-            )
-
-
-def _domain_mend(values: dict[str, float], *, domains: Sequence[str]) -> str:
-    missing, unknown = sorted(set(domains) - set(values)), sorted(set(values) - set(domains))
-    parts = [f"add {', '.join(missing)}"] if missing else []
-    for name in unknown:
-        near = difflib.get_close_matches(name, domains, n=1)
-        parts.append(f"remove {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-    return "; ".join(parts)
-
-
 def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Recipe) -> Iterator[ShearingError]:
+    sequence_length = recipe.data.sequence_length
     if stage.duration.fraction is not None or 0 in (stage.duration.steps, stage.duration.tokens):
         yield ShearingError(
             f"{name}.duration",
@@ -317,7 +257,7 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
         )
         return
     try:
-        sequences = stage.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
+        stage.tokens_per_step(sequence_length=sequence_length)
     except ShearingError as error:
         error.rename({**COMPONENT_NAMES, "batch_size": f"{name}.batch_size"})
         yield error
@@ -326,11 +266,10 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
         split_batch(recipe, stage=name, num_processes=1)
     except ShearingError as error:
         yield error
-    per_step = sequences * recipe.data.sequence_length
-    steps = stage.duration.in_steps(tokens_per_step=per_step)
+    steps = stage.total_steps(sequence_length=sequence_length)
 
     def length(duration: Duration) -> int:
-        return duration.in_steps(tokens_per_step=per_step, total_steps=steps)
+        return stage.in_steps(duration, sequence_length=sequence_length)
 
     if length(stage.warmup) > steps:
         yield ShearingError(

@@ -216,23 +216,6 @@ def format_count(count: int) -> str:
     return str(count)
 
 
-def _whole(match: re.Match[str]) -> int:
-    number = Decimal(match["number"].replace("_", "").replace(",", "")) * _MULTIPLES[match["multiple"].upper()]
-    if number != number.to_integral_value():
-        raise ValueError(f"{match[0]!r} is no whole number")
-    return int(number)
-
-
-def _schema(parse: Callable[[object], _Quantity]) -> CoreSchema:
-    return core_schema.no_info_plain_validator_function(
-        parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
-    )
-
-
-def _json_schema(forms: str) -> JsonSchemaValue:
-    return {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}], "description": forms}
-
-
 def format_parameters(count: float) -> str:
     """A parameter count in millions or billions: "64.2M", "1.30B"."""
     if count >= 1e9:
@@ -248,3 +231,20 @@ def format_tokens(count: float) -> str:
         if abs(count) >= scale:
             return f"{count / scale:.4g}{letter}"
     return f"{count:.4g}"
+
+
+def _whole(match: re.Match[str]) -> int:
+    number = Decimal(match["number"].replace("_", "").replace(",", "")) * _MULTIPLES[match["multiple"].upper()]
+    if number != number.to_integral_value():
+        raise ValueError(f"{match[0]!r} is no whole number")
+    return int(number)
+
+
+def _schema(parse: Callable[[object], _Quantity]) -> CoreSchema:
+    return core_schema.no_info_plain_validator_function(
+        parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+    )
+
+
+def _json_schema(forms: str) -> JsonSchemaValue:
+    return {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}], "description": forms}

@@ -31,35 +31,6 @@ _PRODUCTS = VARLEN_OPERATORS | frozenset(
 )
 
 
-def checkpoint_activations(model: PreTrainedModel, *, selective: bool) -> None:
-    """Recompute decoder layers in the backward pass instead of keeping their activations.
-
-    Args:
-        model: changed in place.
-        selective: keep what matrix products and attention return, and recompute the rest, which costs little.
-    """
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if selective:
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    # Newer releases of transformers call it so and warn about the old name; older ones have the old name alone.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(settings)
-
-
-def _keep_products(_context: Any, operator: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
-    kept = getattr(operator, "overloadpacket", operator) in _PRODUCTS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every decoder layer in place; parameter names do not change.
-
-    Layers are alike, so the first one's code serves them all.
-    """
-    for layer in decoder_layers(model):
-        layer.compile()
-
-
 def resolve_device(device: str) -> torch.device:
     """The device that `auto`, `cpu` or `cuda` stands for here.
 
@@ -89,3 +60,32 @@ def resolve_precision(training: TrainingRecipe, *, device: torch.device) -> torc
         probes: Iterable[str] = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
+
+
+def checkpoint_activations(model: PreTrainedModel, *, selective: bool) -> None:
+    """Recompute decoder layers in the backward pass instead of keeping their activations.
+
+    Args:
+        model: changed in place.
+        selective: keep what matrix products and attention return, and recompute the rest, which costs little.
+    """
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    # Newer releases of transformers call it so and warn about the old name; older ones have the old name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every decoder layer in place; parameter names do not change.
+
+    Layers are alike, so the first one's code serves them all.
+    """
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def _keep_products(_context: Any, operator: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
+    kept = getattr(operator, "overloadpacket", operator) in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

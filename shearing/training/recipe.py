@@ -32,6 +32,43 @@ class StageRecipe(Section):
         None, description="Checkpoints at multiples of this are kept for good."
     )
 
+    def tokens_per_step(self, *, sequence_length: int) -> int:
+        """Tokens of one global batch.
+
+        Args:
+            sequence_length: tokens of a sequence.
+
+        Raises:
+            ShearingError: a batch in tokens that is no whole number of sequences.
+        """
+        return self.batch_size.in_sequences(sequence_length=sequence_length) * sequence_length
+
+    def total_steps(self, *, sequence_length: int) -> int:
+        """Optimiser steps of the stage.
+
+        Args:
+            sequence_length: tokens of a sequence.
+
+        Raises:
+            ShearingError: as `tokens_per_step`.
+        """
+        return self.duration.in_steps(tokens_per_step=self.tokens_per_step(sequence_length=sequence_length))
+
+    def in_steps(self, duration: Duration, *, sequence_length: int) -> int:
+        """Another duration in optimiser steps; a share is of this stage.
+
+        Args:
+            duration: as of a warm-up.
+            sequence_length: tokens of a sequence.
+
+        Raises:
+            ShearingError: as `tokens_per_step`.
+        """
+        return duration.in_steps(
+            tokens_per_step=self.tokens_per_step(sequence_length=sequence_length),
+            total_steps=self.total_steps(sequence_length=sequence_length),
+        )
+
 
 class LoraRecipe(Section):
     """Low-rank adapters are trained instead of all weights, and merged in the end (LoRA, arXiv 2106.09685)."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from transformers import Gemma2Config, Olmo2Config, Phi3Config, Starcoder2Config
 
 from shearing.models.families import (
+    FAMILIES,
     HIDDEN,
     INTERMEDIATE,
     KV_GROUPS,
@@ -25,7 +28,7 @@ from shearing.models.families import (
     linear,
     separate_attention,
 )
-from tests.models.tiny import SIZES
+from tests.models.tiny import CONFIGS, SIZES
 
 PHI3 = Family(  # fused matrices
     model_type="phi3",
@@ -104,3 +107,14 @@ DECLARED_CONFIGS: dict[str, Callable[..., Any]] = {
     "olmo2": lambda **kw: Olmo2Config(**{"pad_token_id": None, **SIZES, **kw}),
     "starcoder2": lambda **kw: Starcoder2Config(**{**SIZES, **kw}),
 }
+
+
+@contextmanager
+def declared_families() -> Iterator[None]:
+    """Has the project know these families, and `tiny_model` their configs, while the context lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for model_type, family in DECLARED.items():
+            patch.setitem(FAMILIES, model_type, family)
+        for name, config in DECLARED_CONFIGS.items():
+            patch.setitem(CONFIGS, name, config)
+        yield

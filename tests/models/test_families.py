@@ -11,25 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.cutting import Selection, compact
-from shearing.models.families import FAMILIES
 from shearing.models.families.axes import Axis, Unit
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.recipe import TargetRecipe
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.structured.parameter_budget import count_parameters
 from tests.models import test_exactness as exactness, tiny
-from tests.models.declared import DECLARED, DECLARED_CONFIGS
+from tests.models.declared import DECLARED, DECLARED_CONFIGS, declared_families
 
 EVERY_CONFIG = {**tiny.CONFIGS, **DECLARED_CONFIGS}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def declared_families() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for model_type, family in DECLARED.items():
-            patch.setitem(FAMILIES, model_type, family)
-        for name, config in DECLARED_CONFIGS.items():
-            patch.setitem(tiny.CONFIGS, name, config)
+def _declared() -> Iterator[None]:
+    with declared_families():
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.runs.recipe import Recipe, load_recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe, load_recipe
 from shearing.settings.document import embed_reference, keys, reference
 from shearing.settings.quantities import Duration
 from tests.repository import RECIPES
@@ -88,8 +88,8 @@ def test_json_schema_covers_every_section() -> None:
 
 def test_steps_and_tokens_of_a_stage() -> None:
     recipe = load_recipe(DEMO, overrides=["prune.batch_size=2048 tokens", "prune.duration=5000 tokens"])
-    assert tokens_per_step(recipe.prune, data=recipe.data) == 2048
-    assert total_steps(recipe.prune, data=recipe.data) == 3
+    assert recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length) == 2048
+    assert recipe.prune.total_steps(sequence_length=recipe.data.sequence_length) == 3
 
 
 def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: Path) -> None:

@@ -13,19 +13,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
+from shearing.data.corpus.format import MANIFEST_NAME, SPLITS, DomainManifest, Split
 from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
 from shearing.files.mapped_arrays import map_array
-
-if TYPE_CHECKING:
-    from shearing.data.corpus.format import DomainManifest, Split
-
 
 # Document ends up to this size are compared in full with the manifest's checksum.
 SMALL_BYTES = 1 << 16
@@ -72,7 +69,7 @@ def quick_damages(folder: Path, *, manifest: DomainManifest) -> Iterator[Damage]
     """
     if manifest.domain != folder.name:
         yield Damage(
-            str(folder / "manifest.json"),
+            str(folder / MANIFEST_NAME),
             f"the manifest of domain {manifest.domain}",
             f"that of {folder.name}",
             mend=f"files of two domains were exchanged: put them back, or prepare {folder.name} again",
@@ -81,8 +78,7 @@ def quick_damages(folder: Path, *, manifest: DomainManifest) -> Iterator[Damage]
     adopted = Adopted.read(folder)
     found_in_files = list(_adopted_damages(adopted)) if adopted else []
     yield from found_in_files
-    splits: tuple[Split, Split] = ("train", "heldout")
-    for split in splits:
+    for split in SPLITS:
         damages = [] if adopted else list(_size_damage(folder, split=split, manifest=manifest))
         counts = manifest.split(split)
         ends = _array_or_damage(

@@ -67,7 +67,7 @@ class Documents:
     """The documents of a domain, in order.
 
     Args:
-        hashes: `corpus.text_hash` of each; uint64 [documents].
+        hashes: `format.text_hash` of each; uint64 [documents].
         tokens: length of each, separator included; int64 [documents].
         clusters: number of the cluster of near-duplicates that each is in, the same numbers in all domains; -1: in
             none; int64 [documents]; None: not looked for.

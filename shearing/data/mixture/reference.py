@@ -6,14 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from shearing.data.recipe import MixtureRecipe
 from shearing.errors import ShearingError, key, nearest_name
 from shearing.files.durable import write_json
-
-if TYPE_CHECKING:
-    from shearing.data.recipe import MixtureRecipe
-
 
 FIELD = "reference"
 
@@ -52,6 +48,31 @@ def resolve_reference(
     else:
         losses, origin = _read(Path(given), conditions=conditions or {}), str(given)
     return {name: _loss(name, losses=losses, origin=origin) for name in domains}
+
+
+def write_reference(
+    path: Path, *, losses: Mapping[str, float], parameters: int, method: str, provenance: Mapping[str, object]
+) -> None:
+    """Write reference losses in the form that `mixture.reference` reads.
+
+    Args:
+        path: JSON file.
+        losses: of each domain, nats per token.
+        parameters: size of the model whose losses they are meant to be, embeddings included.
+        method: how they were found, for people.
+        provenance: what they were found from; JSON-able.
+    """
+    write_json(
+        path,
+        {
+            "kind": "reference losses",
+            "format": 1,
+            "losses": dict(losses),
+            "parameters": parameters,
+            "method": method,
+            **provenance,
+        },
+    )
 
 
 def _read(path: Path, *, conditions: Mapping[str, object]) -> Mapping[str, object]:
@@ -105,28 +126,3 @@ def _loss(name: str, *, losses: Mapping[str, object], origin: str) -> float:
             mend=f"correct it in {origin}",
         )
     return float(loss)
-
-
-def write_reference(
-    path: Path, *, losses: Mapping[str, float], parameters: int, method: str, provenance: Mapping[str, object]
-) -> None:
-    """Write reference losses in the form that `mixture.reference` reads.
-
-    Args:
-        path: JSON file.
-        losses: of each domain, nats per token.
-        parameters: size of the model whose losses they are meant to be, embeddings included.
-        method: how they were found, for people.
-        provenance: what they were found from; JSON-able.
-    """
-    write_json(
-        path,
-        {
-            "kind": "reference losses",
-            "format": 1,
-            "losses": dict(losses),
-            "parameters": parameters,
-            "method": method,
-            **provenance,
-        },
-    )

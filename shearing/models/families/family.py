@@ -67,6 +67,11 @@ class SubLayer:
         """Whether a linear layer has a bias; see `Family.of`."""
         return any(parameter.name == f"{linear}.bias" for parameter in self.linears)
 
+    @property
+    def adds_its_write(self) -> bool:
+        """Whether what it writes is added to the residual stream as it is: no norm stands in between."""
+        return self.after is None
+
     def of(self, config: Any) -> SubLayer:
         """The sub-layer without the parameters that `config` does not have."""
         linears = tuple(parameter for parameter in self.linears if parameter.when(config))

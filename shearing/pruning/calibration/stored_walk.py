@@ -18,17 +18,34 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import skeleton
-from shearing.pruning.calibration.places import weight_of
+from shearing.models.stored_model import Source
+from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.calibration.walk import Call, layer_calls, run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shearing.models.stored_model import Source
-    from shearing.pruning.calibration.places import Place
-    from shearing.pruning.calibration.text import Calibration
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how layers are computed.
+
+    Attributes:
+        device: the compute device.
+        dtype: of weights and activations while they are on it.
+        micro_batch_size: sequences on it at a time (B).
+        offload: where the other sequences' streams are.
+        folder: for what is offloaded to disk.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch_size: int
+    offload: Offload
+    folder: Path
 
 
 class LayerWalk:
@@ -203,22 +220,3 @@ def _malloc_trim() -> Any:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how layers are computed.
-
-    Attributes:
-        device: the compute device.
-        dtype: of weights and activations while they are on it.
-        micro_batch_size: sequences on it at a time (B).
-        offload: where the other sequences' streams are.
-        folder: for what is offloaded to disk.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch_size: int
-    offload: Offload
-    folder: Path

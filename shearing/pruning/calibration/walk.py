@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.pruning.calibration.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from shearing.pruning.calibration.places import Place
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +92,8 @@ def compare(
             "nonzero": nonzero,
             "nonzero_bytes": nonzero_bytes,
             "training_tokens": 0,
-            "domains": {domain: _figures(dataclasses.asdict(loss)) for domain, loss in losses.items()},
-            "mean": _figures(dataclasses.asdict(macro_mean(losses))),
+            "domains": {domain: loss.to_json() for domain, loss in losses.items()},
+            "mean": macro_mean(losses).to_json(),
         }
     settings = {
         "tokens_per_domain": tokens_per_domain,
@@ -110,11 +108,3 @@ def _nonzero(model: PreTrainedModel) -> tuple[int, int]:
     stored: Any = getattr(model.config, "dtype", None) or torch.float32
     count = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     return count, count * torch.empty((), dtype=stored).element_size()
-
-
-def _figures(figures: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }

@@ -157,7 +157,7 @@ def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -
 
 def disk_bytes(job: Job) -> int:
     """The model, its layers once more until they are put together, and what is offloaded."""
-    size = 2 * sum((job.source.folder / name).stat().st_size for name in job.source.weight_files())
+    size = 2 * job.source.weight_bytes()
     if job.calibration is not None and job.compute.offload == "disk":
         size += job.calibration.tokens.numel() * job.source.config.hidden_size * job.compute.dtype.itemsize
     return size

@@ -1,4 +1,4 @@
-"""`shear allocate`: the choice of levels alone, in a file that any later run of `shear sparsify` can use."""
+"""The level of every matrix: read from a file or chosen by an allocation, which `shear allocate` does alone."""
 
 from __future__ import annotations
 
@@ -74,21 +74,6 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
     console.print(_summary(recipe, allocation, job=job, seconds=time.monotonic() - started))
     console.print(f"allocation: {output}\npicture: {picture}", soft_wrap=True, highlight=False)
     return output
-
-
-def _summary(recipe: SparsifyRecipe, allocation: StoredAllocation, *, job: Job, seconds: float) -> Table:
-    table = Table(title="allocate complete", show_header=False, title_justify="left")
-    units = units_of(job.matrices, unit=recipe.unit)
-    counts = Counter(allocation.patterns[unit.matrices[0].name] for unit in units)
-    table.add_row("allocation", f"{allocation.content['allocation']}, for {recipe.criterion}")
-    table.add_row("sparsity", f"{100 * float(1 - allocation.budget):.2f} % of the matrices")
-    what = "layers" if recipe.unit == "block" else "matrices"
-    table.add_row(what, ", ".join(f"{counts[level]} at {level}" for level in job.levels if counts[level]))
-    facts = allocation.content["facts"]
-    if "fitness" in facts:
-        table.add_row("fitness", ", ".join(f"{name} {value:.4f}" for name, value in facts["fitness"].items()))
-    table.add_row("time", f"{seconds:.1f} s")
-    return table
 
 
 def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> StoredAllocation:
@@ -181,3 +166,18 @@ def _rules(recipe: SparsifyRecipe) -> dict[str, Allocator]:
         "owl": Owl(outlier_ratio=recipe.outlier_ratio, spread=spread),
         "rank": rank if spread is None else replace(rank, spread=spread),
     }
+
+
+def _summary(recipe: SparsifyRecipe, allocation: StoredAllocation, *, job: Job, seconds: float) -> Table:
+    table = Table(title="allocate complete", show_header=False, title_justify="left")
+    units = units_of(job.matrices, unit=recipe.unit)
+    counts = Counter(allocation.patterns[unit.matrices[0].name] for unit in units)
+    table.add_row("allocation", f"{allocation.content['allocation']}, for {recipe.criterion}")
+    table.add_row("sparsity", f"{100 * float(1 - allocation.budget):.2f} % of the matrices")
+    what = "layers" if recipe.unit == "block" else "matrices"
+    table.add_row(what, ", ".join(f"{counts[level]} at {level}" for level in job.levels if counts[level]))
+    facts = allocation.content["facts"]
+    if "fitness" in facts:
+        table.add_row("fitness", ", ".join(f"{name} {value:.4f}" for name, value in facts["fitness"].items()))
+    table.add_row("time", f"{seconds:.1f} s")
+    return table

@@ -112,8 +112,8 @@ def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console)
         versions=environment(job.compute.device),
         budget=job.asked,
     )
-    size = 2 * sum((job.source.folder / name).stat().st_size for name in job.source.weight_files())
-    with activity("writing the sparse model", total=size, console=console) as advance:
+    # Each file is copied, and read once more for its checksum.
+    with activity("writing the sparse model", total=2 * job.source.weight_bytes(), console=console) as advance:
         return write_output(
             recipe.output,
             beside=partial / "model",

@@ -6,6 +6,7 @@ A row is the last axis of a granularity's `log_alpha`: all of the residual strea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,15 @@ SIZE_OF = {
     "hidden": "hidden_size",
 }
 """Granularity -> the size of a `Shape` that it prunes."""
+
+PRUNED_BY = {
+    "num_hidden_layers": ("layers", "sublayers"),
+    "hidden_size": ("hidden",),
+    "intermediate_size": ("intermediate",),
+    "num_key_value_heads": ("kv_groups",),
+    "query_heads_per_group": ("query_heads",),
+}
+"""Size of a `Shape` -> names in a recipe, one of which shrinks it; `sublayers` are `attention` and `mlp`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,28 @@ def unit_sizes(source: Shape) -> dict[str, tuple[int, ...]]:
         "intermediate": (L, source.intermediate_size),
         "hidden": (source.hidden_size,),
     }
+
+
+def smallest_shape(names: Sequence[str], *, source: Shape) -> Shape:
+    """One unit left of everything that may be pruned.
+
+    Args:
+        names: of granularities, as in a recipe.
+        source: sizes of the source model.
+    """
+
+    def left(size: str) -> int:
+        return 1 if set(PRUNED_BY[size]) & set(names) else getattr(source, size)
+
+    groups = left("num_key_value_heads")
+    return dataclasses.replace(
+        source,
+        num_hidden_layers=left("num_hidden_layers"),
+        hidden_size=left("hidden_size"),
+        intermediate_size=left("intermediate_size"),
+        num_key_value_heads=groups,
+        num_attention_heads=groups * left("query_heads_per_group"),
+    )
 
 
 def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | None) -> tuple[Granularity, ...]:

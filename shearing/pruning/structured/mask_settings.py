@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from shearing.pruning.structured.recipe import PruneRecipe
-    from shearing.settings.quantities import Duration
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.settings.quantities import Duration
 
 
 @dataclass(frozen=True, kw_only=True)

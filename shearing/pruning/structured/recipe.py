@@ -75,8 +75,18 @@ class PruneRecipe(StageRecipe):
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )
 
+    def refits(self, *, sequence_length: int) -> bool:
+        """Whether the weights that stay are refitted before the first step, as `compensate` says.
+
+        Args:
+            sequence_length: tokens of a sequence.
+        """
+        ramp = self.in_steps(self.sparsity_warmup, sequence_length=sequence_length)
+        return self.compensate and self.initial_masks != "open" and not ramp
+
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
+    """Granularities that are named twice, or exclude each other."""
     chosen = prune.granularities
     if len(set(chosen)) < len(chosen) or not chosen:
         yield ShearingError(

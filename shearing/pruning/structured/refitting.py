@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
@@ -50,9 +51,13 @@ def refit(
         batches: tokens [B, S], on the model's device.
         ridge: how strongly weights are held where they are.
         advance: called with 1 after every layer.
+
+    Raises:
+        ShearingError: the model is of a family that cannot be refitted, see `require_refittable`.
     """
     source_model = model.model
     family = anatomy_of(source_model)
+    require_refittable(family)
     was_training = source_model.training
     source_model.eval()
     model.set_masks(None)
@@ -94,6 +99,22 @@ def refit(
             masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
         advance(1)
     source_model.train(was_training)
+
+
+def require_refittable(family: Family) -> None:
+    """Check that each sub-layer is norm, write, add: what is solved for here is that the residual stream is a sum.
+
+    Raises:
+        ShearingError: one has no norm before it, or one after its write.
+    """
+    if not all(sublayer.before and sublayer.adds_its_write for sublayer in family.sublayers.values()):
+        raise ShearingError(
+            "source (architecture)",
+            value=family.model_type,
+            allowed="for refitting the weights that stay, a family whose sub-layers read the residual stream through a "
+            "norm and add what they write to it as it is",
+            mend=f"switch {key('compensate')} off",
+        )
 
 
 def _refit_readers(

@@ -7,29 +7,27 @@ import os
 import shutil
 from pathlib import Path
 
-from shearing.data.recipe import DataRecipe
 from shearing.models.shape import Shape
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe
 from shearing.training.recipe import StageRecipe
 
 _BYTES_OF_WEIGHT = 4
 
 
-def checkpoint_bytes(settings: StageRecipe, *, data: DataRecipe, parameters: int) -> int:
+def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters: int) -> int:
     """Of all checkpoints of a stage that can be there at the same time, with the one that is being written.
 
     Args:
         settings: of the stage.
-        data: says how long a step is.
+        sequence_length: tokens of a sequence.
         parameters: of the model that is trained.
     """
     forever = 0
     if settings.keep_every is not None:
-        steps, per_step = total_steps(settings, data=data), tokens_per_step(settings, data=data)
-        every = settings.keep_every.in_steps(tokens_per_step=per_step, total_steps=steps)
-        forever = steps // max(1, every)
+        every = settings.in_steps(settings.keep_every, sequence_length=sequence_length)
+        forever = settings.total_steps(sequence_length=sequence_length) // max(1, every)
     # One more than is kept: it is whole beside the others before the oldest goes.
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters * (settings.keep_last + 1 + forever)
 
@@ -47,7 +45,7 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
     total = 0
     for stage, settings in recipe.training_stages.items():
         parameters = source.num_parameters() if stage == "prune" else final
-        total += checkpoint_bytes(settings, data=recipe.data, parameters=parameters)
+        total += checkpoint_bytes(settings, sequence_length=recipe.data.sequence_length, parameters=parameters)
         # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
         total += parameters * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
     if recipe.sparsify is not None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.data.corpus.corpus import whole_rows
+from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
@@ -32,7 +33,7 @@ from shearing.runs.planning.memory import (
     estimate,
 )
 from shearing.runs.planning.summary import shape_cells
-from shearing.runs.recipe import Recipe, TrainingStage, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe, TrainingStage
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.engines.facts import ENGINES
 from shearing.training.stage import PREFETCHED_STEPS
@@ -271,7 +272,7 @@ def _stage_plan(
 ) -> StagePlan:
     settings = recipe.training_stages[stage]
     length = recipe.data.sequence_length
-    steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
+    steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
     sequences = per_step // length
     if sequences % hardware.processes:
         fitting = [count for count in range(1, sequences + 1) if sequences % count == 0]
@@ -322,7 +323,7 @@ def _stage_plan(
             )
             for zero_stage in _ZERO_STAGES
         },
-        disk=checkpoint_bytes(settings, data=recipe.data, parameters=shape.num_parameters()),
+        disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
     )
 
 
@@ -338,19 +339,17 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
 
     None where nothing says how many domains there are.
     """
-    mixture = recipe.mixture
+    mixture, length = recipe.mixture, recipe.data.sequence_length
     updates = 0
     if mixture.update != "constant":
         interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
-        per_step = tokens_per_step(recipe.training_stages[stage], data=recipe.data)
-        every = max(1, interval.in_steps(tokens_per_step=per_step, total_steps=steps))
+        every = max(1, recipe.training_stages[stage].in_steps(interval, sequence_length=length))
         updates = max(0, steps - PREFETCHED_STEPS - 1) // every if mixture.losses == "heldout" else 0
         updates += int(stage == "prune" and mixture.reference in ("source", "online"))
     readings = updates + int(stage == "prune")
     domains = _num_domains(recipe)
     if readings and domains is None:
         return None
-    length = recipe.data.sequence_length
     return readings * (domains or 0) * whole_rows(mixture.heldout_tokens, sequence_length=length) * length
 
 
@@ -358,7 +357,7 @@ def _num_domains(recipe: Recipe) -> int | None:
     for given in (recipe.data.domains, recipe.mixture.initial_weights):
         if isinstance(given, (list, dict)):
             return len(given)
-    return len(list(recipe.data.corpus.glob("*/manifest.json"))) or None
+    return len(list(recipe.data.corpus.glob(f"*/{MANIFEST_NAME}"))) or None
 
 
 def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,11 +20,15 @@ from shearing.models.loading import skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
+from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import metric_of, starts
+from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
-from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch, tokens_per_step, total_steps
+from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
@@ -75,6 +78,8 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
+    attempt(lambda: _require_metric(recipe, source=source))
+    attempt(lambda: _require_refit(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
     corpus = attempt(lambda: context.corpus)
@@ -165,13 +170,25 @@ def _require_context(recipe: Recipe, *, config: PretrainedConfig) -> None:
         )
 
 
+def _require_metric(recipe: Recipe, *, source: Shape) -> None:
+    """What grades the initial masks is for models of this family."""
+    if recipe.prune is not None and (metric := starts().get(recipe.prune.initial_masks)) is not None:
+        metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+def _require_refit(recipe: Recipe, *, source: Shape) -> None:
+    """The weights that stay can be refitted in models of this family, if they are to be."""
+    if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
+        require_refittable(source.family)
+
+
 def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) -> str | None:
     """What stays zero in training, in words; None where the model is dense."""
     if recipe.sparsify is not None:
         if target is not None:
             config = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
         if recipe.target is None or target is not None:  # what a budget leaves open is checked by the stage itself
-            require_possible(recipe, config=config)
+            _require_possible(recipe, config=config)
         budget, pattern = recipe.sparsify.budget, recipe.sparsify.pattern
         share = f"{100 * float(1 - budget):g} %" if budget is not None else f"as {recipe.sparsify.allocation} says,"
         return f"{share} of the weights of matrices, by {recipe.sparsify.criterion}{f', {pattern}' if pattern else ''}"
@@ -182,111 +199,7 @@ def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) ->
     return f"what {masks} drops"
 
 
-def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
-    lora = recipe.pretrain.lora
-    if lora is None:
-        return
-    if find_spec("peft") is None:
-        raise ShearingError(
-            "pretrain.lora",
-            value=lora.model_dump(),
-            allowed="null: the package peft is not installed",
-            mend="pip install 'shearing[lora]', or remove pretrain.lora to train all weights",
-        )
-    linear = [name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-    if unknown := sorted(set(lora.targets) - set(names)):
-        raise ShearingError(
-            "pretrain.lora.targets",
-            value=lora.targets,
-            allowed=f"last parts of the names of linear layers: {', '.join(names)}",
-            mend=f"remove {', '.join(unknown)}",
-        )
-
-
-def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
-    """The target shape, or None for a budget."""
-    source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
-    if wanted.parameters is not None:
-        smallest = _smallest(source, granularities=chosen).num_parameters()
-        if not smallest <= wanted.parameters < source.num_parameters():
-            raise ShearingError(
-                "target.parameters",
-                value=wanted.parameters,
-                allowed=f"from {smallest:,}, where these granularities have cut all they can, "
-                f"to fewer than the source's {source.num_parameters():,}",
-                mend="choose a budget in between",
-            )
-        return None
-    target = resolve_target(wanted, source=config)
-    pruned_by = {
-        "num_hidden_layers": ("layers", "sublayers"),
-        "hidden_size": ("hidden",),
-        "intermediate_size": ("intermediate",),
-        "num_key_value_heads": ("kv_groups",),
-        "query_heads_per_group": ("query_heads",),
-    }
-    for size, granularities in pruned_by.items():
-        if getattr(target, size) != getattr(source, size) and not set(granularities) & set(chosen):
-            raise ShearingError(
-                "prune.granularities",
-                value=chosen,
-                allowed=f"{' or '.join(granularities)} among them: the target's {size} is {getattr(target, size)}, "
-                f"the source's {getattr(source, size)}",
-                mend=f"add {granularities[0]}, or leave that size as it is",
-            )
-    if target == source:
-        raise ShearingError(
-            "target", value=target.sizes(), allowed="at least one size below the source's", mend="choose a smaller size"
-        )
-    return target
-
-
-def _smallest(source: Shape, *, granularities: Sequence[str]) -> Shape:
-    """One unit left of everything that may be pruned."""
-    groups = 1 if "kv_groups" in granularities else source.num_key_value_heads
-    return dataclasses.replace(
-        source,
-        num_hidden_layers=1 if {"layers", "sublayers"} & set(granularities) else source.num_hidden_layers,
-        hidden_size=1 if "hidden" in granularities else source.hidden_size,
-        intermediate_size=1 if "intermediate" in granularities else source.intermediate_size,
-        num_key_value_heads=groups,
-        num_attention_heads=groups * (1 if "query_heads" in granularities else source.query_heads_per_group),
-    )
-
-
-def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
-    if recipe.mixture.reference not in ("source", "online"):
-        resolve_reference(
-            recipe.mixture,
-            domains=corpus.domains,
-            measure_source=dict,
-            conditions={
-                "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,
-                "sequence_length": recipe.data.sequence_length,
-            },
-        )
-
-
-def _training(
-    recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float], largest: Mapping[str, float]
-) -> Iterator[TrainingPlan]:
-    length = recipe.data.sequence_length
-    for stage, settings in recipe.training_stages.items():
-        steps, per_step = total_steps(settings, data=recipe.data), tokens_per_step(settings, data=recipe.data)
-        rows = steps * per_step // length
-        passes, most_passes = (
-            {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
-            for each in (weights, largest)
-        )
-        yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes, most_passes=most_passes)
-
-
-def _together(errors: Sequence[ShearingError]) -> ShearingError:
-    return errors[0] if len(errors) == 1 else CombinedShearingError(errors)
-
-
-def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
+def _require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
     """Check what can be of one-shot sparsity in a run before there is the model that it prunes.
 
     Args:
@@ -315,3 +228,87 @@ def require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
                 continue
             with named(ONE_SHOT_NAMES):
                 pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)
+
+
+def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
+    lora = recipe.pretrain.lora
+    if lora is None:
+        return
+    if find_spec("peft") is None:
+        raise ShearingError(
+            "pretrain.lora",
+            value=lora.model_dump(),
+            allowed="null: the package peft is not installed",
+            mend="pip install 'shearing[lora]', or remove pretrain.lora to train all weights",
+        )
+    linear = [name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)]
+    names = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    if unknown := sorted(set(lora.targets) - set(names)):
+        raise ShearingError(
+            "pretrain.lora.targets",
+            value=lora.targets,
+            allowed=f"last parts of the names of linear layers: {', '.join(names)}",
+            mend=f"remove {', '.join(unknown)}",
+        )
+
+
+def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
+    """The target shape, or None for a budget."""
+    source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
+    if wanted.parameters is not None:
+        smallest = smallest_shape(chosen, source=source).num_parameters()
+        if not smallest <= wanted.parameters < source.num_parameters():
+            raise ShearingError(
+                "target.parameters",
+                value=wanted.parameters,
+                allowed=f"from {smallest:,}, where these granularities have cut all they can, "
+                f"to fewer than the source's {source.num_parameters():,}",
+                mend="choose a budget in between",
+            )
+        return None
+    target = resolve_target(wanted, source=config)
+    for size, granularities in PRUNED_BY.items():
+        if getattr(target, size) != getattr(source, size) and not set(granularities) & set(chosen):
+            raise ShearingError(
+                "prune.granularities",
+                value=chosen,
+                allowed=f"{' or '.join(granularities)} among them: the target's {size} is {getattr(target, size)}, "
+                f"the source's {getattr(source, size)}",
+                mend=f"add {granularities[0]}, or leave that size as it is",
+            )
+    if target == source:
+        raise ShearingError(
+            "target", value=target.sizes(), allowed="at least one size below the source's", mend="choose a smaller size"
+        )
+    return target
+
+
+def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
+    if recipe.mixture.reference not in ("source", "online"):
+        resolve_reference(
+            recipe.mixture,
+            domains=corpus.domains,
+            measure_source=dict,
+            conditions={
+                "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,
+                "sequence_length": recipe.data.sequence_length,
+            },
+        )
+
+
+def _training(
+    recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float], largest: Mapping[str, float]
+) -> Iterator[TrainingPlan]:
+    length = recipe.data.sequence_length
+    for stage, settings in recipe.training_stages.items():
+        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
+        rows = steps * per_step // length
+        passes, most_passes = (
+            {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
+            for each in (weights, largest)
+        )
+        yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes, most_passes=most_passes)
+
+
+def _together(errors: Sequence[ShearingError]) -> ShearingError:
+    return errors[0] if len(errors) == 1 else CombinedShearingError(errors)

@@ -45,6 +45,11 @@ _SIZES = {
     "intermediate_size": "intermediate size",
 }
 
+_ORIGINS = {
+    "Held-out loss": "Measured on fixed held-out rows",
+    "Mean training loss": "Moving average over training steps, read",
+}
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -245,12 +250,6 @@ def _kind_of_losses(stages: Sequence[StageMetrics]) -> str:
     """What the losses of mixture updates are; a key of `_ORIGINS`."""
     averaged = any(update.get("losses_from") == "training" for stage in stages for update in stage.updates)
     return "Mean training loss" if averaged else "Held-out loss"
-
-
-_ORIGINS = {
-    "Held-out loss": "Measured on fixed held-out rows",
-    "Mean training loss": "Moving average over training steps, read",
-}
 
 
 def _weights_chart(

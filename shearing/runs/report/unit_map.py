@@ -17,6 +17,8 @@ SHADES = 6
 # In the units of the drawing: where the rows begin, height of a row, space between KV groups.
 LEFT, TOP, ROW, GROUP_GAP = 26.0, 18.0, 10.0, 2.0
 
+_RANKS = {"hidden": 1, "attention": 1, "mlp": 1, "kv_groups": 2, "query_heads": 3, "intermediate": 2}
+
 
 @dataclass(frozen=True)
 class UnitMap:
@@ -72,9 +74,6 @@ def unit_map(masks: dict[str, Tensor]) -> UnitMap | None:
         hidden=int(kept["hidden"].sum()) if "hidden" in kept else 0,
         num_hidden=kept["hidden"].numel() if "hidden" in kept else 0,
     )
-
-
-_RANKS = {"hidden": 1, "attention": 1, "mlp": 1, "kv_groups": 2, "query_heads": 3, "intermediate": 2}
 
 
 def _draw_heads(drawing: _Drawing, heads: Tensor, *, attention: Tensor) -> float:

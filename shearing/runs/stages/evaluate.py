@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from shearing.evaluation.table import comparison_table, verdict
 from shearing.files.durable import read_json, write_json
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import compact
-from shearing.models.loading import load_source
 from shearing.models.shape import Shape
 from shearing.progress import activity
 from shearing.pruning.sparse.stored.manifest import read_manifest
@@ -38,9 +36,10 @@ from shearing.pruning.structured.importance.registry import METRICS, baselines, 
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.recipe import Recipe, tokens_per_step, total_steps
+from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.prune import INITIAL_SCORES
+from shearing.runs.stages.source_model import load_source_model
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -149,14 +148,7 @@ class _Source:
 
     def model(self) -> PreTrainedModel:
         if self._model is None:
-            settings = self._context.recipe.model
-            self._model = load_source(
-                settings.source,
-                revision=settings.revision,
-                attn_implementation=settings.attn_implementation,
-                device=self._context.device,
-                dtype=torch.float32,
-            )
+            self._model = load_source_model(self._context)
         return self._model
 
     def baseline(self, name: str, *, target: Shape) -> PreTrainedModel:
@@ -268,18 +260,10 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
         "training_tokens": row.training_tokens,
-        "domains": {domain: _figures(loss) for domain, loss in losses.items()},
-        "mean": _figures(macro_mean(losses)),
+        "domains": {domain: loss.to_json() for domain, loss in losses.items()},
+        "mean": macro_mean(losses).to_json(),
         "speed": None,
         "fingerprint": row.fingerprint,
-    }
-
-
-def _figures(loss: DomainLoss) -> dict[str, float | int | None]:
-    """JSON has no NaN and no infinity: a model that diverged has null there."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in dataclasses.asdict(loss).items()
     }
 
 
@@ -294,7 +278,8 @@ def _fingerprint(source: Path, revision: str | None) -> str:
 
 
 def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:
-    return total_steps(stage, data=recipe.data) * tokens_per_step(stage, data=recipe.data)
+    length = recipe.data.sequence_length
+    return stage.total_steps(sequence_length=length) * stage.tokens_per_step(sequence_length=length)
 
 
 def _scaled(advance: Callable[[int], None], factor: int) -> Callable[[int], None]:

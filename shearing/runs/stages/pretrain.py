@@ -18,7 +18,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain_start import Start
-from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState, read_moments
@@ -107,10 +107,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
 
 def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
     """The source model, whose own losses may be the reference: the one to be trained, or the dense one before it."""
-    settings = context.recipe.model
-    if start.source == settings.source:
-        return model
-    return load_whole_or_skeleton(context, source=settings.source, revision=settings.revision, whole=True)
+    return model if start.source == context.recipe.model.source else load_source_model(context)
 
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:

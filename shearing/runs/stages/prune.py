@@ -30,7 +30,6 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.recipe import tokens_per_step
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -171,9 +170,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
 
 def _refit(context: RunContext, *, masking: Masking) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
-    settings = context.recipe.pruning.prune
-    ramp = masking.learner.settings.sparsity_warmup_steps
-    if not settings.compensate or settings.initial_masks == "open" or ramp:
+    if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
     layers = masking.model.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
@@ -197,7 +194,7 @@ def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | No
             uniform=wanted.uniform,
             accepts=lambda shape: export_error(shape, source=model.config) is None,
         )
-    per_step = tokens_per_step(settings, data=recipe.data)
+    per_step = settings.tokens_per_step(sequence_length=recipe.data.sequence_length)
     return MaskLearner(
         settings.granularities,
         source=Shape.of(model.config),

@@ -21,7 +21,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
-from shearing.runs.stages.source_model import load_whole_or_skeleton
+from shearing.runs.stages.source_model import load_source_model
 from shearing.settings.quantities import parse_parameter_count
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
@@ -136,8 +136,7 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
         ShearingError: the source or the corpus cannot be used.
     """
     recipe, corpus, console = context.recipe, context.corpus, context.console
-    settings = recipe.model
-    model = load_whole_or_skeleton(context, source=settings.source, revision=settings.revision, whole=True)
+    model = load_source_model(context)
     with activity("held-out losses of the source", total=heldout_tokens(context), console=console) as advance:
         first = next(iter(recipe.training_stages))
         losses = measure_heldout(context, stage=first, model=model, advance=advance)
@@ -147,7 +146,7 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
         parameters=Shape.of(context.config).num_parameters(),
         method="the source model's own held-out loss",
         provenance={
-            "model": settings.source,
+            "model": recipe.model.source,
             "conditions": {
                 "corpus_fingerprint": corpus.fingerprint,
                 "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,

@@ -55,43 +55,6 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         return _run(context, stages=recipe.stages if stages is None else stages)
 
 
-def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
-    directory, console, processes = context.directory, context.console, context.processes
-    with contextlib.ExitStack() as lock:
-        processes.on_main(lambda: _begin(context, stages=stages, lock=lock))
-        for stage in stages:
-            if stage != "evaluate" and processes.on_main(partial(directory.is_complete, stage)):
-                console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
-                continue
-            console.rule(f"[bold]{stage}")
-            started = time.monotonic()
-            if stage in ("prune", "pretrain"):
-                _function_of(stage)(context)
-            else:
-                processes.on_main(partial(_alone, stage, context))
-            console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
-        if "evaluate" in stages:
-            processes.on_main(partial(_report, directory))
-    _print_summary(directory, console=console)
-    return directory
-
-
-def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.ExitStack) -> None:
-    """All that is checked before the first expensive step; the folder is locked afterwards."""
-    recipe, directory = context.recipe, context.directory
-    _require_stages_before(recipe, stages=stages, directory=directory)
-    preflight(context, stages=stages)
-    lock.enter_context(directory.locked())
-    require_same_run(recipe, directory=directory)
-    for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
-        left_by_a_kill.unlink()
-    write_text(directory.recipe, recipe.to_yaml())
-
-
-def _alone(stage: Stage, context: RunContext) -> None:
-    _function_of(stage)(context)
-
-
 def prune(recipe: Recipe) -> RunDirectory:
     """Learn the masks; see `run`."""
     return run(recipe, stages=["prune"])
@@ -126,6 +89,44 @@ def report(directory: RunDirectory) -> None:
             mend="give a recipe or the run_dir of a run that was started",
         )
     _report(directory)
+
+
+def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
+    directory, console, processes = context.directory, context.console, context.processes
+    with contextlib.ExitStack() as lock:
+        processes.on_main(lambda: _begin(context, stages=stages, lock=lock))
+        for stage in stages:
+            if stage != "evaluate" and processes.on_main(partial(directory.is_complete, stage)):
+                console.print(f"[bold]{stage}[/bold] is complete: {directory.folder(stage)}")
+                continue
+            console.rule(f"[bold]{stage}")
+            started = time.monotonic()
+            if stage in ("prune", "pretrain"):
+                _function_of(stage)(context)
+            else:
+                processes.on_main(partial(_alone, stage, context))
+            console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
+        if "evaluate" in stages:
+            processes.on_main(partial(_report, directory))
+    _print_summary(directory, console=console)
+    return directory
+
+
+def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.ExitStack) -> None:
+    """All that is checked before the first expensive step; the folder is locked afterwards."""
+    recipe, directory = context.recipe, context.directory
+    _require_stages_before(recipe, stages=stages, directory=directory)
+    preflight(context, stages=stages)
+    lock.enter_context(directory.locked())
+    require_same_run(recipe, directory=directory)
+    for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
+        left_by_a_kill.unlink()
+    write_text(directory.recipe, recipe.to_yaml())
+
+
+def _alone(stage: Stage, context: RunContext) -> None:
+    """A stage of the main process alone; what it returns stays there."""
+    _function_of(stage)(context)
 
 
 def _report(directory: RunDirectory) -> None:

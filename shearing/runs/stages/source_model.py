@@ -34,6 +34,16 @@ def load_whole_or_skeleton(context: RunContext, *, source: str, revision: str | 
     return load_source(source, revision=revision, attn_implementation=attention, device=device, dtype=torch.float32)
 
 
+def load_source_model(context: RunContext) -> PreTrainedModel:
+    """The source model itself, whole.
+
+    Raises:
+        ShearingError: see `load_source`.
+    """
+    source = context.recipe.model
+    return load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True)
+
+
 def reference_losses(
     context: RunContext, *, stage: TrainingStage, source: Callable[[], PreTrainedModel], path: Path
 ) -> dict[str, float]:

@@ -17,9 +17,9 @@ from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
-from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch, tokens_per_step
+from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
-from shearing.runs.stages.source_model import load_whole_or_skeleton
+from shearing.runs.stages.source_model import load_source_model
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine, EngineParts, engine_of
@@ -61,7 +61,7 @@ def task_of(
     """
     recipe, processes = context.recipe, context.processes
     settings, data, training = recipe.training_stages[stage], recipe.data, recipe.training
-    per_step = tokens_per_step(settings, data=data)
+    per_step = settings.tokens_per_step(sequence_length=data.sequence_length)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     _attend(model, data=data)
     if training.activation_checkpointing != "none":
@@ -131,8 +131,7 @@ def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
     recipe = context.recipe
 
     def source() -> PreTrainedModel:
-        wanted = recipe.model
-        whole = load_whole_or_skeleton(context, source=wanted.source, revision=wanted.revision, whole=True)
+        whole = load_source_model(context)
         _attend(whole, data=recipe.data)
         return whole
 

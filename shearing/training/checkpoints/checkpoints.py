@@ -24,7 +24,7 @@ from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerp
 logger = logging.getLogger(__name__)
 
 FINGERPRINTS = "fingerprints.json"
-"""File of a checkpoint: what `sharded.fingerprints` says of its weights and moments."""
+"""File of a checkpoint: what `pieces.fingerprints` says of its weights and moments."""
 
 _MANIFEST = "manifest.json"
 _WRITING = ".writing-"

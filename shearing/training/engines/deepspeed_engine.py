@@ -1,7 +1,7 @@
 """Steps by DeepSpeed: ZeRO 0 to 3, with offloading; see `Engine`.
 
 DeepSpeed is driven directly. accelerate's wrapper would do the optimiser's step inside `backward` and, on a machine
-without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `sharded`.
+without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `checkpoints.pieces`.
 
 What is read of DeepSpeed's insides, to know which elements a process holds, is in `_pieces` alone. What comes back
 from a checkpoint is compared with what was saved, so a release that lays them out differently is refused and not
@@ -27,30 +27,20 @@ from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
-from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
-from shearing.training.checkpoints.pieces import (
-    MOMENTS,
-    WEIGHT,
-    Piece,
-    SavedState,
-    ShardedState,
-    fingerprints,
-    require_parameters,
-)
+from shearing.training.checkpoints.fingerprints import Fingerprints
+from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.deepspeed_config import deepspeed_config
 from shearing.training.engines.engine import EngineParts
-from shearing.training.engines.kept_zeros import KeptZeros
-from shearing.training.engines.optimizer import (
-    Optimization,
-    adamw,
-    fill,
+from shearing.training.engines.held_state import (
+    fill_moments,
+    load_pieces,
     materialise,
-    require_moments,
+    require_loaded,
     save_pieces,
-    set_learning_rate,
-    set_steps,
-    start_state,
+    whole_pieces,
 )
+from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 from shearing.training.recipe import DeepSpeedRecipe
 
 
@@ -193,19 +183,13 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        state = ShardedState(folder)
-        require_parameters(state, shapes=self._shapes(), folder=folder)
-        fill(self._pieces(shared=False), state, kinds=(WEIGHT, *MOMENTS))
-        set_steps(self._optimizer, state.step)
+        load_pieces(folder, self._pieces(shared=False), optimizer=self._optimizer, shapes=self._shapes())
         self._publish()
-        found = self._processes.gather(fingerprints(self._pieces(shared=True)))
-        require_same(add_fingerprints(found), saved=saved, folder=folder)
+        require_loaded(folder, self._pieces(shared=True), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
-        require_moments(moments, shapes=self._shapes())
-        fill(self._pieces(shared=False), moments, kinds=MOMENTS)
-        set_steps(self._optimizer, moments.step)
+        fill_moments(self._pieces(shared=False), moments, optimizer=self._optimizer, shapes=self._shapes())
 
     def keep_zeros(self, masks: Iterable[tuple[str, Tensor]]) -> None:
         """See `Engine.keep_zeros`."""
@@ -289,19 +273,14 @@ class DeepSpeedEngine:
 
     def _pieces(self, *, shared: bool) -> Iterator[Piece]:
         """What this process holds of every parameter; where all hold all (ZeRO-0) and `shared`, its share of it."""
+        if self._stage == 0:
+            among = self._processes if shared else None
+            yield from whole_pieces(self._parameters, optimizer=self._optimizer, among=among)
+            return
         for name, parameter in self._parameters.items():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             numel = torch.Size(shape).numel()
-            if self._stage == 0:
-                share = -(-numel // self._processes.size) if shared else numel
-                start = min(self._processes.rank * share, numel) if shared else 0
-                whole = {
-                    WEIGHT: parameter.detach(),
-                    **{kind: self._optimizer.state[parameter][kind] for kind in MOMENTS},
-                }
-                values = {kind: value.view(-1)[start : start + share] for kind, value in whole.items()}
-                yield Piece(name=name, shape=shape, start=start, values=values)
-            elif self._stage < 3:
+            if self._stage < 3:
                 mapping: Any = vars(parameter)["_hp_mapping"]  # set by DeepSpeed; see the module's docstring
                 if mapping is None:
                     continue  # all of it is held elsewhere

@@ -48,10 +48,7 @@ class EngineParts:
 
 
 class Engine(Protocol):
-    """What the loop asks of whatever computes its steps.
-
-    All processes call every method together.
-    """
+    """Computes steps; all processes call every method together."""
 
     device: torch.device
     loss_scale: float
@@ -65,7 +62,7 @@ class Engine(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
 
-        The main process's weights are taken. On the others they may be placeholders (see `models.anatomy.skeleton`).
+        The main process's weights are taken. On the others they may be placeholders (see `models.loading.skeleton`).
         """
         ...
 

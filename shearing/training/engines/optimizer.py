@@ -1,21 +1,16 @@
-"""AdamW with its schedule, as every engine has it, and how its state fills from a checkpoint."""
+"""AdamW with its schedule, as every engine has it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from typing_extensions import Self
 
-from shearing.errors import ShearingError, key
-from shearing.processes.processes import Processes
-from shearing.training.checkpoints.fingerprints import Fingerprints
-from shearing.training.checkpoints.pieces import MOMENTS, STEP, Piece, SavedState, write_pieces
+from shearing.training.checkpoints.pieces import MOMENTS, STEP
 from shearing.training.recipe import StageRecipe
 
 
@@ -108,66 +103,3 @@ def set_steps(optimizer: torch.optim.Optimizer, step: float) -> None:
     """AdamW's step count of all parameters, in a tensor of its own for each."""
     for state in optimizer.state.values():
         state[STEP] = torch.full((), step, dtype=torch.float32, device=state[MOMENTS[0]].device)
-
-
-def save_pieces(
-    folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes
-) -> Fingerprints:
-    """Write this process's file of a checkpoint."""
-    counts = {float(state[STEP]) for state in optimizer.state.values()}
-    if len(counts) > 1:
-        raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
-    return write_pieces(
-        folder / f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors",
-        pieces,
-        step=counts.pop() if counts else 0.0,
-    )
-
-
-@torch.no_grad()
-def fill(pieces: Iterable[Piece], state: SavedState, *, kinds: Iterable[str]) -> None:
-    """Copy what a state holds of each piece into the engine's memory; moments that it lacks become zero."""
-    for piece in pieces:
-        for kind in kinds:
-            if kind not in piece.values:
-                continue
-            if kind in state.kinds:
-                # A copy into the optimiser's own memory: what a file's buffer is aligned to can change rounding.
-                piece.values[kind].copy_(state.read(kind, piece.name, start=piece.start, numel=piece.numel))
-            else:
-                piece.values[kind].zero_()
-
-
-def shapes_of(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape."""
-    return {piece.name: piece.shape for piece in pieces}
-
-
-def require_moments(moments: SavedState, *, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that AdamW state is of these parameters.
-
-    Raises:
-        ShearingError: it is not.
-    """
-    for name, shape in moments.shapes.items():
-        if shapes.get(name) != shape:
-            raise ShearingError(
-                f"optimiser state of {name}",
-                value=shape,
-                allowed="state of the model's own parameters"
-                + (f"; this one has shape {shapes[name]}" if name in shapes else ""),
-                mend=f"set {key('optimizer')}=fresh, or learn the masks again in a new {key('folder')}",
-            )
-
-
-@torch.no_grad()
-def materialise(model: nn.Module, *, device: torch.device, processes: Processes) -> None:
-    """Put a model on the device, with the main process's weights and buffers on all processes."""
-    if processes.is_main:
-        model.to(device)
-    else:
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if processes.size > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, src=0)

@@ -13,35 +13,24 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import Self
 
 from shearing.processes.processes import Processes
-from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
-from shearing.training.checkpoints.pieces import (
-    MOMENTS,
-    WEIGHT,
-    Piece,
-    SavedState,
-    ShardedState,
-    fingerprints,
-    require_parameters,
-)
+from shearing.training.checkpoints.fingerprints import Fingerprints
+from shearing.training.checkpoints.pieces import Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.gradient_sum import GradientSum
-from shearing.training.engines.kept_zeros import KeptZeros
-from shearing.training.engines.optimizer import (
-    Optimization,
-    adamw,
-    fill,
+from shearing.training.engines.held_state import (
+    fill_moments,
+    load_pieces,
     materialise,
-    require_moments,
+    require_loaded,
     save_pieces,
-    set_learning_rate,
-    set_steps,
-    shapes_of,
-    start_state,
+    whole_pieces,
 )
+from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 
 
 class TorchEngine:
-    """Plain torch: fp32 weights, every process holds everything and gradients are summed; see `Engine`.
+    """fp32 weights; every process holds everything, and gradients are summed.
 
     Nothing here waits for the device: whether a step is skipped is decided there.
     """
@@ -119,40 +108,30 @@ class TorchEngine:
         """See `Engine.save`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(whole=False), optimizer=self._optimizer, processes=self._processes)
+        return save_pieces(folder, self._shares(), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        state = ShardedState(folder)
-        require_parameters(state, shapes=shapes_of(self._pieces(whole=True)), folder=folder)
-        fill(self._pieces(whole=True), state, kinds=(WEIGHT, *MOMENTS))
-        set_steps(self._optimizer, state.step)
-        found = self._processes.gather(fingerprints(self._pieces(whole=False)))
-        require_same(add_fingerprints(found), saved=saved, folder=folder)
+        load_pieces(folder, self._wholes(), optimizer=self._optimizer, shapes=self._shapes())
+        require_loaded(folder, self._shares(), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
-        require_moments(moments, shapes=shapes_of(self._pieces(whole=True)))
-        fill(self._pieces(whole=True), moments, kinds=MOMENTS)
-        set_steps(self._optimizer, moments.step)
+        fill_moments(self._wholes(), moments, optimizer=self._optimizer, shapes=self._shapes())
 
     def keep_zeros(self, masks: Iterable[tuple[str, Tensor]]) -> None:
         """See `Engine.keep_zeros`."""
-        self._zeros = KeptZeros(self._pieces(whole=True), shapes=shapes_of(self._pieces(whole=True)), masks=masks)
+        self._zeros = KeptZeros(self._wholes(), shapes=self._shapes(), masks=masks)
         self._zeros.enforce()
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
-    def _pieces(self, *, whole: bool) -> Iterator[Piece]:
-        """Every parameter: all of it, or this process's share."""
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            values = {WEIGHT: parameter.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
-            numel = parameter.numel()
-            share = numel if whole else -(-numel // self._processes.size)
-            start = 0 if whole else min(self._processes.rank * share, numel)
-            yield Piece(
-                name=name,
-                shape=tuple(parameter.shape),
-                start=start,
-                values={kind: value.view(-1)[start : start + share] for kind, value in values.items()},
-            )
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def _wholes(self) -> Iterator[Piece]:
+        """All of every parameter, as each process holds it."""
+        return whole_pieces(self._parameters, optimizer=self._optimizer, among=None)
+
+    def _shares(self) -> Iterator[Piece]:
+        """Of every parameter the share that is this process's to write."""
+        return whole_pieces(self._parameters, optimizer=self._optimizer, among=self._processes)

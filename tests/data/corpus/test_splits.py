@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
 
+from shearing.data.corpus.domain_folder import Place, decide_places
 from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, split_keys
-from shearing.data.corpus.writer import Place, decide_places
 from shearing.errors import ShearingError
 
 HALF = 1 << 63

@@ -32,7 +32,9 @@ def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: lis
     recipe = load_recipe(tiny_recipe, overrides=overrides)
     source, target = _shapes(recipe)
     sizes = source.num_parameters(), target.num_parameters()
-    assert checkpoint_bytes(recipe.pretrain, data=recipe.data, parameters=sizes[1]) == 12 * sizes[1] * checkpoints
+    length = recipe.data.sequence_length
+    found = checkpoint_bytes(recipe.pretrain, sequence_length=length, parameters=sizes[1])
+    assert found == 12 * sizes[1] * checkpoints
     # Of mask learning three checkpoints and its weights; of the target the kept moments, compact/ and model/.
     expected = (12 * 3 + 4) * sizes[0] + (12 * checkpoints + 4 * 4) * sizes[1]
     assert run_bytes(recipe, source=source, target=target) == expected

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.errors import ShearingError
+from shearing.models.families import FAMILIES, Norm
+from shearing.models.families.llama import LLAMA
 from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.planning.summary import Plan, render
@@ -72,3 +76,13 @@ def test_what_is_repeated_often_is_said(tiny_recipe: Path) -> None:
     said = plan_of(tiny_recipe, f"pretrain.duration={2 * steps} steps", "mixture.update=constant")[2]
     assert "repeated often: " in said
     assert "arXiv 2305.16264" in said
+
+
+def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    attention = dataclasses.replace(LLAMA.attention, after=Norm("self_attn.after"))
+    monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(LLAMA, attention=attention))
+    with pytest.raises(ShearingError) as refused:
+        plan_of(tiny_recipe, "prune.initial_masks=reconstruction", "prune.compensate=true")
+    assert "choose another prune.initial_masks" in str(refused.value)
+    assert "switch prune.compensate off" in str(refused.value)
+    plan_of(tiny_recipe, "prune.initial_masks=activations", "prune.compensate=false")

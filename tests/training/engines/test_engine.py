@@ -14,7 +14,8 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.device import resolve_device, resolve_precision
-from shearing.training.engines.optimizer import Optimization, fill
+from shearing.training.engines.held_state import fill
+from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.recipe import TrainingRecipe
 
@@ -146,7 +147,7 @@ def test_state_that_came_back_different_is_refused(kind: str, tmp_path: Path, mo
         fill(held, state, kinds=kinds)
         held[0].values[kind].copy_(held[0].values[kind].roll(1))
 
-    monkeypatch.setattr("shearing.training.engines.torch_engine.fill", wrong_place)
+    monkeypatch.setattr("shearing.training.engines.held_state.fill", wrong_place)
     with pytest.raises(ShearingError, match=rf"1 of \d+ tensors came back different, the first {kind}/0"):
         _engine(_model()).load(tmp_path, saved=saved)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shearing.data.mixture.rules.exponential import without_memory
-from shearing.data.mixture.rules.rule import Seen, Vector
+from shearing.data.mixture.rules.rule import Seen, Vector, without_memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shearing.data.mixture.rules.rule import Seen, Vector, excess, smooth, softmax
+from shearing.data.mixture.rules.rule import Seen, Vector, excess, smooth, softmax, without_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,6 @@ class Exponential:
     def largest(self, prior: Vector) -> Vector:
         """All but what smoothing leaves to the others."""
         return np.full(len(prior), 1.0 - self.smoothing + self.smoothing / len(prior))
-
-
-def without_memory(weights: Vector, seen: Seen) -> tuple[Vector, Vector]:
-    """The result of a rule that remembers nothing."""
-    return weights, np.full(len(seen.weights), np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)

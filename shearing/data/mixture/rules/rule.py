@@ -50,6 +50,11 @@ class Rule(Protocol):
         ...
 
 
+def without_memory(weights: Vector, seen: Seen) -> tuple[Vector, Vector]:
+    """What `Rule.update` returns of a rule that remembers nothing."""
+    return weights, np.full(len(seen.weights), np.nan)
+
+
 def excess(losses: Vector, reference: Vector) -> Vector:
     """Loss above the reference; 0 where either is not known."""
     with np.errstate(invalid="ignore"):

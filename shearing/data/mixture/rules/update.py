@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from shearing.data.mixture.rules.facts import RULES
 from shearing.data.mixture.rules.rule import Rule, Seen, Vector
+from shearing.data.recipe import MixtureRecipe
 from shearing.late import at_home
-
-if TYPE_CHECKING:
-    from shearing.data.recipe import MixtureRecipe
-
 
 Memory = dict[str, float]
 """What a rule remembers between two updates: a number for each domain of which it knows one. JSON-able."""

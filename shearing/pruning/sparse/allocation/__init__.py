@@ -1,1 +1,1 @@
-"""Allocations: which matrix gets which pattern. One file each, one interface; the budget is met by parameters."""
+"""Allocations: which matrix gets which pattern, the budget met by parameters. One file each; `facts` lists them."""

@@ -1,25 +1,22 @@
-"""Allocations: which matrix gets which pattern. One file each, one interface; the budget is met by parameters."""
+"""What an allocation is: what it is made from, what it says, and what shares a level; and the check that it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 
 from shearing.errors import ShearingError
+from shearing.models.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.calibration.stored_walk import Compute
+from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
-
-if TYPE_CHECKING:
-    from shearing.models.stored_model import Source
-    from shearing.pruning.calibration.stored_walk import Compute
-    from shearing.pruning.calibration.text import Calibration
-    from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
-
+from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
 
 UnitKind = Literal["block", "matrix"]
 

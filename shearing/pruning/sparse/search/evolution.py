@@ -47,7 +47,7 @@ class State:
     Attributes:
         generation: how many are done; -1 before the first population.
         population: candidates and where they come from, best first.
-        history: of each generation what `Search.record` says.
+        history: of each generation how good its candidates are, and what that has cost.
         seconds: spent so far.
         passes, tokens: forward passes, and tokens read by them.
     """

@@ -247,7 +247,7 @@ def _manifest(
 
 
 def _write(output: Path, *, beside: Path, source: Source, manifest: dict[str, Any], console: Console) -> None:
-    with activity("writing the model", total=_weight_bytes(source), console=console) as advance:
+    with activity("writing the model", total=source.weight_bytes(), console=console) as advance:
         copy_files(source, beside, advance=advance)
         for name in manifest["negative_zeros"]:
             overwrite(beside / source.files[name], {name: without_negative_zeros(source.read([name])[name])})
@@ -287,7 +287,7 @@ def _require_place(output: Path) -> None:
 
 
 def _require_room(output: Path, *, source: Source) -> None:
-    if shutil.disk_usage(output.parent).free < _weight_bytes(source):
+    if shutil.disk_usage(output.parent).free < source.weight_bytes():
         raise _no_room(output)
 
 
@@ -306,10 +306,6 @@ def _precision_of(source: Source, matrices: Sequence[Matrix], *, asked: str) -> 
     if asked != "auto":
         return asked
     return "fp16" if dtype_of(source, matrices[0].name) == torch.float16 else "bf16"
-
-
-def _weight_bytes(source: Source) -> int:
-    return sum((source.folder / name).stat().st_size for name in source.weight_files())
 
 
 def _no_room(output: Path) -> ShearingError:

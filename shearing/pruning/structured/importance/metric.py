@@ -44,7 +44,11 @@ class Metric(Protocol):
     """Scores units; see `registry` for those that have a name."""
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """How often `scores` calls `advance` with 1 for a model of these sizes."""
+        """How often `scores` calls `advance` with 1 for a model of these sizes.
+
+        Raises:
+            ShearingError: the metric is not for models of their family; `scores` would say the same.
+        """
         ...
 
     def scores(

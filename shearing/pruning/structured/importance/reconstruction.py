@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families import Family
 from shearing.models.shape import Shape
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import named_places, weight_of
@@ -111,11 +113,15 @@ class Reconstruction:
 
     See `Metric`. Layers are visited one after the other, with one layer's moments at a time. The target says how many
     units of a row go; without one, half of each row.
+
+    Both methods raise `ShearingError` for a family whose sub-layers have a norm after their write: the residual stream
+    has not what they write in it, but that normalised.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each layer."""
         del evidence
+        _require_added_writes(source.family)
         return source.num_hidden_layers
 
     @torch.no_grad()
@@ -124,6 +130,7 @@ class Reconstruction:
     ) -> Scores:
         """See `Reconstruction`."""
         source, family = Shape.of(model.config), anatomy_of(model)
+        _require_added_writes(family)
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
         goes = _units_that_go(source, target=evidence.target)
         rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
@@ -151,6 +158,17 @@ class Reconstruction:
         sizes = unit_sizes(source)
         eliminated = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
         return {**recorder.scores(source), **eliminated}
+
+
+def _require_added_writes(family: Family) -> None:
+    if not all(sublayer.adds_its_write for sublayer in family.sublayers.values()):
+        raise ShearingError(
+            "source (architecture)",
+            value=family.model_type,
+            allowed="for importance by reconstruction, a family whose sub-layers add what they write to the residual "
+            "stream as it is, without a norm in between",
+            mend=f"choose another {key('initial_masks')}, as activations",
+        )
 
 
 def _units_that_go(source: Shape, *, target: Shape | None) -> dict[str, int]:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.activations import Activations
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import DAMPING, Reconstruction, elimination_order
+from tests.models.declared import declared_families
 from tests.models.tiny import tiny_ids, tiny_model
 
 BATCHES = [Inputs(tiny_ids(sequences=8, seed=seed)) for seed in range(8)]
@@ -85,3 +87,16 @@ def test_it_ranks_heads_groups_and_units_and_leaves_the_rest_to_activations():
     assert {name: score.shape for name, score in scores.items()} == {n: s.shape for n, s in by_activations.items()}
     for name in ("layers", "attention", "mlp", "hidden"):
         torch.testing.assert_close(scores[name], by_activations[name])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_a_family_with_norms_after_its_writes_is_refused_before_any_work(family: str):
+    with declared_families():
+        model, evidence = tiny_model(family), Evidence(text=BATCHES)
+        with pytest.raises(ShearingError, match="another initial_masks"):
+            Reconstruction().units_of_work(Shape.of(model.config), evidence=evidence)
+        advanced: list[int] = []
+        with pytest.raises(ShearingError) as refused:
+            Reconstruction().scores(model, evidence=evidence, advance=advanced.append)
+        assert refused.value.value == family
+        assert not advanced

@@ -1,0 +1,315 @@
+"""The folders of a corpus as they are made: a domain from shards whose documents have been given a side, the index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import (
+    FORMAT,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    DomainManifest,
+    Split,
+    SplitManifest,
+)
+from shearing.data.corpus.shards import Shard, token_dtype
+from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, first_of_each
+from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
+from shearing.files.durable import write_json, write_text
+
+# Enough to write at the disk's speed, little beside what else is in memory.
+TOKENS_PER_WRITE = 1 << 22
+
+
+class Place(IntEnum):
+    """Where a document of a shard goes."""
+
+    TRAIN = 0
+    HELDOUT = 1
+    DUPLICATE = 2
+    NEAR_DUPLICATE = 3
+
+
+Places = npt.NDArray[np.uint8]
+LEFT_OUT = {Place.DUPLICATE: "duplicate", Place.NEAR_DUPLICATE: "near_duplicate"}
+
+
+@dataclass(frozen=True)
+class DomainSettings:
+    """What a domain's manifest says beside what is counted; see `DomainManifest`."""
+
+    vocab_size: int
+    separator_id: int
+    tokenizer: str
+    tokenizer_fingerprint: str
+    split_seed: int
+    heldout: HeldoutSize
+    versions: Mapping[str, str]
+
+
+def make_corpus_folder(path: Path) -> None:
+    """Make the folder of a corpus.
+
+    Raises:
+        ShearingError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShearingError(
+            str(path), value=str(error), allowed="a folder that can be written", mend="choose another output"
+        ) from error
+
+
+def is_complete(folder: Path, *, inputs: str) -> bool:
+    """Whether the domain in `folder` was already written from the same `inputs`.
+
+    Raises:
+        ShearingError: it was written from something else; runs may depend on it, so it is not replaced.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return False
+    if DomainManifest.read(folder).inputs == inputs:
+        return True
+    raise ShearingError(
+        str(folder),
+        value="a domain that was prepared from other text or with other settings",
+        allowed="the same text and settings, or a new folder",
+        mend=f"choose another output, or delete {folder}",
+    )
+
+
+def domains_of(path: Path) -> list[str]:
+    """Names of the domains that are whole in a corpus folder, finished or not."""
+    return sorted(folder.parent.name for folder in path.glob(f"*/{MANIFEST_NAME}") if folder.parent.name[0] != ".")
+
+
+def earlier_texts(path: Path, *, besides: Iterable[str] = ()) -> Earlier:
+    """Hashes of all texts in the domains of a corpus folder, by side; `besides` names domains to leave out."""
+    hashes: dict[Split, list[npt.NDArray[np.uint64]]] = {"train": [], "heldout": []}
+    for name in set(domains_of(path)) - set(besides):
+        for split in SPLITS:
+            hashes[split].append(np.load(path / name / f"{split}_hashes.npy"))
+    empty = np.empty(0, np.uint64)
+    return Earlier(**{split: np.unique(np.concatenate([empty, *found])) for split, found in hashes.items()})
+
+
+def decide_places(
+    domains: Mapping[str, Documents],
+    *,
+    size: HeldoutSize,
+    seed: int,
+    earlier: Earlier | None = None,
+    remove_duplicates: bool = False,
+    remove_near_duplicates: bool = False,
+) -> dict[str, Places]:
+    """Where each document of each domain goes; uint8 [documents] of `Place`.
+
+    Args:
+        size, seed, earlier: see `splits.choose_heldout`.
+        remove_duplicates: of equal texts in a domain only the first stays.
+        remove_near_duplicates: of each cluster, over all domains, only the first document stays.
+
+    Raises:
+        ShearingError: a domain cannot have text on both sides.
+    """
+    places = {name: np.zeros(len(each.hashes), dtype=np.uint8) for name, each in domains.items()}
+    if remove_near_duplicates:
+        _place_near_duplicates(domains, places=places)
+    kept = {}
+    for name, each in domains.items():
+        if remove_duplicates:
+            # Of what is in no cluster already gone: texts too short for near-duplicates to be looked for.
+            places[name][(places[name] == Place.TRAIN) & ~first_of_each(each.hashes)] = Place.DUPLICATE
+        stays = places[name] == Place.TRAIN
+        if stays.all():
+            kept[name] = each
+            continue
+        clusters = None if each.clusters is None else each.clusters[stays]
+        kept[name] = Documents(hashes=each.hashes[stays], tokens=each.tokens[stays], clusters=clusters)
+    for name, heldout in choose_heldout(kept, size=size, seed=seed, earlier=earlier).items():
+        places[name][np.flatnonzero(places[name] == Place.TRAIN)[heldout]] = Place.HELDOUT
+    return places
+
+
+def _place_near_duplicates(domains: Mapping[str, Documents], *, places: Mapping[str, Places]) -> None:
+    clusters = [each.clusters for each in domains.values() if each.clusters is not None]
+    every = np.concatenate([np.empty(0, np.int64), *clusters])
+    gone = (every >= 0) & ~first_of_each(every)
+    starts = np.cumsum([0, *(len(each) for each in clusters)])
+    for name, start, end in zip(domains, starts[:-1], starts[1:], strict=True):
+        places[name][gone[start:end]] = Place.NEAR_DUPLICATE
+
+
+def write_domain_folder(
+    folder: Path,
+    *,
+    name: str,
+    shards: Sequence[Shard],
+    places: Places,
+    settings: DomainSettings,
+    inputs: str,
+    left_out: Mapping[str, int] | None = None,
+) -> DomainManifest:
+    """Write a domain's files and manifest into an existing folder, flushed to disk.
+
+    Args:
+        shards: in the order in which their documents are to lie on disk.
+        places: of the documents of all shards, in the same order; uint8 [documents] of `Place`.
+        inputs: for the manifest.
+        left_out: documents that no shard knows of, by reason.
+    """
+    sides = {"train": Place.TRAIN, "heldout": Place.HELDOUT}
+    writers = {
+        split: _SplitWriter(folder, split=split, documents=int((places == sides[split]).sum())) for split in SPLITS
+    }
+    counts = Counter(left_out or {})
+    dtype = token_dtype(settings.vocab_size)
+    first = 0
+    for shard in shards:
+        counts.update(shard.left_out)
+        first_token = 0
+        for documents in shard.read_documents():
+            chosen = places[first : first + len(documents)]
+            first += len(documents)
+            for begin, end, start, stop in _pieces(documents["tokens"]):
+                side = np.repeat(chosen[begin:end], documents["tokens"][begin:end])
+                piece = shard.read_tokens(first_token + start, first_token + stop, dtype=dtype)
+                for split, writer in writers.items():
+                    writer.write(piece[side == sides[split]])
+            first_token += int(documents["tokens"].sum())
+            for split, writer in writers.items():
+                writer.describe(documents[chosen == sides[split]])
+    for place, reason in LEFT_OUT.items():
+        if gone := int((places == place).sum()):
+            counts[reason] += gone
+    splits = {split: writer.close() for split, writer in writers.items()}
+    hashes = np.concatenate([np.load(folder / f"{split}_hashes.npy") for split in SPLITS])
+    hashes.sort()
+    manifest = DomainManifest(
+        domain=name,
+        train=splits["train"],
+        heldout=splits["heldout"],
+        dtype=dtype.name,
+        vocab_size=settings.vocab_size,
+        largest_token=max((shard.largest_token for shard in shards), default=0),
+        separator_id=settings.separator_id,
+        tokenizer=settings.tokenizer,
+        tokenizer_fingerprint=settings.tokenizer_fingerprint,
+        sources=tuple(source for shard in shards for source in shard.sources),
+        split_seed=settings.split_seed,
+        heldout_size=str(settings.heldout),
+        duplicates=int((hashes[1:] == hashes[:-1]).sum()),
+        left_out=dict(sorted(counts.items())),
+        versions=dict(sorted(settings.versions.items())),
+        inputs=inputs,
+    )
+    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    return manifest
+
+
+def write_index(path: Path, *, tokenizer_fingerprint: str, tokenizer_json: str | None) -> Corpus:
+    """Write `tokenizer.json`, then `corpus.json` over all domains in the folder, and open the corpus.
+
+    Args:
+        tokenizer_json: content of the file; None: the tokenizer is not at hand, and nobody can decode the corpus
+            without being told of it.
+
+    Raises:
+        ShearingError: there is no domain, or one was written with another tokenizer.
+    """
+    names = domains_of(path)
+    if not names:
+        raise ShearingError(str(path), value="no domain", allowed="at least one", mend="prepare a domain")
+    if tokenizer_json is not None:
+        write_text(path / TOKENIZER_NAME, tokenizer_json)
+    index = {"format": FORMAT, "domains": names, "tokenizer_fingerprint": tokenizer_fingerprint}
+    write_json(path / INDEX_NAME, index)
+    return Corpus.open(path, tokenizer_fingerprint=tokenizer_fingerprint)
+
+
+class _SplitWriter:
+    """The three files of one split, written as documents come; checksums of tokens are taken on the way to disk."""
+
+    def __init__(self, folder: Path, *, split: Split, documents: int) -> None:
+        self._tokens = (folder / f"{split}.bin").open("wb")
+        self._digest = hashlib.sha256()
+        self._ends = _ArrayFile(folder / f"{split}_ends.npy", length=documents, dtype=np.dtype(np.int64))
+        self._hashes = _ArrayFile(folder / f"{split}_hashes.npy", length=documents, dtype=np.dtype(np.uint64))
+        self._count = self._bytes = self._end = 0
+
+    def write(self, tokens: npt.NDArray[Any]) -> None:
+        data = tokens.tobytes()
+        self._digest.update(data)
+        self._tokens.write(data)
+
+    def describe(self, documents: npt.NDArray[Any]) -> None:
+        if not len(documents):
+            return
+        ends = self._end + np.cumsum(documents["tokens"])
+        self._ends.append(ends)
+        self._hashes.append(documents["hash"])
+        self._count += len(documents)
+        self._end = int(ends[-1])
+        self._bytes += int(documents["bytes"].sum())
+
+    def close(self) -> SplitManifest:
+        _flush(self._tokens)
+        self._tokens.close()
+        return SplitManifest(
+            documents=self._count,
+            tokens=self._end,
+            bytes=self._bytes,
+            sha256=self._digest.hexdigest(),
+            ends_sha256=self._ends.close(),
+            hashes_sha256=self._hashes.close(),
+        )
+
+
+class _ArrayFile:
+    """A one-dimensional .npy file of known length, as `numpy.save` writes it, part by part."""
+
+    def __init__(self, path: Path, *, length: int, dtype: np.dtype[Any]) -> None:
+        self._path, self._dtype = path, dtype
+        self._file = path.open("wb")
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(values.astype(self._dtype, copy=False).tobytes())
+
+    def close(self) -> str:
+        """Flush to disk; returns the SHA-256 of the file."""
+        _flush(self._file)
+        self._file.close()
+        return sha256_of_file(self._path)
+
+
+def _pieces(lengths: npt.NDArray[np.int64]) -> Iterable[tuple[int, int, int, int]]:
+    """Runs of whole documents of about `TOKENS_PER_WRITE` tokens: first and last document, first and last token."""
+    ends = np.cumsum(lengths)
+    begin = start = 0
+    while begin < len(lengths):
+        end = max(begin + 1, int(np.searchsorted(ends, start + TOKENS_PER_WRITE, side="right")))
+        stop = int(ends[end - 1])
+        yield begin, end, start, stop
+        begin, start = end, stop
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
