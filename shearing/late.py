@@ -22,17 +22,6 @@ def late(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return at_home(package, f"{homes[name]}.{name}")
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
 
     return get
-
-
-def at_home(package: str, home: str) -> Any:
-    """What a module defines.
-
-    Args:
-        package: its package's `__name__`.
-        home: module and name, from inside the package: `corpus.writer.CorpusWriter`.
-    """
-    module, _, name = home.rpartition(".")
-    return getattr(importlib.import_module(f"{package}.{module}"), name)

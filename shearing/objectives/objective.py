@@ -5,10 +5,10 @@ Shapes: B sequences, T = S + 1 tokens of a row (S inputs and the last label).
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -92,6 +92,5 @@ def objective_of(name: str, *, parts: Parts) -> Objective:
         name: one of `OBJECTIVES`.
         parts: what the stage has.
     """
-    module, _, of_class = OBJECTIVES[name].rpartition(".")
-    objective: Objective = getattr(importlib.import_module(module), of_class).of(parts)
+    objective: Objective = resolve_name(OBJECTIVES[name]).of(parts)
     return objective

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 OBJECTIVES: dict[str, str] = {
-    "language_model": "shearing.objectives.language_model.LanguageModelLoss",
+    "language_model": "shearing.objectives.language_model:LanguageModelLoss",
 }
-"""Name -> the class that is one; see `objective.objective_of`."""
+"""Name -> the class that is one, as `module:class`; see `objective.objective_of`."""

@@ -56,7 +56,7 @@ def test_every_name_is_an_objective_of_its_model(name: str) -> None:
 def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "teacher", "tests.objectives.teacher.TeachersLoss")
+    monkeypatch.setitem(OBJECTIVES, "teacher", "tests.objectives.teacher:TeachersLoss")
     parts = _parts()
     objective = objective_of("teacher", parts=parts)
     stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from shearing.late import at_home
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import SavedState
@@ -142,5 +142,5 @@ def engine_of(name: str, *, parts: EngineParts) -> Engine:
         name: one of `ENGINES`.
         parts: what the stage has.
     """
-    engine: Engine = at_home(__package__, ENGINES[name].home).of(parts)
+    engine: Engine = resolve_name(ENGINES[name].home).of(parts)
     return engine

@@ -14,7 +14,7 @@ class EngineFacts:
     """What is known of an engine before it is imported.
 
     Attributes:
-        home: module of this package and class in it.
+        home: `module:class`.
         summary: what it is, as the documentation of `training.engine` says it.
         package: what has to be installed beside torch, which is also the name of the extra; None: nothing.
         adapters: whether it trains models most of whose weights are frozen.
@@ -31,10 +31,16 @@ class EngineFacts:
 
 ENGINES: dict[str, EngineFacts] = {
     "torch": EngineFacts(
-        home="torch_engine.TorchEngine", summary="every process holds everything", adapters=True, holds_as=0
+        home="shearing.training.engines.torch_engine:TorchEngine",
+        summary="every process holds everything",
+        adapters=True,
+        holds_as=0,
     ),
     "deepspeed": EngineFacts(
-        home="deepspeed_engine.DeepSpeedEngine", summary="ZeRO", package="deepspeed", holds_as=None
+        home="shearing.training.engines.deepspeed_engine:DeepSpeedEngine",
+        summary="ZeRO",
+        package="deepspeed",
+        holds_as=None,
     ),
 }
 """By name, as recipes say it."""

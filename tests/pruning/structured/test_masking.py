@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from shearing.models.loading import load_source
+from shearing.models.shape import Shape
+from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.training.loop import train
+from tests.repository import ROOT
 from tests.training import tasks
 
 
@@ -63,3 +70,17 @@ def test_a_plain_loop_ends_where_ours_does(tiny_inputs: Path, tmp_path: Path) ->
     for name, mask in learned["frozen"].items():
         of_model = masks["attention" if name == "layers" else name]
         assert torch.equal(mask.reshape(of_model.shape), of_model), name
+
+
+def test_the_loop_that_the_documents_show(tiny_inputs: Path) -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    [shown] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "def prune(" in block]
+    names: dict[str, Any] = {}
+    exec(shown, names)
+    model = load_source(str(tiny_inputs / "model"), device=tasks.CPU, dtype=torch.float32)
+    target = dataclasses.replace(
+        Shape.of(model.config), num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2
+    )
+    stage = PruneRecipe.model_validate({"duration": "6 steps", "batch_size": "2 sequences", "freeze": "2 steps"})
+    small = names["prune"](model, mixture=tasks.mixture_of(tiny_inputs), target=target, stage=stage)
+    assert Shape.of(small.config) == target

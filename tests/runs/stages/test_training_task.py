@@ -19,7 +19,7 @@ from tests.objectives.teacher import TeachersLoss
 def test_a_teacher_is_the_source_and_attends_as_the_model_does(
     attention: str, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "language_model", "tests.objectives.teacher.TeachersLoss")
+    monkeypatch.setitem(OBJECTIVES, "language_model", "tests.objectives.teacher:TeachersLoss")
     recipe = load_recipe(tiny_recipe, overrides=[f"data.attention={attention}"])
     context = RunContext(recipe)
     model, source = (

@@ -36,7 +36,7 @@ def _parts() -> EngineParts:
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_is_at_home(name: str) -> None:
     engine = engine_of(name, parts=_parts())
-    assert type(engine).__name__ == ENGINES[name].home.rpartition(".")[2]
+    assert type(engine).__name__ == ENGINES[name].home.partition(":")[2]
     assert engine.loss_scale == 1.0
 
 

@@ -15,7 +15,7 @@ class RuleFacts:
     """What is known of a rule before anything is computed.
 
     Attributes:
-        home: module of this package and class in it.
+        home: `module:class`.
         constants: keys of the section `mixture` that are arguments of the class.
         knows_prior: whether the weights before the first update are another one, `prior`.
     """
@@ -28,11 +28,15 @@ class RuleFacts:
 _EXPONENTIAL = ("step_size", "smoothing")
 
 RULES: Mapping[str, RuleFacts] = {
-    "paper": RuleFacts(home="exponential.Paper", constants=_EXPONENTIAL),
-    "released": RuleFacts(home="exponential.Released", constants=_EXPONENTIAL),
-    "bandit": RuleFacts(home="exponential.Bandit", constants=_EXPONENTIAL),
-    "constant": RuleFacts(home="constant.Constant"),
-    "robust": RuleFacts(home="robust.Robust", constants=("divergence", "floor", "loss_ema"), knows_prior=True),
+    "paper": RuleFacts(home="shearing.data.mixture.rules.exponential:Paper", constants=_EXPONENTIAL),
+    "released": RuleFacts(home="shearing.data.mixture.rules.exponential:Released", constants=_EXPONENTIAL),
+    "bandit": RuleFacts(home="shearing.data.mixture.rules.exponential:Bandit", constants=_EXPONENTIAL),
+    "constant": RuleFacts(home="shearing.data.mixture.rules.constant:Constant"),
+    "robust": RuleFacts(
+        home="shearing.data.mixture.rules.robust:Robust",
+        constants=("divergence", "floor", "loss_ema"),
+        knows_prior=True,
+    ),
 }
 """By name, as recipes say it; constant weights are never updated, and their losses not measured."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import numpy as np
 from shearing.data.mixture.rules.facts import RULES
 from shearing.data.mixture.rules.rule import Rule, Seen, Vector
 from shearing.data.recipe import MixtureRecipe
-from shearing.late import at_home
 
 Memory = dict[str, float]
 """What a rule remembers between two updates: a number for each domain of which it knows one. JSON-able."""
@@ -28,7 +28,7 @@ def rule_of(mixture: MixtureRecipe, *, prior: Mapping[str, float]) -> Rule:
     constants: dict[str, Any] = {name: getattr(mixture, name) for name in facts.constants}
     if facts.knows_prior:
         constants["prior"] = np.array(list(prior.values()), dtype=np.float64)
-    rule: Rule = at_home(__package__, facts.home)(**constants)
+    rule: Rule = resolve_name(facts.home)(**constants)
     return rule
 
 

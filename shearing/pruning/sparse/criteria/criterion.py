@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import Protocol
 
 from torch import Tensor
 
-from shearing.late import at_home
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.sparse.criteria.facts import CRITERIA
 
@@ -46,4 +46,4 @@ class Criterion(Protocol):
 
 def criteria() -> Mapping[str, Criterion]:
     """Every criterion by name."""
-    return {name: at_home(__package__, facts.home)() for name, facts in CRITERIA.items()}
+    return {name: resolve_name(facts.home)() for name, facts in CRITERIA.items()}

@@ -21,7 +21,7 @@ class CriterionFacts:
     """What is known of a criterion before anything is computed.
 
     Attributes:
-        home: module of this package and class in it.
+        home: `module:class`.
         needs: statistics of the inputs that scores are made of; where it is empty, no text is read.
         group: weights that are compared with each other where the pattern is unstructured, as published.
         reconstruction: what is done about the weights that go, as published.
@@ -34,10 +34,23 @@ class CriterionFacts:
 
 
 CRITERIA: Mapping[str, CriterionFacts] = {
-    "magnitude": CriterionFacts("magnitude.Magnitude", needs=frozenset(), group="layer", reconstruction="none"),
-    "wanda": CriterionFacts("wanda.Wanda", needs=frozenset({"squares"}), group="row", reconstruction="none"),
+    "magnitude": CriterionFacts(
+        home="shearing.pruning.sparse.criteria.magnitude:Magnitude",
+        needs=frozenset(),
+        group="layer",
+        reconstruction="none",
+    ),
+    "wanda": CriterionFacts(
+        home="shearing.pruning.sparse.criteria.wanda:Wanda",
+        needs=frozenset({"squares"}),
+        group="row",
+        reconstruction="none",
+    ),
     "sparsegpt": CriterionFacts(
-        "sparsegpt.SparseGPT", needs=frozenset({"moment"}), group="layer", reconstruction="obs"
+        home="shearing.pruning.sparse.criteria.sparsegpt:SparseGPT",
+        needs=frozenset({"moment"}),
+        group="layer",
+        reconstruction="obs",
     ),
 }
 """By name, as recipes say it."""

@@ -18,7 +18,7 @@ class ReconstructionFacts:
     """What is known of a reconstruction before anything is computed.
 
     Attributes:
-        home: module of this package and class in it.
+        home: `module:class`.
         needs: statistics of the inputs that it works with; where it is empty, no text is read.
     """
 
@@ -27,8 +27,10 @@ class ReconstructionFacts:
 
 
 RECONSTRUCTIONS: Mapping[str, ReconstructionFacts] = {
-    "none": ReconstructionFacts("none.NoReconstruction", needs=frozenset()),
-    "obs": ReconstructionFacts("obs.OptimalBrainSurgeon", needs=frozenset({"moment"})),
+    "none": ReconstructionFacts(home="shearing.pruning.sparse.reconstruction.none:NoReconstruction", needs=frozenset()),
+    "obs": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.obs:OptimalBrainSurgeon", needs=frozenset({"moment"})
+    ),
 }
 """By name, as recipes say it."""
 

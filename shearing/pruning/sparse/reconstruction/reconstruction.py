@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Protocol
 
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.late import at_home
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
@@ -72,7 +72,7 @@ class Reconstruction(Protocol):
 
 def reconstructions() -> Mapping[str, Reconstruction]:
     """Every reconstruction by name."""
-    return {name: at_home(__package__, facts.home)() for name, facts in RECONSTRUCTIONS.items()}
+    return {name: resolve_name(facts.home)() for name, facts in RECONSTRUCTIONS.items()}
 
 
 def require_valid(criterion: Criterion, *, reconstruction: Reconstruction, pattern: Pattern) -> None:

@@ -6,8 +6,8 @@ take their names from here.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,24 +31,30 @@ class MetricFacts:
     baseline: str | None = None
 
 
-_HERE = "shearing.pruning.structured.importance"
-
 METRICS: dict[str, MetricFacts] = {
-    "random": MetricFacts(home=f"{_HERE}.chance:Chance", reads_text=False, baseline="random"),
-    "magnitude": MetricFacts(home=f"{_HERE}.magnitude:Magnitude", reads_text=False, baseline="magnitude"),
+    "random": MetricFacts(
+        home="shearing.pruning.structured.importance.chance:Chance", reads_text=False, baseline="random"
+    ),
+    "magnitude": MetricFacts(
+        home="shearing.pruning.structured.importance.magnitude:Magnitude", reads_text=False, baseline="magnitude"
+    ),
     "activations": MetricFacts(
-        home=f"{_HERE}.activations:Activations", reads_text=True, start="activations", baseline="importance"
+        home="shearing.pruning.structured.importance.activations:Activations",
+        reads_text=True,
+        start="activations",
+        baseline="importance",
     ),
     "reconstruction": MetricFacts(
-        home=f"{_HERE}.reconstruction:Reconstruction", reads_text=True, start="reconstruction"
+        home="shearing.pruning.structured.importance.reconstruction:Reconstruction",
+        reads_text=True,
+        start="reconstruction",
     ),
 }
 
 
 def metric_of(name: str) -> Metric:
     """The metric of a name in `METRICS`."""
-    module, _, kind = METRICS[name].home.partition(":")
-    metric: Metric = getattr(importlib.import_module(module), kind)()
+    metric: Metric = resolve_name(METRICS[name].home)()
     return metric
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families.axes import HIDDEN, Unit
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def unit_sums(model: PreTrainedModel, *, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def unit_sums(model: PreTrainedModel, *, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """Sums over the entries of all matrices that each unit owns; vectors (biases, gains) count for nobody.
 
     Args:
