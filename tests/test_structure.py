@@ -356,3 +356,27 @@ def test_modules_that_documents_name_are_there() -> None:
         text = document.read_text(encoding="utf-8")
         for path in re.findall(r"\b(?:shearing|data_tools|tests|benchmarks)/[a-z0-9_/]+\.py\b", text):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_benchmarks_import_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}".partition(".")[0] in ("shearing", "data_tools"):
+            module = importlib.import_module(f"{node.module}")
+            for alias in node.names:
+                assert f"{node.module}.{alias.name}" in modules() or hasattr(module, alias.name), ast.unparse(node)
+
+
+def test_modules_that_strings_name_are_there() -> None:
+    """Preloaded modules, late homes and patched places are strings, which no linter follows."""
+    files = [*modules().values(), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            if re.fullmatch(r"(?:shearing|data_tools)(?:\.[a-z_]\w*)+(?:[.:]\w+)?", node.value):
+                name = node.value.replace(":", ".")
+                while name and name not in modules():
+                    name = name.rpartition(".")[0]
+                left = node.value.replace(":", ".").removeprefix(name).removeprefix(".")
+                assert not left or hasattr(importlib.import_module(name), left), f"{file.name}: {node.value}"
