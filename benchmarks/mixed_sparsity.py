@@ -43,7 +43,7 @@ from shearing.pruning.sparse.levels import allocator_of, request_of
 from shearing.pruning.sparse.prune_layers import Method, prune_layers
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.search.msp import Msp
-from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 
 RULES = ("uniform", "depth", "alpha", "owl", "rank", "msp")
 CRITERIA = ("wanda", "sparsegpt", "magnitude")
@@ -122,9 +122,11 @@ class Seed:
         seconds = time.perf_counter() - started
         self._rivals.setdefault(sparsity, {})[rule] = Fixed(allocation)
         method = Method(job.criterion, job.reconstruction, allocation.patterns, recipe.damping, recipe.true_sequential)
-        blocks = Blocks(work / "blocks")
-        prune_layers(job.source, method=method, calibration=job.calibration, compute=job.compute, blocks=blocks)
-        losses = self._evaluate(blocks, job=job)
+        pruned_layers = PrunedLayers(work / "blocks")
+        prune_layers(
+            job.source, method=method, calibration=job.calibration, compute=job.compute, pruned_layers=pruned_layers
+        )
+        losses = self._evaluate(pruned_layers, job=job)
         shutil.rmtree(work)
         return {
             **losses,
@@ -174,12 +176,12 @@ class Seed:
             }
         )
 
-    def _evaluate(self, blocks: Blocks, *, job: Job) -> dict[str, Any]:
+    def _evaluate(self, pruned_layers: PrunedLayers, *, job: Job) -> dict[str, Any]:
         model = load_source(str(self._arguments.model))
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for layer in range(job.source.config.num_hidden_layers):
-                for name, weight in blocks.weights(layer).items():
+                for name, weight in pruned_layers.weights(layer).items():
                     parameters[name].copy_(weight)
         losses = heldout_loss(
             model,

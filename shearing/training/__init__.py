@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shearing.late import late
 
 if TYPE_CHECKING:
-    from shearing.training.callbacks.held_out import measure_held_out
+    from shearing.training.callbacks.heldout_at_end import measure_held_out
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
     from shearing.training.engines.engine import Engine, EngineParts, engine_of
     from shearing.training.engines.facts import ENGINES, EngineFacts
@@ -79,7 +79,7 @@ __getattr__ = late(
         "TrainingRecipe": "recipe",
         "add_adapters": "lora",
         "engine_of": "engines.engine",
-        "measure_held_out": "callbacks.held_out",
+        "measure_held_out": "callbacks.heldout_at_end",
         "merge_adapters": "lora",
         "train": "loop",
     },

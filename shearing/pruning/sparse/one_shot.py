@@ -24,7 +24,7 @@ from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
-from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from shearing.pruning.sparse.stored.write import Done, write_output
 from shearing.settings.quantities import format_parameters
 
@@ -79,7 +79,7 @@ def sparsify(
 def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console) -> dict[str, Any]:
     allocation = choose_levels(recipe, job=job, console=console)
     method = Method(job.criterion, job.reconstruction, allocation.patterns, recipe.damping, recipe.true_sequential)
-    blocks = Blocks(partial / "blocks")
+    pruned_layers = PrunedLayers(partial / "blocks")
     total = units_of_work(job.source, method=method, calibration=job.calibration, compute=job.compute)
     with activity(f"{recipe.criterion}, {job.pattern_in_words}", total=total, console=console) as advance:
         prune_layers(
@@ -87,7 +87,7 @@ def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console)
             method=method,
             calibration=job.calibration,
             compute=job.compute,
-            blocks=blocks,
+            pruned_layers=pruned_layers,
             advance=advance,
         )
     done = Done(
@@ -119,7 +119,7 @@ def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console)
             beside=partial / "model",
             source=job.source,
             matrices=job.matrices,
-            blocks=blocks,
+            pruned_layers=pruned_layers,
             done=done,
             allocation=allocation,
             advance=advance,

@@ -24,7 +24,7 @@ from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction
-from shearing.pruning.sparse.stored.pruned_layers import Blocks, PrunedMatrix
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers, PrunedMatrix
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def prune_layers(
     method: Method,
     calibration: Calibration | None,
     compute: Compute,
-    blocks: Blocks,
+    pruned_layers: PrunedLayers,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Prune all layers that `blocks` does not hold yet, and write them there.
+    """Prune all layers that `pruned_layers` does not hold yet, and write them there.
 
     Layers that are there already are only computed, as their second pass was, so that a run that was interrupted ends
     in the same bits as one that was not.
@@ -84,11 +84,11 @@ def prune_layers(
     pruning = _Pruning(source, method=method, calibration=calibration, compute=compute, advance=advance)
     last = source.config.num_hidden_layers - 1
     for layer in range(last + 1):
-        if layer in blocks:
-            pruning.skip(layer, blocks.weights(layer), propagate=layer < last)
+        if layer in pruned_layers:
+            pruning.skip(layer, pruned_layers.weights(layer), propagate=layer < last)
         else:
             matrices, seconds = pruning.prune(layer, propagate=layer < last)
-            blocks.save(layer, matrices, facts={"seconds": seconds})
+            pruned_layers.save(layer, matrices, facts={"seconds": seconds})
 
 
 class _Pruning:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from shearing.data.mixture.averages import LossAverages
 from shearing.data.mixture.dynamic import DynamicMixture, State
-from shearing.training.callbacks.held_out import measure_held_out
+from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.stage import PREFETCHED_STEPS
 from shearing.training.task import Callback, Run, StepResult, Task
 

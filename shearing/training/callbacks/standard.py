@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from shearing.training.callbacks.held_out import HeldOutAtEnd
+from shearing.training.callbacks.heldout_at_end import HeldOutAtEnd
 from shearing.training.callbacks.metrics import Metrics
 from shearing.training.callbacks.mixture_updates import MixtureUpdates
 from shearing.training.callbacks.non_finite import NonFiniteGuard

@@ -20,7 +20,7 @@ from shearing.pruning.sparse.patterns import pattern_of
 from shearing.pruning.sparse.prune_layers import Method, prune_layers
 from shearing.pruning.sparse.reconstruction import reconstructions
 from shearing.pruning.sparse.stored.masks import unpack
-from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 
 llmcompressor = pytest.importorskip("llmcompressor")
 
@@ -89,19 +89,19 @@ def ours(folder: Path, partial: Path, *, criterion: str, pattern: str) -> tuple[
     source = open_source(str(folder), revision=None, converted=partial / "converted")
     way = reconstructions()["obs" if criterion == "sparsegpt" else "none"]
     patterns = {matrix.name: pattern_of(pattern) for matrix in matrices_of(source)}
-    blocks = Blocks(partial / "blocks")
+    pruned_layers = PrunedLayers(partial / "blocks")
     prune_layers(
         source,
         method=Method(criteria()[criterion], way, patterns, 0.01, true_sequential=False),
         calibration=Calibration(tokens(), "random"),
         compute=Compute(torch.device("cpu"), torch.float32, 1, "cpu", partial),
-        blocks=blocks,
+        pruned_layers=pruned_layers,
     )
     weights: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for layer in range(LAYERS):
-        weights |= blocks.weights(layer)
-        for name, bits in blocks.packed_masks(layer).items():
+        weights |= pruned_layers.weights(layer)
+        for name, bits in pruned_layers.packed_masks(layer).items():
             masks[name] = unpack(bits, shape=tuple(weights[name].shape))
     return weights, masks
 

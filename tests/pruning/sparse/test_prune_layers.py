@@ -20,7 +20,7 @@ from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.reconstruction import reconstructions
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
-from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 from tests.pruning.sparse import oracle
 
@@ -62,11 +62,19 @@ def pruned(
     source = open_source(str(folder / "model"), revision=None, converted=folder / "converted")
     method = method_of(name, matrices=[matrix.name for matrix in matrices_of(source)], true_sequential=true_sequential)
     compute = compute_of(folder, micro_batch_size=micro_batch_size, offload=offload)
-    calibration, blocks = Calibration(TOKENS, "random"), Blocks(folder / f"blocks-{offload}-{micro_batch_size}")
+    calibration = Calibration(TOKENS, "random")
+    pruned_layers = PrunedLayers(folder / f"blocks-{offload}-{micro_batch_size}")
     calls: list[int] = []
-    prune_layers(source, method=method, calibration=calibration, compute=compute, blocks=blocks, advance=calls.append)
+    prune_layers(
+        source,
+        method=method,
+        calibration=calibration,
+        compute=compute,
+        pruned_layers=pruned_layers,
+        advance=calls.append,
+    )
     assert sum(calls) == units_of_work(source, method=method, calibration=calibration, compute=compute)
-    return {name: weight for layer in range(LAYERS) for name, weight in blocks.weights(layer).items()}
+    return {name: weight for layer in range(LAYERS) for name, weight in pruned_layers.weights(layer).items()}
 
 
 @torch.no_grad()
@@ -131,17 +139,17 @@ def test_inputs_come_from_pruned_layers(tmp_path: Path) -> None:
     found = pruned(model, tmp_path)
     source = open_source(str(tmp_path / "model"), revision=None, converted=tmp_path / "converted")
     only = [matrix.name for matrix in matrices_of(source) if matrix.layer == 1]
-    blocks = Blocks(tmp_path / "alone")
+    pruned_layers = PrunedLayers(tmp_path / "alone")
     prune_layers(
         source,
         method=method_of("wanda", matrices=only),
         calibration=Calibration(TOKENS, "random"),
         compute=compute_of(tmp_path),
-        blocks=blocks,
+        pruned_layers=pruned_layers,
     )
-    assert any(not torch.equal(weight, found[name]) for name, weight in blocks.weights(1).items())
-    assert not blocks.weights(0)
-    assert not blocks.weights(2)
+    assert any(not torch.equal(weight, found[name]) for name, weight in pruned_layers.weights(1).items())
+    assert not pruned_layers.weights(0)
+    assert not pruned_layers.weights(2)
 
 
 def test_sparsegpt_errs_less_than_wanda_on_every_linear(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from shearing.errors import ShearingError
-from shearing.training.callbacks.held_out import measure_held_out
+from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.callbacks.non_finite import NonFiniteGuard
 from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.checkpoints.state import read_state

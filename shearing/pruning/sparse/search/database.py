@@ -184,9 +184,8 @@ def _levels_of(weight: Tensor, *, statistics: InputStatistics | None, request: R
 
 def _require_room(request: Request, *, folder: Path) -> None:
     missing = [matrix for matrix in request.matrices if not _path(folder, matrix.layer).is_file()]
-    stored = sum(
-        matrix.size * (2 if request.source.entries[matrix.name].dtype in ("F16", "BF16") else 4) for matrix in missing
-    )
+    entries = [request.source.entries[matrix.name] for matrix in missing]
+    stored = sum(entry.end - entry.begin for entry in entries)
     planes = sum(matrix.size for matrix in missing) * -(-len(request.levels) // LEVELS_PER_PLANE)
     needed = len(request.levels) * stored if request.reconstruction.needs else planes
     free = shutil.disk_usage(folder).free

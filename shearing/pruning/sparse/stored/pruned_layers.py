@@ -31,7 +31,7 @@ class PrunedMatrix:
     facts: dict[str, Any]
 
 
-class Blocks:
+class PrunedLayers:
     """One file for each decoder layer, whole or absent."""
 
     def __init__(self, folder: Path) -> None:

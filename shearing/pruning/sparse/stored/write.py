@@ -27,7 +27,7 @@ from shearing.pruning.sparse.allocation.file import FILE_NAME as ALLOCATION, Sto
 from shearing.pruning.sparse.allocation.picture import FILE_NAME as PICTURE, draw_allocation
 from shearing.pruning.sparse.stored.manifest import FORMAT, MANIFEST, file_entries, reached_budget
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, write_masks
-from shearing.pruning.sparse.stored.pruned_layers import Blocks
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 
 CONVENTION = "N:M means N kept of each M consecutive inputs"
 
@@ -57,7 +57,7 @@ def write_output(
     beside: Path,
     source: Source,
     matrices: Sequence[Matrix],
-    blocks: Blocks,
+    pruned_layers: PrunedLayers,
     done: Done,
     allocation: StoredAllocation,
     advance: Callable[[int], None] = lambda _: None,
@@ -69,7 +69,7 @@ def write_output(
         beside: folder on the same disk in which it is made.
         source: the dense model.
         matrices: those that were pruned.
-        blocks: what was found for every layer.
+        pruned_layers: what was found for every layer.
         done: how.
         allocation: the level of every matrix.
         advance: called with the number of bytes copied or read.
@@ -80,12 +80,12 @@ def write_output(
     copy_files(source, beside, advance=advance)
     layers = sorted({matrix.layer for matrix in matrices})
     for layer in layers:
-        weights = blocks.weights(layer)
+        weights = pruned_layers.weights(layer)
         for file in sorted({source.files[name] for name in weights}):
             overwrite(beside / file, {name: weight for name, weight in weights.items() if source.files[name] == file})
     shapes = {matrix.name: (matrix.rows, matrix.columns) for matrix in matrices}
-    write_masks(beside / MASKS, shapes=shapes, packed=_packed(blocks, layers))
-    manifest = _manifest(source, matrices=matrices, facts=[blocks.facts(layer) for layer in layers], done=done)
+    write_masks(beside / MASKS, shapes=shapes, packed=_packed(pruned_layers, layers))
+    manifest = _manifest(source, matrices=matrices, facts=[pruned_layers.facts(layer) for layer in layers], done=done)
     manifest["files"] = file_entries(beside, names=[*source.weight_files(), MASKS], advance=advance)
     write_json(beside / ALLOCATION, dict(allocation.content))
     if len(set(allocation.patterns.values())) > 1:
@@ -114,9 +114,9 @@ def copy_files(source: Source, beside: Path, *, advance: Callable[[int], None] =
         advance((beside / name).stat().st_size)
 
 
-def _packed(blocks: Blocks, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+def _packed(pruned_layers: PrunedLayers, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     for layer in layers:
-        yield from blocks.packed_masks(layer).items()
+        yield from pruned_layers.packed_masks(layer).items()
 
 
 def _manifest(
