@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,11 +22,12 @@ from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.settings.quantities import Duration
+from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.recipe import StageRecipe, TrainingRecipe
 from shearing.training.stage import HeldOut, Schedule
-from shearing.training.task import Callback, Task
+from shearing.training.task import Callback, Run, StepResult, Task
 
 STEPS, SEQUENCES, MICRO_BATCH, LENGTH, DRAWS = 8, 4, 2, 16, 2
 RATE, BETAS, EPSILON, DECAY, CLIPPING = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
@@ -118,3 +120,15 @@ def _measure(forward: Callable[[Tensor, Documents | None], Tensor], advance: Cal
     tokens_BT = torch.arange(2 * (LENGTH + 1)).view(2, -1) % 20
     advance(2 * LENGTH)
     return {"letters": float(forward(tokens_BT, None)) / (2 * LENGTH)}
+
+
+def stop_at(step: int, *, patch: pytest.MonkeyPatch) -> None:
+    """A signal comes in that step."""
+    after_step = StopRequests.after_step
+
+    def signalled(requests: StopRequests, run: Run, result: StepResult) -> None:
+        if run.step == step:
+            requests.requested = "SIGTERM"
+        after_step(requests, run, result)
+
+    patch.setattr(StopRequests, "after_step", signalled)

@@ -19,11 +19,10 @@ from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
 from shearing.training.callbacks import save_checkpoints
-from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.checkpoints.state import read_state, write_state
 from shearing.training.stage import Interrupted
-from shearing.training.task import Run, StepResult
 from tests.conftest import tiny_recipe_data
+from tests.training import tasks
 
 STEPS = 14
 
@@ -50,25 +49,13 @@ def _quiet(recipe: Recipe) -> RunContext:
     return RunContext(recipe, console=Console(file=io.StringIO()))
 
 
-def _stop_at(step: int, *, patch: pytest.MonkeyPatch) -> None:
-    """A signal comes in that step."""
-    after_step = StopRequests.after_step
-
-    def signalled(requests: StopRequests, run: Run, result: StepResult) -> None:
-        if run.step == step:
-            requests.requested = "SIGTERM"
-        after_step(requests, run, result)
-
-    patch.setattr(StopRequests, "after_step", signalled)
-
-
 def test_a_rule_that_remembers_goes_on_where_it_was(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, update="robust") for name in ("whole", "parts"))
     prune(_quiet(whole))
     with monkeypatch.context() as patch:
-        _stop_at(9, patch=patch)
+        tasks.stop_at(9, patch=patch)
         with pytest.raises(Interrupted):
             prune(_quiet(parts))
     prune(_quiet(parts))
@@ -110,7 +97,7 @@ def test_checkpoints_from_before_rules_remembered_are_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(save_checkpoints, "write_state", without)
-        _stop_at(5, patch=patch)
+        tasks.stop_at(5, patch=patch)
         with pytest.raises(Interrupted):
             prune(_quiet(recipe))
     prune(_quiet(recipe))

@@ -16,7 +16,6 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.callbacks.non_finite import NonFiniteGuard
-from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.checkpoints.state import read_state
 from shearing.training.loop import train
 from shearing.training.metrics import TIMING_FIELDS
@@ -120,24 +119,13 @@ def _state(folder: Path) -> str:
     return re.sub(r'\["metrics_bytes", \d+\]', "", text)
 
 
-def _stop_at(step: int, *, patch: pytest.MonkeyPatch) -> None:
-    after_step = StopRequests.after_step
-
-    def signalled(requests: StopRequests, run: Run, result: StepResult) -> None:
-        if run.step == step:
-            requests.requested = "SIGTERM"
-        after_step(requests, run, result)
-
-    patch.setattr(StopRequests, "after_step", signalled)
-
-
 def test_a_callback_of_a_task_is_saved_and_continued_bit_for_bit(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts, without = (tmp_path / name for name in ("whole", "parts", "without"))
     _train(tiny_inputs, whole, Evaluation(every=2))
     with monkeypatch.context() as patch:
-        _stop_at(5, patch=patch)
+        tasks.stop_at(5, patch=patch)
         with pytest.raises(Interrupted):
             _train(tiny_inputs, parts, Evaluation(every=2))
     assert read_state(parts / "checkpoints" / "step-00000005", "state")["callbacks"]["Evaluation"]["count"] == 2
@@ -173,7 +161,7 @@ def test_a_checkpoint_without_a_callbacks_state_is_continued_with_it(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        _stop_at(3, patch=patch)
+        tasks.stop_at(3, patch=patch)
         with pytest.raises(Interrupted):
             _train(tiny_inputs, tmp_path)
     late = Evaluation(every=2)
