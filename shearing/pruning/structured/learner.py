@@ -1,7 +1,7 @@
 """The masks' side of a pruning step: draw, penalty, ascent and descent, freeze at exactly the target shape.
 
 Everything here is fp32, equal on all processes, and outside the training engine: its own AdamW, one flat
-all-reduce a step, noise that depends on (seed, step, micro-batch) alone.
+all-reduce a step, noise that depends on (seed, step, draw) alone.
 """
 
 from __future__ import annotations
