@@ -1,11 +1,10 @@
 """Was learning the masks worth it: the same shape, the same total tokens, units chosen in other ways.
 
 For every seed, `learned` is a whole run of the recipe (mask learning, cutting, continued pretraining), and `start` is
-the same with its masks frozen as they start, which shows what learning adds. The baselines are those of the recipe
-(`importance`: by activations): they choose units by their metric, cut at once, and pretrain for as many tokens as
-`learned` used altogether, with the warm-up that `learned` has. `refitted` is `importance` with the refit of the weights
-that stay which `learned` starts from, so that choice and refit can be told apart. Each is a run directory, so an
-interrupted benchmark continues.
+the same with its masks frozen as they start, which shows what learning adds. The baselines are those of the recipe:
+they choose units by their metric, cut at once, and pretrain for as many tokens as `learned` used altogether, with the
+warm-up that `learned` has. `refitted` is `activations` with the refit of the weights that stay which `learned` starts
+from, so that choice and refit can be told apart. Each is a run directory, so an interrupted benchmark continues.
 
     python benchmarks/quality.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0 1 2]
 """
@@ -40,7 +39,7 @@ from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.metric import Evidence
-from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
+from shearing.pruning.structured.importance.registry import METRICS, complete_metrics, metric_of
 from shearing.pruning.structured.refitting import refit
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
@@ -52,7 +51,7 @@ from shearing.training.device import resolve_device
 
 OURS = ("learned", "start")
 REFITTED = "refitted"
-METHODS = (*OURS, *baselines(), REFITTED)
+METHODS = (*OURS, *complete_metrics(), REFITTED)
 
 
 def run_method(method: str, *, recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def cut_at_once(method: str, *, context: RunContext) -> None:
     recipe, run = context.recipe, context.directory
     model = load_source(recipe.model.source, device=context.device)
     source, target = Shape.of(model.config), resolve_target(recipe.target, source=model.config)
-    name = baselines()["importance" if method == REFITTED else method]
+    name = "activations" if method == REFITTED else method
     text = context.calibration_batches()
     evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
     scores = metric_of(name).scores(model, evidence=evidence)

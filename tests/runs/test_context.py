@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_a_whole_run_opens_the_corpus_and_its_tokenizer_once(tiny_recipe: Path, calls: Counter[str]) -> None:
     shearing.run(
-        load_recipe(tiny_recipe, overrides=["evaluation.baselines=[random, importance]"]),
+        load_recipe(tiny_recipe, overrides=["evaluation.baselines=[random, activations]"]),
         console=Console(file=io.StringIO()),
     )
     assert calls == dict.fromkeys(("open", "from_pretrained", "resolve_device", "resolve_precision", "load_config"), 1)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError
-from shearing.pruning.structured.importance.registry import starts
+from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Positive
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
-STARTS = ("open", *starts())
+STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
     StartName = str

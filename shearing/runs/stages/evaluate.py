@@ -32,7 +32,7 @@ from shearing.progress import activity
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
@@ -158,14 +158,14 @@ class _Source:
         return compact(model, masks=masks, selection=selection)
 
     def _scores(self, name: str, *, target: Shape) -> Scores:
-        context, metric = self._context, baselines()[name]
+        context = self._context
         measured = context.directory.prune / INITIAL_SCORES
-        if name == "importance" and measured.is_file():  # as mask learning measured it, where it did
+        if context.recipe.pruning.prune.initial_masks == name and measured.is_file():  # as mask learning measured it
             return load_file(measured)
-        text = context.calibration_batches() if METRICS[metric].reads_text else ()
+        text = context.calibration_batches() if METRICS[name].reads_text else ()
         evidence = Evidence(text=text, target=target, seed=context.recipe.seed)
         with attention_within_documents(self.model(), on=context.document_rules.attention_within):
-            return metric_of(metric).scores(self.model(), evidence=evidence)
+            return metric_of(name).scores(self.model(), evidence=evidence)
 
 
 def _rows(context: RunContext) -> list[_Row]:

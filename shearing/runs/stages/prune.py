@@ -22,7 +22,7 @@ from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, metric_of, starts
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
@@ -151,7 +151,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
     path = context.directory.prune / INITIAL_SCORES
     if path.is_file():
         return path
-    name, target = starts()[start], context.recipe.pruning.target
+    name, target = start, context.recipe.pruning.target
     evidence = Evidence(
         text=context.calibration_batches() if METRICS[name].reads_text else (),
         target=None if target.parameters is not None else resolve_target(target, source=model.config),

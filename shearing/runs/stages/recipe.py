@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from shearing.pruning.structured.importance.registry import baselines
+from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.settings.section import Section
 
 if TYPE_CHECKING:
     BaselineName = str
 else:
-    BaselineName = Literal[tuple(baselines())]
+    BaselineName = Literal[complete_metrics()]
 
 
 class EvaluationRecipe(Section):
@@ -21,6 +21,6 @@ class EvaluationRecipe(Section):
     tokens_per_domain: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
     baselines: list[BaselineName] = Field(
-        ["random", "magnitude", "importance"], description="Same shape, units chosen otherwise, scored after cutting."
+        ["random", "magnitude", "activations"], description="Same shape, units chosen otherwise, scored after cutting."
     )
     speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")

@@ -33,7 +33,7 @@ from tests.conftest import tiny_recipe_data
 def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
     """A run that was cut where magnitude says, and trained on by a little."""
     data = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run")
-    data["evaluation"]["baselines"] = ["random", "magnitude", "importance"]
+    data["evaluation"]["baselines"] = ["random", "magnitude", "activations"]
     recipe = Recipe.model_validate(data)
     directory = RunDirectory(recipe.run_dir)
     source = load_source(recipe.model.source)
@@ -73,7 +73,7 @@ def test_every_model_of_the_run_is_measured(recipe: Recipe) -> None:
     context = quiet(recipe)
     evaluation = evaluate(context)
 
-    assert list(evaluation["models"]) == ["source", "random", "magnitude", "importance", "compact", "final"]
+    assert list(evaluation["models"]) == ["source", "random", "magnitude", "activations", "compact", "final"]
     assert json.loads(RunDirectory(recipe.run_dir).evaluation.read_text()) == evaluation
     shapes = [model["shape"] for name, model in evaluation["models"].items() if name != "source"]
     assert all(shape == shapes[0] for shape in shapes)
@@ -147,7 +147,7 @@ def test_pretraining_adds_a_row_and_keeps_the_others(recipe: Recipe, monkeypatch
     assert len(calls) == 1
 
 
-def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> None:
+def test_scores_that_graded_the_start_serve_the_baseline_of_their_name_alone(recipe: Recipe) -> None:
     evaluation = evaluate(quiet(recipe))
     scores = magnitude_scores(load_source(recipe.model.source))
     directory = RunDirectory(recipe.run_dir)
@@ -157,8 +157,7 @@ def test_the_importance_that_mask_learning_measured_is_used(recipe: Recipe) -> N
 
     again = evaluate(quiet(recipe))
 
-    assert losses(again)["importance"] == losses(again)["magnitude"]
-    assert losses(again)["importance"] != losses(evaluation)["importance"]
+    assert losses(again)["activations"] == losses(evaluation)["activations"]
 
 
 def test_speed_is_measured_on_source_and_result_only(recipe: Recipe) -> None:
@@ -174,7 +173,7 @@ def losses(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_metric_declared_here_and_registered_is_a_baseline(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = MetricFacts(home=f"{__name__}:HeldAgainstMagnitude", reads_text=True, baseline="smallest")
+    facts = MetricFacts(home=f"{__name__}:HeldAgainstMagnitude", reads_text=True, title="smallest")
     monkeypatch.setitem(METRICS, "smallest", facts)
     settings = recipe.evaluation.model_copy(update={"baselines": ["magnitude", "smallest"]})
     models = evaluate(quiet(recipe.model_copy(update={"evaluation": settings})))["models"]

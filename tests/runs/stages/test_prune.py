@@ -99,9 +99,9 @@ def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
 def test_a_metric_declared_here_and_registered_grades_the_start(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(METRICS, "last", MetricFacts(home=f"{__name__}:Last", reads_text=False, start="the last"))
+    monkeypatch.setitem(METRICS, "last", MetricFacts(home=f"{__name__}:Last", reads_text=False, title="the last"))
     recipe = load_recipe(tiny_recipe, overrides=["prune.duration=3 steps", f"run_dir={tmp_path / 'last'}"])
-    settings = recipe.pruning.prune.model_copy(update={"initial_masks": "the last", "freeze": Duration(fraction=1.0)})
+    settings = recipe.pruning.prune.model_copy(update={"initial_masks": "last", "freeze": Duration(fraction=1.0)})
     prune(RunContext(recipe.model_copy(update={"prune": settings})))
     masks = load_file(RunDirectory(tmp_path / "last").prune / "masks.safetensors")
     assert masks["hidden"].tolist() == [0.0] * 16 + [1.0] * 16

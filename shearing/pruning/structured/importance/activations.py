@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +36,11 @@ class Activations:
         """One pass for each batch of the text."""
         del source
         return len(evidence.text)
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """One forward pass over the text."""
+        del source
+        return Cost(forward_tokens=evidence.text_tokens)
 
     @torch.no_grad()
     def scores(

@@ -9,7 +9,7 @@ import torch
 
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import unit_sizes
-from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,11 @@ class Chance:
         """One draw."""
         del source, evidence
         return 1
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """Next to nothing."""
+        del source, evidence
+        return Cost()
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None

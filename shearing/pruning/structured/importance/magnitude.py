@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.unit_sums import unit_sums
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ class Magnitude:
         """All layers at once."""
         del source, evidence
         return 1
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """Next to nothing."""
+        del source, evidence
+        return Cost()
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None

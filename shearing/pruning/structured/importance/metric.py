@@ -39,6 +39,26 @@ class Evidence:
     target: Shape | None = None
     seed: int = 0
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text."""
+        return sum(batch.tokens.numel() for batch in self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What choosing units takes, beside what training takes.
+
+    Attributes:
+        forward_tokens: tokens that pass forward through the whole model; of one layer of L, a 1 / L of it.
+        backward_tokens: tokens whose loss is differentiated; each passes forward too, and counts there.
+        other_flops: of decompositions and solves.
+    """
+
+    forward_tokens: float = 0.0
+    backward_tokens: float = 0.0
+    other_flops: float = 0.0
+
 
 class Metric(Protocol):
     """Scores units; see `registry` for those that have a name."""
@@ -51,10 +71,14 @@ class Metric(Protocol):
         """
         ...
 
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """What `scores` takes for a model of these sizes, for tables at equal FLOPs."""
+        ...
+
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
-        """Scores of all units of all granularities, fp32 on the CPU.
+        """Scores of all units of the granularities that its `MetricFacts` say it gives, fp32 on the CPU.
 
         Args:
             model: plain model, on any device; left as it is.

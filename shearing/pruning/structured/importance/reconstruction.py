@@ -21,7 +21,7 @@ from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.walk import first_inputs, run_layer
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.activations import ActivationRecorder
-from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,6 +123,19 @@ class Reconstruction:
         del evidence
         _require_added_writes(source.family)
         return source.num_hidden_layers
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """One forward pass over the text, its second moments, and an elimination in every layer."""
+        goes, d = _units_that_go(source, target=evidence.target), source.hidden_size
+        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        heads = K * G * source.head_dim
+        flops = 2.0 * evidence.text_tokens * (heads**2 + m**2)
+        # Inverse of the moment: n^3 for the factor and its use; each column that goes: an update of C^-1 and of W.
+        flops += 2.0 * (heads**3 + m**3)
+        for name, inputs in (("kv_groups", G * source.head_dim), ("query_heads", K * source.head_dim)):
+            flops += 2.0 * goes[name] * inputs * heads * (heads + d)
+        flops += 2.0 * goes["intermediate"] * m * (m + d)
+        return Cost(forward_tokens=evidence.text_tokens, other_flops=flops * source.num_hidden_layers)
 
     @torch.no_grad()
     def scores(

@@ -14,40 +14,48 @@ if TYPE_CHECKING:
     from shearing.pruning.structured.importance.metric import Metric
 
 
+EVERYTHING = frozenset({"layers", "attention", "mlp", "kv_groups", "query_heads", "intermediate", "hidden"})
+"""All that `Scores` may hold."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetricFacts:
     """What is to be known of a metric before it is imported.
 
     Attributes:
         home: `module:class`.
+        title: what tables call a choice of units by it.
         reads_text: whether it needs calibration text.
-        start: what `prune.initial_masks` calls it; None: it grades no start.
-        baseline: what `evaluation.baselines` calls it; None: it is no baseline.
+        source: where its formula stands, as `arXiv 2407.14679`; empty for what needs no source.
+        reconstructed: its exact rule is not public, and this is our reading of it: no figure of it is the paper's.
+        gives: what it scores. One that scores less than `EVERYTHING` grades no start and is no baseline of a run; a
+            race takes the rest of another metric and says so.
     """
 
     home: str
+    title: str
     reads_text: bool
-    start: str | None = None
-    baseline: str | None = None
+    source: str = ""
+    reconstructed: bool = False
+    gives: frozenset[str] = EVERYTHING
 
+
+_HERE = "shearing.pruning.structured.importance"
 
 METRICS: dict[str, MetricFacts] = {
-    "random": MetricFacts(
-        home="shearing.pruning.structured.importance.chance:Chance", reads_text=False, baseline="random"
-    ),
-    "magnitude": MetricFacts(
-        home="shearing.pruning.structured.importance.magnitude:Magnitude", reads_text=False, baseline="magnitude"
-    ),
+    "random": MetricFacts(home=f"{_HERE}.chance:Chance", title="chance", reads_text=False),
+    "magnitude": MetricFacts(home=f"{_HERE}.magnitude:Magnitude", title="weight magnitude", reads_text=False),
     "activations": MetricFacts(
-        home="shearing.pruning.structured.importance.activations:Activations",
+        home=f"{_HERE}.activations:Activations",
+        title="activations",
         reads_text=True,
-        start="activations",
-        baseline="importance",
+        source="arXiv 2407.14679",
     ),
     "reconstruction": MetricFacts(
-        home="shearing.pruning.structured.importance.reconstruction:Reconstruction",
+        home=f"{_HERE}.reconstruction:Reconstruction",
+        title="reconstruction",
         reads_text=True,
-        start="reconstruction",
+        source="arXiv 2302.04089",
     ),
 }
 
@@ -58,11 +66,6 @@ def metric_of(name: str) -> Metric:
     return metric
 
 
-def starts() -> dict[str, str]:
-    """Value of `prune.initial_masks` -> metric, for those that grade a start."""
-    return {facts.start: name for name, facts in METRICS.items() if facts.start is not None}
-
-
-def baselines() -> dict[str, str]:
-    """Value of `evaluation.baselines` -> metric."""
-    return {facts.baseline: name for name, facts in METRICS.items() if facts.baseline is not None}
+def complete_metrics() -> tuple[str, ...]:
+    """Those that score everything: each may grade a start, and be a baseline of a run."""
+    return tuple(name for name, facts in METRICS.items() if facts.gives == EVERYTHING)

@@ -15,7 +15,7 @@ from shearing.pruning.structured.importance.activations import Activations
 from shearing.pruning.structured.importance.chance import Chance
 from shearing.pruning.structured.importance.magnitude import Magnitude
 from shearing.pruning.structured.importance.metric import Evidence
-from shearing.pruning.structured.importance.registry import METRICS, baselines, metric_of, starts
+from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS, complete_metrics, metric_of
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.rounding import select
 from shearing.runs.stages.recipe import EvaluationRecipe
@@ -32,22 +32,27 @@ def test_every_metric_scores_every_unit_of_every_family(name: str, family: str) 
     text = [Inputs(tiny_ids(seed=seed)) for seed in range(2)] if METRICS[name].reads_text else []
     evidence = Evidence(text=text, target=target, seed=3)
     calls: list[int] = []
+    gives = METRICS[name].gives
     scores = metric_of(name).scores(model, evidence=evidence, advance=calls.append)
-    assert {granularity: tuple(values.shape) for granularity, values in scores.items()} == unit_sizes(source)
+    sizes = {granularity: size for granularity, size in unit_sizes(source).items() if granularity in gives}
+    assert {granularity: tuple(values.shape) for granularity, values in scores.items()} == sizes
     assert all(values.isfinite().all() and values.dtype == torch.float32 for values in scores.values())
     assert all(len(values.unique()) > 1 for values in scores.values() if values.shape[-1] > 1)
     assert calls == [1] * metric_of(name).units_of_work(source, evidence=evidence)
-    _, selection = select(scores, source=source, target=target)
+    cost = metric_of(name).cost(source, evidence=evidence)
+    assert (cost.forward_tokens > 0) == bool(text)
+    rest = {} if gives == EVERYTHING else Magnitude().scores(model, evidence=evidence)
+    _, selection = select({**rest, **scores}, source=source, target=target)
     assert selection.shape(source) == target
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_recipes_take_the_names_of_the_registry() -> None:
-    assert get_args(PruneRecipe.model_fields["initial_masks"].annotation) == ("open", *starts())
+    assert get_args(PruneRecipe.model_fields["initial_masks"].annotation) == ("open", *complete_metrics())
     (each,) = get_args(EvaluationRecipe.model_fields["baselines"].annotation)
-    assert get_args(each) == tuple(baselines())
-    assert starts() == {"activations": "activations", "reconstruction": "reconstruction"}
-    assert baselines() == {"random": "random", "magnitude": "magnitude", "importance": "activations"}
+    assert get_args(each) == complete_metrics()
+    assert {"random", "magnitude", "activations", "reconstruction"} <= set(complete_metrics())
+    assert all(facts.gives <= EVERYTHING for facts in METRICS.values())
 
 
 def test_chance_goes_by_the_seed() -> None:
