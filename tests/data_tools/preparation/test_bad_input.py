@@ -116,8 +116,10 @@ def test_what_python_writes_is_read(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_a_line_of_ten_megabytes(prepared: Prepared, tmp_path: Path) -> None:
     long = "lorem ipsum " * 850_000
-    corpus = prepared({"a": str(write_lines(tmp_path / "a.jsonl", ["short", long, "other"]))}, heldout="1 tokens")
-    assert corpus.manifests["a"].train.bytes + corpus.manifests["a"].heldout.bytes == len(long) + 10
+    corpus = prepared(
+        {"a": str(write_lines(tmp_path / "a.jsonl", ["short", long, "other"]))}, validation="1 tokens", test="1 tokens"
+    )
+    assert corpus.manifests["a"].bytes == len(long) + 10
 
 
 @pytest.mark.parametrize("separator", [None, "\n\n"])
