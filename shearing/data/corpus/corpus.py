@@ -121,10 +121,8 @@ class Corpus:
         """What `split` is, in words for a table."""
         if not self.of_one_part:
             return split
-        half = {"validation": "first", "test": "second"}[split]
-        return f"{half} half of the held-out documents" + (
-            "" if len(self.of_one_part) == len(self.domains) else f" (of {', '.join(self.of_one_part)}) and {split}"
-        )
+        half = {"validation": "held-out (first half)", "test": "held-out (second half)"}[split]
+        return half if len(self.of_one_part) == len(self.domains) else f"{split} or {half}"
 
     @property
     def notice(self) -> str | None:

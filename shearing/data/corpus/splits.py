@@ -176,7 +176,8 @@ def choose_splits(
         parts = [forced[split]]
         for name, documents in domains.items():
             # A group has to stay for each split that is still to come, unless one is there already.
-            waiting = sum(not _is_among(keys[name], forced[each]).any() for each in ("train", *later))
+            still: list[Split] = ["train", *later]
+            waiting = sum(not _is_among(keys[name], forced[each]).any() for each in still)
             parts.append(
                 _lowest(
                     keys[name],
@@ -247,7 +248,7 @@ def _target(name: str, documents: Documents, *, sizes: SplitSizes, split: HeldOu
         ShearingError: all held-out splits together would leave nothing.
     """
     total = int(documents.tokens.sum())
-    wanted = {each: getattr(sizes, each).of(total) for each in HELD_OUT}
+    wanted: dict[str, int] = {each: getattr(sizes, each).of(total) for each in HELD_OUT}
     if sum(wanted.values()) >= total and any(getattr(sizes, each).tokens for each in HELD_OUT):
         raise ShearingError(
             " and ".join(HELD_OUT),

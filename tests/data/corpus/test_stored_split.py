@@ -56,7 +56,7 @@ def test_an_old_corpus_opens_and_its_halves_share_no_document(make_corpus: Calla
     assert old.of_one_part == ["books", "code"]
     assert old.notice is not None
     assert "the first half of its documents steers" in old.notice
-    assert old.named_split("test") == "second half of the held-out documents"
+    assert old.named_split("test") == "held-out (second half)"
     assert [old.row("code", i, sequence_length=7).tolist() for i in range(3)] == rows
     for name in old.domains:
         validation, test = (documents(old, name, split) for split in HELD_OUT)

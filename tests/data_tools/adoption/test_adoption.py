@@ -225,7 +225,7 @@ def test_sets_that_cannot_be_used(tmp_path: Path, byte_tokenizer: Path) -> None:
     refused(path, "token ids from 1 to 300")
     refused(path, "as 5%", test="much")
     write_ds(path, [[1, 2, 3]])
-    refused(path, "at least three different")
+    refused(path, "at least 3 different")
     path.write_bytes(b"12345")
     refused(path, "5 bytes")
     (tmp_path / "a.ds.index").write_bytes(b"1234567")

@@ -151,7 +151,8 @@ def test_planned_use(write: Write, tmp_path: Path) -> None:
 
 def test_the_command(write: Write, tmp_path: Path) -> None:
     path = write(
-        {f"domain_{i:02d}": words(str(i), 20 + i) for i in range(30)} | {"long": ["abcdefghij " * 1000, "y", "z w"]}
+        {f"domain_{i:02d}": words(str(i), 20 + i) for i in range(30)}
+        | {"long": ["abcdefghij " * 1000, *words("long", 20)]}
     )
 
     def invoke(*arguments: str) -> tuple[int, str]:

@@ -43,12 +43,12 @@ def planted(request: pytest.FixtureRequest, tiny_inputs: Path, tmp_path: Path) -
 
 @pytest.fixture
 def saw(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
-    """Whether any model has been given the planted token since this was last asked."""
+    """Whether any model has been given a batch that is planted text since this was last asked."""
     seen: list[bool] = []
     embedding = F.embedding
 
     def watched(tokens: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        seen.append(bool((tokens == PLANTED).any()))
+        seen.append(bool((tokens == PLANTED).float().mean() > 0.5))
         return embedding(tokens, *arguments, **keywords)
 
     monkeypatch.setattr(F, "embedding", watched)
@@ -62,9 +62,7 @@ def saw(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
     return answer
 
 
-@pytest.mark.parametrize(
-    "mixture", [{}, {"reference": "online"}, {"update": "robust"}, {"losses": "training"}], ids=str
-)
+@pytest.mark.parametrize("mixture", [{}, {"reference": "online", "update": "robust"}, {"losses": "training"}], ids=str)
 def test_runs(
     planted: tuple[Path, HeldOutSplit],
     saw: Callable[[], bool],
@@ -88,23 +86,16 @@ def test_one_shot_sparsity(
     planted: tuple[Path, HeldOutSplit], saw: Callable[[], bool], tiny_inputs: Path, tmp_path: Path
 ) -> None:
     corpus, split = planted
-    recipe = SparsifyRecipe.model_validate(
-        {
-            "model": str(tiny_inputs / "model"),
-            "output": str(tmp_path / "sparse"),
-            "criterion": "wanda",
-            "pattern": "2:4",
-            "calibration": [str(corpus)],
-            "samples": 8,
-            "seqlen": 16,
-            "device": "cpu",
-        }
-    )
-    quiet = Console(file=io.StringIO())
-    sparsify(recipe, console=quiet)
-    assert not saw()
-    sparsify(recipe.model_copy(update={"evaluate": corpus, "evaluate_tokens": 64}), console=quiet)
+
+    def masks(calibration: Path, output: Path, **settings: Any) -> bytes:
+        values = {"criterion": "wanda", "pattern": "2:4", "samples": 8, "seqlen": 16, "device": "cpu", **settings}
+        values |= {"model": str(tiny_inputs / "model"), "calibration": [str(calibration)], "output": str(output)}
+        sparsify(SparsifyRecipe.model_validate(values), console=Console(file=io.StringIO()))
+        return (output / "masks.safetensors").read_bytes()
+
+    found = masks(corpus, tmp_path / "sparse", evaluate=str(corpus), evaluate_tokens=64)
     assert saw() == (split == "test")
+    assert found == masks(tiny_inputs / "corpus", tmp_path / "other")
 
 
 def test_reference_losses(
