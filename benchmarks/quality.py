@@ -106,6 +106,7 @@ def losses_of(folder: Path, *, context: RunContext) -> dict[str, float]:
     losses = heldout_loss(
         model,
         context.corpus,
+        split="test",
         tokens_per_domain=recipe.evaluation.tokens_per_domain,
         sequence_length=recipe.data.sequence_length,
         micro_batch_size=recipe.evaluation.micro_batch_size,
