@@ -35,6 +35,9 @@ class MetricFacts:
         arguments: of the class, where one class has several names.
         gives: what it scores. One that scores less than `EVERYTHING` grades no start and is no baseline of a run; a
             race takes the rest of another metric and says so.
+        across_layers: how its scores of heads and units compare across layers, in a few words; empty: only inside a
+            row. Those that compare are raced in their own form too (`rounding.select_across_layers`), which no
+            ordinary config holds, so it is evaluated and not trained.
     """
 
     home: str
@@ -44,6 +47,7 @@ class MetricFacts:
     reconstructed: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     gives: frozenset[str] = EVERYTHING
+    across_layers: str = ""
 
 
 _HERE = "shearing.pruning.structured.importance"
