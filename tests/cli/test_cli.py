@@ -302,3 +302,12 @@ def test_unwritable_folders_are_refused(tmp_path: Path) -> None:
         tmp_path.chmod(0o500)
         with pytest.raises(ShearingError, match="no write permission"):
             RunDirectory(tmp_path / "run").require_writable()
+
+
+def test_extend_asks_for_a_checkpoint_before_the_decay(finished_run: tuple[Path, Result], tmp_path: Path) -> None:
+    run_dir = load_recipe(finished_run[0]).run_dir
+    found = error_of("extend", run_dir, tmp_path / "new", "--decay", "2 steps")
+    assert "are of steps 3, 4\n" in found
+    assert "keep checkpoints with pretrain.keep_every" in found
+    assert "640 steps" in error_of("extend", run_dir, tmp_path / "new", "--decay", "soon")
+    assert not (tmp_path / "new").exists()
