@@ -45,7 +45,7 @@ class Chosen:
 
     Attributes:
         units: hash of the unit set; None where no unit of the source is left.
-        changed: units by granularity that are not those of the start; None where nothing was learned.
+        changed: units by granularity that are not those of the start; None where there are no masks.
         losses: right after the cut.
         seconds: choosing and refit, where they are known apart from training.
     """
@@ -151,7 +151,7 @@ def _learn(context: RunContext, *, folder: RaceFolder) -> Chosen:
     selection = Selection.of(Masks(**masks), source=Shape.of(context.config), target=target_of(context))
     return Chosen(
         units=units_hash(selection),
-        changed=read_json(run.prune / "summary.json").get("changed_from_start"),
+        changed=read_json(run.prune / "summary.json")["changed_from_start"],
         losses=read_json(after_cutting),
         seconds=seconds,
     )

@@ -135,6 +135,7 @@ def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
         "tokens": finished[0]["tokens"],
         "flops": statistics.mean(record["flops"]["total"] for record in finished),
         "units": [record["units"] for record in finished],
+        "units_changed": [_changed(record) for record in finished],
         "after_cutting": None if None in after else round(statistics.mean(after), 5),
         "mean": round(statistics.mean(losses), 5),
         "standard_deviation": None if len(losses) < 2 else round(statistics.stdev(losses), 5),
@@ -166,6 +167,12 @@ def _own_form(contender: Contender, *, plan: RacePlan, records: Mapping[Row, Rec
         "after_cutting": round(statistics.mean(own.values()), 5) if own else None,
         "minus_uniform": paired(own, uniform),
     }
+
+
+def _changed(record: Record) -> int | None:
+    """Units that learning put in another's place; None where nothing was learned, or from a start that chose none."""
+    counts = (record["changed_from_start"] or {}).values()
+    return sum(counts) if counts and all(isinstance(count, int) for count in counts) else None
 
 
 def _texts(losses: Mapping[str, Any]) -> dict[str, float]:

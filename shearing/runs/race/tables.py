@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from shearing.runs.race.methods import LEARNED
 from shearing.runs.race.plan import RacePlan
 from shearing.settings.quantities import format_tokens
 
@@ -64,7 +65,7 @@ def _figures(row: Mapping[str, Any], *, total: int) -> list[str]:
         return [f"{row['title']} ({said})", *["–"] * (total - 1)]
     failed = f" ({len(row['failed'])} failed)" if row["failed"] else ""
     return [
-        row["title"],
+        _title(row),
         f"{len(row['seeds'])}{failed}",
         format_tokens(row["tokens"]),
         f"{row['flops']:.2e}",
@@ -75,12 +76,21 @@ def _figures(row: Mapping[str, Any], *, total: int) -> list[str]:
     ]
 
 
+def _title(row: Mapping[str, Any]) -> str:
+    """What learned is called so only where it changed something; else it is its start under another name."""
+    counts = [count for count in row["units_changed"] if count is not None]
+    if row["method"] != LEARNED or not counts:
+        return str(row["title"])
+    low, high = min(counts), max(counts)
+    return f"{row['title']} ({f'{low:,}' if low == high else f'{low:,} to {high:,}'} units changed)"
+
+
 def _by_text(table: Mapping[str, Any]) -> Cells:
     rows = [row for row in table["rows"] if row["seeds"]]
     texts = list(rows[0]["texts"]) if rows else []
     return [
         ["units chosen by", *texts],
-        *([row["title"], *(_loss(row["texts"][text]) for text in texts)] for row in rows),
+        *([_title(row), *(_loss(row["texts"][text]) for text in texts)] for row in rows),
     ]
 
 

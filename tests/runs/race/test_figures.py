@@ -156,6 +156,7 @@ def test_tables_say_differences_and_the_best_rival() -> None:
     assert rival["texts"] == pytest.approx({"a": rival["mean"] - 1, "b": rival["mean"] + 1}, abs=1e-5)
     text = markdown_tables(results)
     assert "**" not in text
+    assert "| learned masks, refitted (0 to 2 units changed) | 3 |" in text
     assert f"{to_start.mean():+.3f} ± {_standard_error(to_start):.3f} [-0.100, +0.100]" in text
 
 
