@@ -47,8 +47,8 @@ class PruneRecipe(StageRecipe):
         "not make up for (reconstruction). Or everything by gradients: what the loss would change without a unit "
         "(taylor, taylor_second, taylor_vector), or the distance to the source (taylor_distillation). Or all that the "
         "target takes from by masks that are tried on this text: by forward passes alone "
-        "(policy_gradient), or by gates at exactly the target shape (hard_budget, from chance; hard_budget_graded, from "
-        "activations).",
+        "(policy_gradient), or by gates at exactly the target shape (hard_budget, from chance; hard_budget_graded, "
+        "from activations).",
     )
     compensate: bool = Field(
         True,
