@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shearing.data.documents import IGNORED_LABEL, Inputs
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
 from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.pruning.structured.importance.text_loss import labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +30,7 @@ Labels = Callable[["PreTrainedModel", Tensor, Inputs], Tensor]
 
 def labels_of_text(_model: PreTrainedModel, _hidden_BSD: Tensor, batch: Inputs) -> Tensor:
     """The tokens that follow; not those of other documents, and none for the last position of a row."""
-    labels_BS = torch.full_like(batch.tokens, IGNORED_LABEL)
-    begins_BS = None if batch.documents is None else batch.documents.begins
-    following = batch.tokens[:, 1:]
-    labels_BS[:, :-1] = following if begins_BS is None else following.masked_fill(begins_BS[:, :-1], IGNORED_LABEL)
-    return labels_BS
+    return F.pad(labels_of(batch), (0, 1), value=IGNORED_LABEL)
 
 
 class LabelsOfModel:

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shearing.pruning.structured.importance.gradients.taylor import TaylorMetric, as_scores, double, products_of_rows
+from shearing.pruning.structured.importance.gradients.taylor import (
+    TaylorMetric,
+    as_scores,
+    products_of_rows,
+    sums_of_elements,
+    sums_of_vectors,
+)
 from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.unit_sums import unit_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +41,7 @@ class Structural(TaylorMetric):
         vectors: dict[str, list[Tensor]] = {}
         elements: dict[str, list[Tensor]] = {}
         for products in products_of_rows(model, evidence=evidence, advance=advance):
-            by_vector = unit_sums(model, of=lambda w, of_row=products: double(of_row[w]), of_vector=torch.abs)
-            by_element = unit_sums(model, of=lambda w, of_row=products: double(of_row[w]).abs())
+            by_vector, by_element = sums_of_vectors(model, products), sums_of_elements(model, products)
             for name in ("kv_groups", "query_heads", "intermediate"):
                 vectors.setdefault(name, []).append(by_vector[name])
                 elements.setdefault(name, []).append(by_element[name])

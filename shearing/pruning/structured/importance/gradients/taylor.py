@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError, key
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.gradients.matrix_gradients import (
     LabelsOfModel,
@@ -69,7 +70,8 @@ class FirstOrder(TaylorMetric):
                     sums[matrix] += gradient
             total += count
             advance(1)
-        return as_scores(unit_sums(model, of=lambda w: (double(w) * double(sums[w]) / total).abs()))
+        _require_labels(total)
+        return as_scores(unit_sums(model, of=lambda w: (_double(w) * _double(sums[w]) / total).abs()))
 
 
 class SecondOrder(TaylorMetric):
@@ -92,10 +94,11 @@ class SecondOrder(TaylorMetric):
             total += count
             rows += count > 0
             advance(1)
+        _require_labels(total)
 
         def change(w: nn.Parameter) -> Tensor:
-            weight = double(w)
-            return (weight * double(sums[w]) / total - weight.square() * double(squares[w]) / (2 * rows)).abs()
+            weight = _double(w)
+            return (weight * _double(sums[w]) / total - weight.square() * _double(squares[w]) / (2 * rows)).abs()
 
         return as_scores(unit_sums(model, of=change))
 
@@ -112,8 +115,7 @@ class VectorOrder(TaylorMetric):
     ) -> Scores:
         """See `VectorOrder`."""
         rows = [
-            unit_sums(model, of=lambda w, of_row=products: double(of_row[w]), of_vector=torch.abs)
-            for products in products_of_rows(model, evidence=evidence, advance=advance)
+            sums_of_vectors(model, products) for products in products_of_rows(model, evidence=evidence, advance=advance)
         ]
         return as_scores({name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]})
 
@@ -135,7 +137,7 @@ class Distillation(TaylorMetric):
     ) -> Scores:
         """See `Distillation`."""
         information = fisher_information(model, evidence=evidence, advance=advance)
-        return as_scores(unit_sums(model, of=lambda w: double(w).square() * double(information[w]) / 2))
+        return as_scores(unit_sums(model, of=lambda w: _double(w).square() * _double(information[w]) / 2))
 
 
 def fisher_information(
@@ -155,6 +157,7 @@ def fisher_information(
                 squares[matrix] += gradient.square_()
         total += count
         advance(1)
+    _require_labels(total)
     for sums in squares.values():
         sums /= total
     return squares
@@ -164,12 +167,35 @@ def products_of_rows(
     model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Sums]:
     """Products w G_n / c_n of every weight, for each row n of the text that has labels."""
+    total = 0
     for row in _rows(evidence):
         with matrix_gradients(model, row) as (count, gradients):
             products = {matrix: gradient.mul_(matrix.detach()).div_(max(count, 1)) for matrix, gradient in gradients}
         if count:
             yield products
+        total += count
         advance(1)
+    _require_labels(total)
+
+
+def sums_of_vectors(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
+    """Σ |Σ_k w_k g_k| over the rows and columns of every unit, of `products_of_rows`."""
+    return unit_sums(model, of=lambda w: _double(products[w]), of_vector=torch.abs)
+
+
+def sums_of_elements(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
+    """Σ |w g| over the weights of every unit, of `products_of_rows`."""
+    return unit_sums(model, of=lambda w: _double(products[w]).abs())
+
+
+def _require_labels(count: int) -> None:
+    if not count:
+        raise ShearingError(
+            "calibration_tokens",
+            value="no label that counts",
+            allowed="calibration text in which a token follows another of its document",
+            mend=f"read more of it: raise {key('calibration_tokens')}",
+        )
 
 
 def _rows(evidence: Evidence) -> Iterator[Inputs]:
@@ -181,8 +207,7 @@ def _zeros(model: PreTrainedModel) -> Sums:
     return {matrix: torch.zeros_like(matrix, dtype=torch.float32, requires_grad=False) for matrix in matrices_of(model)}
 
 
-def double(tensor: Tensor) -> Tensor:
-    """In fp64 on the CPU, without gradient."""
+def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 

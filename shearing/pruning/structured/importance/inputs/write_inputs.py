@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def _add(statistics: InputStatistics, _module: nn.Module, arguments: tuple[Any, 
     statistics.add(arguments[0])
 
 
-class WriteInputMetric:
+class WriteInputMetric(ABC):
     """Scores heads, groups and intermediate units by a number for every input of the writes; see `Metric`.
 
     Args:
@@ -104,6 +105,7 @@ class WriteInputMetric:
             "intermediate": of_kind["mlp"].float(),
         }
 
+    @abstractmethod
     def of_inputs(self, weight: Tensor, statistics: InputStatistics, *, kind: str) -> Tensor:
         """A number for each input [I] of a write.
 
@@ -112,4 +114,3 @@ class WriteInputMetric:
             statistics: of its inputs.
             kind: attention or mlp.
         """
-        raise NotImplementedError

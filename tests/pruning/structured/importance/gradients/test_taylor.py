@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from shearing.data.documents import DocumentRules, Inputs
+from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.gradients.matrix_gradients import matrix_gradients
 from shearing.pruning.structured.importance.gradients.taylor import fisher_information
@@ -173,6 +174,15 @@ def test_labels_of_other_documents_do_not_count_and_rows_may_come_together(form:
         assert not torch.allclose(scores["intermediate"], everywhere["intermediate"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["taylor", "taylor_second", "taylor_vector", "taylor_distillation", "structural"])
+def test_text_without_a_label_that_counts_is_refused(form: str) -> None:
+    rules = DocumentRules(loss_across=False)
+    documents = rules.documents(torch.zeros(1, 5, dtype=torch.int64), device=torch.device("cpu"))
+    text = [Inputs(tiny_ids(sequences=1, length=4), documents)]
+    with pytest.raises(ShearingError, match="calibration_tokens"):
+        metric_of(form).scores(tiny_model("llama"), evidence=Evidence(text=text))
+
+
 def test_vectors_do_not_cancel_between_rows() -> None:
     """Two rows whose gradients are opposite say nothing together, and a lot one by one."""
     model = tiny_model("llama")
@@ -216,9 +226,9 @@ def test_the_distance_is_scored_by_half_the_squared_weights_times_the_fisher_inf
     wanted = torch.zeros(40)
     for unit in range(40):
         for line, of_line in (
-            (mlp.gate_proj.weight[unit], information[mlp.gate_proj.weight][unit]),
-            (mlp.up_proj.weight[unit], information[mlp.up_proj.weight][unit]),
-            (mlp.down_proj.weight[:, unit], information[mlp.down_proj.weight][:, unit]),
+            (mlp.gate_proj.weight.detach()[unit], information[mlp.gate_proj.weight][unit]),
+            (mlp.up_proj.weight.detach()[unit], information[mlp.up_proj.weight][unit]),
+            (mlp.down_proj.weight.detach()[:, unit], information[mlp.down_proj.weight][:, unit]),
         ):
             wanted[unit] += 0.5 * sum(float(w) ** 2 * float(f) for w, f in zip(line, of_line, strict=True))
     torch.testing.assert_close(scores["intermediate"][1], wanted, rtol=1e-4, atol=1e-8)
