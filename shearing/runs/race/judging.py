@@ -36,11 +36,14 @@ def losses_of(model: PreTrainedModel | MaskedModel, *, context: RunContext) -> d
     """
     recipe = context.recipe
     evaluation, length = recipe.evaluation, recipe.data.sequence_length
-    total = context.corpus.heldout_tokens(sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain)
+    total = context.corpus.heldout_tokens(
+        split="test", sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain
+    )
     with activity("held-out losses", total=total, console=context.console) as advance:
         losses = heldout_loss(
             model,
             context.corpus,
+            split="test",
             tokens_per_domain=evaluation.tokens_per_domain,
             sequence_length=length,
             micro_batch_size=evaluation.micro_batch_size,
