@@ -50,6 +50,8 @@ class MetricFacts:
     across_layers: str = ""
 
 
+_HEADS_AND_UNITS = frozenset({"kv_groups", "query_heads", "intermediate"})
+
 _HERE = "shearing.pruning.structured.importance"
 
 METRICS: dict[str, MetricFacts] = {
@@ -66,6 +68,57 @@ METRICS: dict[str, MetricFacts] = {
         title="reconstruction",
         reads_text=True,
         source="arXiv 2302.04089",
+    ),
+    "taylor": MetricFacts(
+        home=f"{_HERE}.gradients.taylor:FirstOrder",
+        title="Taylor, first order",
+        reads_text=True,
+        source="arXiv 2305.11627",
+        across_layers="change of the loss, heads and units compared as they are",
+    ),
+    "taylor_second": MetricFacts(
+        home=f"{_HERE}.gradients.taylor:SecondOrder",
+        title="Taylor, second order",
+        reads_text=True,
+        source="arXiv 2305.11627",
+        across_layers="change of the loss, heads and units compared as they are",
+    ),
+    "taylor_vector": MetricFacts(
+        home=f"{_HERE}.gradients.taylor:VectorOrder",
+        title="Taylor, by vectors",
+        reads_text=True,
+        source="arXiv 2305.11627",
+        across_layers="change of the loss, heads and units compared as they are",
+    ),
+    "taylor_distillation": MetricFacts(
+        home=f"{_HERE}.gradients.taylor:Distillation",
+        title="Taylor of the distance to the source",
+        reads_text=True,
+        across_layers="change of the distance, heads and units compared as they are",
+    ),
+    "fluctuation": MetricFacts(
+        home=f"{_HERE}.inputs.fluctuation:Fluctuation",
+        title="fluctuation",
+        reads_text=True,
+        source="arXiv 2312.11983",
+        gives=_HEADS_AND_UNITS,
+        across_layers="standard deviations from the mean of a layer (AL-AM)",
+    ),
+    "wanda": MetricFacts(
+        home=f"{_HERE}.inputs.wanda:StructuredWanda",
+        title="Wanda over structures",
+        reads_text=True,
+        source="arXiv 2312.11983",
+        gives=_HEADS_AND_UNITS,
+    ),
+    "structural": MetricFacts(
+        home=f"{_HERE}.gradients.structural:Structural",
+        title="structural importance",
+        reads_text=True,
+        source="arXiv 2412.15127",
+        reconstructed=True,
+        gives=_HEADS_AND_UNITS,
+        across_layers="importance over its mean, less where a layer's share fluctuates",
     ),
     "block_influence": MetricFacts(
         home=f"{_HERE}.depth.block_influence:BlockInfluence",
