@@ -136,25 +136,17 @@ def plan_table(plan: RacePlan, *, done: int, seconds: float | None) -> Renderabl
         done: rows that are there already.
         seconds: what the others will take; None where nothing says how fast this machine is.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for index, heading in enumerate(
-        ("contender", "steps", "tokens", "choosing", "refit", "masks", "training", "FLOPs")
-    ):
-        table.add_column(heading, justify="right" if index else "left")
+    cells = [["contender", "steps", "choosing", "refit", "masks", "training", "FLOPs"]]
     seeds = {row.seed for row in plan.rows}
     for row in plan.rows:
-        if row.seed != min(seeds):
-            continue
-        flops = plan.flops[row]
-        figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
-        tokens = format_tokens(row.steps * plan.steps.tokens_per_step)
-        table.add_row(
-            escape(row.contender.title), str(row.steps), tokens, *(f"{each:.2e}" if each else "–" for each in figures)
-        )
+        if row.seed == min(seeds):
+            flops = plan.flops[row]
+            figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
+            cells.append([row.contender.title, str(row.steps), *(f"{each:.2e}" if each else "–" for each in figures)])
     total = sum(flops.total for flops in plan.flops.values())
     left = "how long it takes is known after the first row" if seconds is None else f"about {seconds / 3600:.1f} h left"
     said = f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {total:.2e} FLOPs; {left}"
-    return Group(table, Text(said))
+    return Group(_rich("rows of each seed", cells), Text(said))
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
