@@ -63,7 +63,7 @@ class DynamicMixture:
         Args:
             weights: current weights.
             losses: loss of each domain now, in nats.
-            parameters: expected size of the model now, embeddings included.
+            parameters: size of the model that the losses are of, embeddings included.
             tokens: trained on in this stage.
             state: that the update before left.
         """

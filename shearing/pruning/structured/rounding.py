@@ -142,6 +142,28 @@ def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, T
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 
+def changed_units(kept: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, int]:
+    """Units that one choice keeps and the one before would not, by granularity; so a swap of two counts once.
+
+    Each row is compared with the same row; rows count that the later choice keeps, as what goes with its layer or its
+    group was not chosen.
+
+    Args:
+        kept: binary masks by granularity.
+        start: likewise, of the choice before.
+    """
+    masks, changed = as_masks(kept), {}
+    for name, mask in kept.items():
+        gained = (mask > 0) & (start[name].to(mask.device) == 0)
+        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, "intermediate": masks.mlp}.get(name)
+        if layers is not None:
+            gained &= (layers > 0).view(-1, *[1] * (gained.ndim - 1))
+        if name == "query_heads" and masks.kv_groups is not None:
+            gained &= (masks.kv_groups > 0)[..., None]
+        changed[name] = int(gained.sum())
+    return changed
+
+
 def shape_of(masks: Masks, *, source: Shape) -> Shape:
     """Shape that binary masks leave of `source`, read from the first layer that is kept.
 

@@ -60,13 +60,13 @@ class MixtureUpdates(Callback):
             losses = measure_held_out(run, name="held-out losses")
         else:
             losses = self._averages.losses
-        masking = run.task.masking
+        parameters = self._parameters(run, dynamic)
         # On one process: whatever its arithmetic, all of them go on with the same weights.
         update = run.task.processes.on_main(
             lambda: dynamic.update(
                 run.prefetcher.weights,
                 losses=losses,
-                parameters=dynamic.parameters if masking is None else masking.expected_parameters(),
+                parameters=parameters,
                 tokens=run.tokens,
                 state=self.rule,
             )
@@ -85,3 +85,10 @@ class MixtureUpdates(Callback):
                 "seconds": time.monotonic() - started,
             }
         )
+
+    def _parameters(self, run: Run, dynamic: DynamicMixture) -> float:
+        """Size of the model whose losses an update goes by: as measured, or while it was trained."""
+        masking = run.task.masking
+        if masking is None:
+            return dynamic.parameters
+        return masking.settled_parameters(step=run.step) if self._averages is None else masking.expected_parameters()
