@@ -137,15 +137,15 @@ def test_bad_input_is_refused_before_any_work(tiny_recipe: Path, overrides: list
 
 
 def _shorten(domain: Path, *, tokens: int) -> None:
-    """Leave one held-out document of so many tokens."""
+    """Leave one test document of so many tokens."""
     manifest = read_json(domain / "manifest.json")
-    ids = np.fromfile(domain / "heldout.bin", dtype=manifest["dtype"])[:tokens]
+    ids = np.fromfile(domain / "test.bin", dtype=manifest["dtype"])[:tokens]
     ids[-1] = manifest["separator_id"]
-    ids.tofile(domain / "heldout.bin")
-    counts = manifest["heldout"]
+    ids.tofile(domain / "test.bin")
+    counts = manifest["parts"]["test"]
     counts |= {"tokens": tokens, "documents": 1}
     for name, values in (("ends", np.array([tokens])), ("hashes", np.array([1], dtype=np.uint64))):
-        path = domain / f"heldout_{name}.npy"
+        path = domain / f"test_{name}.npy"
         np.save(path, values)
         counts[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(domain / "manifest.json", manifest)
