@@ -86,6 +86,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     if corpus is None:
         raise _together(found)
     tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
+    attempt(lambda: context.outside)
     weights = attempt(lambda: context.initial_weights)
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
