@@ -19,7 +19,8 @@ GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "in
 STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
-    StartName = MaskingName = str
+    StartName = str
+    MaskingName = str
 else:
     StartName, MaskingName = Literal[STARTS], Literal[tuple(MASKINGS)]
 
