@@ -260,7 +260,7 @@ def _against_rivals(cut: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> st
         else ""
     )
     return (
-        f"Right after cutting, learned masks{head_start} have the lowest loss of {len(rivals) + 1} ways to choose the "
+        f"Right after cutting, {cut['label']}{head_start} have the lowest loss of {len(rivals) + 1} ways to choose the "
         f"same shape {where} (mean {cut['mean']['loss']:.2f}; {next_best['label']}: {next_best['mean']['loss']:.2f})."
     )
 

@@ -33,6 +33,7 @@ from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
@@ -199,8 +200,8 @@ def _rows(context: RunContext) -> list[_Row]:
     tokens, made_by = 0, []
     if recipe.prune is not None and run.is_complete("compact"):
         tokens += _tokens_of(recipe.prune, recipe)
-        made_by.append("learned masks")
-        cut = of_run("compact", "learned masks", "cut", run.compact, tokens)
+        made_by.append(MASKINGS[recipe.prune.masks].title)
+        cut = of_run("compact", made_by[0], "cut", run.compact, tokens)
         for baseline in recipe.evaluation.baselines:
             fingerprint = (
                 f"{source_fingerprint} {baseline} {cut.shape} seed={recipe.seed} "
