@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.writer import CorpusWriter
-from shearing.data.documents import DocumentRules
+from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import Mixture
 
@@ -100,3 +100,19 @@ def test_nothing_is_said_of_documents_that_nobody_asked_for(corpus: Corpus) -> N
     assert torch.equal(
         plain.batch(first_sample=0, num_sequences=30).tokens, within.batch(first_sample=0, num_sequences=30).tokens
     )
+
+
+@pytest.mark.parametrize("rules", [BOTH, DocumentRules(attention_within=True), DocumentRules(loss_across=False)])
+def test_a_row_by_itself_has_the_documents_that_it_has_among_others(rules: DocumentRules) -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [5, 6, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    tokens, device = torch.arange(24).view(3, 8), torch.device("cpu")
+    rows = Inputs(tokens, rules.documents(positions, device=device)).rows()
+    assert len(rows) == 3
+    for row, found in enumerate(rows):
+        assert torch.equal(found.tokens, tokens[row : row + 1])
+        documents, alone = found.documents, rules.documents(positions[row : row + 1], device=device)
+        assert documents is not None
+        for name in ("position_ids", "boundaries", "boundaries_on_device", "begins"):
+            mine, wanted = getattr(documents, name), getattr(alone, name)
+            assert (mine is None and wanted is None) or torch.equal(mine, wanted), name
+    assert [row.documents for row in Inputs(tokens).rows()] == [None] * 3
