@@ -26,7 +26,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         separator_id=0,
         tokenizer="numbers",
         tokenizer_fingerprint="f",
-        heldout_fraction=0.3,
+        validation_fraction=0.15,
+        test_fraction=0.15,
     )
     for name, shift in (("first", 0), ("second", 3)):
         with writer.domain(name, sources=["made up"], inputs=name) as domain:
@@ -60,11 +61,11 @@ def test_positions_count_from_the_document_or_the_row(corpus: Corpus, length: in
 
 
 def test_held_out_rows_come_with_their_positions(corpus: Corpus) -> None:
-    how = {"sequence_length": 7, "tokens": 70, "micro_batch_size": 3}
+    how = {"split": "test", "sequence_length": 7, "tokens": 70, "micro_batch_size": 3}
     for domain in corpus.domains:
-        count = corpus.heldout_rows(domain, sequence_length=7)
+        count = corpus.heldout_rows(domain, split="test", sequence_length=7)
         chosen = [i * count // min(count, 10) for i in range(min(count, 10))]
-        expected = [walked(corpus, domain, row=row, length=7, split="heldout") for row in chosen]
+        expected = [walked(corpus, domain, row=row, length=7, split="test") for row in chosen]
         batches = list(corpus.heldout_positions(domain, **how))
         assert [len(batch) for batch in batches] == [len(batch) for batch in corpus.heldout_batches(domain, **how)]
         assert torch.cat(batches).tolist() == expected
