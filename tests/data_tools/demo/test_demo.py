@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_tools.demo import __main__ as demo, extraction, smollm, wheels
+from data_tools.demo import __main__ as demo, extraction, outside, smollm, wheels
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.overlap import trained_texts
 from shearing.errors import ShearingError
@@ -18,7 +18,8 @@ from shearing.errors import ShearingError
 
 def test_every_domain_is_pinned() -> None:
     pinned = wheels.pinned_wheels()
-    packages = {package for domain in extraction.DOMAINS.values() for package in domain.packages}
+    domains = [*extraction.DOMAINS.values(), *outside.OUTSIDE.values()]
+    packages = {package for domain in domains for package in domain.packages}
     assert set(pinned) == packages | {demo.MODEL_PACKAGE}
     assert len(demo.DEFAULT_DOMAINS) >= 6
 
