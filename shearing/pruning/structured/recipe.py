@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from shearing.errors import ShearingError
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.settings.quantities import Duration
-from shearing.settings.section import Positive
+from shearing.settings.section import Positive, formerly
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
@@ -19,7 +19,7 @@ STARTS = ("open", *complete_metrics())
 if TYPE_CHECKING:
     StartName = str
 else:
-    StartName = Literal[STARTS]
+    StartName = Annotated[Literal[STARTS], formerly(importance="activations")]
 
 
 class PruneRecipe(StageRecipe):

@@ -16,10 +16,12 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics, add_products, weigh
 from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
+from shearing.pruning.structured.importance.metric import Cost
 from shearing.pruning.structured.importance.reconstruction import token_weights
 
 RIDGE = 1.5
@@ -99,6 +101,26 @@ def refit(
             masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
         advance(1)
     source_model.train(was_training)
+
+
+def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
+    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations.
+
+    A system with n inputs that take part and O outputs takes 2 T n (n + O) for its sums, n^3 / 3 for the factor and
+    2 n^2 O for the solution.
+
+    Args:
+        source: shape of the model.
+        target: shape that its masks leave.
+        text_tokens: T, of the batches.
+    """
+    d, kept = source.hidden_size, target.hidden_size
+    heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
+    flops = 0.0
+    for inputs, outputs in ((kept, d), (heads, kept), (kept, d), (units, kept)):
+        flops += 2.0 * text_tokens * inputs * (inputs + outputs)
+        flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
+    return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)
 
 
 def require_refittable(family: Family) -> None:

@@ -30,6 +30,7 @@ from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
+from shearing.runs.stages.recipe import Baseline
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
 from shearing.training.recipe import DeepSpeedRecipe
@@ -80,6 +81,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
     corpus = attempt(lambda: context.corpus)
@@ -174,6 +176,27 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.initial_masks) in METRICS:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
+    """What chooses the units of baselines, and their refit, are for models of this family."""
+    refused: dict[str, ShearingError] = {}
+    for name in recipe.evaluation.baselines if recipe.prune is not None else ():
+        baseline = Baseline.of(name)
+        try:
+            metric_of(baseline.metric).units_of_work(source, evidence=Evidence())
+            if baseline.refitted:
+                require_refittable(source.family)
+        except ShearingError as error:
+            refused[name] = error
+    if refused:
+        left = [name for name in recipe.evaluation.baselines if name not in refused]
+        raise ShearingError(
+            "evaluation.baselines",
+            value=list(refused),
+            allowed="; ".join(dict.fromkeys(error.allowed for error in refused.values())),
+            mend=f"set evaluation.baselines=[{', '.join(left)}]",
+        )
 
 
 def _require_refit(recipe: Recipe, *, source: Shape) -> None:

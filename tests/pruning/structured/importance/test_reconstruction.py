@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
@@ -80,6 +81,21 @@ def test_more_columns_than_a_block_of_updates_go_in_the_greedy_order():
         expected.append(left.pop(place))
     assert scores.argsort()[:140].tolist() == expected
     assert scores[left].min() == 140
+
+
+def test_the_cost_that_is_said_is_that_of_the_products():
+    source = Shape.of(tiny_model("llama").config)
+    units, goes = 256, 192
+    source = dataclasses.replace(source, num_hidden_layers=1, intermediate_size=units)
+    target = dataclasses.replace(source, intermediate_size=units - goes)
+    said = Reconstruction().cost(source, evidence=Evidence(target=target)).other_flops
+    x = torch.randn(600, units, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(source.hidden_size, units, generator=torch.Generator().manual_seed(1))
+    with FlopCounterMode(display=False) as counted:
+        elimination_order(weight, x.T @ x, rows=1, units=units, remove=goes)
+    of_moment = 2 * units**2 * 600  # the caller's
+    of_inverse, in_place = 2 * units**3, 6 * goes * units**2  # not counted by torch
+    assert said == pytest.approx(counted.get_total_flops() - of_moment + of_inverse + in_place, rel=0.01)
 
 
 def test_costs_may_fall_when_others_go():
