@@ -30,7 +30,6 @@ from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
-from shearing.runs.stages.recipe import Baseline
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
 from shearing.training.recipe import DeepSpeedRecipe
@@ -180,22 +179,26 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
 
 def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
     """What chooses the units of baselines, and their refit, are for models of this family."""
-    refused: dict[str, ShearingError] = {}
-    for name in recipe.evaluation.baselines if recipe.prune is not None else ():
-        baseline = Baseline.of(name)
+    baselines = {} if recipe.prune is None else recipe.evaluation.by_name()
+
+    def refusal(metric: str, *, refitted: bool) -> ShearingError | None:
         try:
-            metric_of(baseline.metric).units_of_work(source, evidence=Evidence())
-            if baseline.refitted:
+            metric_of(metric).units_of_work(source, evidence=Evidence())
+            if refitted:
                 require_refittable(source.family)
         except ShearingError as error:
-            refused[name] = error
+            return error
+        return None
+
+    found = {name: refusal(each.metric, refitted=each.refitted) for name, each in baselines.items()}
+    refused = {name: error for name, error in found.items() if error is not None}
     if refused:
-        left = [name for name in recipe.evaluation.baselines if name not in refused]
+        left = ", ".join(name for name in baselines if name not in refused)
         raise ShearingError(
             "evaluation.baselines",
             value=list(refused),
             allowed="; ".join(dict.fromkeys(error.allowed for error in refused.values())),
-            mend=f"set evaluation.baselines=[{', '.join(left)}]",
+            mend=f"set evaluation.baselines=[{left}]",
         )
 
 

@@ -183,8 +183,8 @@ def _rows(context: RunContext) -> list[_Row]:
         flops += training_flops(whole, tokens=tokens, sequence_length=length)
         made_by.append(learned.title)
         rows += [
-            _baseline(context, name, source=source, source_fingerprint=source_fingerprint, target=shape)
-            for name in recipe.evaluation.baselines
+            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
+            for name, baseline in recipe.evaluation.by_name().items()
         ]
         rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
     if recipe.sparsify is not None and run.is_complete("sparsify"):
@@ -199,8 +199,9 @@ def _rows(context: RunContext) -> list[_Row]:
     return rows
 
 
-def _baseline(context: RunContext, name: str, *, source: Source, source_fingerprint: str, target: Shape) -> _Row:
-    baseline = Baseline.of(name)
+def _baseline(
+    context: RunContext, name: str, baseline: Baseline, *, source: Source, source_fingerprint: str, target: Shape
+) -> _Row:
     wanted = made_from(context, metric=baseline.metric, target=target)
     fingerprint = f"{source_fingerprint} {name} {json.dumps(wanted, sort_keys=True)}"
     flops = choosing_flops(context, metric=baseline.metric, refitted=baseline.refitted, target=target)

@@ -48,3 +48,7 @@ class EvaluationRecipe(Section):
         "stay are refitted, as prune.compensate does. The start of the run's own masks with its refit is the fair one.",
     )
     speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")
+
+    def by_name(self) -> dict[str, Baseline]:
+        """The baselines, by name and in order."""
+        return {name: Baseline.of(name) for name in self.baselines}
