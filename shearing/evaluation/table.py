@@ -317,8 +317,8 @@ def _best_of_groups(groups: Sequence[Hashable], values: Sequence[float | None]) 
 def _note(evaluation: Evaluation) -> str:
     settings = evaluation["settings"]
     note = (
-        f"{settings['tokens_per_domain']:,} held-out tokens per domain, {settings['sequence_length']:,} tokens of "
-        f"context, {settings['precision']}"
+        f"{settings['tokens_per_domain']:,} {settings.get('split', 'held-out')} tokens per domain, "
+        f"{settings['sequence_length']:,} tokens of context, {settings['precision']}"
     )
     timed = next((model["speed"] for model in evaluation["models"].values() if model.get("speed")), None)
     if timed:

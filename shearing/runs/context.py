@@ -107,13 +107,16 @@ class RunContext:
             ShearingError: see `Corpus.open`.
         """
         data = self.recipe.data
-        return Corpus.open(
+        corpus = Corpus.open(
             data.corpus,
             domains=data.domains,
             vocab_size=self.config.vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             sequence_length=data.sequence_length,
         )
+        if corpus.notice and self.processes.is_main:
+            self.console.print(corpus.notice, style="yellow", soft_wrap=True, highlight=False)
+        return corpus
 
     @property
     def document_rules(self) -> DocumentRules:

@@ -44,7 +44,11 @@ class PruneRecipe(StageRecipe):
         "reconstruction",
         description="open: every unit alive (paper). Else graded by importance: layers and hidden dimensions by their "
         "activations; heads and intermediate units likewise (activations), or by what the others of their layer could "
-        "not make up for (reconstruction).",
+        "not make up for (reconstruction). Or everything by gradients: what the loss would change without a unit "
+        "(taylor, taylor_second, taylor_vector), or the distance to the source (taylor_distillation). Or all that the "
+        "target takes from by masks that are tried on this text: by forward passes alone "
+        "(policy_gradient), or by gates at exactly the target shape (hard_budget, from chance; hard_budget_graded, "
+        "from activations).",
     )
     compensate: bool = Field(
         True,

@@ -104,7 +104,9 @@ def evaluate(context: RunContext) -> dict[str, Any]:
 
     # Time goes with tokens times parameters: a bar in tokens alone would promise the source's pace for all.
     tokens_per_model = context.corpus.heldout_tokens(
-        sequence_length=recipe.data.sequence_length, tokens_per_domain=recipe.evaluation.tokens_per_domain
+        split="test",
+        sequence_length=recipe.data.sequence_length,
+        tokens_per_domain=recipe.evaluation.tokens_per_domain,
     )
     work = sum(row.shape.num_parameters() * tokens_per_model for row in missing)
     with activity(f"held-out losses of {len(missing)} models", total=work, console=console) as advance:
@@ -114,6 +116,7 @@ def evaluate(context: RunContext) -> dict[str, Any]:
             losses = heldout_loss(
                 model,
                 context.corpus,
+                split="test",
                 tokens_per_domain=recipe.evaluation.tokens_per_domain,
                 sequence_length=recipe.data.sequence_length,
                 micro_batch_size=recipe.evaluation.micro_batch_size,
@@ -249,6 +252,7 @@ def _settings(context: RunContext) -> dict[str, Any]:
         "loss_across_documents": recipe.data.loss_across_documents,
         "domains": list(corpus.domains),
         "corpus": corpus.fingerprint,
+        "split": corpus.named_split("test"),
     }
 
 

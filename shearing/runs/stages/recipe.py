@@ -40,7 +40,7 @@ class Baseline:
 class EvaluationRecipe(Section):
     """Held-out evaluation of every model of the run."""
 
-    tokens_per_domain: int = Field(65_536, ge=2, description="Held-out tokens per domain.")
+    tokens_per_domain: int = Field(65_536, ge=2, description="Tokens per domain, of its test split.")
     micro_batch_size: int = Field(4, ge=1, description="Sequences per forward pass.")
     baselines: list[BaselineName] = Field(
         ["random", "magnitude", "activations", "reconstruction", "reconstruction+refit"],
