@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from shearing.errors import ShearingError, key
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.settings.quantities import Duration
-from shearing.settings.section import Positive
+from shearing.settings.section import Positive, formerly
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     StartName = str
     MaskingName = str
 else:
-    StartName, MaskingName = Literal[STARTS], Literal[tuple(MASKINGS)]
+    StartName = Annotated[Literal[STARTS], formerly(importance="activations")]
+    MaskingName = Literal[tuple(MASKINGS)]
 
 
 class PruneRecipe(StageRecipe):

@@ -80,6 +80,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
     corpus = attempt(lambda: context.corpus)
@@ -175,6 +176,31 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
+    """What chooses the units of baselines, and their refit, are for models of this family."""
+    baselines = {} if recipe.prune is None else recipe.evaluation.by_name()
+
+    def refusal(metric: str, *, refitted: bool) -> ShearingError | None:
+        try:
+            metric_of(metric).units_of_work(source, evidence=Evidence())
+            if refitted:
+                require_refittable(source.family)
+        except ShearingError as error:
+            return error
+        return None
+
+    found = {name: refusal(each.metric, refitted=each.refitted) for name, each in baselines.items()}
+    refused = {name: error for name, error in found.items() if error is not None}
+    if refused:
+        left = ", ".join(name for name in baselines if name not in refused)
+        raise ShearingError(
+            "evaluation.baselines",
+            value=list(refused),
+            allowed="; ".join(dict.fromkeys(error.allowed for error in refused.values())),
+            mend=f"set evaluation.baselines=[{left}]",
+        )
 
 
 def _require_refit(recipe: Recipe, *, source: Shape) -> None:

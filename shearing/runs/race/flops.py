@@ -9,7 +9,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit_cost
-from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, training_flops_per_token
 from shearing.runs.race.methods import Contender, Ranking, Stages
 from shearing.runs.race.rows import Steps
 from shearing.runs.recipe import Recipe
@@ -80,10 +80,7 @@ class FlopCount:
         return self._flops(metric_of(name).cost(self.source, evidence=self.evidence))
 
     def _flops(self, cost: Cost) -> float:
-        length = self.sequence_length
-        forward = forward_flops_per_token(self.source, sequence_length=length) * cost.forward_tokens
-        backward = training_flops_per_token(self.source, sequence_length=length) * cost.backward_tokens
-        return forward + backward + cost.other_flops
+        return flops_of(cost, self.source, sequence_length=self.sequence_length)
 
 
 def metrics_of(contender: Contender, *, recipe: Recipe) -> tuple[str, ...]:
