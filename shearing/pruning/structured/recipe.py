@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError
+from shearing.pruning.structured.estimators.registry import ESTIMATORS
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.settings.quantities import Duration
-from shearing.settings.section import Positive
+from shearing.settings.section import Fraction, Positive
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
 STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
-    StartName = str
+    StartName = EstimatorName = str
 else:
-    StartName = Literal[STARTS]
+    StartName, EstimatorName = Literal[STARTS], Literal[tuple(ESTIMATORS)]
 
 
 class PruneRecipe(StageRecipe):
@@ -29,8 +30,18 @@ class PruneRecipe(StageRecipe):
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
         description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
     )
-    mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
-    multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
+    estimator: EstimatorName = Field(
+        "straight_through",
+        description="; ".join(f"{name}: {facts.summary}" for name, facts in ESTIMATORS.items()) + ".",
+    )
+    mask_learning_rate: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step pushes the same way "
+        "crosses the doubtful band twice before `freeze`, whatever the number of steps.",
+    )
+    multiplier_learning_rate: Positive = Field(
+        1.0, description="Learning rate (ascent) of the multipliers of hard_concrete."
+    )
     quadratic_penalty: float = Field(
         500.0,
         ge=0.0,
@@ -56,11 +67,10 @@ class PruneRecipe(StageRecipe):
         description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
         "that is certain to stay is drawn below 1 in 4.7 % of all cases.",
     )
-    warm_start_scale: Positive = Field(
-        30.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
-    )
-    warm_start_step: float = Field(
-        2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
+    doubtful_share: Fraction = Field(
+        0.2,
+        description="Share of a row's units, around the cut, that a graded start leaves in doubt; rows of up to 32 "
+        "units are in doubt as a whole.",
     )
     calibration_tokens: int = Field(
         65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
