@@ -18,7 +18,7 @@ from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictio
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
-from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.pruning.structured.recipe import PruneRecipe, estimator_contradictions, granularity_contradictions
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
@@ -197,6 +197,8 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         yield from _renamed(target_contradictions(recipe.target))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
+        budget = recipe.target is not None and recipe.target.parameters is not None
+        yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(

@@ -28,7 +28,7 @@ from shearing.pruning.structured.parameter_budget import (
     round_to_budget,
     uniform_shape,
 )
-from shearing.pruning.structured.rounding import changed_units, round_to_target, shape_of
+from shearing.pruning.structured.rounding import changed_units, ranks, round_to_target, shape_of
 from shearing.pruning.structured.starts import graded_start, open_start
 
 # Below any difference of log_alpha that learning makes.
@@ -91,7 +91,7 @@ class MaskLearner:
             self.log_alpha,
             constraint=self._constraint,
             settings=settings,
-            rounded=lambda step: self._rounded(self.log_alpha, step=step),
+            places=self._places,
         )
         self._modules = nn.ModuleList([self.log_alpha, self.estimator.multipliers]).to(device)
         self._in_doubt = {
@@ -145,8 +145,7 @@ class MaskLearner:
     @torch.no_grad()
     def _rounded(self, log_alpha: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """The best units of every row, as many as the constraint asks for at `step`."""
-        # Among units at the limit of log_alpha the order they started in decides.
-        scores = {name: value - _TIE * self._order[name] for name, value in log_alpha.items()}
+        scores = self._in_order(log_alpha)
         if isinstance(self.target, Shape):
             return round_to_target(scores, granularities=self._constraint.granularities_at(step=step))
         parameters = round(self._constraint.targets(step=step)[CONSTRAINT])
@@ -158,6 +157,20 @@ class MaskLearner:
             # A size that came out as the source's has nothing to round: all of its units stay.
             masks = {name: rounded.get(name, torch.ones_like(value)) for name, value in scores.items()}
         return {name: mask.to(scores[name].device) for name, mask in masks.items()}
+
+    def _in_order(self, log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Among units at the limit of log_alpha the order they started in decides."""
+        return {name: value - _TIE * self._order[name] for name, value in log_alpha.items()}
+
+    @torch.no_grad()
+    def _places(self, step: int) -> dict[str, Tensor]:
+        """See `Estimator`; what rounding keeps comes first."""
+        scores, kept = self._in_order(self.log_alpha), self._rounded(self.log_alpha, step=step)
+        first = 3 * self.settings.log_alpha_limit
+        return {
+            name: (ranks(scores[name] + first * mask) + 0.5).float() - mask.sum(-1, keepdim=True)
+            for name, mask in kept.items()
+        }
 
     def selection(self) -> Selection:
         """The units that the final masks keep.
@@ -176,7 +189,7 @@ class MaskLearner:
 
     @torch.no_grad()
     def expected_parameters(self, *, step: int) -> float:
-        """Parameters of the model that the masks of `step` leave, in expectation, embeddings included; exact once fixed."""
+        """Parameters of the model that masks of `step` leave, in expectation, embeddings included; exact once fixed."""
         alive = self.expected(step=step) if self._fixed is None else self._fixed
         if not alive:
             return float(self.source.num_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,7 +55,7 @@ class MaskSettings:
     seed: int
 
     def rate_factor(self, step: int) -> float:
-        """Both learning rates at `step`, share of their peaks: linear warm-up, then a cosine that ends at the freeze."""
+        """Both learning rates at `step`, share of their peaks: linear warm-up, then a cosine down to the freeze."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.freeze_step - self.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
@@ -103,4 +104,33 @@ class MaskSettings:
             log_alpha_limit=prune.log_alpha_limit,
             doubtful_share=prune.doubtful_share,
             seed=seed,
+        )
+
+
+def doubts(settings: MaskSettings, *, opens: bool) -> Iterator[str]:
+    """What keys of a recipe say against each other, where nothing is wrong with any of them; a sentence each.
+
+    Args:
+        settings: of the recipe.
+        opens: whether every unit starts open.
+    """
+    if not settings.freeze_step:
+        yield "freeze leaves no step to learn masks in: units are what initial_masks chooses"
+        return
+    if opens and not settings.sparsity_warmup_steps:
+        yield "initial_masks=open without sparsity_warmup: the first step is at the target, and what it keeps is chance"
+    if settings.estimator != "hard_concrete":
+        return
+    travel = settings.mask_rate * sum(settings.rate_factor(step) for step in range(settings.freeze_step))
+    needed = settings.log_alpha_limit if opens else BAND / 2
+    if travel < needed:
+        yield (
+            f"at mask_learning_rate={settings.mask_rate:g} log_alpha moves by {travel:.2g} at most in the "
+            f"{settings.freeze_step} steps before freeze, and {needed:.2g} lie between a unit and the other side: "
+            "hardly any unit can change. auto fits the rate to the steps"
+        )
+    if settings.mask_rate >= 0.5 and settings.log_alpha_limit > BAND / 2 + 0.01:
+        yield (
+            f"at mask_learning_rate={settings.mask_rate:g} masks run into "
+            f"log_alpha_limit={settings.log_alpha_limit:g}, where no draw has a gradient: what stays is chance. The paper's rate goes with log_alpha_limit=4.605"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError
-from shearing.pruning.structured.estimators.registry import ESTIMATORS
+from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive
@@ -93,6 +93,17 @@ class PruneRecipe(StageRecipe):
         """
         ramp = self.in_steps(self.sparsity_warmup, sequence_length=sequence_length)
         return self.compensate and self.initial_masks != "open" and not ramp
+
+
+def estimator_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[ShearingError]:
+    """An estimator that cannot reach what is asked for.
+
+    Args:
+        prune: the section.
+        budget: whether the target is a number of parameters.
+    """
+    if budget and not ESTIMATORS[prune.estimator].budgets:
+        yield no_budget(prune.estimator)
 
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:

@@ -106,6 +106,12 @@ def top_k(scores: Tensor, *, keep: int) -> Tensor:
     return torch.zeros(scores.shape, dtype=torch.float32, device=scores.device).scatter_(-1, order, 1.0)
 
 
+def ranks(scores: Tensor) -> Tensor:
+    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
+    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
+    return torch.argsort(order, dim=-1).double()
+
+
 def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep` attention and `keep` MLP sub-layers of highest total score that alternate in depth.
 

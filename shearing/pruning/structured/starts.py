@@ -11,7 +11,7 @@ from torch import Tensor
 from shearing.pruning.structured import hard_concrete
 from shearing.pruning.structured.granularities import Granularity
 from shearing.pruning.structured.mask_settings import BAND, MaskSettings
-from shearing.pruning.structured.rounding import alternating
+from shearing.pruning.structured.rounding import alternating, ranks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def open_start(granularities: Sequence[Granularity], *, settings: MaskSettings) 
     generator = torch.Generator().manual_seed(settings.seed)
     return Start(
         {g.name: torch.full(g.size, settings.log_alpha_limit) for g in granularities},
-        {g.name: _ranks(torch.rand(g.size, generator=generator)).float() / g.units for g in granularities},
+        {g.name: ranks(torch.rand(g.size, generator=generator)).float() / g.units for g in granularities},
     )
 
 
@@ -60,7 +60,7 @@ def graded_start(
             g.name: grade(reachable[g.name], share=shares[g.name], final=final[g.name], settings=settings)
             for g in granularities
         },
-        {g.name: _ranks(reachable[g.name]).float() / g.units for g in granularities},
+        {g.name: ranks(reachable[g.name]).float() / g.units for g in granularities},
     )
 
 
@@ -125,14 +125,8 @@ def band(scores: Tensor, *, share: float, settings: MaskSettings, first: float |
     units, limit = scores.shape[-1], settings.log_alpha_limit
     width = settings.units_in_doubt(units)
     top, bottom = share * units - width / 2, (share if first is None else first) * units + width / 2
-    place = _ranks(scores) + 0.5
+    place = ranks(scores) + 0.5
     graded = BAND * (0.5 - (place - top) / (bottom - top))
     if width < units:
         graded = torch.where(place < top, limit, torch.where(place > bottom, -limit, graded))
     return graded.clamp(-limit, limit).float()
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
-    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1).double()

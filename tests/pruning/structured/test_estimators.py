@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import pytest
 import torch
-from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import Tensor
 
-from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
-from shearing.pruning.structured.estimators.straight_through import centred_ranks, reliability
+from shearing.pruning.structured.estimators.straight_through import centred_ranks
 from shearing.pruning.structured.importance.chance import random_scores
 from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.rounding import top_k
-from tests.models.tiny import tiny_ids, tiny_model
+from tests.models.tiny import tiny_model
 
 DEMO = {"duration": "24 steps", "warmup": "33%", "freeze": "80%", "final_learning_rate": 1.0}
 LONG = {"duration": "200 steps"}

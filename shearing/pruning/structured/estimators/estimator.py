@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shearing.pruning.structured.constraint import Constraint
@@ -20,7 +19,8 @@ class Estimator(ABC):
         log_alpha: by granularity; what is learned.
         constraint: sizes to reach.
         settings: rates and durations.
-        rounded: binary masks by granularity of the best units, as many as the constraint asks for at a step.
+        places: by granularity, at a step, each unit's rank in its row less the units to keep, so that the half below 0
+            stays: -0.5 is the last that does, 0.5 the first that goes.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class Estimator(ABC):
         *,
         constraint: Constraint,
         settings: MaskSettings,
-        rounded: Callable[[int], dict[str, Tensor]],
+        places: Callable[[int], dict[str, Tensor]],
     ) -> None:
-        self._log_alpha, self._constraint, self._settings, self._rounded = log_alpha, constraint, settings, rounded
+        self._log_alpha, self._constraint, self._settings, self._places = log_alpha, constraint, settings, places
         self.multipliers: nn.Module = nn.Module()
 
     @abstractmethod
     def masks(self, *, step: int, draw: int) -> dict[str, Tensor]:
-        """Masks of one share of a step's batch, differentiable in log_alpha; a function of its values, step and draw."""
+        """Masks of one share of a step's batch, differentiable in log_alpha; the same on every process and device."""
 
     @abstractmethod
     def alive(self, *, step: int) -> dict[str, Tensor]:
@@ -63,15 +63,10 @@ class Estimator(ABC):
         """Figures of its own, scalars on the device."""
         return {}
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What it remembers besides log_alpha."""
-        return {}
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, bit for bit."""
-
-    @torch.no_grad()
-    def _clamp(self) -> None:
-        limit = self._settings.log_alpha_limit
-        for value in self._log_alpha.values():
-            value.clamp_(-limit, limit)

@@ -26,9 +26,9 @@ class MinMax(Estimator):
         *,
         constraint: Constraint,
         settings: MaskSettings,
-        rounded: Callable[[int], dict[str, Tensor]],
+        places: Callable[[int], dict[str, Tensor]],
     ) -> None:
-        super().__init__(log_alpha, constraint=constraint, settings=settings, rounded=rounded)
+        super().__init__(log_alpha, constraint=constraint, settings=settings, places=places)
         self.lagrangian = Lagrangian(constraint.rows, quadratic_penalty=settings.quadratic_penalty)
         self.multipliers = self.lagrangian
         masks, multipliers = list(log_alpha.values()), list(self.lagrangian.parameters())
@@ -88,7 +88,9 @@ class MinMax(Estimator):
         optimizer.found_inf = None if skip is None else skip.to(torch.float32).reshape(())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._clamp()
+        with torch.no_grad():
+            for value in self._log_alpha.values():
+                value.clamp_(-settings.log_alpha_limit, settings.log_alpha_limit)
 
     @override
     def metrics(self) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ _HERE = "shearing.pruning.structured.estimators"
 ESTIMATORS: dict[str, EstimatorFacts] = {
     "straight_through": EstimatorFacts(
         home=f"{_HERE}.straight_through:StraightThrough",
-        summary="exactly the target's number of units at every step, without noise, and the gradient of every unit, "
-        "open or closed, moves its score",
+        summary="without noise, every row adds up to its target at every step; units around the cut are half there at "
+        "first, and every unit has a gradient",
         source="arXiv 1308.3432",
         budgets=False,
     ),

@@ -1,13 +1,15 @@
-"""Straight-through masks under the hard budget: binary, of exactly the step's size, a gradient for every unit.
+"""Straight-through masks under the hard budget: every row adds up to its target at every step, without noise.
 
-The forward pass keeps the best units of every row, as many as the step's target says, and nothing else: what is trained
-is what is measured, and the constraint is met by construction. The backward pass takes a unit's mask for its score
-(straight-through estimator, Bengio et al., arXiv 1308.3432; with a budget projected in at every step as GRASPrune does):
-a unit that is closed has a gradient too, what opening it would bring.
+The forward pass keeps the best units of every row. Around the cut some are half there, less from rank to rank: a top-k
+with a slope. It is as wide as the doubtful band at first and narrows to nothing at the freeze, so what is trained becomes
+what is measured. Half there is where two units can be compared: the gradient of a unit that is all there, and that
+weights have grown around, says little of what it would cost to lose it, and that of one that is gone as little of what it
+would bring; halfway, it is the difference between the two.
 
-No rate has to fit the length of a row, the number of steps or the scale of a gradient, because scores are not moved but
-weighed: the order in which the row started against the order that the steps so far have seen, each as much as it is
-worth. What the steps are worth is measured (`reliability`).
+The backward pass takes a unit's mask for its score (straight-through estimator, Bengio et al., arXiv 1308.3432), so every
+unit has a gradient, closed ones too. No rate has to fit the length of a row, the number of steps or the scale of a
+gradient, because scores are not moved but weighed: the order in which the row started against the order that the steps so
+far have seen, each as much as it is worth. What the steps are worth is measured (`reliability`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from shearing.pruning.structured.starts import band
 
 
 class StraightThrough(Estimator):
-    """The k best of every row at every step, by start and gradients so far."""
+    """The best of every row, by its start and the gradients so far."""
 
     @override
     def __init__(
@@ -35,9 +37,9 @@ class StraightThrough(Estimator):
         *,
         constraint: Constraint,
         settings: MaskSettings,
-        rounded: Callable[[int], dict[str, Tensor]],
+        places: Callable[[int], dict[str, Tensor]],
     ) -> None:
-        super().__init__(log_alpha, constraint=constraint, settings=settings, rounded=rounded)
+        super().__init__(log_alpha, constraint=constraint, settings=settings, places=places)
         self._start = {name: value.detach().clone() for name, value in log_alpha.items()}
         self._votes = {name: torch.zeros_like(value) for name, value in self._start.items()}
         self._squares = {name: torch.zeros_like(value) for name, value in self._start.items()}
@@ -45,21 +47,29 @@ class StraightThrough(Estimator):
 
     @override
     def masks(self, *, step: int, draw: int) -> dict[str, Tensor]:
-        """Binary masks, the same for every draw."""
+        """Masks without noise, the same for every draw."""
         return {
             name: mask + (self._log_alpha[name] - self._log_alpha[name].detach())
-            for name, mask in self._rounded(step).items()
+            for name, mask in self.alive(step=step).items()
         }
 
     @override
     def alive(self, *, step: int) -> dict[str, Tensor]:
-        """The masks themselves."""
-        return self._rounded(step)
+        """The masks themselves: 1 well above the cut, 0 well below it, and in between 1/2 - place / width."""
+        narrowing = 1 - min(1.0, step / max(1, self._settings.freeze_step))
+        places = self._places(step)
+        found = {}
+        for granularity in self._constraint.granularities_at(step=step):
+            assert granularity.target is not None
+            room = 2 * min(granularity.target, granularity.units - granularity.target)
+            width = max(1.0, narrowing * min(self._settings.units_in_doubt(granularity.units), room))
+            found[granularity.name] = (0.5 - places[granularity.name] / width).clamp(0.0, 1.0)
+        return found
 
     @override
     def is_open(self, *, step: int) -> dict[str, Tensor]:
-        """All that the masks keep: there is nothing to round."""
-        return {name: mask > 0 for name, mask in self._rounded(step).items()}
+        """All that would stay if the masks were binary now: there is nothing to round."""
+        return {name: place < 0 for name, place in self._places(step).items()}
 
     @override
     def penalty(self, *, step: int) -> Tensor:
@@ -114,8 +124,8 @@ class StraightThrough(Estimator):
 def centred_ranks(values: Tensor) -> Tensor:
     """Ranks in each row [..., n], from -1 for the lowest value to 1 for the highest; equal values get their mean rank.
 
-    Which units of a row go is a question of order. Ranks have one scale for every row, layer and step, and a unit with a
-    gradient a thousand times larger than all others' (attention sinks have such) counts as the first and no more.
+    Which units of a row go is a question of order. Ranks have one scale for every row, layer and step, and a unit with
+    a gradient a thousand times larger than all others' (attention sinks have such) counts as the first and no more.
     """
     units = values.shape[-1]
     rows = values.reshape(-1, units).contiguous()
