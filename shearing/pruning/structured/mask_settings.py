@@ -115,7 +115,6 @@ def doubts(settings: MaskSettings, *, opens: bool) -> Iterator[str]:
         opens: whether every unit starts open.
     """
     if not settings.freeze_step:
-        yield "freeze leaves no step to learn masks in: units are what initial_masks chooses"
         return
     if opens and not settings.sparsity_warmup_steps:
         yield "initial_masks=open without sparsity_warmup: the first step is at the target, and what it keeps is chance"
@@ -131,6 +130,7 @@ def doubts(settings: MaskSettings, *, opens: bool) -> Iterator[str]:
         )
     if settings.mask_rate >= 0.5 and settings.log_alpha_limit > BAND / 2 + 0.01:
         yield (
-            f"at mask_learning_rate={settings.mask_rate:g} masks run into "
-            f"log_alpha_limit={settings.log_alpha_limit:g}, where no draw has a gradient: what stays is chance. The paper's rate goes with log_alpha_limit=4.605"
+            f"at mask_learning_rate={settings.mask_rate:g} masks run into log_alpha_limit="
+            f"{settings.log_alpha_limit:g}, where no draw has a gradient: what stays is chance. The paper's rate goes "
+            "with log_alpha_limit=4.605"
         )

@@ -36,7 +36,7 @@ class PruneRecipe(StageRecipe):
     )
     mask_learning_rate: Positive | Literal["auto"] = Field(
         "auto",
-        description="Learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step pushes the same way "
+        description="Of hard_concrete: learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step pushes the same way "
         "crosses the doubtful band twice before `freeze`, whatever the number of steps.",
     )
     multiplier_learning_rate: Positive = Field(
@@ -45,7 +45,7 @@ class PruneRecipe(StageRecipe):
     quadratic_penalty: float = Field(
         500.0,
         ge=0.0,
-        description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
+        description="Of hard_concrete: constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
     )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
     sparsity_warmup: Duration = Field(
@@ -78,8 +78,8 @@ class PruneRecipe(StageRecipe):
     mask_draws: int = Field(
         1,
         ge=1,
-        description="Draws of the masks' noise in a step, each for an equal share of its batch: more draws make the "
-        "masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
+        description="Of hard_concrete: draws of the masks' noise in a step, each for an equal share of its batch; more "
+        "make the masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
     )
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."

@@ -112,7 +112,7 @@ def test_a_stage_with_the_recipes_defaults_ends_at_exactly_the_target(estimator,
     assert subject.selection().shape(SOURCE) == TARGET
     assert all(torch.equal(value, fixed[name]) for name, value in masks.tensors().items())
     for name, violation in subject.violations(step=chosen.total_steps).items():
-        assert violation.abs().max() < 0.01, name
+        assert violation.abs().max() < (0.02 if ramp else 0.01), name
 
 
 def test_noise_depends_on_seed_step_and_micro_batch_only():
@@ -139,7 +139,8 @@ def test_grade_meets_the_share_and_keeps_the_order(share):
 
 @pytest.mark.parametrize(("units", "doubtful"), [(3, 3), (30, 30), (32, 32), (100, 32), (576, 115), (11_008, 2202)])
 def test_a_share_of_a_row_around_the_cut_starts_in_doubt_and_short_rows_as_a_whole(units, doubtful):
-    scores = torch.rand(2, units, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.randperm(units, generator=generator) for _ in range(2)]).float()
     share = round(0.6 * units) / units
     log_alpha = grade(scores, share=share, final=share, settings=settings())
     assert settings().units_in_doubt(units) == doubtful
@@ -265,7 +266,7 @@ def test_masks_have_the_size_of_their_step_and_in_the_end_the_targets(scores):
 def test_masks_of_a_budget_have_the_parameters_of_their_step(uniform):
     accepts = lambda shape: shape.hidden_size % shape.num_attention_heads == 0  # noqa: E731
     budget = ParameterBudget(12_000, uniform=uniform, accepts=accepts)
-    subject = learner(target=budget, initial_masks="open", sparsity_warmup=20, freeze=5)
+    subject = learner(target=budget, initial_masks="open", sparsity_warmup=20, freeze=5, **MIN_MAX)
     left = [subject.parameters_at(step=step) for step in range(41)]
     assert left[0] == SOURCE.num_parameters()
     assert left == sorted(left, reverse=True)
@@ -318,7 +319,7 @@ def test_what_changed_from_the_start_is_counted_once_a_swap_where_it_is_kept():
 
 def test_in_doubt_is_what_the_loss_had_a_gradient_for_in_steps_that_counted():
     scores = random_scores(SOURCE, seed=0)
-    subject, resumed = learner(scores=scores), learner(scores=scores)
+    subject, resumed = learner(scores=scores, **MIN_MAX), learner(scores=scores, **MIN_MAX)
     doubted = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in subject.granularities}
     for step in range(12):
         draws = [subject.sample(step=step, draw=draw) for draw in range(2)]

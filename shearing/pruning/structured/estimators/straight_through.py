@@ -1,20 +1,21 @@
 """Straight-through masks under the hard budget: every row adds up to its target at every step, without noise.
 
-The forward pass keeps the best units of every row. Around the cut some are half there, less from rank to rank: a top-k
-with a slope. It is as wide as the doubtful band at first and narrows to nothing at the freeze, so what is trained becomes
-what is measured. Half there is where two units can be compared: the gradient of a unit that is all there, and that
-weights have grown around, says little of what it would cost to lose it, and that of one that is gone as little of what it
-would bring; halfway, it is the difference between the two.
+What a unit's mask is depends on its rank in the row (`by_rank`): 1 well above the cut, 0 well below it. In the band
+that is in doubt all units are equally there at first, and then the more the better their rank, until nothing is between
+0 and 1 at the freeze: what is trained becomes what is measured. Partly there is where units can be compared: the
+gradient of a unit that is all there says little of what it would cost to lose it, that of one that is gone as little of
+what it would bring, and both depend on who else is there; on the way, it is the difference between the two.
 
-The backward pass takes a unit's mask for its score (straight-through estimator, Bengio et al., arXiv 1308.3432), so every
-unit has a gradient, closed ones too. No rate has to fit the length of a row, the number of steps or the scale of a
-gradient, because scores are not moved but weighed: the order in which the row started against the order that the steps so
-far have seen, each as much as it is worth. What the steps are worth is measured (`reliability`).
+The backward pass takes a unit's mask for its score (straight-through estimator, Bengio et al., arXiv 1308.3432), so
+every unit has a gradient, closed ones too. No rate has to fit the length of a row, the number of steps or the scale of
+a gradient, because scores are not moved but weighed: the order in which the row started against the order that the
+steps so far have seen, each as much as it is worth. What the steps are worth is measured (`reliability`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,15 +56,17 @@ class StraightThrough(Estimator):
 
     @override
     def alive(self, *, step: int) -> dict[str, Tensor]:
-        """The masks themselves: 1 well above the cut, 0 well below it, and in between 1/2 - place / width."""
-        narrowing = 1 - min(1.0, step / max(1, self._settings.freeze_step))
-        places = self._places(step)
-        found = {}
+        """The masks themselves."""
+        progress = min(1.0, step / max(1, self._settings.freeze_step))
+        places, found = self._places(step), {}
         for granularity in self._constraint.granularities_at(step=step):
             assert granularity.target is not None
-            room = 2 * min(granularity.target, granularity.units - granularity.target)
-            width = max(1.0, narrowing * min(self._settings.units_in_doubt(granularity.units), room))
-            found[granularity.name] = (0.5 - places[granularity.name] / width).clamp(0.0, 1.0)
+            doubtful = self._settings.units_in_doubt(granularity.units)
+            profile = by_rank(granularity.units, keep=granularity.target, doubtful=doubtful, progress=progress)
+            rank = places[granularity.name] + granularity.target
+            values = torch.tensor(profile, dtype=torch.float32)
+            values = values.pin_memory().to(rank.device, non_blocking=True) if rank.is_cuda else values
+            found[granularity.name] = values[rank.long()]
         return found
 
     @override
@@ -119,6 +122,31 @@ class StraightThrough(Estimator):
             for name, value in ours.items():
                 value.copy_(saved[name])
         self._steps.copy_(state["steps"])
+
+
+@lru_cache(maxsize=64)
+def by_rank(units: int, *, keep: int, doubtful: int, progress: float) -> tuple[float, ...]:
+    """The mask of every rank of a row of `units`, from the best; they add up to `keep`.
+
+    Args:
+        units: of the row.
+        keep: its target.
+        doubtful: ranks around the cut that are in doubt, see `MaskSettings.units_in_doubt`; all where it is `units`.
+        progress: 0: those in doubt are equally there; 1: binary. The slope grows as (progress / (1 - progress))².
+    """
+    top, bottom = max(0, keep - doubtful // 2), min(units, keep + doubtful // 2)
+    if doubtful >= units:
+        top, bottom = 0, units
+    width = bottom - top
+    if progress >= 1 or keep in (top, bottom):
+        return (1.0,) * keep + (0.0,) * (units - keep)
+    slope = 2 * (progress / (1 - progress)) ** 2 / width
+    place = torch.arange(width, dtype=torch.float64) * slope
+    low, high = 0.0, 1.0 + slope * width
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (level, high) if float((level - place).clamp(0, 1).sum()) < keep - top else (low, level)
+    return (1.0,) * top + tuple((high - place).clamp(0, 1).tolist()) + (0.0,) * (units - bottom)
 
 
 def centred_ranks(values: Tensor) -> Tensor:
