@@ -194,11 +194,13 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
     if recipe.target is not None:
-        yield from _renamed(target_contradictions(recipe.target))
+        wrong = list(_renamed(target_contradictions(recipe.target)))
+        yield from wrong
+        if recipe.prune is not None and not wrong:
+            budget = recipe.target.parameters is not None
+            yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
-        budget = recipe.target is not None and recipe.target.parameters is not None
-        yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(

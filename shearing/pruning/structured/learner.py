@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
 from shearing.pruning.structured.constraint import Constraint
-from shearing.pruning.structured.estimators.registry import ESTIMATORS, estimator_of, no_budget
+from shearing.pruning.structured.estimators.estimator import Estimator
+from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.granularities import as_masks, granularities_of
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.parameter_budget import (
@@ -87,7 +89,8 @@ class MaskLearner:
         self.log_alpha.to(device)
         if shape is None and not ESTIMATORS[settings.estimator].budgets:
             raise no_budget(settings.estimator)
-        self.estimator = estimator_of(settings.estimator)(
+        estimator: type[Estimator] = resolve_name(ESTIMATORS[settings.estimator].home)
+        self.estimator = estimator(
             self.log_alpha,
             constraint=self._constraint,
             settings=settings,

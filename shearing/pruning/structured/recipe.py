@@ -36,8 +36,8 @@ class PruneRecipe(StageRecipe):
     )
     mask_learning_rate: Positive | Literal["auto"] = Field(
         "auto",
-        description="Of hard_concrete: learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step pushes the same way "
-        "crosses the doubtful band twice before `freeze`, whatever the number of steps.",
+        description="Of hard_concrete: learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step "
+        "pushes the same way crosses the doubtful band twice before `freeze`, whatever the number of steps.",
     )
     multiplier_learning_rate: Positive = Field(
         1.0, description="Learning rate (ascent) of the multipliers of hard_concrete."
@@ -45,7 +45,8 @@ class PruneRecipe(StageRecipe):
     quadratic_penalty: float = Field(
         500.0,
         ge=0.0,
-        description="Of hard_concrete: constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
+        description="Of hard_concrete: constant added to every lambda_2, so that sizes are held from the first step; "
+        "paper: 0.",
     )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
     sparsity_warmup: Duration = Field(

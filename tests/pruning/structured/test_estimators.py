@@ -17,10 +17,12 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.estimators.straight_through import centred_ranks, reliability
 from shearing.pruning.structured.importance.chance import random_scores
 from shearing.pruning.structured.learner import MaskLearner
-from shearing.pruning.structured.mask_settings import MaskSettings
+from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.rounding import top_k
+from shearing.runs.recipe import load_recipe
 from tests.models.tiny import tiny_ids, tiny_model
+from tests.repository import ROOT
 
 DEMO = {"duration": "24 steps", "warmup": "33%", "freeze": "80%", "final_learning_rate": 1.0}
 LONG = {"duration": "200 steps"}
@@ -240,3 +242,39 @@ def test_masks_of_a_trained_model_find_from_any_start_what_exhaustive_search_fin
     # The two best pairs are equal to a hundredth of a nat, the next one is not.
     assert losses[best[1]] - losses[best[0]] < 0.01 < 0.2 < losses[best[2]] - losses[best[1]]
     assert set(learned) <= set(best[:2])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, []),
+        ({"freeze": "100%"}, []),
+        ({"estimator": "hard_concrete"}, []),
+        ({"estimator": "hard_concrete", "mask_learning_rate": 0.01, "duration": "24 steps"}, ["hardly any unit"]),
+        ({"initial_masks": "open"}, ["without sparsity_warmup"]),
+        ({"initial_masks": "open", "sparsity_warmup": "20%"}, []),
+        (
+            {
+                "estimator": "hard_concrete",
+                "initial_masks": "open",
+                "sparsity_warmup": "20%",
+                "mask_learning_rate": 1.0,
+            },
+            ["chance"],
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_said(keys, said):
+    section = PruneRecipe.model_validate({"batch_size": 1, "duration": "3200 steps", **keys})
+    chosen = MaskSettings.of(section, tokens_per_step=1, seed=0)
+    found = list(doubts(chosen, opens=section.initial_masks == "open"))
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sheared-llama-1.3b", "sheared-llama-2.7b", "llama-3.2-1.2b", "budget", "demo"])
+def test_no_recipe_of_ours_contradicts_itself(name):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    tokens = recipe.pruning.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
+    chosen = MaskSettings.of(recipe.pruning.prune, tokens_per_step=tokens, seed=0)
+    assert not list(doubts(chosen, opens=recipe.pruning.prune.initial_masks == "open"))

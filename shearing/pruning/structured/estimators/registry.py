@@ -7,13 +7,8 @@ from here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING
 
 from shearing.errors import ShearingError
-
-if TYPE_CHECKING:
-    from shearing.pruning.structured.estimators.estimator import Estimator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +45,6 @@ ESTIMATORS: dict[str, EstimatorFacts] = {
         budgets=True,
     ),
 }
-
-
-def estimator_of(name: str) -> type[Estimator]:
-    """The class of a name in `ESTIMATORS`."""
-    estimator: type[Estimator] = resolve_name(ESTIMATORS[name].home)
-    return estimator
 
 
 def no_budget(name: str) -> ShearingError:
