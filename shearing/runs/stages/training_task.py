@@ -68,7 +68,7 @@ def task_of(
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
         compile_layers(model)
-    optimization = Optimization.of(settings, tokens_per_step=per_step)
+    optimization = Optimization.of(settings, rates=recipe.learning_rates(stage))
     return Task(
         name=stage,
         folder=context.directory.folder(stage),
@@ -91,7 +91,7 @@ def task_of(
             rule=rule_of(recipe.mixture, prior=context.initial_weights),
             reference=reference,
             parameters=_final_parameters(recipe, stage=stage, model=model),
-            tokens=optimization.total_steps * per_step,
+            tokens=settings.total_steps(sequence_length=data.sequence_length) * per_step,
             online=recipe.mixture.reference == "online",
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state={"memory": rule_memory or {}},

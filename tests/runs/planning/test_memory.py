@@ -33,6 +33,7 @@ from shearing.runs.planning.memory import (
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from tests.models.declared import DECLARED
 
 SIZES: dict[str, Any] = {
@@ -117,10 +118,15 @@ def check_saved(family: Callable[..., Any], *, attention: str, precision: str) -
 def peak(workload: Workload, *, layers: int, tied: bool) -> int:
     """Most bytes live at the same time in two steps of the torch engine."""
     optimization = Optimization(
-        learning_rate=1e-4,
-        total_steps=2,
-        warmup_steps=0,
-        final_learning_rate=0.1,
+        rates=LearningRates(
+            schedule="cosine",
+            peak=1e-4,
+            total_steps=2,
+            warmup_steps=0,
+            decay_steps=0,
+            final=0.1,
+            first_step=0,
+        ),
         betas=(0.9, 0.95),
         epsilon=1e-8,
         weight_decay=0.0,
