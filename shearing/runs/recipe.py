@@ -18,7 +18,12 @@ from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictio
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
-from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions, masking_contradictions
+from shearing.pruning.structured.recipe import (
+    PruneRecipe,
+    estimator_contradictions,
+    granularity_contradictions,
+    masking_contradictions,
+)
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
@@ -225,7 +230,11 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     """What the types cannot say and needs neither model nor corpus: values that do not go together."""
     yield from _section_contradictions(recipe)
     if recipe.target is not None:
-        yield from _renamed(target_contradictions(recipe.target))
+        wrong = list(_renamed(target_contradictions(recipe.target)))
+        yield from wrong
+        if recipe.prune is not None and not wrong:
+            budget = recipe.target.parameters is not None
+            yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))

@@ -170,7 +170,7 @@ class MaskedTraining(Protocol):
         """Scalars for the metrics of a step, by `kind/name`; nothing waits for the device."""
         ...
 
-    def expected_parameters(self) -> float:
+    def expected_parameters(self, *, step: int) -> float:
         """Parameters of the model that the masks leave, in expectation, embeddings included."""
         ...
 

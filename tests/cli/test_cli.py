@@ -94,6 +94,7 @@ def test_debug_shows_the_traceback(tiny_recipe: Path) -> None:
 
 
 BUDGET = [
+    "prune.estimator=hard_concrete",
     "target.num_hidden_layers=null",
     "target.hidden_size=null",
     "target.intermediate_size=null",

@@ -22,6 +22,7 @@ def recipe(
     zero_stage: int = 2,
     micro_batch_size: int = 1,
     steps: int = STEPS,
+    estimator: str = "hard_concrete",
     **training: Any,
 ) -> Recipe:
     """Four sequences a step in two draws of the masks, and domain weights that move."""
@@ -37,7 +38,7 @@ def recipe(
             "weight_decay": 0.1,
             "epsilon": 1e-3,
         }
-    data["prune"] |= {"mask_draws": 2, "freeze": "6 steps"}
+    data["prune"] |= {"mask_draws": 2, "freeze": "6 steps", "estimator": estimator, "mask_learning_rate": 0.1}
     data["training"] |= {
         "engine": engine,
         "deepspeed": {

@@ -93,12 +93,12 @@ def test_steps_and_tokens_of_a_stage() -> None:
 
 
 def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: Path) -> None:
-    text = DEMO.read_text().replace("  mask_learning_rate:", "  mask_learnin_rate:")
+    text = DEMO.read_text().replace("  calibration_tokens:", "  calibraton_tokens:")
     path = write(tmp_path, text)
-    line = text.splitlines().index(next(line for line in text.splitlines() if "mask_learnin_rate" in line)) + 1
+    line = text.splitlines().index(next(line for line in text.splitlines() if "calibraton_tokens" in line)) + 1
     found = message(path=path)
-    assert f"{path}:{line}: prune.mask_learnin_rate" in found
-    assert "did you mean prune.mask_learning_rate?" in found
+    assert f"{path}:{line}: prune.calibraton_tokens" in found
+    assert "did you mean prune.calibration_tokens?" in found
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("prune.warmup=33 steps", "at most the stage's 24 steps"),
         ("pretrain.schedule=wsd_sqrt", "'cosine', 'wsd', 'linear' or 'constant'"),
         ("one_schedule=true", "what prune.warmup is: 33%"),
-        ("prune.sparsity_warmup=17 steps", "together with prune.freeze = 80%"),
+        ("prune.sparsity_warmup=17 steps", "together with prune.freeze = 100%"),
         ("pretrain.checkpoint_interval=0", "more than 0"),
         ("mixture.pretrain_interval=0%", "more than 0"),
         ("mixture.divergence=0", "greater than 0"),

@@ -35,7 +35,7 @@ RATE, BETAS, EPSILON, DECAY, CLIPPING = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
 CPU = torch.device("cpu")
 
 
-def masked_objective(inputs: Path) -> tuple[LanguageModelLoss, Masking]:
+def masked_objective(inputs: Path, *, estimator: str = "hard_concrete") -> tuple[LanguageModelLoss, Masking]:
     """The tiny model, masked, and what learns its masks: they move until the last two steps."""
     model = load_source(str(inputs / "model"), device=CPU, dtype=torch.float32)
     source = Shape.of(model.config)
@@ -50,14 +50,14 @@ def masked_objective(inputs: Path) -> tuple[LanguageModelLoss, Masking]:
             sparsity_warmup_steps=3,
             freeze_step=STEPS - 2,
             warmup_steps=2,
+            estimator=estimator,
             mask_learning_rate=0.5,
             multiplier_learning_rate=1.0,
             final_learning_rate=0.1,
             quadratic_penalty=10.0,
             temperature=2 / 3,
             log_alpha_limit=10.0,
-            warm_start_scale=3.0,
-            warm_start_step=0.0,
+            doubtful_share=1.0,
             seed=5,
         ),
     )
@@ -72,7 +72,14 @@ def mixture_of(inputs: Path) -> Mixture:
     return Mixture(corpus, seed=3, sequence_length=LENGTH, weights=weights, documents=DocumentRules())
 
 
-def tiny_task(inputs: Path, folder: Path, *, callbacks: tuple[Callback, ...] = (), **changes: Any) -> Task:
+def tiny_task(
+    inputs: Path,
+    folder: Path,
+    *,
+    callbacks: tuple[Callback, ...] = (),
+    estimator: str = "hard_concrete",
+    **changes: Any,
+) -> Task:
     """Mask learning in `STEPS` steps at a constant rate; `changes`: fields of `Schedule`'s recipe sections."""
     stage = StageRecipe.model_validate(
         {
@@ -93,7 +100,7 @@ def tiny_task(inputs: Path, folder: Path, *, callbacks: tuple[Callback, ...] = (
     )
     tokens_per_step = SEQUENCES * LENGTH
     optimization = Optimization.of(stage, rates=LearningRates.of(stage, tokens_per_step=tokens_per_step))
-    objective, masking = masked_objective(inputs)
+    objective, masking = masked_objective(inputs, estimator=estimator)
     return Task(
         name="prune",
         folder=folder,

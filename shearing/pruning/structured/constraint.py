@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +47,16 @@ class Constraint:
             return {granularity.name: granularity.size[:-1] for granularity in self._granularities}
         return {CONSTRAINT: ()}
 
+    @cached_property
+    def final_shares(self) -> dict[str, float]:
+        """Granularity -> the share of a row's units to be alive in the end; for a budget, one that meets it."""
+        if isinstance(self._target, Shape):
+            return {g.name: (g.target or 0) / g.units for g in self._granularities}
+        return dict.fromkeys((g.name for g in self._granularities), self._even_share(self._target))
+
     def shares(self, *, step: int) -> dict[str, float]:
         """Granularity -> the share of a row's units to be alive at `step`; for a budget, one that meets it."""
-        if isinstance(self._target, Shape):
-            final = {g.name: (g.target or 0) / g.units for g in self._granularities}
-        else:
-            final = dict.fromkeys((g.name for g in self._granularities), self._even_share(self._target))
-        return {name: self._at(step, final=share) for name, share in final.items()}
+        return {name: self._at(step, final=share) for name, share in self.final_shares.items()}
 
     def targets(self, *, step: int) -> dict[str, float]:
         """Constraint -> units of a row to be alive at `step`; parameters for a budget."""

@@ -6,10 +6,9 @@ all-reduce a step, noise that depends on (seed, step, draw) alone.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from shearing.errors import ShearingError
 from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
-from shearing.pruning.structured import hard_concrete
-from shearing.pruning.structured.constraint import Constraint, Lagrangian
+from shearing.pruning.structured.constraint import Constraint
+from shearing.pruning.structured.estimators.estimator import Estimator
+from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.granularities import as_masks, granularities_of
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.parameter_budget import (
@@ -30,7 +30,7 @@ from shearing.pruning.structured.parameter_budget import (
     round_to_budget,
     uniform_shape,
 )
-from shearing.pruning.structured.rounding import changed_units, round_to_target, shape_of
+from shearing.pruning.structured.rounding import changed_units, ranks, round_to_target, shape_of
 from shearing.pruning.structured.starts import graded_start, open_start
 from shearing.training.engines.gradient_sum import sum_in_one_exchange
 
@@ -77,48 +77,42 @@ class MaskLearner:
             start = open_start(self.granularities, settings=settings)
         else:
             shares = self._constraint.shares(step=0)
-            start = graded_start(scores, granularities=self.granularities, shares=shares, settings=settings)
+            final = self._constraint.final_shares
+            start = graded_start(
+                scores, granularities=self.granularities, shares=shares, final=final, settings=settings
+            )
         self._start = None if scores is None else start
         self._order = {name: order.to(self.device) for name, order in start.order.items()}
         self._fixed: dict[str, Tensor] | None = None
         self.log_alpha = nn.ParameterDict(
             {name: nn.Parameter(value.clone()) for name, value in start.log_alpha.items()}
         )
-        self.lagrangian = Lagrangian(self._constraint.rows, quadratic_penalty=settings.quadratic_penalty)
-        self._modules = nn.ModuleList([self.log_alpha, self.lagrangian]).to(device)
+        self.log_alpha.to(device)
+        if shape is None and not ESTIMATORS[settings.estimator].budgets:
+            raise no_budget(settings.estimator)
+        estimator: type[Estimator] = resolve_name(ESTIMATORS[settings.estimator].home)
+        self.estimator = estimator(
+            self.log_alpha,
+            constraint=self._constraint,
+            settings=settings,
+            places=self._places,
+        )
+        self._modules = nn.ModuleList([self.log_alpha, self.estimator.multipliers]).to(device)
         self._in_doubt = {
             name: torch.zeros(value.shape, dtype=torch.bool, device=device) for name, value in self.log_alpha.items()
         }
         self._reached: dict[str, Tensor] = {}
-        masks, multipliers = list(self.log_alpha.parameters()), list(self.lagrangian.parameters())
-        groups = [
-            {"params": masks, "lr": settings.mask_learning_rate},
-            {"params": multipliers, "lr": settings.multiplier_learning_rate, "maximize": True},
-        ]
-        # Fused: the only AdamW that skips a step on the device, without asking the host.
-        self.optimizer = (
-            torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True) if masks else None
-        )
 
     # -- masks -----------------------------------------------------------------------------------------------------
 
     def sample(self, *, step: int, draw: int) -> Masks:
-        """Masks of one share of a step's batch: hard-concrete draws, or the fixed binary masks from `freeze_step` on.
+        """Masks of one share of a step's batch: the estimator's, or the fixed binary masks from `freeze_step` on.
 
-        The draw depends on (seed, step, draw) and is the same on every process and device.
+        They depend on (seed, step, draw) and log_alpha and are the same on every process and device.
         """
         if step >= self.settings.freeze_step:
             return as_masks(self.fix_final_masks())
-        generator = torch.Generator().manual_seed(_noise_seed(self.settings.seed, step, draw))
-        z = {}
-        for granularity in self.granularities:
-            log_alpha = self.log_alpha[granularity.name]
-            noise = torch.rand(granularity.size, generator=generator)
-            if log_alpha.is_cuda:
-                noise = noise.pin_memory()
-            noise = noise.to(log_alpha.device, non_blocking=True)
-            z[granularity.name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self.settings.temperature)
-        return as_masks(z)
+        return as_masks(self.estimator.masks(step=step, draw=draw))
 
     def final_masks(self) -> Masks:
         """Binary masks without noise at exactly the target shape (for a budget alone: within the budget).
@@ -155,8 +149,7 @@ class MaskLearner:
     @torch.no_grad()
     def _rounded(self, log_alpha: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """The best units of every row, as many as the constraint asks for at `step`."""
-        # Among units at the limit of log_alpha the order they started in decides.
-        scores = {name: value - _TIE * self._order[name] for name, value in log_alpha.items()}
+        scores = self._in_order(log_alpha)
         if isinstance(self.target, Shape):
             return round_to_target(scores, granularities=self._constraint.granularities_at(step=step))
         parameters = round(self._constraint.targets(step=step)[CONSTRAINT])
@@ -169,6 +162,20 @@ class MaskLearner:
             masks = {name: rounded.get(name, torch.ones_like(value)) for name, value in scores.items()}
         return {name: mask.to(scores[name].device) for name, mask in masks.items()}
 
+    def _in_order(self, log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Among units at the limit of log_alpha the order they started in decides."""
+        return {name: value - _TIE * self._order[name] for name, value in log_alpha.items()}
+
+    @torch.no_grad()
+    def _places(self, step: int) -> dict[str, Tensor]:
+        """See `Estimator`; what rounding keeps comes first."""
+        scores, kept = self._in_order(self.log_alpha), self._rounded(self.log_alpha, step=step)
+        first = 3 * self.settings.log_alpha_limit
+        return {
+            name: (ranks(scores[name] + first * mask) + 0.5).float() - mask.sum(-1, keepdim=True)
+            for name, mask in kept.items()
+        }
+
     def selection(self) -> Selection:
         """The units that the final masks keep.
 
@@ -180,19 +187,14 @@ class MaskLearner:
 
     # -- the constraint --------------------------------------------------------------------------------------------
 
-    def expected(self) -> dict[str, Tensor]:
-        """Expected share alive of every unit, debiased; granularity -> the shape of its log_alpha."""
-        return {
-            name: hard_concrete.expected_alive(
-                value, limit=self.settings.log_alpha_limit, temperature=self.settings.temperature
-            )
-            for name, value in self.log_alpha.items()
-        }
+    def expected(self, *, step: int) -> dict[str, Tensor]:
+        """Expected share alive of every unit at `step`; granularity -> the shape of its log_alpha."""
+        return self.estimator.alive(step=step)
 
     @torch.no_grad()
-    def expected_parameters(self) -> float:
-        """Parameters of the model that the masks leave, in expectation, embeddings included; exact once fixed."""
-        alive = self.expected() if self._fixed is None else self._fixed
+    def expected_parameters(self, *, step: int) -> float:
+        """Parameters of the model that masks of `step` leave, in expectation, embeddings included; exact once fixed."""
+        alive = self.expected(step=step) if self._fixed is None else self._fixed
         if not alive:
             return float(self.source.num_parameters())
         return float(count_parameters({name: value.double() for name, value in alive.items()}, source=self.source))
@@ -204,13 +206,13 @@ class MaskLearner:
 
     def violations(self, *, step: int) -> dict[str, Tensor]:
         """Expected share alive minus the target's share at `step`: one value a row, or one for a budget."""
-        return self._constraint.violations(self.expected(), step=step)
+        return self._constraint.violations(self.expected(step=step), step=step)
 
     def penalty(self, *, step: int) -> Tensor:
-        """The Lagrangian term of a step, to be added once to the step's loss; zero once the masks are fixed."""
+        """What the estimator adds once to a step's loss; zero once the masks are fixed."""
         if step >= self.settings.freeze_step or not self.granularities:
             return torch.zeros((), device=self.device)
-        return self.lagrangian.penalty(self.violations(step=step))
+        return self.estimator.penalty(step=step)
 
     def sum_gradients(self, *, scale: float = 1.0) -> None:
         """Add up over processes what the step's micro-batches left, in one exchange; before the penalty's gradient.
@@ -224,50 +226,28 @@ class MaskLearner:
         self._reached = {name: value.grad != 0 for name, value in self.log_alpha.items() if value.grad is not None}
 
     def optimizer_step(self, *, step: int, skip: Tensor | None = None) -> None:
-        """One AdamW step of masks (descent) and multipliers (ascent).
+        """One step of the estimator.
 
         Args:
             step: number of the step, from 0.
             skip: scalar tensor, nonzero where the step must change nothing (a non-finite loss); read on the device.
         """
-        if self.optimizer is None or step >= self.settings.freeze_step:
+        if step >= self.settings.freeze_step:
             return
-        for group, rate in zip(self.optimizer.param_groups, self._rates(step), strict=True):
-            group["lr"] = rate
         for name, reached in self._reached.items():
             self._in_doubt[name] |= reached if skip is None else reached & ~skip.bool()
         self._reached = {}
-        optimizer: Any = self.optimizer
-        optimizer.grad_scale = None
-        optimizer.found_inf = None if skip is None else skip.to(torch.float32).reshape(())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            limit = self.settings.log_alpha_limit
-            for value in self.log_alpha.values():
-                value.clamp_(-limit, limit)
-
-    def _rates(self, step: int) -> tuple[float, float]:
-        """Learning rates of masks and multipliers."""
-        s = self.settings
-        warmup = min(1.0, (step + 1) / max(1, s.warmup_steps))
-        progress = min(1.0, max(0, step - s.warmup_steps) / max(1, s.freeze_step - s.warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        factor = warmup * (s.final_learning_rate + (1 - s.final_learning_rate) * cosine)
-        return s.mask_learning_rate * factor, s.multiplier_learning_rate * factor
+        self.estimator.update(step=step, skip=skip)
 
     # -- reporting and state ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def metrics(self, *, step: int) -> dict[str, Tensor]:
-        """Scalars on the device: expected and target units a row, largest violation, mean multipliers."""
-        alive = self.expected()
-        scalars = {f"expected/{name}": value.sum(-1).mean() for name, value in alive.items()}
-        for name, violation in self.violations(step=step).items():
-            value = violation.abs().max()
-            scalars[f"violation/{name}"] = value
-            scalars[f"lambda_1/{name}"] = self.lagrangian.lambda_1[name].mean()
-            scalars[f"lambda_2/{name}"] = self.lagrangian.lambda_2[name].mean()
+        """Scalars on the device: expected and target units a row, largest violation, and the estimator's own."""
+        alive = self.expected(step=step)
+        scalars = {f"expected/{name}": value.sum(-1).mean() for name, value in alive.items()} | self.estimator.metrics()
+        for name, violation in self._constraint.violations(alive, step=step).items():
+            scalars[f"violation/{name}"] = violation.abs().max()
         for name, units in self.targets(step=step).items():
             scalars[f"target/{name}"] = torch.tensor(units)
         if not isinstance(self.target, Shape) and alive:
@@ -283,18 +263,18 @@ class MaskLearner:
         """What was learned, on the host: expected against target sizes, units changed and in doubt, the rounding gap.
 
         The rounding gap of a granularity is the number of units that rounding to the target flips against the
-        mask's own decision (its median draw above one half). `changed_from_start` are units that the final masks keep
+        estimator's own decision (`Estimator.is_open`). `changed_from_start` are units that the final masks keep
         and the start, rounded in the same way, would not (`changed_units`); `OPEN` where it chose none.
         `ever_in_doubt` are those whose mask the loss ever had a gradient for, in a step that counted: nothing else
         can move a unit past its neighbours.
         """
         final = self._final()
         changed = self._changed_from_start(final)
-        alive = self.expected()
+        alive, is_open = (of(step=self._last_step) for of in (self.estimator.alive, self.estimator.is_open))
         targets = self.targets(step=self.settings.total_steps)
         result: dict[str, Any] = {}
         for g in self.granularities:
-            own = hard_concrete.is_open(self.log_alpha[g.name])
+            own = is_open[g.name]
             flipped = int((own != (final[g.name] > 0)).sum())
             result[g.name] = {
                 "units": g.units,
@@ -326,8 +306,7 @@ class MaskLearner:
         """log_alpha, multipliers, the optimiser's moments, units in doubt so far and the final masks once fixed."""
         return {
             "log_alpha": {name: value.detach() for name, value in self.log_alpha.items()},
-            "lagrangian": self.lagrangian.state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            **self.estimator.state_dict(),
             "in_doubt": self._in_doubt,
             "frozen": self._fixed,
         }
@@ -337,16 +316,9 @@ class MaskLearner:
         with torch.no_grad():
             for name, value in self.log_alpha.items():
                 value.copy_(state["log_alpha"][name])
-        self.lagrangian.load_state_dict(state["lagrangian"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.estimator.load_state_dict(state)
         # A checkpoint of a version that did not count has no such entry.
         for name, value in state.get("in_doubt", {}).items():
             self._in_doubt[name].copy_(value)
         fixed = state["frozen"]
         self._fixed = fixed and {name: mask.to(self.log_alpha[name].device) for name, mask in fixed.items()}
-
-
-def _noise_seed(seed: int, step: int, draw: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{draw}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError, key
+from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.settings.quantities import Duration
-from shearing.settings.section import Positive, formerly
+from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
@@ -21,9 +22,11 @@ STARTS = ("open", *complete_metrics())
 if TYPE_CHECKING:
     StartName = str
     MaskingName = str
+    EstimatorName = str
 else:
     StartName = Annotated[Literal[STARTS], formerly(importance="activations")]
     MaskingName = Literal[tuple(MASKINGS)]
+    EstimatorName = Literal[tuple(ESTIMATORS)]
 
 
 class PruneRecipe(StageRecipe):
@@ -43,12 +46,23 @@ class PruneRecipe(StageRecipe):
         Duration(steps=2),
         description="Steps whose gradients a removal goes by. staged: those before it; gradual: from one to the next.",
     )
-    mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
-    multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
+    estimator: EstimatorName = Field(
+        "straight_through",
+        description="; ".join(f"{name}: {facts.summary}" for name, facts in ESTIMATORS.items()) + ".",
+    )
+    mask_learning_rate: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Of hard_concrete: learning rate of log_alpha (the paper's: 1.0). auto: a unit that every step "
+        "pushes the same way crosses the doubtful band twice before `freeze`, whatever the number of steps.",
+    )
+    multiplier_learning_rate: Positive = Field(
+        1.0, description="Learning rate (ascent) of the multipliers of hard_concrete."
+    )
     quadratic_penalty: float = Field(
         500.0,
         ge=0.0,
-        description="Constant added to every lambda_2, so that sizes are held from the first step; paper: 0.",
+        description="Of hard_concrete: constant added to every lambda_2, so that sizes are held from the first step; "
+        "paper: 0.",
     )
     temperature: Positive = Field(2 / 3, description="Temperature of the hard concrete distribution (beta).")
     sparsity_warmup: Duration = Field(
@@ -74,11 +88,10 @@ class PruneRecipe(StageRecipe):
         description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
         "that is certain to stay is drawn below 1 in 4.7 % of all cases.",
     )
-    warm_start_scale: Positive = Field(
-        30.0, description="Steepness of a graded start: log_alpha falls by twice this from the best unit to the worst."
-    )
-    warm_start_step: float = Field(
-        2.0, ge=0.0, description="Least fall of log_alpha from one unit to the next best in a graded start."
+    doubtful_share: Fraction = Field(
+        0.2,
+        description="Share of a row's units, around the cut, that a graded start leaves in doubt; rows of up to 32 "
+        "units are in doubt as a whole.",
     )
     calibration_tokens: int = Field(
         65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
@@ -86,8 +99,8 @@ class PruneRecipe(StageRecipe):
     mask_draws: int = Field(
         1,
         ge=1,
-        description="Draws of the masks' noise in a step, each for an equal share of its batch: more draws make the "
-        "masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
+        description="Of hard_concrete: draws of the masks' noise in a step, each for an equal share of its batch; more "
+        "make the masks' gradient less noisy. The same draws whatever the number of processes and micro-batches.",
     )
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
@@ -169,6 +182,17 @@ def masking_contradictions(prune: PruneRecipe, *, budget: bool, tokens_per_step:
             allowed=f"at most the steps before {key('freeze')} = {prune.freeze}",
             mend=f"shorten it, or {key('freeze')}",
         )
+
+
+def estimator_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[ShearingError]:
+    """An estimator that cannot reach what is asked for.
+
+    Args:
+        prune: the section.
+        budget: whether the target is a number of parameters.
+    """
+    if budget and not ESTIMATORS[prune.estimator].budgets:
+        yield no_budget(prune.estimator)
 
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:

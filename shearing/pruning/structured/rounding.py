@@ -107,6 +107,12 @@ def top_k(scores: Tensor, *, keep: int) -> Tensor:
     return torch.zeros(scores.shape, dtype=torch.float32, device=scores.device).scatter_(-1, order, 1.0)
 
 
+def ranks(scores: Tensor) -> Tensor:
+    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
+    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
+    return torch.argsort(order, dim=-1).double()
+
+
 def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep` attention and `keep` MLP sub-layers of highest total score that alternate in depth.
 
@@ -120,26 +126,24 @@ def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, T
     Returns:
         Two masks [L] of zeros and ones.
     """
-    num_layers = attention.numel()
-    values = torch.stack([attention, mlp], dim=1).flatten().double().tolist()
-    impossible = float("-inf")
-    best = [0.0] + [impossible] * (2 * keep)
-    taken: list[list[bool]] = []
+    # All of it on the device, as masks may be rounded in every step: nothing waits for a value.
+    values = torch.stack([attention, mlp], dim=1).flatten().double()
+    counts = torch.arange(2 * keep + 1, device=values.device)
+    never = values.new_full((1,), float("-inf"))
+    best = torch.where(counts == 0, values.new_zeros(()), never)
+    taken = []
     for position, value in enumerate(values):
-        took = [False] * (2 * keep + 1)
-        for count in range(2 * keep, 0, -1):
-            # The count-th sub-layer kept is an attention when count is odd; positions alternate the same way.
-            if (count - 1) % 2 == position % 2 and best[count - 1] + value > best[count]:
-                best[count] = best[count - 1] + value
-                took[count] = True
+        # The count-th sub-layer kept is an attention when count is odd; positions alternate the same way.
+        after = torch.cat([never, best[:-1] + value])
+        took = ((counts + 1 - position) % 2 == 0) & (after > best)
         taken.append(took)
-    kept = torch.zeros(2 * num_layers)
-    count = 2 * keep
-    for position in range(2 * num_layers - 1, -1, -1):
-        if count and taken[position][count]:
-            kept[position] = 1.0
-            count -= 1
-    pairs = kept.view(num_layers, 2).to(attention.device)
+        best = torch.where(took, after, best)
+    count = counts[-1:]
+    kept = []
+    for took in reversed(taken):
+        kept.append(took.gather(0, count))
+        count = count - kept[-1].long()
+    pairs = torch.cat(kept[::-1]).view(-1, 2).to(torch.float32)
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 

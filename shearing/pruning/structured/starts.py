@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shearing.pruning.structured import hard_concrete
 from shearing.pruning.structured.granularities import Granularity
-from shearing.pruning.structured.mask_settings import MaskSettings
-from shearing.pruning.structured.rounding import alternating
+from shearing.pruning.structured.mask_settings import BAND, MaskSettings
+from shearing.pruning.structured.rounding import alternating, ranks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def open_start(granularities: Sequence[Granularity], *, settings: MaskSettings) 
     generator = torch.Generator().manual_seed(settings.seed)
     return Start(
         {g.name: torch.full(g.size, settings.log_alpha_limit) for g in granularities},
-        {g.name: _ranks(torch.rand(g.size, generator=generator)).float() / g.units for g in granularities},
+        {g.name: ranks(torch.rand(g.size, generator=generator)).float() / g.units for g in granularities},
     )
 
 
@@ -42,6 +42,7 @@ def graded_start(
     *,
     granularities: Sequence[Granularity],
     shares: Mapping[str, float],
+    final: Mapping[str, float],
     settings: MaskSettings,
 ) -> Start:
     """Every row graded by its scores, see `grade`.
@@ -49,13 +50,17 @@ def graded_start(
     Args:
         scores: by granularity, higher is kept.
         granularities: what is masked.
-        shares: by granularity, expected share alive of each row.
-        settings: how steeply.
+        shares: by granularity, expected share alive of each row at the first step.
+        final: by granularity, that of the target.
+        settings: how much of a row is in doubt.
     """
     reachable = _reachable(scores, granularities=granularities)
     return Start(
-        {g.name: grade(reachable[g.name], share=shares[g.name], settings=settings) for g in granularities},
-        {g.name: _ranks(reachable[g.name]).float() / g.units for g in granularities},
+        {
+            g.name: grade(reachable[g.name], share=shares[g.name], final=final[g.name], settings=settings)
+            for g in granularities
+        },
+        {g.name: ranks(reachable[g.name]).float() / g.units for g in granularities},
     )
 
 
@@ -74,38 +79,54 @@ def _reachable(scores: Mapping[str, Tensor], *, granularities: Sequence[Granular
     return {**scores, "attention": shares["attention"] + kept_attention, "mlp": shares["mlp"] + kept_mlp}
 
 
-def grade(scores: Tensor, *, share: float, settings: MaskSettings) -> Tensor:
-    """log_alpha graded by rank, rows shifted so that the expected share alive is `share`.
-
-    From one unit of a row to the next best it falls by `2 * warm_start_scale / n`, and by no less than
-    `warm_start_step`, all within the limit. So the scale says what share of a row starts in doubt, and the step how
-    many units at most.
+def grade(scores: Tensor, *, share: float, final: float, settings: MaskSettings) -> Tensor:
+    """log_alpha by rank: a `band`, shifted so that the expected share alive of the row is `share`.
 
     Args:
         scores: [..., n], higher is kept.
-        share: expected share alive in each row.
-        settings: scale, step, limit and temperature.
+        share: expected share alive in each row at the first step.
+        final: in the end.
+        settings: share in doubt, limit and temperature.
+
+    Returns:
+        [..., n] log_alpha.
+    """
+    limit = settings.log_alpha_limit
+    graded = band(scores, share=final, first=share, settings=settings).double()
+    certain = graded.abs() >= limit
+    # All saturated would lose the order; 3 % is what the ramp takes back in its first steps.
+    share = min(share, 0.97)
+    high = graded.new_full(graded.shape[:-1], limit + BAND)
+    low = -high
+    for _ in range(60):
+        shift = (low + high) / 2
+        log_alpha = torch.where(certain, graded, graded + shift[..., None]).clamp(-limit, limit)
+        alive = hard_concrete.expected_alive(log_alpha, limit=limit, temperature=settings.temperature)
+        too_low = alive.mean(-1) < share
+        low, high = torch.where(too_low, shift, low), torch.where(too_low, high, shift)
+    return torch.where(certain, graded, graded + ((low + high) / 2)[..., None]).clamp(-limit, limit).float()
+
+
+def band(scores: Tensor, *, share: float, settings: MaskSettings, first: float | None = None) -> Tensor:
+    """log_alpha by rank: linear over the units in doubt around the cut, saturated on either side of them.
+
+    The band is `units_in_doubt` ranks wide, half of it on either side of the cut; with a ramp it reaches from there to
+    the first cut. Within it log_alpha falls by `BAND`. A row that is in doubt as a whole has no saturated units.
+
+    Args:
+        scores: [..., n], higher is kept.
+        share: of the units of a row that is kept in the end.
+        settings: share in doubt and limit.
+        first: share that is kept at first, where a ramp leads from there to `share`.
 
     Returns:
         [..., n] log_alpha.
     """
     units, limit = scores.shape[-1], settings.log_alpha_limit
-    scale = max(settings.warm_start_scale, settings.warm_start_step * units / 2)
-    spread = scale * (1 - 2 * (_ranks(scores) + 0.5) / units)
-    low = torch.full(scores.shape[:-1], -limit - scale, dtype=torch.float64)
-    high = -low
-    # All saturated would lose the order; 3 % is what the ramp takes back in its first steps.
-    share = min(share, 0.97)
-    for _ in range(60):
-        shift = (low + high) / 2
-        log_alpha = (spread + shift[..., None]).clamp(-limit, limit)
-        alive = hard_concrete.expected_alive(log_alpha, limit=limit, temperature=settings.temperature)
-        too_low = alive.mean(-1) < share
-        low, high = torch.where(too_low, shift, low), torch.where(too_low, high, shift)
-    return (spread + ((low + high) / 2)[..., None]).clamp(-limit, limit).float()
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank of each unit in its row from 0, the best, in double precision; ties to the lower index."""
-    order = torch.argsort(scores.float(), dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1).double()
+    width = settings.units_in_doubt(units)
+    top, bottom = share * units - width / 2, (share if first is None else first) * units + width / 2
+    place = ranks(scores) + 0.5
+    graded = BAND * (0.5 - (place - top) / (bottom - top))
+    if width < units:
+        graded = torch.where(place < top, limit, torch.where(place > bottom, -limit, graded))
+    return graded.clamp(-limit, limit).float()

@@ -23,6 +23,7 @@ from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_f
 from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
+from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
@@ -104,6 +105,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
+        doubts=list(_doubts(recipe)),
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -207,6 +209,13 @@ def _require_refit(recipe: Recipe, *, source: Shape) -> None:
     """The weights that stay can be refitted in models of this family, if they are to be."""
     if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
         require_refittable(source.family)
+
+
+def _doubts(recipe: Recipe) -> Iterator[str]:
+    if recipe.prune is not None:
+        per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
+        settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
+        yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
 
 
 def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) -> str | None:

@@ -48,6 +48,7 @@ class Plan:
         weights: initial weight of each domain.
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
+        doubts: what keys say against each other, a sentence each.
         disk, free: bytes that the rest of the run needs at most, and bytes that there are.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     weights: Mapping[str, float]
     largest: Mapping[str, float]
     training: Sequence[TrainingPlan]
+    doubts: Sequence[str]
     disk: int
     free: int
 
@@ -80,6 +82,7 @@ def render(plan: Plan) -> RenderableType:
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
     parts: list[RenderableType] = [shapes, "", *zeros, stages, "", _domains(plan), *map(Text, _repeats(plan)), "", disk]
+    parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]
     if not plan.uniform:
         parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
     return Group(*parts)

@@ -75,6 +75,7 @@ METHODS: dict[str, RaceMethod] = {
         title="learned masks, as published",
         how=Stages(
             overrides=(
+                "prune.estimator=hard_concrete",
                 "prune.initial_masks=open",
                 "prune.sparsity_warmup=20%",  # table 6: 640 of 3,200 steps
                 "prune.freeze=0 steps",

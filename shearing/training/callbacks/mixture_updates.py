@@ -91,4 +91,5 @@ class MixtureUpdates(Callback):
         masking = run.task.masking
         if masking is None:
             return dynamic.parameters
-        return masking.settled_parameters(step=run.step) if self._averages is None else masking.expected_parameters()
+        of = masking.settled_parameters if self._averages is None else masking.expected_parameters
+        return of(step=run.step)

@@ -46,7 +46,7 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     source, target = _shapes(recipe)
     more = run_bytes(recipe, source=source, target=target) - run_bytes(plain, source=source, target=target)
     assert more == 2 * 4 * target.num_parameters()
-    budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}"])
+    budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}", "prune.estimator=hard_concrete"])
     expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
     assert run_bytes(budget, source=source, target=None) == expected
 

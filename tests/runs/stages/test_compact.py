@@ -20,6 +20,7 @@ from shearing.runs.stages.compact import compact
 from shearing.runs.stages.run import run
 
 BUDGET = [
+    "prune.estimator=hard_concrete",
     "target.num_hidden_layers=null",
     "target.hidden_size=null",
     "target.intermediate_size=null",

@@ -58,9 +58,9 @@ class Masking:
         """See `MaskLearner.metrics`."""
         return self.learner.metrics(step=step)
 
-    def expected_parameters(self) -> float:
+    def expected_parameters(self, *, step: int) -> float:
         """See `MaskLearner.expected_parameters`."""
-        return self.learner.expected_parameters()
+        return self.learner.expected_parameters(step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """See `MaskLearner.state_dict`."""

@@ -135,12 +135,12 @@ class Removal(ABC):
 
     def settled_parameters(self, *, step: int) -> int:
         """See `MaskedTraining.settled_parameters`."""
-        del step
-        return int(self.expected_parameters())
+        return int(self.expected_parameters(step=step))
 
     @torch.no_grad()
-    def expected_parameters(self) -> float:
+    def expected_parameters(self, *, step: int) -> float:
         """See `MaskedTraining.expected_parameters`."""
+        del step
         alive = {name: value.double() for name, value in self._alive.items()}
         return float(count_parameters(alive, source=self.source)) if alive else float(self.source.num_parameters())
 

@@ -147,7 +147,9 @@ def test_stages_have_the_sizes_of_their_plan_and_end_at_the_target(stages: int) 
         assert sizes(subject) == left
     assert left == planned(subject.target)
     assert subject.selection().hidden.numel() == 24
-    assert subject.expected_parameters() == subject.target.num_parameters() == subject.settled_parameters(step=12)
+    assert (
+        subject.expected_parameters(step=12) == subject.target.num_parameters() == subject.settled_parameters(step=12)
+    )
 
 
 @given(stages=st.integers(1, 20), layers=st.integers(1, 4), hidden=st.integers(1, 36), units=st.integers(1, 39))
