@@ -58,6 +58,14 @@ class Optimization:
             gradient_clipping=stage.gradient_clipping,
         )
 
+    def height_at(self, step: int) -> float:
+        """How far the learning rate of the step that follows `step` done ones is above its end: 0 there, 1 at the peak.
+
+        A rate that does not fall is measured from 0; one that warms up from below its end is at 0 until it is above.
+        """
+        end = self.final_learning_rate if self.final_learning_rate < 1 else 0.0
+        return max(0.0, (self.learning_rate_at(step) / self.learning_rate - end) / (1 - end))
+
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of the step that follows `step` done ones."""
         if step < self.warmup_steps:

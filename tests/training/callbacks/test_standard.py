@@ -32,6 +32,7 @@ KEYS = [
     "mixture_rule",
     "masks",
     "averages",
+    "objective",
     "random",
 ]
 

@@ -60,6 +60,17 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert _optimization(warmup_steps=0).learning_rate_at(0) == 0.01
 
 
+def test_the_height_of_the_learning_rate_is_1_at_its_peak_and_0_at_its_end() -> None:
+    optimization = _optimization(learning_rate=1.0, total_steps=12, warmup_steps=4, final_learning_rate=0.1)
+    heights = [optimization.height_at(step) for step in range(13)]
+    assert heights[3] == heights[4] == pytest.approx(1.0)
+    assert heights[8] == pytest.approx(0.5)
+    assert heights[12] == pytest.approx(0.0)
+    assert heights[0] == pytest.approx((0.25 - 0.1) / 0.9)
+    constant = _optimization(learning_rate=0.5, warmup_steps=2, final_learning_rate=1.0)
+    assert [constant.height_at(step) for step in range(3)] == pytest.approx([0.5, 1.0, 1.0])
+
+
 def test_steps_equal_plain_adamw_with_clipping() -> None:
     model = _model()
     reference = copy.deepcopy(model)
