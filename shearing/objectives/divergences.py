@@ -34,7 +34,7 @@ def divergence_of(name: str, *, top_k: int) -> Divergence:
         top_k: K, of the kind that keeps only some tokens.
     """
     function = resolve_name(DIVERGENCES[name].home)
-    return partial(function, top_k=top_k) if DIVERGENCES[name].keeps_some else function  # type: ignore[no-any-return]
+    return partial(function, top_k=top_k) if DIVERGENCES[name].keeps_some else function
 
 
 def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, scratch: Scratch) -> Tensor:
