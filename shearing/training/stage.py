@@ -152,8 +152,18 @@ class MaskedTraining(Protocol):
         """
         ...
 
-    def settle(self) -> None:
-        """Put the masks into the model as they would be in the end: without noise, at the target shape."""
+    def settle(self, *, step: int) -> None:
+        """Put the masks into the model without noise, at the size that they are to have at `step`.
+
+        Once the masks are fixed that is the target's, and they stay as they are.
+
+        Args:
+            step: optimiser steps done.
+        """
+        ...
+
+    def settled_parameters(self, *, step: int) -> int:
+        """Parameters of the model that `settle` leaves, embeddings included."""
         ...
 
     def metrics(self, *, step: int) -> dict[str, Tensor]:

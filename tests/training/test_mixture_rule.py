@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from shearing.data.mixture.online import MINIMUM_OBSERVATIONS
 from shearing.models.loading import load_config
-from shearing.models.shape import resolve_target
+from shearing.models.shape import Shape, resolve_target
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.compact import compact
@@ -45,6 +46,24 @@ def _updates(run_dir: Path, stage: str = "prune") -> list[dict[str, Any]]:
     return [{key: line[key] for key in ("losses", "reference", "weights")} for line in lines if "event" in line]
 
 
+def _on_the_way(source: Shape, target: Shape, *, share: float) -> int:
+    """Parameters of a model with each size that far from the source's to the target's."""
+
+    def size(name: str) -> int:
+        before, after = getattr(source, name), getattr(target, name)
+        return max(1, round(before + (after - before) * share))
+
+    groups = size("num_key_value_heads")
+    return dataclasses.replace(
+        source,
+        num_hidden_layers=size("num_hidden_layers"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_key_value_heads=groups,
+        num_attention_heads=groups * size("query_heads_per_group"),
+    ).num_parameters()
+
+
 def _quiet(recipe: Recipe) -> RunContext:
     return RunContext(recipe, console=Console(file=io.StringIO()))
 
@@ -70,7 +89,15 @@ def test_a_rule_that_remembers_goes_on_where_it_was(
     ]
     kept = read_state(ends[0], "state")["mixture_rule"]
     sizes = [observation["parameters"] for observation in kept["observations"]]
-    target = resolve_target(whole.target, source=load_config(whole.model.source)).num_parameters()
+    config = load_config(whole.model.source)
+    source_shape, target_shape = Shape.of(config), resolve_target(whole.target, source=config)
+    target = target_shape.num_parameters()
+    # Losses go with the size they were measured at: whole units, on the way from the source to the target.
+    assert sizes == [
+        _on_the_way(source_shape, target_shape, share=min(1.0, observation["tokens"] / tokens_of_ramp))
+        for tokens_of_ramp in [6 * kept["observations"][0]["tokens"]]
+        for observation in kept["observations"]
+    ]
     assert sizes[0] > sizes[-1] == target
 
     for stage in (compact, pretrain):

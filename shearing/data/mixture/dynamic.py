@@ -66,7 +66,7 @@ class DynamicMixture:
             weights: current weights.
             losses: loss of each domain now, in nats.
             reference: of the same text; None: that of all updates.
-            parameters: expected size of the model now, embeddings included.
+            parameters: size of the model that the losses are of, embeddings included.
             tokens: trained on in this stage.
             state: that the update before left.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -60,6 +61,11 @@ class Constraint:
             return {g.name: g.units * shares[g.name] for g in self._granularities}
         full = self._source.num_parameters()
         return {CONSTRAINT: full * self._at(step, final=self._target.parameters / full)}
+
+    def granularities_at(self, *, step: int) -> tuple[Granularity, ...]:
+        """What is masked, with the units to keep at `step`, in whole units; for a shape."""
+        targets = self.targets(step=step)
+        return tuple(dataclasses.replace(g, target=max(1, round(targets[g.name]))) for g in self._granularities)
 
     def violations(self, alive: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Constraint -> share alive minus the share to be alive at `step`: one value a row, or one for a budget.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shearing.errors import ShearingError
 from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
@@ -28,11 +30,14 @@ from shearing.pruning.structured.parameter_budget import (
     round_to_budget,
     uniform_shape,
 )
-from shearing.pruning.structured.rounding import round_to_target, shape_of
+from shearing.pruning.structured.rounding import changed_units, round_to_target, shape_of
 from shearing.pruning.structured.starts import graded_start, open_start
 
 # Below any difference of log_alpha that learning makes.
 _TIE = 1e-4
+
+OPEN = "open"
+"""Said instead of a number of changed units, where the start chose none."""
 
 
 class MaskLearner:
@@ -72,13 +77,18 @@ class MaskLearner:
         else:
             shares = self._constraint.shares(step=0)
             start = graded_start(scores, granularities=self.granularities, shares=shares, settings=settings)
+        self._start = None if scores is None else start
         self._order = {name: order.to(self.device) for name, order in start.order.items()}
         self._fixed: dict[str, Tensor] | None = None
         self.log_alpha = nn.ParameterDict(
-            {name: nn.Parameter(value.float()) for name, value in start.log_alpha.items()}
+            {name: nn.Parameter(value.clone()) for name, value in start.log_alpha.items()}
         )
         self.lagrangian = Lagrangian(self._constraint.rows, quadratic_penalty=settings.quadratic_penalty)
         self._modules = nn.ModuleList([self.log_alpha, self.lagrangian]).to(device)
+        self._in_doubt = {
+            name: torch.zeros(value.shape, dtype=torch.bool, device=device) for name, value in self.log_alpha.items()
+        }
+        self._reached: dict[str, Tensor] = {}
         masks, multipliers = list(self.log_alpha.parameters()), list(self.lagrangian.parameters())
         groups = [
             {"params": masks, "lr": settings.mask_learning_rate},
@@ -116,24 +126,41 @@ class MaskLearner:
         """
         return as_masks(self._final())
 
+    def masks_at(self, *, step: int) -> Masks:
+        """Binary masks without noise of the size of `step`, which `targets` says; from `freeze_step` on the final ones.
+
+        While a budget shrinks, layers may differ in size even where the result is to be uniform.
+        """
+        return as_masks(self._at(step))
+
     def fix_final_masks(self) -> dict[str, Tensor]:
         """Fixes the final masks, once; by granularity. Later calls return the same."""
         self._fixed = self._final()
         return self._fixed
 
     def _final(self) -> dict[str, Tensor]:
-        return self._rounded_now() if self._fixed is None else self._fixed
+        return self._rounded(dict(self.log_alpha), step=self._last_step) if self._fixed is None else self._fixed
+
+    def _at(self, step: int) -> dict[str, Tensor]:
+        if self._fixed is not None or step >= self.settings.freeze_step:
+            return self._final()
+        return self._rounded(dict(self.log_alpha), step=step)
+
+    @property
+    def _last_step(self) -> int:
+        """A step at which the constraint asks for the target, even where the stage ends before its ramp."""
+        return max(self.settings.total_steps, self.settings.sparsity_warmup_steps)
 
     @torch.no_grad()
-    def _rounded_now(self) -> dict[str, Tensor]:
+    def _rounded(self, log_alpha: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
+        """The best units of every row, as many as the constraint asks for at `step`."""
         # Among units at the limit of log_alpha the order they started in decides.
-        scores = {name: value - _TIE * self._order.get(name, 0.0) for name, value in self.log_alpha.items()}
+        scores = {name: value - _TIE * self._order[name] for name, value in log_alpha.items()}
         if isinstance(self.target, Shape):
-            return round_to_target(scores, granularities=self.granularities)
-        masks = round_to_budget(
-            scores, granularities=self.granularities, source=self.source, parameters=self.target.parameters
-        )
-        if self.target.uniform:
+            return round_to_target(scores, granularities=self._constraint.granularities_at(step=step))
+        parameters = round(self._constraint.targets(step=step)[CONSTRAINT])
+        masks = round_to_budget(scores, granularities=self.granularities, source=self.source, parameters=parameters)
+        if self.target.uniform and parameters == self.target.parameters:
             shape = uniform_shape(masks, source=self.source, budget=self.target)
             names = [g.name for g in self.granularities]
             rounded = round_to_target(scores, granularities=granularities_of(names, source=self.source, target=shape))
@@ -169,6 +196,11 @@ class MaskLearner:
             return float(self.source.num_parameters())
         return float(count_parameters({name: value.double() for name, value in alive.items()}, source=self.source))
 
+    def parameters_at(self, *, step: int) -> int:
+        """Parameters of the model that `masks_at` leaves, embeddings included."""
+        masks = {name: value.double() for name, value in self._at(step).items()}
+        return int(count_parameters(masks, source=self.source)) if masks else self.source.num_parameters()
+
     def violations(self, *, step: int) -> dict[str, Tensor]:
         """Expected share alive minus the target's share at `step`: one value a row, or one for a budget."""
         return self._constraint.violations(self.expected(), step=step)
@@ -182,19 +214,19 @@ class MaskLearner:
     def sum_gradients(self, *, scale: float = 1.0) -> None:
         """Add up over processes what the step's micro-batches left, in one exchange; before the penalty's gradient.
 
-        The penalty is the same on every process and counts once.
+        The penalty is the same on every process and counts once. Which units the loss reached is noted here.
 
         Args:
             scale: factor that the engine put on losses, and so on these gradients.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        if not parameters or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        torch.distributed.all_reduce(flat)
-        flat /= scale
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+        if parameters and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+            torch.distributed.all_reduce(flat)
+            flat /= scale
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = part.view_as(p)
+        self._reached = {name: value.grad != 0 for name, value in self.log_alpha.items() if value.grad is not None}
 
     def optimizer_step(self, *, step: int, skip: Tensor | None = None) -> None:
         """One AdamW step of masks (descent) and multipliers (ascent).
@@ -207,6 +239,9 @@ class MaskLearner:
             return
         for group, rate in zip(self.optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
+        for name, reached in self._reached.items():
+            self._in_doubt[name] |= reached if skip is None else reached & ~skip.bool()
+        self._reached = {}
         optimizer: Any = self.optimizer
         optimizer.grad_scale = None
         optimizer.found_inf = None if skip is None else skip.to(torch.float32).reshape(())
@@ -250,12 +285,16 @@ class MaskLearner:
 
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
-        """What was learned, on the host: expected against target sizes, and the rounding gap.
+        """What was learned, on the host: expected against target sizes, units changed and in doubt, the rounding gap.
 
         The rounding gap of a granularity is the number of units that rounding to the target flips against the
-        mask's own decision (its median draw above one half).
+        mask's own decision (its median draw above one half). `changed_from_start` are units that the final masks keep
+        and the start, rounded in the same way, would not (`changed_units`); `OPEN` where it chose none.
+        `ever_in_doubt` are those whose mask the loss ever had a gradient for, in a step that counted: nothing else
+        can move a unit past its neighbours.
         """
         final = self._final()
+        changed = self._changed_from_start(final)
         alive = self.expected()
         targets = self.targets(step=self.settings.total_steps)
         result: dict[str, Any] = {}
@@ -268,21 +307,33 @@ class MaskLearner:
                 "target": targets.get(g.name, float(final[g.name].sum(-1).mean())),
                 "kept": float(final[g.name].sum(-1).mean()),
                 "largest_violation": float((alive[g.name].mean(-1) - final[g.name].mean(-1)).abs().max()),
+                "changed_from_start": changed.get(g.name, OPEN),
+                "ever_in_doubt": int(self._in_doubt[g.name].sum()),
                 "rounding_gap": flipped,
                 "total_units": own.numel(),
             }
         return result
+
+    def _changed_from_start(self, final: Mapping[str, Tensor]) -> dict[str, int]:
+        if self._start is None:
+            return {}
+        # A start with no uniform shape near it chooses none, whatever is learned from it.
+        with suppress(ShearingError):
+            log_alpha = {name: value.to(self.device) for name, value in self._start.log_alpha.items()}
+            return changed_units(final, self._rounded(log_alpha, step=self._last_step))
+        return {}
 
     def parameters(self) -> list[nn.Parameter]:
         """log_alpha of every granularity, then the multipliers."""
         return list(self._modules.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """log_alpha, multipliers, the optimiser's moments and the final masks once they are fixed."""
+        """log_alpha, multipliers, the optimiser's moments, units in doubt so far and the final masks once fixed."""
         return {
             "log_alpha": {name: value.detach() for name, value in self.log_alpha.items()},
             "lagrangian": self.lagrangian.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "in_doubt": self._in_doubt,
             "frozen": self._fixed,
         }
 
@@ -294,6 +345,9 @@ class MaskLearner:
         self.lagrangian.load_state_dict(state["lagrangian"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+        # A checkpoint of a version that did not count has no such entry.
+        for name, value in state.get("in_doubt", {}).items():
+            self._in_doubt[name].copy_(value)
         fixed = state["frozen"]
         self._fixed = fixed and {name: mask.to(self.log_alpha[name].device) for name, mask in fixed.items()}
 

@@ -46,9 +46,13 @@ class Masking:
         self.learner.optimizer_step(step=step, skip=skip)
         return skip
 
-    def settle(self) -> None:
+    def settle(self, *, step: int) -> None:
         """See `MaskedTraining.settle`."""
-        self.model.set_masks(self.learner.final_masks())
+        self.model.set_masks(self.learner.masks_at(step=step))
+
+    def settled_parameters(self, *, step: int) -> int:
+        """See `MaskLearner.parameters_at`."""
+        return self.learner.parameters_at(step=step)
 
     def metrics(self, *, step: int) -> dict[str, Tensor]:
         """See `MaskLearner.metrics`."""

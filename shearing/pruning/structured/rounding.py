@@ -23,6 +23,61 @@ def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tup
     return masks, Selection.of(masks, source=source, target=target)
 
 
+def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> Masks:
+    """The best heads and intermediate units of all layers in one ranking: sizes by layer, as many parameters.
+
+    What FLAP (arXiv 2312.11983, AL-AM) does with the heads and units of the layers that stay. Layers and hidden
+    dimensions go as in `select`; of heads and units, whichever the target shrinks, those of the highest scores stay as
+    long as their parameters fit into those that the target has for them. The best unit of every row always stays. Where
+    KV groups go, groups are ranked, and their query heads go as in `select`.
+
+    Args:
+        scores: comparable across layers, and between heads and units; see `MetricFacts.across_layers`.
+        source, target: the sizes; the target's number of parameters is reached to less than one intermediate unit, or
+            one head where no units go, and never exceeded but by the units that always stay.
+
+    Returns:
+        Binary masks with rows of unequal size: for a `MaskedModel`, as no ordinary config holds them.
+    """
+    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    z = round_to_target(scores, granularities=granularities)
+    layers = z.get("layers", torch.ones(source.num_hidden_layers))
+    ranked = [name for name in ("kv_groups", "query_heads", "intermediate") if name in z]
+    ranked = [name for name in ranked if not (name == "query_heads" and "kv_groups" in ranked)]
+    costs = _parameters_of_units(target)
+    budget, values, places = 0, [], []
+    for name in ranked:
+        of_layers = layers.view(-1, *[1] * (z[name].ndim - 1)).expand_as(z[name]) > 0
+        budget += costs[name] * int(z[name][of_layers].sum())
+        best = (top_k(scores[name], keep=1) > 0) & of_layers
+        budget -= costs[name] * int(best.sum())
+        z[name] = best.float()
+        others = (of_layers & ~best).nonzero()
+        values.append(scores[name][tuple(others.T)].double())
+        places += [(name, tuple(place)) for place in others.tolist()]
+    for index in torch.cat(values).argsort(descending=True, stable=True).tolist() if values else ():
+        name, place = places[index]
+        if costs[name] <= budget:
+            z[name][place] = 1.0
+            budget -= costs[name]
+    return as_masks(z)
+
+
+def _parameters_of_units(shape: Shape) -> dict[str, int]:
+    """Parameters that one more unit adds to a layer of this shape."""
+    attention, mlp = shape.layer_parameters()
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    more = {
+        "kv_groups": {"num_key_value_heads": groups + 1, "num_attention_heads": heads + heads // groups},
+        "query_heads": {"num_attention_heads": heads + 1},
+        "intermediate": {"intermediate_size": shape.intermediate_size + 1},
+    }
+    return {
+        name: sum(dataclasses.replace(shape, **sizes).layer_parameters()) - attention - mlp
+        for name, sizes in more.items()
+    }
+
+
 def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:
     """Binary masks with exactly the target's number of units in each row.
 
@@ -85,6 +140,28 @@ def alternating(attention: Tensor, mlp: Tensor, *, keep: int) -> tuple[Tensor, T
             count -= 1
     pairs = kept.view(num_layers, 2).to(attention.device)
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+
+def changed_units(kept: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, int]:
+    """Units that one choice keeps and the one before would not, by granularity; so a swap of two counts once.
+
+    Each row is compared with the same row; rows count that the later choice keeps, as what goes with its layer or its
+    group was not chosen.
+
+    Args:
+        kept: binary masks by granularity.
+        start: likewise, of the choice before.
+    """
+    masks, changed = as_masks(kept), {}
+    for name, mask in kept.items():
+        gained = (mask > 0) & (start[name].to(mask.device) == 0)
+        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, "intermediate": masks.mlp}.get(name)
+        if layers is not None:
+            gained &= (layers > 0).view(-1, *[1] * (gained.ndim - 1))
+        if name == "query_heads" and masks.kv_groups is not None:
+            gained &= (masks.kv_groups > 0)[..., None]
+        changed[name] = int(gained.sum())
+    return changed
 
 
 def shape_of(masks: Masks, *, source: Shape) -> Shape:

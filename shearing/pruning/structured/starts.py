@@ -20,8 +20,8 @@ class Start:
 
     Attributes:
         log_alpha: by granularity.
-        order: by granularity, rank of each unit in its row from 0, the best, over the length of the row; empty where
-            all units start alike.
+        order: by granularity, rank of each unit in its row from 0, the best, over the length of the row; by chance
+            where all units start alike, so that those of a low index are not kept for it.
     """
 
     log_alpha: dict[str, Tensor]
@@ -30,7 +30,11 @@ class Start:
 
 def open_start(granularities: Sequence[Granularity], *, settings: MaskSettings) -> Start:
     """Every unit as open as it can be: the paper's."""
-    return Start({g.name: torch.full(g.size, settings.log_alpha_limit) for g in granularities}, {})
+    generator = torch.Generator().manual_seed(settings.seed)
+    return Start(
+        {g.name: torch.full(g.size, settings.log_alpha_limit) for g in granularities},
+        {g.name: _ranks(torch.rand(g.size, generator=generator)).float() / g.units for g in granularities},
+    )
 
 
 def graded_start(

@@ -366,19 +366,23 @@ def _summary_table(summary: Mapping[str, Any], cut: Mapping[str, Any]) -> dict[s
     if not names:
         return None
     figures = {key: summary[key] for key in ("units", "target", "expected") if key in summary}
-    gaps, totals = summary["rounding_gap"], summary.get("total_units", {})
+    # A run of a version that did not count has none of the first two.
+    counts = [key for key in ("changed_from_start", "ever_in_doubt", "rounding_gap") if key in summary]
+    totals = summary.get("total_units", {})
     rows = []
     for name in names:
         cells = [_short(values[name]) if name in values else "–" for values in figures.values()]
-        gap = f"{gaps[name]:,} of {totals[name]:,}" if name in totals else f"{gaps[name]:,}"
-        rows.append((_words(name), [*cells, gap]))
+        of_all = f" of {totals[name]:,}" if name in totals else ""
+        found = [summary[key][name] for key in counts]
+        cells += [count if isinstance(count, str) else f"{count:,}{of_all}" for count in found]
+        rows.append((_words(name), cells))
     facts = []
     losses = [value for value in summary.get("heldout", {}).get("before_cutting", {}).values() if _is_number(value)]
     if losses:
         facts.append(("mean held-out loss under the final masks", f"{sum(losses) / len(losses):.3f}"))
     if _is_number(cut.get("relative_logit_difference")):
         facts.append(("relative difference of logits, masked and cut", f"{cut['relative_logit_difference']:.1e}"))
-    return {"columns": [*figures, "rounding gap"], "rows": rows, "facts": facts}
+    return {"columns": [key.replace("_", " ") for key in (*figures, *counts)], "rows": rows, "facts": facts}
 
 
 def _colour(index: int) -> Colour:

@@ -23,7 +23,7 @@ from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.parameter_budget import ParameterBudget
@@ -54,8 +54,9 @@ def prune(context: RunContext) -> dict[str, Any]:
         context: of the run; each of its processes calls this.
 
     Returns:
-        The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation
-        and `rounding_gap` (units that rounding to the target flipped); `heldout`: loss of each domain under the
+        The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation,
+        `changed_from_start` and `ever_in_doubt` (units, see `MaskLearner.summary`) and `rounding_gap` (units that
+        rounding to the target flipped); `heldout`: loss of each domain under the
         final masks, before cutting; `samples`: sequences drawn from each domain; `steps` and `tokens`.
 
     Raises:
@@ -134,13 +135,22 @@ def _finish(
             "rule_memory": trained.mixture_rule.get("memory", {}),
         },
     )
-    gaps = {
-        f"{name}, kept of {summary['units'][name]}": f"{kept:g} (expected {summary['expected'][name]:.2f}), "
-        f"{summary['rounding_gap'][name]} units flipped in rounding"
-        for name, kept in summary["kept"].items()
+    learned = {
+        f"{name}, kept of {summary['units'][name]}": _learned(summary, name=name) for name in summary.get("kept", {})
     }
-    print_summary("prune", trained.totals, console=context.console, rows=gaps)
+    print_summary("prune", trained.totals, console=context.console, rows=learned)
     return summary
+
+
+def _learned(summary: Mapping[str, Any], *, name: str) -> str:
+    """What became of a granularity, in words."""
+    changed = summary["changed_from_start"][name]
+    return (
+        f"{summary['kept'][name]:g} (expected {summary['expected'][name]:.2f}), "
+        f"{'started open' if changed == OPEN else f'{changed:,} changed from the start'}, "
+        f"{summary['ever_in_doubt'][name]:,} of {summary['total_units'][name]:,} ever in doubt, "
+        f"{summary['rounding_gap'][name]:,} flipped in rounding"
+    )
 
 
 def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:

@@ -1,4 +1,4 @@
-"""Held-out losses: of the model as it is now, under the masks as they would be in the end."""
+"""Held-out losses: of the model as it is now, under masks without noise of the size of the step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure_held_out(run: Run, *, name: str) -> dict[str, float]:
     """
     task, model = run.task, run.model
     if task.masking is not None:
-        task.masking.settle()
+        task.masking.settle(step=run.step)
 
     def forward(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
         with torch.no_grad(), task.engine.autocast():

@@ -62,6 +62,11 @@ class MixtureUpdates(Callback):
         if self._beside_teacher is not None:
             self._beside_teacher.load_state_dict(state["averages"])
 
+    @property
+    def _measures(self) -> bool:
+        """Whether updates go by held-out losses."""
+        return self._averages is None and self._beside_teacher is None
+
     def _update(self, run: Run, dynamic: DynamicMixture) -> None:
         run.report()
         started = time.monotonic()
@@ -73,14 +78,14 @@ class MixtureUpdates(Callback):
             losses = self._averages.losses
         else:
             losses = measure_held_out(run, name="held-out losses")
-        masking = run.task.masking
+        parameters = self._parameters(run, dynamic)
         # On one process: whatever its arithmetic, all of them go on with the same weights.
         update = run.task.processes.on_main(
             lambda: dynamic.update(
                 run.prefetcher.weights,
                 losses=losses,
                 reference=reference,
-                parameters=dynamic.parameters if masking is None else masking.expected_parameters(),
+                parameters=parameters,
                 tokens=run.tokens,
                 state=self.rule,
             )
@@ -92,10 +97,17 @@ class MixtureUpdates(Callback):
                 "step": run.step,
                 "event": "mixture",
                 "losses": losses,
-                "losses_from": "heldout" if self._averages is None and self._beside_teacher is None else "training",
+                "losses_from": "heldout" if self._measures else "training",
                 "reference": update.reference,
                 "weights": update.weights,
                 "first_sample": first_sample,
                 "seconds": time.monotonic() - started,
             }
         )
+
+    def _parameters(self, run: Run, dynamic: DynamicMixture) -> float:
+        """Size of the model whose losses an update goes by: as measured, or while it was trained."""
+        masking = run.task.masking
+        if masking is None:
+            return dynamic.parameters
+        return masking.settled_parameters(step=run.step) if self._measures else masking.expected_parameters()

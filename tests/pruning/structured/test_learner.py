@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from shearing.errors import ShearingError
-from shearing.models.masked import MaskedModel
+from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.pruning.structured import hard_concrete
 from shearing.pruning.structured.importance.chance import random_scores
-from shearing.pruning.structured.learner import MaskLearner
+from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.parameter_budget import CONSTRAINT, ParameterBudget, count_parameters
 from shearing.pruning.structured.recipe import PruneRecipe
@@ -200,6 +200,104 @@ def test_frozen_masks_are_binary_stay_and_cost_no_penalty():
     subject.optimizer_step(step=2)
     assert all(torch.equal(value, before[name]) for name, value in subject.log_alpha.items())
     assert torch.equal(subject.sample(step=9, draw=5).hidden, frozen.hidden)
+
+
+def sizes_of(masks: Masks) -> dict[str, set[int]]:
+    """Units that are kept in each row, by granularity."""
+    by_name = {"layers": masks.attention, **{name: getattr(masks, name) for name in GRANULARITIES[1:]}}
+    return {name: set(mask.sum(-1).flatten().int().tolist()) for name, mask in by_name.items()}
+
+
+@pytest.mark.parametrize("scores", [None, random_scores(SOURCE, seed=0)], ids=["open", "graded"])
+def test_masks_have_the_size_of_their_step_and_in_the_end_the_targets(scores):
+    start = {"initial_masks": "open"} if scores is None else {}
+    subject = learner(scores=scores, **start, sparsity_warmup=20, freeze=5)
+    for step in range(41):
+        targets = subject.targets(step=step if step < 35 else 40)
+        assert sizes_of(subject.masks_at(step=step)) == {name: {round(units)} for name, units in targets.items()}
+    assert sizes_of(subject.masks_at(step=10))["hidden"] == {30}
+    assert sizes_of(subject.final_masks()) == sizes_of(subject.masks_at(step=35)) == sizes_of(subject.masks_at(step=20))
+    unfinished = learner(scores=scores, **start, sparsity_warmup=80, freeze=5)
+    assert sizes_of(unfinished.masks_at(step=34))["hidden"] == {31}
+    assert sizes_of(unfinished.masks_at(step=35))["hidden"] == {24}
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_masks_of_a_budget_have_the_parameters_of_their_step(uniform):
+    accepts = lambda shape: shape.hidden_size % shape.num_attention_heads == 0  # noqa: E731
+    budget = ParameterBudget(12_000, uniform=uniform, accepts=accepts)
+    subject = learner(target=budget, initial_masks="open", sparsity_warmup=20, freeze=5)
+    left = [subject.parameters_at(step=step) for step in range(41)]
+    assert left[0] == SOURCE.num_parameters()
+    assert left == sorted(left, reverse=True)
+    shallower = dataclasses.replace(SOURCE, num_hidden_layers=SOURCE.num_hidden_layers - 1)
+    layer = SOURCE.num_parameters() - shallower.num_parameters()  # the largest unit
+    for step, parameters in enumerate(left):
+        wanted = subject.targets(step=step)[CONSTRAINT]
+        assert wanted - layer < parameters <= round(wanted), step
+        masks = subject.masks_at(step=step).tensors()
+        binary = {**{name: masks[name] for name in GRANULARITIES[1:]}, "layers": masks["attention"]}
+        assert parameters == int(count_parameters(binary, source=SOURCE))
+    final = subject.final_masks().tensors()
+    assert all(torch.equal(value, final[name]) for name, value in subject.masks_at(step=20).tensors().items())
+
+
+def test_units_that_are_alike_go_by_chance_and_by_the_seed():
+    first, again, other = (learner(**PAPER, sparsity_warmup=20, seed=seed) for seed in (0, 0, 1))
+    kept = [subject.masks_at(step=10) for subject in (first, again, other)]
+    assert torch.equal(kept[0].hidden, kept[1].hidden)
+    assert not torch.equal(kept[0].hidden, kept[2].hidden)
+    assert kept[0].hidden[:30].sum() < 30
+    assert len({tuple(row.tolist()) for row in kept[0].intermediate}) == SOURCE.num_hidden_layers
+
+
+def test_what_changed_from_the_start_is_counted_once_a_swap_where_it_is_kept():
+    scores = random_scores(SOURCE, seed=0)
+    subject = learner(scores=scores)
+    assert {row["changed_from_start"] for row in subject.summary().values()} == {0}
+    layers = subject.final_masks().attention
+    kept, gone = int(layers.argmax()), int(layers.argmin())
+
+    def swap(name: str, row: tuple[int, ...], count: int) -> None:
+        values = subject.log_alpha[name].data[row]
+        order = values.argsort(descending=True)
+        target = next(g.target for g in subject.granularities if g.name == name)
+        inside, outside = order[target - count : target], order[target : target + count]
+        values[inside], values[outside] = values[outside].clone(), values[inside].clone()
+
+    swap("hidden", (), 3)
+    swap("intermediate", (kept,), 2)
+    swap("intermediate", (gone,), 5)
+    changed = {name: row["changed_from_start"] for name, row in subject.summary().items()}
+    assert changed == {"layers": 0, "kv_groups": 0, "query_heads": 0, "intermediate": 2, "hidden": 3}
+    subject.fix_final_masks()
+    resumed = learner(scores=scores)
+    resumed.load_state_dict(subject.state_dict())
+    assert resumed.summary() == subject.summary()
+    assert {row["changed_from_start"] for row in learner(**PAPER).summary().values()} == {OPEN}
+
+
+def test_in_doubt_is_what_the_loss_had_a_gradient_for_in_steps_that_counted():
+    scores = random_scores(SOURCE, seed=0)
+    subject, resumed = learner(scores=scores), learner(scores=scores)
+    doubted = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in subject.granularities}
+    for step in range(12):
+        draws = [subject.sample(step=step, draw=draw) for draw in range(2)]
+        for masks in draws:
+            sum(value.sum() for value in masks.tensors().values()).backward()
+        subject.sum_gradients()
+        subject.penalty(step=step).backward()
+        subject.optimizer_step(step=step, skip=torch.tensor(step % 3 == 1))
+        for name in doubted if step % 3 != 1 else ():
+            for masks in draws:
+                z = masks.attention if name == "layers" else getattr(masks, name)
+                doubted[name] |= (z > 0) & (z < 1)
+        if step == 5:
+            resumed.load_state_dict(subject.state_dict())
+            assert resumed.summary() == subject.summary()
+    counted = {name: row["ever_in_doubt"] for name, row in subject.summary().items()}
+    assert counted == {name: int(units.sum()) for name, units in doubted.items()}
+    assert 0 < counted["intermediate"] < doubted["intermediate"].numel()
 
 
 def test_resuming_is_exact():

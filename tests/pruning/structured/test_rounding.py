@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from shearing.pruning.structured.rounding import alternating, top_k
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.chance import random_scores
+from shearing.pruning.structured.rounding import alternating, select, select_across_layers, top_k
+from tests.models.tiny import tiny_ids, tiny_model
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
@@ -44,3 +50,68 @@ def test_alternating_finds_the_best_order_that_an_ordinary_layer_has(layers, dat
     assert abs(float((a * attention).sum() + (m * mlp).sum()) - best) < 1e-4
     for first, second in zip(a.nonzero().flatten().tolist(), m.nonzero().flatten().tolist(), strict=True):
         assert first <= second
+
+
+def parameters_under(masks: Masks, *, source: Shape, hidden: int) -> int:
+    """Parameters of the heads and units that masks leave, counted weight by weight, for a plain Llama."""
+    total, G = 0, source.query_heads_per_group
+    for layer in range(source.num_hidden_layers):
+        if masks.mlp is not None and not masks.mlp[layer]:
+            continue
+        units = source.intermediate_size if masks.intermediate is None else int(masks.intermediate[layer].sum())
+        groups = torch.ones(source.num_key_value_heads) if masks.kv_groups is None else masks.kv_groups[layer]
+        heads = torch.ones(len(groups), G) if masks.query_heads is None else masks.query_heads[layer]
+        total += 3 * units * hidden + 2 * int(groups.sum()) * source.head_dim * hidden
+        total += 2 * int((heads * groups[:, None]).sum()) * source.head_dim * hidden
+    return total
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"intermediate_size": 20},
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 17},
+        {"num_attention_heads": 2, "num_key_value_heads": 2},
+        {"num_attention_heads": 3, "intermediate_size": 33, "num_hidden_layers": 3, "hidden_size": 30},
+    ],
+)
+def test_across_layers_the_best_stay_as_long_as_the_parameters_of_the_target_last(sizes: dict[str, int]) -> None:
+    source = Shape.of(tiny_model("llama").config)
+    target = dataclasses.replace(source, **sizes)
+    scores = random_scores(source, seed=1)
+    scores["intermediate"] *= torch.tensor([0.2, 1.0, 3.0, 0.0])[:, None]
+    masks = select_across_layers(scores, source=source, target=target)
+    uniform, _ = select(scores, source=source, target=target)
+    for name in ("hidden", "attention", "mlp"):
+        mine, other = getattr(masks, name), getattr(uniform, name)
+        assert (mine is None and other is None) or torch.equal(mine, other)
+    wanted = parameters_under(uniform, source=source, hidden=target.hidden_size)
+    left = wanted - parameters_under(masks, source=source, hidden=target.hidden_size)
+    smallest = 3 if "intermediate_size" in sizes else 2 * source.head_dim * (2 if "num_key_value_heads" in sizes else 1)
+    assert 0 <= left < smallest * target.hidden_size
+    if "intermediate_size" in sizes:
+        kept, mask = torch.ones(4) if masks.mlp is None else masks.mlp, masks.intermediate
+        assert mask is not None
+        stays = (mask > 0) & (kept > 0)[:, None]
+        goes = (mask == 0) & (kept > 0)[:, None]
+        others = stays & (top_k(scores["intermediate"], keep=1) == 0)
+        assert scores["intermediate"][goes].max() < scores["intermediate"][others].min()
+        assert (stays.sum(1)[kept > 0] >= 1).all()
+        assert len(stays.sum(1).unique()) > 1
+
+
+def test_what_is_selected_across_layers_can_be_computed_with() -> None:
+    model = tiny_model("llama")
+    source = Shape.of(model.config)
+    target = dataclasses.replace(source, num_attention_heads=3, intermediate_size=10, num_hidden_layers=3)
+    subject = MaskedModel(model)
+    subject.set_masks(select_across_layers(random_scores(source, seed=0), source=source, target=target))
+    with torch.no_grad():
+        assert subject(tiny_ids()).isfinite().all()
+
+
+def test_a_target_that_is_the_source_leaves_everything() -> None:
+    source = Shape.of(tiny_model("llama").config)
+    masks = select_across_layers(random_scores(source, seed=0), source=source, target=source)
+    assert masks.tensors() == {}

@@ -134,6 +134,8 @@ def write_run(folder: Path) -> Path:
         "target": kept,
         "expected": {name: size * 0.71 for name, size in SIZES.items()},
         "kept": kept,
+        "changed_from_start": {name: 123 if name == "hidden" else "open" for name in SIZES},
+        "ever_in_doubt": dict.fromkeys(SIZES, 6_789),
         "rounding_gap": dict.fromkeys(SIZES, 12_345),
         "total_units": dict.fromkeys(SIZES, 46_080),
         "heldout": {"before_cutting": dict.fromkeys(DOMAINS, 4.321)},
@@ -152,7 +154,16 @@ def text_of(run: Path) -> str:
 
 def test_a_complete_run_fills_every_section(page: str) -> None:
     assert 'class="absent"' not in page
-    for words in ("12,345 of 46,080", "4.321", "2.5e-07", "20 of 30 layers, 480 of 576 hidden", "2 steps skipped"):
+    for words in (
+        "12,345 of 46,080",
+        "123 of 46,080",
+        "<td>open</td>",
+        "6,789 of 46,080",
+        "4.321",
+        "2.5e-07",
+        "20 of 30 layers, 480 of 576 hidden",
+        "2 steps skipped",
+    ):
         assert words in page
     assert page.count("<svg") == 1 + len(DOMAINS) + 1 + 3 * len(SIZES) + 1 + 2
 

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 
 from shearing.errors import ShearingError
+from shearing.models.masked import MaskedModel, Masks
+from shearing.pruning.structured.masking import Masking
 from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.callbacks.non_finite import NonFiniteGuard
 from shearing.training.checkpoints.state import read_state
@@ -35,6 +37,40 @@ KEYS = [
     "objective",
     "random",
 ]
+
+
+class Measured(Callback):
+    """Sizes of the masks under which each step's held-out losses are measured."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[tuple[dict[str, int], dict[str, float]]] = []
+        self._masks = Masks()
+        set_masks = MaskedModel.set_masks
+
+        def spied(model: MaskedModel, masks: Masks | None) -> None:
+            self._masks = masks or Masks()
+            set_masks(model, masks)
+
+        patch.setattr(MaskedModel, "set_masks", spied)
+
+    def _note(self, run: Run) -> None:
+        assert isinstance(run.task.masking, Masking)
+        masks = {"layers": self._masks.attention, **self._masks.tensors()}
+        sizes = {}
+        for name in ("layers", "hidden", "intermediate"):
+            mask = masks[name]
+            assert mask is not None
+            [sizes[name]] = {int(count) for count in mask.sum(-1).flatten()}
+        self.sizes.append((sizes, run.task.masking.learner.targets(step=run.step)))
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        run.report()
+        measure_held_out(run, name="held-out losses")
+        self._note(run)
+
+    def end(self, run: Run) -> None:
+        measure_held_out(run, name="held-out losses")
+        self._note(run)
 
 
 class Evaluation(Callback):
@@ -231,3 +267,15 @@ def test_skipped_steps_in_a_row_are_counted_over_reports_and_resumes(tiny_inputs
         later.report(run)
     assert saved == [run]
     assert later.state_dict() == {"skipped_in_row": 0}
+
+
+def test_losses_on_the_way_are_of_the_size_of_their_step(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Measured(monkeypatch)
+    train(tasks.tiny_task(tiny_inputs, tmp_path, callbacks=(measured,)), console=Console(file=io.StringIO()))
+    assert len(measured.sizes) == tasks.STEPS + 1
+    for sizes, targets in measured.sizes:
+        assert sizes == {name: round(targets[name]) for name in sizes}
+    hidden = [sizes["hidden"] for sizes, _ in measured.sizes]
+    assert hidden[0] > hidden[1] > hidden[2] == hidden[-1] == 16

@@ -30,6 +30,9 @@ class MetricFacts:
         reconstructed: its exact rule is not public, and this is our reading of it: no figure of it is the paper's.
         gives: what it scores. One that scores less than `EVERYTHING` grades no start and is no baseline of a run; a
             race takes the rest of another metric and says so.
+        across_layers: how its scores of heads and units compare across layers, in a few words; empty: only inside a
+            row. Those that compare are raced in their own form too (`rounding.select_across_layers`), which no
+            ordinary config holds, so it is evaluated and not trained.
     """
 
     home: str
@@ -38,6 +41,7 @@ class MetricFacts:
     source: str = ""
     reconstructed: bool = False
     gives: frozenset[str] = EVERYTHING
+    across_layers: str = ""
 
 
 _HERE = "shearing.pruning.structured.importance"
