@@ -28,8 +28,8 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "training": TrainingRecipe,
     "training.deepspeed": DeepSpeedRecipe,
 }
-"""Those of a run whose keys components know. Two have tables of their own: `sparsify`, as its keys are those of a command
-too, and `distill`, as other sections have keys of the same names."""
+"""Those of a run whose keys components know. Two have tables of their own: `sparsify`, with the keys of a command too,
+and `distill`, whose keys are called as those of other sections are."""
 
 
 def own_keys(section: type[BaseModel]) -> list[str]:

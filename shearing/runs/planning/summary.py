@@ -82,7 +82,7 @@ def render(plan: Plan) -> RenderableType:
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
     teacher: list[RenderableType] = [] if plan.teacher is None else [Text(f"teacher: {plan.teacher}"), ""]
-    domains = [_domains(plan), *map(Text, _repeats(plan))]
+    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))]
     parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, "", *domains, "", disk]
     if not plan.uniform:
         parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
