@@ -199,15 +199,7 @@ def quick_inputs(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6}
     sizes |= {"num_key_value_heads": 3, "head_dim": 16}
-    config = LlamaConfig(
-        vocab_size=64,
-        **sizes,
-        num_key_value_heads=3,
-        head_dim=16,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = LlamaConfig(vocab_size=64, **sizes, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
     writer = CorpusWriter(
@@ -218,7 +210,7 @@ def quick_inputs(folder: Path) -> Path:
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
     generator = np.random.default_rng(0)
-    for name, stride in (("up", 1), ("down", 62), ("by threes", 3)):
+    for name, stride in (("up", 1), ("down", 62), ("threes", 3)):
         with writer.domain(name, sources=["counting"], inputs="counting") as domain:
             for _ in range(300):
                 first, slips = generator.integers(0, 63), generator.integers(0, 63, 100)
@@ -241,7 +233,7 @@ evaluation: {{tokens_per_domain: 512}}
     recipe.write_text(
         trained
         + """
-target: {num_hidden_layers: 2, hidden_size: 32, intermediate_size: 48, num_attention_heads: 3}
+target: {num_hidden_layers: 2, hidden_size: 36, intermediate_size: 48, num_attention_heads: 3}
 prune: {duration: 10 steps, batch_size: 8, micro_batch_size: 8, learning_rate: 1e-3, mask_learning_rate: 0.1,
   sparsity_warmup: 0 steps, freeze: 50%, calibration_tokens: 2048}
 """
@@ -285,7 +277,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.quick:
             arguments.steps = arguments.steps or [40]
-            arguments.outside = ["by threes"] if arguments.outside is None else arguments.outside
+            arguments.outside = ["threes"] if arguments.outside is None else arguments.outside
             recipe, output, shown = quick_inputs(Path(temporary)), Path(temporary) / "rows", Console(quiet=True)
         else:
             arguments.steps = arguments.steps or [30, 190]
