@@ -2,8 +2,8 @@
 
 For every seed the recipe's mask learning and cutting are done once; each row then trains that model with one way of
 distilling, for as many tokens as plain cross-entropy (`ce`), and once more for as many FLOPs: 6 N_S a token for a
-student of N_S parameters, and 2 N_T more for a teacher of N_T. Losses are of held-out text of the domains that are
-trained on, and of domains that are not (`--outside`). A row is a run and a file, so an interrupted benchmark continues.
+student of N_S parameters, and 2 N_T more for a teacher of N_T. Losses are of the test split of the domains that are
+trained on, and of text of none (`evaluation.outside`). A row is a run and a file, so an interrupted benchmark continues.
 
     python benchmarks/distillation.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0] [--steps 30 190]
 """
@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
@@ -65,14 +65,11 @@ class Bench:
         folder: of the seed.
         steps: of continued pretraining by cross-entropy alone.
         warmup: steps of its warm-up.
-        outside: domains that are not trained on.
         console: where progress goes.
     """
 
-    def __init__(
-        self, recipe: Recipe, *, folder: Path, steps: int, warmup: int, outside: Sequence[str], console: Console
-    ) -> None:
-        self.folder, self.steps, self.warmup, self.outside, self.console = folder, steps, warmup, outside, console
+    def __init__(self, recipe: Recipe, *, folder: Path, steps: int, warmup: int, console: Console) -> None:
+        self.folder, self.steps, self.warmup, self.console = folder, steps, warmup, console
         start = recipe.model_copy(update={"run_dir": folder / "start"})
         context = RunContext(start, console=console)
         for stage, function in (("prune", prune), ("compact", compact)):
@@ -81,7 +78,6 @@ class Bench:
         self.recipe, self.cut = recipe, context.directory.compact
         self.teacher = Shape.of(context.config)
         self.student = Shape.of(load_config(str(self.cut)))
-        self.heldout = Corpus.open(recipe.data.corpus, domains=[*context.corpus.domains, *outside])
 
     def flops_ratio(self, row: str) -> float:
         """FLOPs of a token over those of cross-entropy alone."""
@@ -104,16 +100,26 @@ class Bench:
             context = RunContext(self._recipe_of(row, steps=steps, run_dir=folder), console=self.console)
             pretrain(context)
             seconds = [line["seconds"] for line in _lines(context.directory.pretrain / "metrics.jsonl")]
-            losses = self.losses(context.directory.model, context=context)
-            write_json(result, {"losses": losses, "steps": steps, "seconds": statistics.median(seconds[1:] or seconds)})
+            model = load_source(str(context.directory.model), device=context.device, dtype=torch.float32)
+            inside = self._losses(model, corpus=context.corpus, context=context)
+            outside = {} if context.outside is None else self._losses(model, corpus=context.outside, context=context)
+            write_json(
+                result,
+                {
+                    "losses": inside,
+                    "outside": outside,
+                    "steps": steps,
+                    "seconds": statistics.median(seconds[1:] or seconds),
+                },
+            )
         return read_json(result)
 
-    def losses(self, model: Path | str, *, context: RunContext) -> dict[str, float]:
-        """Held-out loss of every domain, those outside included, in nats per token."""
+    def _losses(self, model: PreTrainedModel, *, corpus: Corpus, context: RunContext) -> dict[str, float]:
         recipe = self.recipe
         losses = heldout_loss(
-            load_source(str(model), device=context.device, dtype=torch.float32),
-            self.heldout,
+            model,
+            corpus,
+            split="test",
             tokens_per_domain=recipe.evaluation.tokens_per_domain,
             sequence_length=recipe.data.sequence_length,
             micro_batch_size=recipe.evaluation.micro_batch_size,
@@ -124,7 +130,7 @@ class Bench:
     def _recipe_of(self, row: str, *, steps: int, run_dir: Path) -> Recipe:
         settings = ROWS[row]
         values = self.recipe.model_dump(mode="json")
-        values |= {"run_dir": str(run_dir), "target": None, "prune": None, "sparsify": None}
+        values |= {"run_dir": str(run_dir), "target": None, "prune": None, "sparsify": None, "one_schedule": False}
         values["model"]["source"] = str(self.cut)
         values["pretrain"] |= {"duration": f"{steps} steps", "warmup": f"{min(self.warmup, steps)} steps"}
         values["training"]["log_interval"] = 1
@@ -139,20 +145,19 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "event" not in line]
 
 
-def summarise(
-    results: dict[tuple[str, str], list[dict[str, Any]]], *, outside: Sequence[str], ratios: dict[str, float]
-) -> dict[str, Any]:
+def summarise(results: dict[tuple[str, str], list[dict[str, Any]]], *, ratios: dict[str, float]) -> dict[str, Any]:
     """Figures of each row, and the best row beside cross-entropy: the one of lowest loss inside, at equal tokens."""
     rows: dict[str, Any] = {}
     for (row, equal), of_seeds in results.items():
         domains = {
             domain: statistics.mean(each["losses"][domain] for each in of_seeds) for domain in of_seeds[0]["losses"]
         }
-        means = [_mean(each["losses"], without=outside) for each in of_seeds]
+        means = [statistics.mean(each["losses"].values()) for each in of_seeds]
+        outside = [statistics.mean(each["outside"].values()) for each in of_seeds if each["outside"]]
         rows[f"{row}, equal {equal}"] = {
             "inside": statistics.mean(means),
             "spread": statistics.stdev(means) if len(means) > 1 else None,
-            "outside": statistics.mean(domains[name] for name in outside) if outside else None,
+            "outside": statistics.mean(outside) if outside else None,
             "domains": domains,
             "seconds": statistics.median(each["seconds"] for each in of_seeds),
             "steps": of_seeds[0]["steps"],
@@ -165,15 +170,11 @@ def summarise(
         "rows": rows,
         "best": best,
         "kd_minus_ce": listening["inside"] - plain["inside"],
-        "kd_minus_ce_outside": listening["outside"] - plain["outside"] if outside else None,
+        "kd_minus_ce_outside": None if plain["outside"] is None else listening["outside"] - plain["outside"],
         "kd_minus_ce_equal_flops": None if short is None else short["inside"] - plain["inside"],
         "worst_domain": max(listening["domains"][name] - plain["domains"][name] for name in plain["domains"]),
         "kd_step_over_its_flops": listening["seconds"] / plain["seconds"] / ratios[best],
     }
-
-
-def _mean(losses: dict[str, float], *, without: Sequence[str]) -> float:
-    return statistics.mean(loss for domain, loss in losses.items() if domain not in without)
 
 
 def print_table(figures: dict[str, Any], *, console: Console) -> None:
@@ -202,22 +203,23 @@ def quick_inputs(folder: Path) -> Path:
     config = LlamaConfig(vocab_size=64, **sizes, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    writer = CorpusWriter(
-        folder / "corpus",
-        vocab_size=64,
-        separator_id=0,
-        tokenizer="words",
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-    )
     generator = np.random.default_rng(0)
-    for name, stride in (("up", 1), ("down", 62), ("threes", 3)):
-        with writer.domain(name, sources=["counting"], inputs="counting") as domain:
-            for _ in range(300):
-                first, slips = generator.integers(0, 63), generator.integers(0, 63, 100)
-                counted = [(first + stride * i) % 63 for i in range(100)]
-                tokens = [int(slips[i] if slips[i] % 8 == 0 else counted[i]) + 1 for i in range(100)]
-                domain.add(" ".join(f"w{token}" for token in tokens), token_ids=tokens)
-    writer.finish()
+    for corpus, strides in (("corpus", {"up": 1, "down": 62}), ("outside", {"threes": 3})):
+        writer = CorpusWriter(
+            folder / corpus,
+            vocab_size=64,
+            separator_id=0,
+            tokenizer="words",
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        for name, stride in strides.items():
+            with writer.domain(name, sources=["counting"], inputs="counting") as domain:
+                for _ in range(300):
+                    first, slips = generator.integers(0, 63), generator.integers(0, 63, 100)
+                    counted = [(first + stride * i) % 63 for i in range(100)]
+                    tokens = [int(slips[i] if slips[i] % 8 == 0 else counted[i]) + 1 for i in range(100)]
+                    domain.add(" ".join(f"w{token}" for token in tokens), token_ids=tokens)
+        writer.finish()
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"""
 name: quick
@@ -226,7 +228,7 @@ model: {{source: {folder / "random"}}}
 data: {{corpus: {folder / "corpus"}, sequence_length: 32}}
 mixture: {{update: constant, initial_weights: uniform}}
 pretrain: {{duration: 300 steps, batch_size: 16, micro_batch_size: 16, learning_rate: 3e-3}}
-evaluation: {{tokens_per_domain: 512}}
+evaluation: {{tokens_per_domain: 512, outside: {folder / "outside"}}}
 """)
     pretrain(RunContext(load_recipe(recipe), console=Console(quiet=True)))
     trained = recipe.read_text().replace(str(folder / "random"), str(folder / "run" / "model"))
@@ -245,16 +247,12 @@ def _benches(arguments: argparse.Namespace, *, recipe: Path, output: Path, conso
     for seed in arguments.seeds:
         common = ["mixture.update=constant", "mixture.initial_weights=uniform", f"seed={seed}"]
         loaded = load_recipe(recipe, overrides=[*arguments.overrides, *common])
-        everything = Corpus.open(loaded.data.corpus).domains
-        inside = [name for name in loaded.data.domains or everything if name not in arguments.outside]
-        data = loaded.data.model_copy(update={"domains": inside})
         for steps in arguments.steps:
             yield Bench(
-                loaded.model_copy(update={"data": data}),
+                loaded,
                 folder=output / f"seed-{seed}",
                 steps=steps,
                 warmup=arguments.warmup,
-                outside=arguments.outside,
                 console=console,
             )
 
@@ -268,7 +266,6 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8, help="steps")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--equal", nargs="+", choices=EQUAL, default=list(EQUAL))
-    parser.add_argument("--outside", nargs="*", default=None, metavar="DOMAIN", help="domains that are not trained on")
     parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -277,11 +274,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.quick:
             arguments.steps = arguments.steps or [40]
-            arguments.outside = ["threes"] if arguments.outside is None else arguments.outside
             recipe, output, shown = quick_inputs(Path(temporary)), Path(temporary) / "rows", Console(quiet=True)
         else:
             arguments.steps = arguments.steps or [30, 190]
-            arguments.outside = [] if arguments.outside is None else arguments.outside
             recipe, output, shown = arguments.recipe, arguments.output, console
         found: dict[int, dict[tuple[str, str], list[dict[str, Any]]]] = {}
         ratios: dict[str, float] = {}
@@ -293,11 +288,11 @@ def main() -> None:
                     of_length.setdefault((row, equal), []).append(bench.run(row, equal=equal))
     figures = {}
     for steps, results in found.items():
-        figures[f"{steps} steps"] = summarise(results, outside=arguments.outside, ratios=ratios)
+        figures[f"{steps} steps"] = summarise(results, ratios=ratios)
         print_table(figures[f"{steps} steps"], console=console)
     last = figures[f"{arguments.steps[-1]} steps"]
     record = {name: value for name, value in last.items() if name != "rows"}
-    record |= {"lengths": figures, "flops_ratios": ratios, "seeds": arguments.seeds, "outside": arguments.outside}
+    record |= {"lengths": figures, "flops_ratios": ratios, "seeds": arguments.seeds}
     print(json.dumps({"benchmark": "distillation", **record, "versions": environment(resolve_device("auto"))}))
 
 

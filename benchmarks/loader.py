@@ -212,10 +212,10 @@ def measure_rates(folder: Path, *, quick: bool, sequence_length: int, sequences:
 
 def write_sparse(folder: Path) -> None:
     """Many domains whose tokens are holes in files: all of them separators, as far as anyone can tell."""
-    train, heldout = MANY_TOKENS // MANY_DOMAINS, 1_000_000
+    train, held_out = MANY_TOKENS // MANY_DOMAINS, 1_000_000
     arrays: dict[str, bytes] = {}
     splits = {}
-    for split, tokens in (("train", train), ("heldout", heldout)):
+    for split, tokens in (("train", train), ("validation", held_out), ("test", held_out)):
         ends = np.linspace(0, tokens, DOCUMENTS_PER_DOMAIN + 1).astype(np.int64)[1:]
         hashes = np.arange(DOCUMENTS_PER_DOMAIN, dtype=np.uint64)
         for name, array in (("ends", ends), ("hashes", hashes)):
@@ -241,8 +241,7 @@ def write_sparse(folder: Path) -> None:
                 bin_file.truncate(2 * counts.tokens)
         manifest = DomainManifest(
             domain=name,
-            train=splits["train"],
-            heldout=splits["heldout"],
+            parts=splits,
             dtype="uint16",
             vocab_size=VOCAB_SIZE,
             largest_token=0,
@@ -251,7 +250,7 @@ def write_sparse(folder: Path) -> None:
             tokenizer_fingerprint="none",
             sources=(SourceFile("holes"),),
             split_seed=0,
-            heldout_size="10%",
+            sizes={"validation": "10%", "test": "10%"},
             duplicates=0,
             left_out={},
             versions={},

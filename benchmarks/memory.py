@@ -34,6 +34,7 @@ from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, est
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 QUICK = {
@@ -103,10 +104,15 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     if configuration.checkpointing != "none":
         checkpoint_activations(model, selective=configuration.checkpointing == "selective")
     optimization = Optimization(
-        learning_rate=1e-4,
-        total_steps=100,
-        warmup_steps=0,
-        final_learning_rate=0.1,
+        rates=LearningRates(
+            schedule="cosine",
+            peak=1e-4,
+            total_steps=100,
+            warmup_steps=0,
+            decay_steps=0,
+            final=0.1,
+            first_step=0,
+        ),
         betas=(0.9, 0.95),
         epsilon=1e-8,
         weight_decay=0.0,

@@ -5,7 +5,7 @@
 
 Every rule chooses among N:8 (N kept of 8) for the same share of weights, reads the same calibration text, and is pruned
 the same way, layer by layer behind pruned layers. A seed draws calibration and fitness text and the search. Losses are
-of held-out text that neither saw. Each seed is a process of its own with its share of the cores. Results are kept in
+of test text that neither saw. Each seed is a process of its own with its share of the cores. Results are kept in
 `--output` as they come, and what is there is not measured again.
 
 The last line is JSON. `msp_over_best_rival`: msp's held-out loss over that of the best other rule, both means over
@@ -186,6 +186,7 @@ class Seed:
         losses = heldout_loss(
             model,
             self._corpus,
+            split="test",
             tokens_per_domain=self._sizes.heldout,
             sequence_length=self._sizes.seqlen,
             micro_batch_size=8,

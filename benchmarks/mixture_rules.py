@@ -1,6 +1,6 @@
 """What update rules are worth: the same cut model, the same tokens, domain weights moved in other ways.
 
-For every seed the source is cut once (activation importance, refitted) and the same small model is trained on with
+For every seed the source is cut once (by activations, refitted) and the same small model is trained on with
 each rule: `uniform` and `proportional` stay as they are; `paper`, `released` and `robust` go by held-out losses, with
 the source's own loss as the reference; `robust-newest` without averaging losses over updates; `paper-online` predicts
 its reference from the run's own losses; `paper-training` goes by an average of training losses and reads no held-out
@@ -23,14 +23,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality import cut_at_once, losses_of, quick_inputs
 from rich.console import Console
 from rich.table import Table
+from structured import quick_inputs
 
 from shearing.data.recipe import MixtureRecipe
 from shearing.evaluation.environment import environment
 from shearing.files.durable import read_json, write_json
 from shearing.runs.context import RunContext
+from shearing.runs.race.choosing import cut_of
+from shearing.runs.race.judging import load_model, losses_of
+from shearing.runs.race.methods import Contender
+from shearing.runs.race.records import RaceFolder
+from shearing.runs.race.rows import Row
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretrain import pretrain
@@ -81,18 +86,19 @@ def recipe_of(path: Path, *, rule: str, seed: int, output: Path, overrides: Sequ
     return load_recipe(path, overrides=[*overrides, *chosen, *fixed])
 
 
-def prepare_base(recipe: Recipe, *, console: Console) -> None:
-    """What all rules of a seed share: the cut model, and the source's losses as the reference."""
+def prepare_base(recipe: Recipe, *, console: Console) -> Path:
+    """What all rules of a seed share: the cut model, whose folder is returned, and the source's losses as reference."""
     context = RunContext(recipe, console=console)
     run = context.directory
-    if not run.is_complete("compact"):
-        cut_at_once("refitted", context=context)
+    row = Row(contender=Contender(method="activations", refitted=True), seed=recipe.seed, steps=0)
+    cut = cut_of(row, context=context, folder=RaceFolder(path=run.path))
     reference = run.path / "reference.json"
     if not reference.is_file():
         source_losses(context, output=reference)
+    return cut
 
 
-def run_rule(recipe: Recipe, *, base: RunDirectory, console: Console) -> dict[str, Any]:
+def run_rule(recipe: Recipe, *, base: RunDirectory, cut: Path, console: Console) -> dict[str, Any]:
     """Trains the seed's cut model on under one rule; returns losses at the end, weights and cost."""
     context = RunContext(recipe, console=console)
     run = context.directory
@@ -103,7 +109,7 @@ def run_rule(recipe: Recipe, *, base: RunDirectory, console: Console) -> dict[st
     if not run.is_complete("prune"):
         run.path.mkdir(parents=True, exist_ok=True)
         if not run.compact.exists():
-            run.compact.symlink_to(base.compact.resolve(), target_is_directory=True)
+            run.compact.symlink_to(cut.resolve(), target_is_directory=True)
         mixture = context.initial_mixture()
         run.prune.mkdir(exist_ok=True)
         reference = read_json(base.path / "reference.json")["losses"]
@@ -116,7 +122,7 @@ def run_rule(recipe: Recipe, *, base: RunDirectory, console: Console) -> dict[st
     write_json(
         result,
         {
-            "losses": losses_of(run.model, context=context),
+            "losses": losses_of(load_model(run.model, context=context), context=context)["domains"],
             "weights": complete["weights"],
             "samples": complete["samples"],
             **_cost(run),
@@ -214,11 +220,11 @@ def main() -> None:
         for seed in seeds:
             base = recipe_of(path, rule="base", seed=seed, output=output, overrides=overrides)
             console.rule(f"the cut model, seed {seed}")
-            prepare_base(base, console=console)
+            cut = prepare_base(base, console=console)
             for rule in rules:
                 console.rule(f"{rule}, seed {seed}")
                 recipe = recipe_of(path, rule=rule, seed=seed, output=output, overrides=overrides)
-                result = run_rule(recipe, base=RunDirectory(base.run_dir), console=console)
+                result = run_rule(recipe, base=RunDirectory(base.run_dir), cut=cut, console=console)
                 results.setdefault(rule, []).append(result)
         figures = summarise(results)
         print_table(figures, console=console)

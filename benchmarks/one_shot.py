@@ -122,6 +122,7 @@ def evaluate(folder: Path, corpus: Path, sizes: Sizes) -> dict[str, Any]:
     losses = heldout_loss(
         load_source(str(folder), device=device),
         Corpus.open(corpus),
+        split="test",
         tokens_per_domain=sizes.heldout,
         sequence_length=sizes.seqlen,
         micro_batch_size=4,

@@ -70,6 +70,7 @@ from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.optimizer import Optimization, adamw
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import DeepSpeedRecipe
 
 SMOLLM2_135M = {
@@ -86,10 +87,15 @@ QUICK = {**SMOLLM2_135M, "vocab_size": 4096, "hidden_size": 288, "intermediate_s
 LLAMA = "transformers.models.llama.modeling_llama"
 ENGINES = ("torch", "zero1", "zero2", "zero3")
 OPTIMIZATION = Optimization(
-    learning_rate=1e-4,
-    total_steps=1_000_000,
-    warmup_steps=0,
-    final_learning_rate=0.1,
+    rates=LearningRates(
+        schedule="cosine",
+        peak=1e-4,
+        total_steps=1_000_000,
+        warmup_steps=0,
+        decay_steps=0,
+        final=0.1,
+        first_step=0,
+    ),
     betas=(0.9, 0.95),
     epsilon=1e-8,
     weight_decay=0.1,
@@ -319,7 +325,7 @@ def time_trainer(*, workload: Workload, device: torch.device, processes: Process
                 per_device_train_batch_size=workload.micro_batch_size,
                 gradient_accumulation_steps=workload.sequences // processes.size // workload.micro_batch_size,
                 max_steps=workload.warmup_steps + workload.timed_steps,
-                learning_rate=OPTIMIZATION.learning_rate,
+                learning_rate=OPTIMIZATION.rates.peak,
                 weight_decay=OPTIMIZATION.weight_decay,
                 max_grad_norm=OPTIMIZATION.gradient_clipping,
                 optim="adamw_torch_fused",

@@ -100,7 +100,7 @@ def run_ours(text: Path, *, tokenizer: Path, output: Path) -> int:
     keys = {"output": str(output), "tokenizer": str(tokenizer), "domains": {"all": str(text)}, "workers": 1}
     corpus = prepare(load_preparation(None, options={k: (v, k) for k, v in keys.items()}), console=Console(quiet=True))
     assert corpus is not None
-    return sum(corpus.manifests["all"].split(split).tokens for split in ("train", "heldout"))
+    return corpus.manifests["all"].tokens
 
 
 def run_datatrove(text: Path, *, tokenizer: Path, output: Path) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import DomainManifest, SourceFile
+from shearing.data.corpus.format import SPLITS, DomainManifest, SourceFile
 from shearing.data.corpus.writer import CorpusWriter
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def write_domain(
         progress: called now and then with the characters read and the tokens written so far.
 
     Raises:
-        ShearingError: the domain has no text, or too few documents to hold one out.
+        ShearingError: the domain has no text, or too few documents to have some in each split.
     """
     characters = 0
     with writer.domain(name, sources=sources, inputs=inputs) as domain:
@@ -110,17 +110,15 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 def domain_table(corpus: Corpus) -> Table:
     """Documents, tokens and bytes per token of each domain, and what was left out; never any of the text."""
     table = Table("domain")
-    for heading in ("documents", "training tokens", "held-out tokens", "bytes/token", "duplicates"):
+    for heading in ("documents", "training tokens", "validation", "test", "bytes/token", "duplicates"):
         table.add_column(heading, justify="right")
     table.add_column("left out")
     for name, manifest in corpus.manifests.items():
-        train, heldout = manifest.train, manifest.heldout
         table.add_row(
             name,
-            f"{train.documents + heldout.documents:,}",
-            f"{train.tokens:,}",
-            f"{heldout.tokens:,}",
-            f"{(train.bytes + heldout.bytes) / max(1, train.tokens + heldout.tokens):.2f}",
+            f"{manifest.documents:,}",
+            *(f"{corpus.split_tokens(name, split):,}" for split in SPLITS),
+            f"{manifest.bytes / max(1, manifest.tokens):.2f}",
             f"{manifest.duplicates:,}",
             ", ".join(f"{count:,} {reason}" for reason, count in manifest.left_out.items()) or "–",
         )

@@ -98,7 +98,8 @@ def _write_corpus(folder: Path, *, tokenizer: Any) -> None:
         separator_id=1,
         tokenizer="tiny",
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        heldout_fraction=0.25,
+        validation_fraction=0.13,
+        test_fraction=0.11,
     )
     for name, alphabet in DOMAINS.items():
         with writer.domain(name, sources=["made here"], inputs=name) as domain:

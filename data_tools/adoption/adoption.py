@@ -39,7 +39,7 @@ from shearing.data.corpus.format import (
     require_domain_name,
 )
 from shearing.data.corpus.shards import token_dtype
-from shearing.data.corpus.splits import Documents, HeldoutSize, choose_heldout
+from shearing.data.corpus.splits import SIZE_FORMS, Documents, Sides, SplitSize, SplitSizes, choose_splits
 from shearing.errors import ShearingError, named
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
 from shearing.files.checksums import sha256_of_file
@@ -101,7 +101,8 @@ def adopt(
     domains: Mapping[str, Path],
     tokenizer: str,
     output: Path,
-    heldout: str,
+    validation: str,
+    test: str,
     separator_token: str | None,
     console: Console,
 ) -> Corpus:
@@ -111,22 +112,27 @@ def adopt(
         domains: file or folder of each domain.
         tokenizer: the one that made the tokens: folder or hub name.
         output: folder of the corpus; may hold domains, adopted or prepared.
-        heldout: "5%" or "2M tokens" of each domain.
+        validation, test: "5%" or "2M tokens" of each domain.
         separator_token: token after each document; None: the tokenizer's end-of-sequence token.
 
     Raises:
         ShearingError: a set cannot be used, its tokens are not of this tokenizer, or nothing of it can be held out.
     """
     try:
-        size = HeldoutSize.parse(heldout)
+        sizes = SplitSizes(SplitSize.parse(validation), SplitSize.parse(test))
     except ValueError as error:
-        raise ShearingError("--heldout", value=heldout, allowed="as 5% or 2M tokens", mend="write one") from error
+        raise ShearingError(
+            "--validation, --test",
+            value=[validation, test],
+            allowed=f"{SIZE_FORMS}; shares below 100% together",
+            mend="write two such",
+        ) from error
     for name in domains:
         require_domain_name(name)
     sets = {name: find_documents(path, field=f"--domain {name}") for name, path in domains.items()}
     loaded = load_tokenizer(tokenizer, separator_token=separator_token)
     make_corpus_folder(output)
-    inputs = {name: _inputs(found, tokenizer=loaded, size=size) for name, found in sets.items()}
+    inputs = {name: _inputs(found, tokenizer=loaded, sizes=sizes) for name, found in sets.items()}
     wanted = {name: found for name, found in sets.items() if not is_complete(output / name, inputs=inputs[name])}
     for name, found in wanted.items():
         if found.tokenizer is not None and found.tokenizer not in (tokenizer, loaded.full.name_or_path):
@@ -138,15 +144,15 @@ def adopt(
         _require_separator(name, each, tokenizer=loaded)
         console.print(f"{name}: {_EXPLAINED[each.separators]}", soft_wrap=True)
     documents = {name: Documents(hashes=each.hashes, tokens=each.lengths + 1) for name, each in read.items()}
-    sides = choose_heldout(documents, size=size, seed=SPLIT_SEED, earlier=earlier_texts(output, besides=wanted))
+    sides = choose_splits(documents, sizes=sizes, seed=SPLIT_SEED, earlier=earlier_texts(output, besides=wanted))
     for name, found in wanted.items():
         _write_domain(
             output,
             name,
             found=found,
             read=read[name],
-            heldout=sides[name],
-            size=size,
+            sides=sides[name],
+            sizes=sizes,
             inputs=inputs[name],
             tokenizer=loaded,
             console=console,
@@ -193,9 +199,9 @@ def _require_separator(name: str, read: _Read, *, tokenizer: NamedTokenizer) -> 
         )
 
 
-def _inputs(found: ForeignSet, *, tokenizer: NamedTokenizer, size: HeldoutSize) -> str:
+def _inputs(found: ForeignSet, *, tokenizer: NamedTokenizer, sizes: SplitSizes) -> str:
     files = [[str(file.path.resolve()), *_stamp(file.path)] for file in found.files]
-    settings = [files, tokenizer.fingerprint, tokenizer.separator_id, str(size), SPLIT_SEED]
+    settings = [files, tokenizer.fingerprint, tokenizer.separator_id, sizes.to_json(), SPLIT_SEED]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
@@ -215,7 +221,7 @@ def _read_domain(name: str, *, found: ForeignSet, tokenizer: NamedTokenizer, con
                 parts.append(part)
                 advance(int(part.lengths.sum()))
     if not parts:
-        raise ShearingError(f"--domain {name}", value="no documents", allowed="at least two", mend="name another set")
+        raise ShearingError(f"--domain {name}", value="no documents", allowed="at least three", mend="name another set")
     columns = {
         key: np.concatenate([getattr(part, key) for part in parts])
         for key in ("file_ids", "firsts", "lengths", "lasts", "closed", "hashes", "num_bytes")
@@ -310,8 +316,8 @@ def _write_domain(
     *,
     found: ForeignSet,
     read: _Read,
-    heldout: npt.NDArray[np.bool_],
-    size: HeldoutSize,
+    sides: Sides,
+    sizes: SplitSizes,
     inputs: str,
     tokenizer: NamedTokenizer,
     console: Console,
@@ -330,13 +336,11 @@ def _write_domain(
     )
     adopted.write(folder)
     dtype = token_dtype(tokenizer.vocab_size).name
-    sides: dict[Split, npt.NDArray[np.bool_]] = {"train": ~heldout, "heldout": heldout}
+    chosen = {split: sides == place for place, split in enumerate(SPLITS)}
     for split in SPLITS:
-        _save_split(folder, split, read=read, chosen=sides[split], separators=adopted.separators)
+        _save_split(folder, split, read=read, chosen=chosen[split], separators=adopted.separators)
     tokens = {
-        split: AdoptedTokens.open(
-            folder, split=split, adopted=adopted, separator_id=tokenizer.separator_id, dtype=dtype
-        )
+        split: AdoptedTokens.open(folder, part=split, adopted=adopted, separator_id=tokenizer.separator_id, dtype=dtype)
         for split in SPLITS
     }
     total = sum(num_bytes for num_bytes, _ in stamps) + sum(
@@ -347,11 +351,11 @@ def _write_domain(
             SourceFile(file.path, file.bytes, f"sha256:{sha256_of_file(Path(file.path), advance=advance)}")
             for file in adopted.files
         )
-        splits = {
+        parts: dict[str, SplitManifest] = {
             split: SplitManifest(
-                documents=int(sides[split].sum()),
+                documents=int(chosen[split].sum()),
                 tokens=len(tokens[split]),
-                bytes=int(read.num_bytes[sides[split]].sum()),
+                bytes=int(read.num_bytes[chosen[split]].sum()),
                 sha256=sha256_of_tokens(tokens[split], dtype=dtype, advance=advance),
                 ends_sha256=sha256_of_file(folder / f"{split}_ends.npy"),
                 hashes_sha256=sha256_of_file(folder / f"{split}_hashes.npy"),
@@ -360,8 +364,7 @@ def _write_domain(
         }
     manifest = DomainManifest(
         domain=name,
-        train=splits["train"],
-        heldout=splits["heldout"],
+        parts=parts,
         dtype=dtype,
         vocab_size=tokenizer.vocab_size,
         largest_token=read.largest_token,
@@ -370,7 +373,7 @@ def _write_domain(
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=sources,
         split_seed=SPLIT_SEED,
-        heldout_size=str(size),
+        sizes=sizes.to_json(),
         duplicates=len(read.hashes) - len(np.unique(read.hashes)),
         left_out={"empty": read.empty} if read.empty else {},
         versions={package: version(package) for package in ("shearing", "numpy")},

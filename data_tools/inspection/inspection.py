@@ -18,7 +18,7 @@ from rich.console import Console
 
 from data_tools.inspection.decoding import open_tokenizer
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import SPLITS, DomainManifest
+from shearing.data.corpus.format import SPLITS, DomainManifest, Split
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.progress import activity
@@ -53,7 +53,7 @@ class Duplicates:
     Attributes:
         within: documents of each domain beyond the first of each text.
         across: documents of each domain whose text another domain has too.
-        leaked: held-out documents of each domain whose text is in a training part, of any domain.
+        leaked: validation and test documents of each domain whose text is in a split before theirs, of any domain.
         sampled: share of all texts that was looked at.
     """
 
@@ -69,6 +69,7 @@ class DomainFigures:
 
     Attributes:
         manifest: what it says about itself.
+        tokens: of each split.
         share: of the training tokens of the corpus.
         lengths: tokens of documents, separators included; all, or a sample if `lengths_sampled`.
         tokens_read: how many tokens the following two were found in.
@@ -81,6 +82,7 @@ class DomainFigures:
     """
 
     manifest: DomainManifest
+    tokens: Mapping[Split, int]
     share: float
     lengths: Counts
     lengths_sampled: bool
@@ -182,6 +184,7 @@ def _figures(
     broken = sum(text.count("\ufffd") + len(MOJIBAKE.findall(text)) for text in texts)
     return DomainFigures(
         manifest=manifest,
+        tokens={split: corpus.split_tokens(name, split) for split in SPLITS},
         share=share,
         lengths=lengths,
         lengths_sampled=sampled,
@@ -194,9 +197,9 @@ def _figures(
 
 
 def _lengths(corpus: Corpus, name: str, *, chance: np.random.Generator) -> tuple[Counts, bool]:
-    """Tokens of the documents of both splits; whether they are a sample."""
+    """Tokens of the documents of all splits; whether they are a sample."""
     found, sampled = [], False
-    documents = sum(corpus.manifests[name].split(split).documents for split in SPLITS)
+    documents = corpus.manifests[name].documents
     for split in SPLITS:
         ends = corpus.document_ends(name, split=split)
         most = max(1, MOST_LENGTHS * len(ends) // documents)
@@ -242,29 +245,30 @@ def _texts(corpus: Corpus, name: str, *, tokenizer: Tokenizer, most: int, chance
 
 def _duplicates(corpus: Corpus) -> Duplicates:
     """Count equal documents by their hashes; beyond `MOST_HASHES`, among the texts with the lowest ones."""
-    documents = sum(manifest.split(split).documents for manifest in corpus.manifests.values() for split in SPLITS)
+    documents = sum(manifest.documents for manifest in corpus.manifests.values())
     sampled = min(1.0, MOST_HASHES / max(1, documents))
     limit = np.uint64(min(2**64 - 1, int(sampled * 2.0**64)))
-    hashes, owners, held = [], [], []
+    hashes, owners, places = [], [], []
     for index, name in enumerate(corpus.domains):
-        for split in SPLITS:
+        for place, split in enumerate(SPLITS):
             found = corpus.document_hashes(name, split=split)
             kept = np.array(found) if sampled == 1.0 else found[found < limit]
             hashes.append(kept)
             owners.append(np.full(len(kept), index))
-            held.append(np.full(len(kept), split == "heldout"))
-    owner, is_held = np.concatenate(owners), np.concatenate(held)
+            places.append(np.full(len(kept), place))
+    owner, place_of = np.concatenate(owners), np.concatenate(places)
     texts, text = np.unique(np.concatenate(hashes), return_inverse=True)
     size = len(corpus.domains)
     pairs = np.unique(text.astype(np.int64) * size + owner)
     num_domains = np.bincount(pairs // size, minlength=len(texts))
-    trained = np.bincount(text[~is_held], minlength=len(texts)) > 0
+    first_place = np.full(len(texts), len(SPLITS))
+    np.minimum.at(first_place, text, place_of)
 
     def by_domain(chosen: npt.NDArray[np.bool_]) -> Counts:
         return np.bincount(owner[chosen], minlength=size)
 
     within = by_domain(np.ones(len(owner), dtype=np.bool_)) - np.bincount(pairs % size, minlength=size)
-    across, leaked = by_domain(num_domains[text] > 1), by_domain(is_held & trained[text])
+    across, leaked = by_domain(num_domains[text] > 1), by_domain(place_of > first_place[text])
     return Duplicates(
         within=dict(zip(corpus.domains, within.tolist(), strict=True)),
         across=dict(zip(corpus.domains, across.tolist(), strict=True)),
@@ -276,7 +280,10 @@ def _duplicates(corpus: Corpus) -> Duplicates:
 def _problems(figures: DomainFigures, *, leaked: int, longest_document: int) -> Iterator[str]:
     manifest = figures.manifest
     if leaked:
-        yield f"{leaked:,} held-out documents are in training text too: held-out losses will be too low"
+        yield (
+            f"{leaked:,} validation or test documents are in training text too, or in both: held-out losses will be "
+            "too low"
+        )
     if figures.passes is not None and figures.passes > 1:
         yield f"smaller than its planned use: the recipe reads it {figures.passes:.1f} times at its starting weights"
     token, share = figures.repeated_token
@@ -289,5 +296,5 @@ def _problems(figures: DomainFigures, *, leaked: int, longest_document: int) -> 
         yield f"{figures.unreadable:.1%} of the characters of {len(figures.texts)} documents are of a wrong encoding"
     if (longest := int(figures.lengths.max())) > longest_document:
         yield f"a document of {longest:,} tokens"
-    if not manifest.train.bytes or not manifest.heldout.bytes:
-        yield "no text in " + " and ".join(split for split in SPLITS if not manifest.split(split).bytes)
+    if empty := [name for name, part in manifest.parts.items() if not part.bytes]:
+        yield f"no text in {' and '.join(empty)}"

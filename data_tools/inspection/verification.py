@@ -17,10 +17,8 @@ from data_tools.inspection.decoding import open_tokenizer
 from shearing.data.corpus.adopted import Adopted
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
-    SPLITS,
     TOKENIZER_NAME,
     DomainManifest,
-    Split,
     read_index,
     tokenizer_fingerprint,
 )
@@ -57,7 +55,7 @@ def verify(path: Path, *, sources: bool, rows: int, seed: int, console: Console)
     Args:
         path: the corpus.
         sources: read the files that it was made from too.
-        rows: pieces of text decoded from each split of each domain, where the tokenizer is in the corpus.
+        rows: pieces of text decoded from each part of each domain, where the tokenizer is in the corpus.
         seed: chooses them.
 
     Raises:
@@ -77,8 +75,8 @@ def verify(path: Path, *, sources: bool, rows: int, seed: int, console: Console)
     generator = np.random.default_rng(seed)
     with activity("verify", total=max(1, total), console=console) as advance:
         for name, manifest in manifests.items():
-            for split in SPLITS:
-                check = _Split(path / name, split=split, manifest=manifest)
+            for part in manifest.parts:
+                check = _Part(path / name, part=part, manifest=manifest)
                 result.damages += check.damages(advance)
                 result.bytes_read += check.bytes_read
                 if tokenizer is not None and not check.unreadable:
@@ -124,7 +122,7 @@ def _manifest(folder: Path, *, fingerprint: str, result: Verification) -> Domain
 
 
 def _size(folder: Path, manifest: DomainManifest) -> int:
-    own = sum(manifest.split(split).tokens for split in SPLITS) * np.dtype(manifest.dtype).itemsize
+    own = manifest.tokens * np.dtype(manifest.dtype).itemsize
     return own + sum(file.stat().st_size for file in folder.glob("*.npy"))
 
 
@@ -148,23 +146,23 @@ def _tokenizer(path: Path, *, fingerprint: str, result: Verification) -> Tokeniz
     return tokenizer
 
 
-class _Split:
-    """The files of one split of one domain."""
+class _Part:
+    """The files of one part of one domain."""
 
-    def __init__(self, folder: Path, *, split: Split, manifest: DomainManifest) -> None:
-        self.folder, self.split, self.manifest = folder, split, manifest
-        self.counts = manifest.split(split)
+    def __init__(self, folder: Path, *, part: str, manifest: DomainManifest) -> None:
+        self.folder, self.part, self.manifest = folder, part, manifest
+        self.counts = manifest.parts[part]
         self.bytes_read = 0
         self.unreadable = False
 
     def damages(self, advance: Advance) -> Iterator[Damage]:
         """Compare all files with the manifest."""
-        file = self.folder / f"{self.split}.bin"
+        file = self.folder / f"{self.part}.bin"
         if not file.exists():
-            file = self.folder / f"{self.split}_ranges.npy"
+            file = self.folder / f"{self.part}_ranges.npy"
         try:
-            tokens = open_tokens(self.folder, split=self.split, manifest=self.manifest)
-            ends = map_array(self.folder / f"{self.split}_ends.npy")
+            tokens = open_tokens(self.folder, part=self.part, manifest=self.manifest)
+            ends = map_array(self.folder / f"{self.part}_ends.npy")
         except (OSError, ValueError):
             self.unreadable = True  # which the quick checks have told
         else:
@@ -172,14 +170,14 @@ class _Split:
                 yield from self._end_damages(ends)
                 yield from self._token_damages(file, tokens=tokens, ends=ends, advance=advance)
         for name, sha256 in (("ends", self.counts.ends_sha256), ("hashes", self.counts.hashes_sha256)):
-            file = self.folder / f"{self.split}_{name}.npy"
+            file = self.folder / f"{self.part}_{name}.npy"
             with contextlib.suppress(FileNotFoundError):
                 self.bytes_read += file.stat().st_size
                 if sha256_of_file(file, advance=advance) != sha256:
                     yield Damage(str(file), "other content than when it was written", f"a file with SHA-256 {sha256}")
 
     def _end_damages(self, ends: Any) -> Iterator[Damage]:
-        file = str(self.folder / f"{self.split}_ends.npy")
+        file = str(self.folder / f"{self.part}_ends.npy")
         before = 0
         for start in range(0, len(ends), TOKENS_AT_A_TIME):
             chunk = ends[start : start + TOKENS_AT_A_TIME]
@@ -232,7 +230,7 @@ class _Split:
 
     def decode(self, tokenizer: Tokenizer, *, rows: int, generator: np.random.Generator) -> Iterator[Damage]:
         """Decode a few tokens from random places; text has to come out."""
-        tokens = open_tokens(self.folder, split=self.split, manifest=self.manifest)
+        tokens = open_tokens(self.folder, part=self.part, manifest=self.manifest)
         for _ in range(rows):
             start = int(generator.integers(0, max(1, len(tokens) - DECODED_TOKENS)))
             piece = tokens.read(start, start + DECODED_TOKENS)
@@ -245,7 +243,7 @@ class _Split:
                 if text or not text_ids:
                     continue
             yield Damage(
-                str(self.folder / f"{self.split}.bin"),
+                str(self.folder / f"{self.part}.bin"),
                 f"tokens {start} to {start + len(piece)} decode to nothing {text}".rstrip(),
                 "text",
             )

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.inspection.inspection import DomainFigures, Inspection
+from shearing.data.corpus.format import SPLITS
 from shearing.files.pictures import GRID, INK, MUTED, quiet_axes, save_picture
 from shearing.settings.quantities import format_tokens
 
@@ -50,7 +51,8 @@ def _table(inspection: Inspection) -> Table:
     for heading in (
         "documents",
         "training tokens",
-        "held-out tokens",
+        "validation",
+        "test",
         "share",
         "bytes/token",
         "median length",
@@ -65,16 +67,15 @@ def _table(inspection: Inspection) -> Table:
     duplicates = inspection.duplicates
     mark = "" if duplicates.sampled == 1.0 else f" of {duplicates.sampled:.1%}"
     for name, figures in inspection.domains.items():
-        train, heldout = figures.manifest.train, figures.manifest.heldout
+        manifest = figures.manifest
         median, p90, longest = np.quantile(figures.lengths, (0.5, 0.9, 1.0))
         approximately = "~" if figures.lengths_sampled else ""
         table.add_row(
             name,
-            f"{train.documents + heldout.documents:,}",
-            f"{train.tokens:,}",
-            f"{heldout.tokens:,}",
+            f"{manifest.documents:,}",
+            *(f"{figures.tokens[split]:,}" for split in SPLITS),
             f"{figures.share:.1%}",
-            f"{(train.bytes + heldout.bytes) / (train.tokens + heldout.tokens):.2f}",
+            f"{manifest.bytes / manifest.tokens:.2f}",
             *(f"{approximately}{figure:,.0f}" for figure in (median, p90, longest)),
             f"{duplicates.within[name]:,}{mark}",
             f"{duplicates.across[name]:,}{mark}",

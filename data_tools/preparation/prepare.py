@@ -32,7 +32,6 @@ from data_tools.tokenizer import load_tokenizer
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
-from shearing.data.corpus.splits import HeldoutSize
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
 from shearing.progress import PLAIN_SECONDS
@@ -142,7 +141,7 @@ def _load_tokenizer(recipe: PreparationRecipe) -> tuple[str, DomainSettings]:
         tokenizer=loaded.name,
         tokenizer_fingerprint=loaded.fingerprint,
         split_seed=recipe.split_seed,
-        heldout=HeldoutSize.parse(recipe.heldout),
+        sizes=recipe.sizes,
         versions={package: version(package) for package in PACKAGES},
     )
     return loaded.backend.to_str(), settings
@@ -165,7 +164,7 @@ def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Se
     """Hash of all that a domain's bytes depend on, other domains aside."""
     parts = [
         [each.identity for each in inputs],
-        [settings.tokenizer_fingerprint, settings.separator_id, str(settings.heldout), settings.split_seed, FORMAT],
+        [settings.tokenizer_fingerprint, settings.separator_id, settings.sizes.to_json(), settings.split_seed, FORMAT],
         [recipe.document_separator, recipe.max_document_bytes, recipe.documents_per_file],
         [recipe.duplicates, recipe.near_duplicates],
     ]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from shearing.data.corpus.format import require_domain_name
-from shearing.data.corpus.splits import HELDOUT_FORMS, HeldoutSize
+from shearing.data.corpus.splits import SIZE_FORMS, SplitSize, SplitSizes
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.settings.document import embed_reference
 from shearing.settings.mistakes import located
@@ -83,17 +83,21 @@ class PreparationRecipe(Section):
     separator_token: str | None = Field(
         None, description="Token put after each document; unset: the tokenizer's end-of-sequence token."
     )
-    heldout: str = Field(
-        "5%", description="How much of each domain is held out: a share of its tokens (5%) or a number (2M tokens)."
+    validation: str = Field(
+        "5%",
+        description="How much of each domain is for what steers a run and for choosing constants: a share of its "
+        "tokens (5%) or a number (2M tokens).",
     )
+    test: str = Field("5%", description="The same for what judges; no document is in both.")
     split_seed: int = Field(0, ge=0, description="Another one holds out other documents.")
     duplicates: Literal["keep", "remove"] = Field(
-        "keep", description="Documents of the same text in one domain: counted and kept on one side, or only the first."
+        "keep",
+        description="Documents of the same text in a domain: counted and kept in one split, or only the first.",
     )
     near_duplicates: Literal["ignore", "together", "remove"] = Field(
         "ignore",
         description="Documents of nearly the same text, found by MinHash over all domains of the preparation: not "
-        "looked for, kept on one side, or only the first of them kept.",
+        "looked for, kept in one split, or only the first of them kept.",
     )
     bad_input: Literal["stop", "skip"] = Field(
         "stop", description="A document that cannot be read: an error that names its place, or counted and left out."
@@ -121,19 +125,29 @@ class PreparationRecipe(Section):
             return value
         return {name: {"paths": each} if isinstance(each, (str, list)) else each for name, each in value.items()}
 
-    @field_validator("heldout", mode="before")
+    @field_validator("validation", "test", mode="before")
     @classmethod
     def _size(cls, value: object) -> str:
         if not isinstance(value, str):
-            raise ValueError(HELDOUT_FORMS)
+            raise ValueError(SIZE_FORMS)
         try:
-            return str(HeldoutSize.parse(value))
+            return str(SplitSize.parse(value))
         except ValueError:
-            raise ValueError(HELDOUT_FORMS) from None
+            raise ValueError(SIZE_FORMS) from None
+
+    @property
+    def sizes(self) -> SplitSizes:
+        """Of the held-out splits."""
+        return SplitSizes(SplitSize.parse(self.validation), SplitSize.parse(self.test))
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> PreparationRecipe:
         errors = []
+        try:
+            _ = self.sizes
+        except ValueError as error:
+            value = f"{self.test}, with validation = {self.validation}"
+            errors.append(ShearingError("test", value=value, allowed=str(error), mend="hold out less"))
         for name in self.domains:
             try:
                 require_domain_name(name)

@@ -265,12 +265,12 @@ class DecidePlaces(_Single):
                 raise ShearingError(
                     f"domain {name}",
                     value=f"no text ({left_out} documents were left out)",
-                    allowed="at least two documents",
+                    allowed="at least three documents",
                     mend="check its files, and the field that holds the text",
                 )
         places = decide_places(
             domains,
-            size=assembly.settings.heldout,
+            sizes=assembly.settings.sizes,
             seed=assembly.settings.split_seed,
             earlier=earlier_texts(assembly.output, besides=assembly.domains),
             remove_duplicates=assembly.remove_duplicates,

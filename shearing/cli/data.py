@@ -36,9 +36,10 @@ def prepare(
         str | None, _key(r"Divides .txt and .md files into documents; \n is a line break.")
     ] = None,
     separator_token: Annotated[str | None, _key("Token after each document; the tokenizer's own if unset.")] = None,
-    heldout: Annotated[
-        str | None, _key("Held out of each domain: 5% of its tokens (the default), or '2M tokens'.")
+    validation: Annotated[
+        str | None, _key("Of each domain, for what steers: 5% of its tokens (the default), or '2M tokens'.")
     ] = None,
+    test: Annotated[str | None, _key("The same for what judges: no document is in both.")] = None,
     split_seed: Annotated[int | None, _key("Another one holds out other documents.")] = None,
     duplicates: Annotated[str | None, _key("keep (the default) or remove equal documents of a domain.")] = None,
     near_duplicates: Annotated[
@@ -60,7 +61,8 @@ def prepare(
         "text_field": text_field,
         "document_separator": document_separator.replace(r"\n", "\n") if document_separator else None,
         "separator_token": separator_token,
-        "heldout": heldout,
+        "validation": validation,
+        "test": test,
         "split_seed": split_seed,
         "duplicates": duplicates,
         "near_duplicates": near_duplicates,
@@ -85,7 +87,8 @@ def adopt(
     domain: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A tokenised set; once for each domain.")],
     tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the tokenizer that made the tokens.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the corpus.")],
-    heldout: Annotated[str, typer.Option(help="How much of each domain is held out: 5% or '2M tokens'.")] = "5%",
+    validation: Annotated[str, typer.Option(help="Of each domain, for what steers: 5% or '2M tokens'.")] = "5%",
+    test: Annotated[str, typer.Option(help="The same for what judges: no document is in both.")] = "5%",
     separator_token: Annotated[
         str | None, typer.Option(help="Token after each document; the tokenizer's end-of-sequence token if unset.")
     ] = None,
@@ -103,7 +106,8 @@ def adopt(
         domains={name: Path(path) for name, _, path in pairs},
         tokenizer=tokenizer,
         output=output,
-        heldout=heldout,
+        validation=validation,
+        test=test,
         separator_token=separator_token,
         console=console,
     )
@@ -141,7 +145,7 @@ def inspect(
 def verify(
     corpus: CorpusFolder,
     sources: Annotated[bool, typer.Option("--sources", help="Read the files that it was made from too.")] = False,
-    rows: Annotated[int, typer.Option(help="Pieces decoded from each split of each domain.")] = 8,
+    rows: Annotated[int, typer.Option(help="Pieces decoded from each part of each domain.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses them.")] = 0,
 ) -> None:
     """Read all of a corpus and name every file that is not what it was. Exit code 1 if there is one."""
@@ -160,12 +164,12 @@ def measure_reference_loss(
     model: Annotated[list[str], typer.Option(help="Model folder or hub name; may be repeated.")],
     domain: Annotated[list[str] | None, typer.Option(help="Of the corpus; may be repeated. Unset: all.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of context, as in the recipe.")] = 4096,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens per domain.")] = 2_048_000,
+    tokens: Annotated[int, typer.Option(help="Validation tokens per domain.")] = 2_048_000,
     micro_batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
 ) -> None:
-    """Measure models on the held-out text of each domain. An interrupted measurement continues."""
+    """Measure models on the validation text of each domain. An interrupted measurement continues."""
     training = _training(device=device, precision=precision)
     from shearing.runs.stages.reference_loss import measure
 
@@ -222,7 +226,7 @@ def source_reference_loss(
         "reference.json"
     ),
 ) -> None:
-    """Write the source model's own loss, which `mixture.reference: source` measures when a run begins."""
+    """Write the source model's own loss on validation text, as `mixture.reference: source` measures it."""
     resolved = load(recipe, overrides)
     from shearing.runs.context import RunContext
     from shearing.runs.stages.reference_loss import source

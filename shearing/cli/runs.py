@@ -17,6 +17,7 @@ from shearing.cli.frame import Overrides, RecipeFile, app, config, load
 from shearing.errors import ShearingError
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.settings.quantities import DURATION_FORMS, Duration
 
 
 def _slurm(text: str, *names: str) -> Any:
@@ -51,6 +52,32 @@ def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Measure every model of the run so far and its baselines."""
     _run(recipe, overrides, stages=["evaluate"])
+
+
+@app.command()
+def extend(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with continued pretraining; only read.")],
+    new_dir: Annotated[Path, typer.Argument(metavar="NEW_DIR", help="Folder of the new run.")],
+    overrides: Overrides = None,
+    decay: Annotated[
+        str | None, typer.Option(help="End in a decay of this length, as '100 steps', that begins there.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--from", help="Step of the checkpoint; unset: the newest that can be.")
+    ] = None,
+) -> None:
+    """Begin a run that goes on from a checkpoint of another one: with a decay, or with more training before it."""
+    from shearing.runs.extension import extend as begin
+
+    made = begin(
+        RunDirectory(run_dir),
+        to=new_dir,
+        decay=None if decay is None else _duration(decay, field="--decay"),
+        step=step,
+        overrides=overrides or (),
+    )
+    typer.echo(f"{new_dir}: step {made.step} of {made.total_steps} of pretrain, from {run_dir}; it goes on by")
+    typer.echo(f"shear run {made.directory.recipe}")
 
 
 @app.command()
@@ -163,6 +190,13 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     _print_source(json.dumps(Recipe.model_json_schema(), indent=2), language="json")
+
+
+def _duration(text: str, *, field: str) -> Duration:
+    try:
+        return Duration.parse(text)
+    except ValueError as error:
+        raise ShearingError(field, value=text, allowed=DURATION_FORMS, mend=str(error)) from None
 
 
 def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage] | None) -> None:

@@ -102,6 +102,26 @@ class Documents:
         labels_BS = tokens_BT[:, 1:]
         return labels_BS if self.begins is None else labels_BS.masked_fill(self.begins, IGNORED_LABEL)
 
+    def row(self, index: int) -> Documents:
+        """The documents of one row, as rows of its own."""
+
+        def own(of_rows: Tensor | None) -> Tensor | None:
+            return None if of_rows is None else of_rows[index : index + 1]
+
+        boundaries = on_device = None
+        if self.boundaries is not None:
+            assert self.position_ids is not None
+            length = self.position_ids.shape[1]
+            shifted = self.boundaries - index * length
+            boundaries = _padded(shifted[(shifted >= 0) & (shifted < length)], end=length)
+            on_device = sent(boundaries, device=self.position_ids.device)
+        return Documents(
+            position_ids=own(self.position_ids),
+            boundaries=boundaries,
+            boundaries_on_device=on_device,
+            begins=own(self.begins),
+        )
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -118,6 +138,13 @@ class Inputs:
             **({} if self.documents is None else self.documents.keywords()),
         }
 
+    def rows(self) -> list[Inputs]:
+        """Each row by itself."""
+        return [
+            Inputs(self.tokens[row : row + 1], None if self.documents is None else self.documents.row(row))
+            for row in range(self.tokens.shape[0])
+        ]
+
 
 def sent(tensor: Tensor, *, device: torch.device) -> Tensor:
     """A tensor of the host on the device, without the host waiting for the copy."""
@@ -126,7 +153,12 @@ def sent(tensor: Tensor, *, device: torch.device) -> Tensor:
 
 def _boundaries(position_ids_BS: Tensor) -> Tensor:
     begins_N = (position_ids_BS.reshape(-1) == 0).nonzero()[:, 0]
+    return _padded(begins_N, end=position_ids_BS.numel())
+
+
+def _padded(begins_N: Tensor, *, end: int) -> Tensor:
+    """Where stretches begin, and the end, repeated up to a power of two."""
     room = 1 << len(begins_N).bit_length()
-    boundaries = torch.full((room,), position_ids_BS.numel(), dtype=torch.int32)
+    boundaries = torch.full((room,), end, dtype=torch.int32)
     boundaries[: len(begins_N)] = begins_N
     return boundaries

@@ -73,7 +73,8 @@ class MixtureRecipe(Section):
     )
     losses: Literal["heldout", "training"] = Field(
         "heldout",
-        description="Losses that the rule compares with the reference. heldout: measured at each update; training: a "
+        description="Losses that the rule compares with the reference. heldout: measured on validation text at each "
+        "update; training: a "
         "moving average of each domain's training loss, at no cost. While pruning that is the loss under masks drawn "
         "with noise, which is higher than that of the masks' means.",
     )
@@ -84,7 +85,7 @@ class MixtureRecipe(Section):
         "teacher, which takes the mean since the last update).",
     )
     heldout_tokens: int = Field(
-        2_048_000, ge=2, description="Held-out tokens per domain read at each update (the paper's 500 x 4096)."
+        2_048_000, ge=2, description="Validation tokens per domain read at each update (the paper's 500 x 4096)."
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import HeldOutSplit
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
@@ -52,6 +53,7 @@ def heldout_loss(
     model: PreTrainedModel | MaskedModel,
     corpus: Corpus,
     *,
+    split: HeldOutSplit,
     tokens_per_domain: int,
     sequence_length: int,
     micro_batch_size: int,
@@ -71,6 +73,7 @@ def heldout_loss(
     Args:
         model: a Hugging Face causal language model, or a `MaskedModel` with its masks set by the caller.
         corpus: tokenised domains.
+        split: validation where something is chosen by what is found, test where a result is judged.
         tokens_per_domain: held-out tokens read per domain, in whole rows; fewer where the domain has fewer.
         sequence_length: tokens of context at the end of a row (S).
         micro_batch_size: rows per forward pass (B).
@@ -111,6 +114,7 @@ def heldout_loss(
                 batches = _heldout_rows(
                     corpus,
                     domain,
+                    split=split,
                     rules=rules,
                     sequence_length=sequence_length,
                     tokens=tokens_per_domain,
@@ -162,13 +166,20 @@ def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
 
 
 def _heldout_rows(
-    corpus: Corpus, domain: str, *, rules: DocumentRules, sequence_length: int, tokens: int, micro_batch_size: int
+    corpus: Corpus,
+    domain: str,
+    *,
+    split: HeldOutSplit,
+    rules: DocumentRules,
+    sequence_length: int,
+    tokens: int,
+    micro_batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Held-out rows and their positions, both [B, T]; no positions where documents mean nothing."""
     settings = {"sequence_length": sequence_length, "tokens": tokens, "micro_batch_size": micro_batch_size}
-    rows = corpus.heldout_batches(domain, **settings)
+    rows = corpus.heldout_batches(domain, split=split, **settings)
     if rules.needs_positions:
-        yield from zip(rows, corpus.heldout_positions(domain, **settings), strict=True)
+        yield from zip(rows, corpus.heldout_positions(domain, split=split, **settings), strict=True)
     else:
         yield from ((batch_BT, None) for batch_BT in rows)
 

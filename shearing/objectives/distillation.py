@@ -32,7 +32,7 @@ class Distillation(LanguageModelLoss):
         teacher: what is listened to, no module of this one.
         distill: how.
         domains: names, in the order of `Origins.domains`.
-        rate: see `Parts`.
+        height: see `Parts`.
         chunk_tokens: tokens whose logits exist at the same time.
     """
 
@@ -45,7 +45,7 @@ class Distillation(LanguageModelLoss):
         teacher: Teacher,
         distill: DistillRecipe,
         domains: Sequence[str],
-        rate: Callable[[int], float],
+        height: Callable[[int], float],
         chunk_tokens: int,
     ) -> None:
         super().__init__(model, chunk_tokens=chunk_tokens)
@@ -54,7 +54,7 @@ class Distillation(LanguageModelLoss):
         # Plain attributes: an engine takes charge of modules, parameters and buffers.
         self._teacher = teacher
         self._distill = distill
-        self._rate = rate
+        self._height = height
         self._weight = distill.weight
         self._trust = DomainTrust(len(domains), margin=distill.margin, device=device)
         self._factors_M = torch.tensor(_factors(distill, domains=domains), device=device)
@@ -75,7 +75,7 @@ class Distillation(LanguageModelLoss):
             teacher=teacher,
             distill=distill,
             domains=parts.domains,
-            rate=parts.rate,
+            height=parts.height,
             chunk_tokens=parts.chunk_tokens,
         )
 
@@ -114,7 +114,7 @@ class Distillation(LanguageModelLoss):
     def begin_step(self, step: int) -> None:
         """The step's weight."""
         if self._distill.schedule == "learning_rate":
-            self._weight = self._distill.weight * self._rate(step)
+            self._weight = self._distill.weight * self._height(step)
 
     def end_step(self, domains: Tensor) -> None:
         """With domains: auto, how far the teacher is trusted from now on."""

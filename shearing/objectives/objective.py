@@ -61,8 +61,7 @@ class Parts:
         distill: how a teacher is listened to; None: not at all.
         teacher: loads the model that is listened to, whole, as it is stored and not as it is trained, on the stage's
             device, attending as `model` does.
-        rate: of the step that follows so many done ones, how far the learning rate is above its end, as a share of the
-            way to its peak: between 0 and 1.
+        height: of the learning rate of the step that follows so many done ones: 1 at its peak, 0 at the end of a decay.
     """
 
     model: PreTrainedModel
@@ -70,7 +69,7 @@ class Parts:
     domains: Sequence[str]
     distill: DistillRecipe | None
     teacher: Callable[[], PreTrainedModel]
-    rate: Callable[[int], float]
+    height: Callable[[int], float]
 
 
 class Objective(nn.Module, ABC):

@@ -34,7 +34,7 @@ def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
         for key in earlier.keys() | now.keys()
         if earlier.get(key) != now.get(key)
         and not is_neutral(key, among=neutral)
-        and _is_used(key, directory=directory)
+        and _is_used(key, directory=directory, one_schedule=recipe.one_schedule)
     )
     if changed:
         raise ShearingError(
@@ -46,9 +46,11 @@ def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
         )
 
 
-def _is_used(key: str, *, directory: RunDirectory) -> bool:
+def _is_used(key: str, *, directory: RunDirectory, one_schedule: bool) -> bool:
     """Whether a stage that has begun reads `key`."""
     section = key.partition(".")[0]
+    if one_schedule and key == "pretrain.duration":
+        return directory.prune.exists() or directory.pretrain.exists()
     if section == "pretrain" or key == "mixture.pretrain_interval":
         return directory.pretrain.exists()
     if section == "sparsify":

@@ -19,7 +19,7 @@ from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.objectives.recipe import SOURCE, DistillRecipe, distill_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
-from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions, masking_contradictions
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
@@ -27,9 +27,10 @@ from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
 from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
-from shearing.settings.reading import read_recipe_file
+from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
 from shearing.training.engines.facts import ENGINES
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import PretrainRecipe, StageRecipe, TrainingRecipe
 
 TrainingStage = Literal["prune", "pretrain"]
@@ -51,6 +52,12 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="Seeds masks, mixture and random baselines.")
     resume: Neutral[Literal["auto", "never"]] = Field(
         "auto", description="auto: continue what is there; never: refuse a folder that holds a run."
+    )
+    one_schedule: bool = Field(
+        False,
+        description="Whether learning rates go on across the cut: those of prune and pretrain together are then those "
+        "of one run of their total length, with one warm-up and one end; shares are of both. The masks' own rates "
+        "stay in prune.",
     )
     model: ModelRecipe
     data: DataRecipe
@@ -90,6 +97,19 @@ class Recipe(Section):
         """The stages that train, in order, with their settings."""
         stages: dict[TrainingStage, StageRecipe] = {"pretrain": self.pretrain}
         return stages if self.prune is None else {"prune": self.prune, **stages}
+
+    def learning_rates(self, stage: TrainingStage) -> LearningRates:
+        """The learning rate of each step of a training stage."""
+        length = self.data.sequence_length
+        names = list(self.training_stages)
+        steps = [section.total_steps(sequence_length=length) for section in self.training_stages.values()]
+        index, settings = names.index(stage), self.training_stages[stage]
+        return LearningRates.of(
+            settings,
+            tokens_per_step=settings.tokens_per_step(sequence_length=length),
+            before=sum(steps[:index]) if self.one_schedule else 0,
+            after=sum(steps[index + 1 :]) if self.one_schedule else 0,
+        )
 
     @property
     def teacher(self) -> ModelRecipe | None:
@@ -133,6 +153,17 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
         ShearingError: all errors found, each with its place, its dotted key and the nearest valid key.
     """
     data, places = read_recipe_file(Path(path), overrides=overrides)
+    return _validated(data, places=places)
+
+
+def overridden(recipe: Recipe, *, overrides: Sequence[str]) -> Recipe:
+    """A recipe with overrides on top of it; see `load_recipe`."""
+    data, places = recipe.model_dump(mode="json"), Places("recipe.yaml")
+    apply_overrides(data, overrides, places=places)
+    return _validated(data, places=places)
+
+
+def _validated(data: dict[str, Any], *, places: Places) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -217,8 +248,16 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="sdpa or flash_attention_2 with data.attention=documents: eager would need an S x S mask",
             mend="set model.attn_implementation=sdpa",
         )
-    for name, stage in recipe.training_stages.items():
-        yield from _stage_contradictions(stage, name=name, recipe=recipe)
+    of_stages = [
+        error
+        for name, stage in recipe.training_stages.items()
+        for error in _stage_contradictions(stage, name=name, recipe=recipe)
+    ]
+    yield from of_stages or _rate_contradictions(recipe)
+    if recipe.prune is not None and not of_stages:
+        per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
+        budget = recipe.target is not None and recipe.target.parameters is not None
+        yield from _renamed(masking_contradictions(recipe.prune, budget=budget, tokens_per_step=per_step))
     read = {
         "evaluation.tokens_per_domain": recipe.evaluation.tokens_per_domain,
         "mixture.heldout_tokens": recipe.mixture.heldout_tokens,
@@ -298,13 +337,6 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     def length(duration: Duration) -> int:
         return stage.in_steps(duration, sequence_length=sequence_length)
 
-    if length(stage.warmup) > steps:
-        yield ShearingError(
-            f"{name}.warmup",
-            value=str(stage.warmup),
-            allowed=f"at most the stage's {steps} steps",
-            mend="shorten it, or write a share of the stage as 3%",
-        )
     interval = "interval" if name == "prune" else "pretrain_interval"
     for field, duration in (
         (f"{name}.checkpoint_interval", stage.checkpoint_interval),
@@ -319,6 +351,57 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
             allowed=f"together with {name}.freeze = {stage.freeze} at most the stage's {steps} steps",
             mend="shorten one of the two, or write both as shares of the stage",
         )
+
+
+def _rate_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """Schedules that are longer than what they are of, or one schedule with two of something."""
+    together = recipe.one_schedule and recipe.prune is not None
+    for name, stage in recipe.training_stages.items():
+        rates = recipe.learning_rates(name)
+        whole = (
+            f"the {rates.total_steps} steps of both stages" if together else f"the stage's {rates.total_steps} steps"
+        )
+        if rates.warmup_steps > rates.total_steps:
+            yield ShearingError(
+                f"{name}.warmup",
+                value=str(stage.warmup),
+                allowed=f"at most {whole}",
+                mend="shorten it, or write a share of the stage as 3%",
+            )
+        elif stage.schedule == "wsd" and 0 in (stage.decay.steps, stage.decay.tokens, stage.decay.fraction):
+            yield ShearingError(
+                f"{name}.decay",
+                value=str(stage.decay),
+                allowed="more than 0 with schedule wsd",
+                mend=f"set {name}.schedule=constant, which never decays, or a decay as 20%",
+            )
+        elif stage.schedule == "wsd" and rates.warmup_steps + rates.decay_steps > rates.total_steps:
+            yield ShearingError(
+                f"{name}.decay",
+                value=str(stage.decay),
+                allowed=f"together with {name}.warmup = {stage.warmup} at most {whole}",
+                mend="shorten one of the two, or write both as shares as 20%",
+            )
+    if together:
+        assert recipe.prune is not None
+        yield from _two_schedules(recipe.prune, recipe.pretrain, sequence_length=recipe.data.sequence_length)
+
+
+def _two_schedules(prune: StageRecipe, pretrain: StageRecipe, *, sequence_length: int) -> Iterator[ShearingError]:
+    """What differs between two sections that are to follow one schedule."""
+    keys = ["learning_rate", "schedule", "warmup"]
+    keys += ["decay"] if prune.schedule == "wsd" else []
+    keys += ["final_learning_rate"] if prune.schedule != "constant" else []
+    of_batches = {stage.tokens_per_step(sequence_length=sequence_length) for stage in (prune, pretrain)}
+    for name in [*keys, *(["batch_size"] if len(of_batches) > 1 else [])]:
+        before, after = getattr(prune, name), getattr(pretrain, name)
+        if before != after:
+            yield ShearingError(
+                f"pretrain.{name}",
+                value=after if isinstance(after, float) else str(after),
+                allowed=f"with one_schedule, what prune.{name} is: {before}",
+                mend=f"set pretrain.{name}='{before}', or one_schedule=false",
+            )
 
 
 def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:

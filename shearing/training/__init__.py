@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shearing.training.engines.facts import ENGINES, EngineFacts
     from shearing.training.engines.optimizer import Optimization
     from shearing.training.engines.torch_engine import TorchEngine
+    from shearing.training.learning_rates import LearningRates
     from shearing.training.loop import train
     from shearing.training.lora import add_adapters, merge_adapters
     from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
@@ -31,6 +32,7 @@ __all__ = [
     "EngineParts",
     "HeldOut",
     "Interrupted",
+    "LearningRates",
     "LoraRecipe",
     "MaskedTraining",
     "Optimization",
@@ -64,6 +66,7 @@ __getattr__ = late(
         "EngineParts": "engines.engine",
         "HeldOut": "stage",
         "Interrupted": "stage",
+        "LearningRates": "learning_rates",
         "LoraRecipe": "recipe",
         "MaskedTraining": "stage",
         "Optimization": "engines.optimizer",

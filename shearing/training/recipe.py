@@ -12,6 +12,8 @@ from shearing.settings.quantities import BatchSize, Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
 from shearing.training.engines.facts import ENGINES, EngineName
 
+ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
+
 
 class StageRecipe(Section):
     """What mask learning and continued pretraining have in common."""
@@ -20,8 +22,17 @@ class StageRecipe(Section):
     batch_size: BatchSize = Field(description="Global batch per step: '32 sequences' or '131072 tokens'.")
     micro_batch_size: Neutral[int] = Field(4, ge=1, description="Sequences per forward pass.")
     learning_rate: Positive = Field(1e-4, description="Peak learning rate of the weights.")
+    schedule: ScheduleName = Field(
+        "cosine",
+        description="What the learning rate does after the warm-up. cosine, linear: falls to its end; wsd: stays at "
+        "the peak and falls linearly in the last stretch, so that `shear extend` can go on from before it; constant: "
+        "stays.",
+    )
     warmup: Duration = Field(Duration(fraction=0.03), description="Linear warm-up of the learning rate.")
-    final_learning_rate: Fraction = Field(0.1, description="Learning rate at the end of the cosine, share of the peak.")
+    decay: Duration = Field(Duration(fraction=0.2), description="Last stretch of wsd, in which the rate falls.")
+    final_learning_rate: Fraction = Field(
+        0.1, description="Learning rate at the end of the schedule, share of the peak; not of constant."
+    )
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas.")
     epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")

@@ -56,7 +56,8 @@ def _manifests(place: Place, **changes: Any) -> None:
 def _empty(place: Place) -> None:
     path = place.corpus / "digits" / "manifest.json"
     manifest = read_json(path)
-    write_json(path, {**manifest, "heldout": {**manifest["heldout"], "tokens": 0}})
+    manifest["parts"]["test"]["tokens"] = 0
+    write_json(path, manifest)
 
 
 def _config(place: Place, **changes: Any) -> None:
@@ -74,16 +75,16 @@ def _weights(place: Place, *, without: str | None = None, nan: str | None = None
 
 
 def _short(place: Place) -> None:
-    """Leave one held-out document of 40 tokens."""
+    """Leave one test document of 40 tokens."""
     folder = place.corpus / "digits"
     manifest = read_json(folder / "manifest.json")
-    ids = np.fromfile(folder / "heldout.bin", dtype=manifest["dtype"])[:40]
+    ids = np.fromfile(folder / "test.bin", dtype=manifest["dtype"])[:40]
     ids[-1] = manifest["separator_id"]
-    ids.tofile(folder / "heldout.bin")
-    counts = manifest["heldout"]
+    ids.tofile(folder / "test.bin")
+    counts = manifest["parts"]["test"]
     counts |= {"tokens": 40, "documents": 1}
     for name, values in (("ends", np.array([40])), ("hashes", np.array([1], dtype=np.uint64))):
-        path = folder / f"heldout_{name}.npy"
+        path = folder / f"test_{name}.npy"
         np.save(path, values)
         counts[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(folder / "manifest.json", manifest)
@@ -110,7 +111,8 @@ def _corpus_of_another_text(place: Place) -> None:
     _run(place, "prune")
     path = place.corpus / "digits" / "manifest.json"
     manifest = read_json(path)
-    write_json(path, {**manifest, "train": {**manifest["train"], "sha256": "0" * 64}})
+    manifest["parts"]["train"]["sha256"] = "0" * 64
+    write_json(path, manifest)
     _run(place, "compact")
 
 

@@ -137,15 +137,15 @@ def test_bad_input_is_refused_before_any_work(tiny_recipe: Path, overrides: list
 
 
 def _shorten(domain: Path, *, tokens: int) -> None:
-    """Leave one held-out document of so many tokens."""
+    """Leave one test document of so many tokens."""
     manifest = read_json(domain / "manifest.json")
-    ids = np.fromfile(domain / "heldout.bin", dtype=manifest["dtype"])[:tokens]
+    ids = np.fromfile(domain / "test.bin", dtype=manifest["dtype"])[:tokens]
     ids[-1] = manifest["separator_id"]
-    ids.tofile(domain / "heldout.bin")
-    counts = manifest["heldout"]
+    ids.tofile(domain / "test.bin")
+    counts = manifest["parts"]["test"]
     counts |= {"tokens": tokens, "documents": 1}
     for name, values in (("ends", np.array([tokens])), ("hashes", np.array([1], dtype=np.uint64))):
-        path = domain / f"heldout_{name}.npy"
+        path = domain / f"test_{name}.npy"
         np.save(path, values)
         counts[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(domain / "manifest.json", manifest)
@@ -302,3 +302,12 @@ def test_unwritable_folders_are_refused(tmp_path: Path) -> None:
         tmp_path.chmod(0o500)
         with pytest.raises(ShearingError, match="no write permission"):
             RunDirectory(tmp_path / "run").require_writable()
+
+
+def test_extend_asks_for_a_checkpoint_before_the_decay(finished_run: tuple[Path, Result], tmp_path: Path) -> None:
+    run_dir = load_recipe(finished_run[0]).run_dir
+    found = error_of("extend", run_dir, tmp_path / "new", "--decay", "2 steps")
+    assert "are of steps 3, 4\n" in found
+    assert "keep checkpoints with pretrain.keep_every" in found
+    assert "640 steps" in error_of("extend", run_dir, tmp_path / "new", "--decay", "soon")
+    assert not (tmp_path / "new").exists()

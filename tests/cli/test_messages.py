@@ -46,6 +46,10 @@ SITUATIONS = [
     ("nothing", "run RECIPE data.domains=[]"),
     ("short", "run RECIPE data.sequence_length=64 mixture.heldout_tokens=64"),
     ("nothing", "compact RECIPE"),
+    ("nothing", "compare RECIPE --methods start --tokens 20"),
+    ("nothing", "compare RECIPE --methods start --tokens many"),
+    ("nothing", "compare RECIPE --methods start --tokens 320 --refit maybe"),
+    ("no corpus", "compare RECIPE --methods start --tokens 320"),
     ("nothing", "run RECIPE prune.batch_size=8tokens"),
     *(
         ("nothing", f"config check RECIPE {keys}")

@@ -19,7 +19,8 @@ def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str,
             separator_id=0,
             tokenizer="numbers",
             tokenizer_fingerprint="f",
-            heldout_fraction=0.3,
+            validation_fraction=0.15,
+            test_fraction=0.15,
         )
         for k, (name, count) in enumerate(documents.items()):
             with writer.domain(name, sources=["made up"], inputs=name) as domain:

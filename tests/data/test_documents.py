@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.writer import CorpusWriter
-from shearing.data.documents import DocumentRules
+from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import Mixture
 
@@ -26,7 +26,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         separator_id=0,
         tokenizer="numbers",
         tokenizer_fingerprint="f",
-        heldout_fraction=0.3,
+        validation_fraction=0.15,
+        test_fraction=0.15,
     )
     for name, shift in (("first", 0), ("second", 3)):
         with writer.domain(name, sources=["made up"], inputs=name) as domain:
@@ -60,11 +61,11 @@ def test_positions_count_from_the_document_or_the_row(corpus: Corpus, length: in
 
 
 def test_held_out_rows_come_with_their_positions(corpus: Corpus) -> None:
-    how = {"sequence_length": 7, "tokens": 70, "micro_batch_size": 3}
+    how = {"split": "test", "sequence_length": 7, "tokens": 70, "micro_batch_size": 3}
     for domain in corpus.domains:
-        count = corpus.heldout_rows(domain, sequence_length=7)
+        count = corpus.heldout_rows(domain, split="test", sequence_length=7)
         chosen = [i * count // min(count, 10) for i in range(min(count, 10))]
-        expected = [walked(corpus, domain, row=row, length=7, split="heldout") for row in chosen]
+        expected = [walked(corpus, domain, row=row, length=7, split="test") for row in chosen]
         batches = list(corpus.heldout_positions(domain, **how))
         assert [len(batch) for batch in batches] == [len(batch) for batch in corpus.heldout_batches(domain, **how)]
         assert torch.cat(batches).tolist() == expected
@@ -99,3 +100,19 @@ def test_nothing_is_said_of_documents_that_nobody_asked_for(corpus: Corpus) -> N
     assert torch.equal(
         plain.batch(first_sample=0, num_sequences=30).tokens, within.batch(first_sample=0, num_sequences=30).tokens
     )
+
+
+@pytest.mark.parametrize("rules", [BOTH, DocumentRules(attention_within=True), DocumentRules(loss_across=False)])
+def test_a_row_by_itself_has_the_documents_that_it_has_among_others(rules: DocumentRules) -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [5, 6, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    tokens, device = torch.arange(24).view(3, 8), torch.device("cpu")
+    rows = Inputs(tokens, rules.documents(positions, device=device)).rows()
+    assert len(rows) == 3
+    for row, found in enumerate(rows):
+        assert torch.equal(found.tokens, tokens[row : row + 1])
+        documents, alone = found.documents, rules.documents(positions[row : row + 1], device=device)
+        assert documents is not None
+        for name in ("position_ids", "boundaries", "boundaries_on_device", "begins"):
+            mine, wanted = getattr(documents, name), getattr(alone, name)
+            assert (mine is None and wanted is None) or torch.equal(mine, wanted), name
+    assert [row.documents for row in Inputs(tokens).rows()] == [None] * 3

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from data_tools.preparation.prepare import prepare
 from data_tools.preparation.recipe import load_preparation
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import SPLITS
 from tests.data_tools.processes import end_all
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n</>-é"
@@ -86,8 +87,13 @@ def texts_of(corpus: Corpus, domain: str, split: str) -> list[str]:
 
 
 def all_texts(corpus: Corpus, domain: str) -> list[str]:
-    """The documents of both splits, sorted."""
-    return sorted(texts_of(corpus, domain, "train") + texts_of(corpus, domain, "heldout"))
+    """The documents of all splits, sorted."""
+    return sorted(text for split in SPLITS for text in texts_of(corpus, domain, split))
+
+
+def distinct_texts(corpus: Corpus, domains: str) -> list[set[str]]:
+    """What each split of these domains says, domains taken together."""
+    return [{text for name in domains for text in texts_of(corpus, name, split)} for split in SPLITS]
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -35,14 +35,16 @@ class Rows:
     positions: dict[str, Tensor] | None = None
 
     def heldout_positions(
-        self, domain: str, *, sequence_length: int, tokens: int, micro_batch_size: int
+        self, domain: str, *, split: str, sequence_length: int, tokens: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
+        assert split == "test"
         assert self.positions is not None
         yield from self.positions[domain][: tokens // sequence_length].split(micro_batch_size)
 
     def heldout_batches(
-        self, domain: str, *, sequence_length: int, tokens: int, micro_batch_size: int
+        self, domain: str, *, split: str, sequence_length: int, tokens: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
+        assert split == "test"
         yield from self.rows[domain][: tokens // sequence_length].split(micro_batch_size)
 
 
@@ -69,6 +71,7 @@ def corpus() -> Any:
 
 def measure(model: Any, corpus: Any, **changes: Any) -> dict[str, DomainLoss]:
     settings = {
+        "split": "test",
         "tokens_per_domain": 5 * LENGTH,
         "sequence_length": LENGTH,
         "micro_batch_size": 2,

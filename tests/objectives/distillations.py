@@ -14,7 +14,7 @@ from tests.models.tiny import tiny_model
 DOMAINS = ("first", "second")
 
 
-def parts_of(*, teacher: PreTrainedModel | None = None, rate: float = 1.0, **distill: Any) -> Parts:
+def parts_of(*, teacher: PreTrainedModel | None = None, height: float = 1.0, **distill: Any) -> Parts:
     """What a stage would have, with a teacher of other weights."""
     return Parts(
         model=tiny_model(),
@@ -22,7 +22,7 @@ def parts_of(*, teacher: PreTrainedModel | None = None, rate: float = 1.0, **dis
         domains=DOMAINS,
         distill=DistillRecipe.model_validate({"domains": "all", **distill}),
         teacher=lambda: tiny_model(seed=1) if teacher is None else teacher,
-        rate=lambda _: rate,
+        height=lambda _: height,
     )
 
 

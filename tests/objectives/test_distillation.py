@@ -66,8 +66,8 @@ def test_domains_listen_as_they_are_told(domains: Any, weights: list[float]) -> 
 
 
 def test_the_weight_follows_the_learning_rate() -> None:
-    for schedule, rate, weight in (("constant", 0.2, 0.5), ("learning_rate", 0.2, 0.1), ("learning_rate", 0.0, 0.0)):
-        objective = tiny_distillation(schedule=schedule, rate=rate, weight=0.5).train()
+    for schedule, height, weight in (("constant", 0.2, 0.5), ("learning_rate", 0.2, 0.1), ("learning_rate", 0.0, 0.0)):
+        objective = tiny_distillation(schedule=schedule, height=height, weight=0.5).train()
         objective.begin_step(3)
         losses = objective(TOKENS_BT, None, ORIGINS)
         assert (losses.measured[:, 2] / losses.labels).tolist() == pytest.approx([weight] * 4)

@@ -15,6 +15,7 @@ from shearing.objectives.registry import OBJECTIVES
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import StageRecipe
 from tests.models.tiny import VOCAB_SIZE, tiny_model
 from tests.objectives.distillations import parts_of
@@ -55,7 +56,8 @@ def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(tmp_pa
     parts = parts_of(teacher=(teacher := tiny_model(seed=1)), weight=0.5)
     objective = objective_of("distillation", parts=parts)
     stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})
-    engine = TorchEngine(Optimization.of(stage, tokens_per_step=2), device=CPU, precision=torch.float32)
+    optimization = Optimization.of(stage, rates=LearningRates.of(stage, tokens_per_step=2))
+    engine = TorchEngine(optimization, device=CPU, precision=torch.float32)
     prepared = engine.prepare(objective).train()
     tokens_BT = torch.arange(10).view(2, 5) % VOCAB_SIZE
     losses = prepared(tokens_BT, None, Origins(domains=torch.tensor([0, 1])))

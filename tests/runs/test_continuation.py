@@ -81,3 +81,10 @@ def test_a_key_may_change_until_a_stage_has_used_it(
 def test_keys_below_a_neutral_section_that_no_longer_exist_are_neutral(recipe: Recipe) -> None:
     assert _refusal(recipe, changed="evaluation.of_an_earlier_release", begun=("prune",)) is None
     assert _refusal(recipe, changed="prune.of_an_earlier_release", begun=("prune",)) is not None
+
+
+def test_with_one_schedule_mask_learning_uses_the_length_of_pretraining(tmp_path: Path) -> None:
+    data = tiny_recipe_data(tmp_path, run_dir=tmp_path / "run") | {"one_schedule": True}
+    one = Recipe.model_validate(data)
+    assert _refusal(one, changed="pretrain.duration", begun=("prune",)) is not None
+    assert _refusal(one, changed="pretrain.optimizer", begun=("prune",)) is None

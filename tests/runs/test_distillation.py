@@ -128,7 +128,7 @@ def test_listening_brings_the_student_nearer_to_the_teacher(tiny_inputs: Path, t
         context = _quiet(recipe)
         pretrain(context)
         model = load_source(str(context.directory.model))
-        measured = {"tokens_per_domain": 64, "sequence_length": 16, "micro_batch_size": 2}
+        measured = {"split": "test", "tokens_per_domain": 64, "sequence_length": 16, "micro_batch_size": 2}
         losses[weight] = heldout_loss(model, context.corpus, **measured)
         lines = _lines(recipe.run_dir, "pretrain")
         # The source beside itself: what is away from it, it comes back to.

@@ -133,6 +133,8 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("prune.duration=20%", "in steps or tokens"),
         ("prune.duration=0", "at least one step"),
         ("prune.warmup=33 steps", "at most the stage's 24 steps"),
+        ("pretrain.schedule=wsd_sqrt", "'cosine', 'wsd', 'linear' or 'constant'"),
+        ("one_schedule=true", "what prune.warmup is: 33%"),
         ("prune.sparsity_warmup=17 steps", "together with prune.freeze = 80%"),
         ("pretrain.checkpoint_interval=0", "more than 0"),
         ("mixture.pretrain_interval=0%", "more than 0"),
@@ -240,3 +242,49 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     text = yaml.safe_dump(data) + "pretrain:\n  <<: &base {batch_size: 4 sequences}\n  duration: 7 steps\n"
     assert stage
     assert load_recipe(write(tmp_path, text)).pretrain.duration == Duration(steps=7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["pretrain.schedule=wsd", "pretrain.decay=41 steps", "pretrain.warmup=8 steps"],
+            "at most the stage's 48 steps",
+        ),
+        (["pretrain.schedule=wsd", "pretrain.decay=0%"], "set pretrain.schedule=constant"),
+        (["prune.schedule=wsd", "prune.warmup=60%", "prune.decay=50%"], "prune.decay = '50%'"),
+    ],
+)
+def test_a_decay_that_cannot_be(overrides: list[str], expected: str) -> None:
+    assert expected in message(*overrides)
+
+
+ONE = ["one_schedule=true", "prune.warmup=10%", "pretrain.warmup=10%", "prune.final_learning_rate=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["pretrain.learning_rate=1e-4"], "pretrain.learning_rate"),
+        (["pretrain.schedule=wsd"], "pretrain.schedule"),
+        (["prune.schedule=wsd", "pretrain.schedule=wsd", "pretrain.decay=5 steps"], "pretrain.decay"),
+        (["pretrain.final_learning_rate=0.2"], "pretrain.final_learning_rate"),
+        (["pretrain.batch_size=8"], "pretrain.batch_size"),
+        (["prune.warmup=73 steps", "pretrain.warmup=73 steps"], "the 72 steps of both stages"),
+    ],
+)
+def test_one_schedule_is_not_two(overrides: list[str], field: str) -> None:
+    assert field in message(*ONE, *overrides)
+
+
+def test_one_schedule_has_the_rates_of_one_run() -> None:
+    """Of a run without mask learning, as long as both stages."""
+    both = load_recipe(DEMO, overrides=ONE)
+    straight = load_recipe(DEMO, overrides=["prune=null", "target=null", "pretrain.duration=72", "pretrain.warmup=10%"])
+    assert [both.learning_rates("prune").at(step) for step in range(24)] + [
+        both.learning_rates("pretrain").at(step) for step in range(48)
+    ] == [straight.learning_rates("pretrain").at(step) for step in range(72)]
+    # What does not matter to the schedule may differ.
+    load_recipe(DEMO, overrides=[*ONE, "prune.decay=10%", "prune.micro_batch_size=2"])
+    constant = ["prune.schedule=constant", "pretrain.schedule=constant", "pretrain.final_learning_rate=0.3"]
+    load_recipe(DEMO, overrides=[*ONE, *constant])

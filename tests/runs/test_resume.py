@@ -47,6 +47,8 @@ def _recipe(inputs: Path, *, run_dir: Path, log_interval: int = 1) -> Recipe:
             "batch_size": "4 sequences",
             "checkpoint_interval": "2 steps",
             "weight_decay": 0.1,
+            "schedule": "wsd",
+            "decay": "40%",
         }
     return Recipe.model_validate(data)
 

@@ -25,6 +25,7 @@ from shearing.settings.quantities import Duration
 from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import StageRecipe, TrainingRecipe
 from shearing.training.stage import HeldOut, Schedule
 from shearing.training.task import Callback, Run, StepResult, Task
@@ -91,7 +92,7 @@ def tiny_task(inputs: Path, folder: Path, *, callbacks: tuple[Callback, ...] = (
         }
     )
     tokens_per_step = SEQUENCES * LENGTH
-    optimization = Optimization.of(stage, tokens_per_step=tokens_per_step)
+    optimization = Optimization.of(stage, rates=LearningRates.of(stage, tokens_per_step=tokens_per_step))
     objective, masking = masked_objective(inputs)
     return Task(
         name="prune",

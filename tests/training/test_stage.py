@@ -8,6 +8,7 @@ import pytest
 
 from shearing.settings.quantities import Duration
 from shearing.training.engines.optimizer import Optimization
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import StageRecipe, TrainingRecipe
 from shearing.training.stage import Schedule
 
@@ -16,7 +17,9 @@ STAGE = StageRecipe.model_validate(
         "duration": "100 steps",
         "batch_size": "8 sequences",
         "learning_rate": 0.25,
+        "schedule": "wsd",
         "warmup": "20%",
+        "decay": "2400 tokens",
         "final_learning_rate": 0.5,
         "betas": (0.7, 0.8),
         "epsilon": 1e-6,
@@ -30,11 +33,18 @@ STAGE = StageRecipe.model_validate(
 
 
 def test_optimisation_is_that_of_the_section() -> None:
-    assert Optimization.of(STAGE, tokens_per_step=80) == Optimization(
-        learning_rate=0.25,
+    rates = LearningRates.of(STAGE, tokens_per_step=80)
+    assert rates == LearningRates(
+        schedule="wsd",
+        peak=0.25,
         total_steps=100,
         warmup_steps=20,
-        final_learning_rate=0.5,
+        decay_steps=30,
+        final=0.5,
+        first_step=0,
+    )
+    assert Optimization.of(STAGE, rates=rates) == Optimization(
+        rates=rates,
         betas=(0.7, 0.8),
         epsilon=1e-6,
         weight_decay=0.3,
@@ -64,7 +74,7 @@ def test_schedule_is_that_of_the_sections() -> None:
     )
 
 
-@pytest.mark.parametrize("settings", [Optimization, Schedule])
-def test_sections_are_the_only_source_of_defaults(settings: type[Optimization | Schedule]) -> None:
+@pytest.mark.parametrize("settings", [Optimization, LearningRates, Schedule])
+def test_sections_are_the_only_source_of_defaults(settings: type[Optimization | LearningRates | Schedule]) -> None:
     assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(settings))
     assert all(field.default_factory is dataclasses.MISSING for field in dataclasses.fields(settings))

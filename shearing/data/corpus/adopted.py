@@ -1,11 +1,12 @@
-"""Tokens that lie in files of somebody else's format and stay there: a split is a list of ranges of those files.
+"""Tokens that lie in files of somebody else's format and stay there: a part is a list of ranges of those files.
 
     CORPUS/DOMAIN/adopted.json         the files, and where a document's separator comes from
-    CORPUS/DOMAIN/train_ranges.npy     int64 [3, ranges]: where each range ends in the split, its file, its first token
-    CORPUS/DOMAIN/heldout_ranges.npy
+    CORPUS/DOMAIN/train_ranges.npy     int64 [3, ranges]: where each range ends in the part, its file, its first token
+    CORPUS/DOMAIN/validation_ranges.npy, test_ranges.npy
 
-take the place of `train.bin` and `heldout.bin`; everything else is as in a prepared domain. In whatever format, tokens
-of a document lie one after the other in a file, as integers of one type: that is all that a range needs to know.
+take the place of `train.bin`, `validation.bin` and `test.bin`; everything else is as in a prepared domain. In whatever
+format, tokens of a document lie one after the other in a file, as integers of one type: that is all that a range needs
+to know.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ class Adopted:
         write_json(folder / ADOPTED_NAME, asdict(self))
 
 
-def ranges_path(folder: Path, split: str) -> Path:
-    """The file that says where the tokens of a split lie."""
-    return folder / f"{split}_ranges.npy"
+def ranges_path(folder: Path, part: str) -> Path:
+    """The file that says where the tokens of a part lie."""
+    return folder / f"{part}_ranges.npy"
 
 
 class AdoptedTokens:
-    """A split of an adopted domain; finding a token takes O(log ranges), and nothing but the ranges met is read.
+    """A part of an adopted domain; finding a token takes O(log ranges), and nothing but the ranges met is read.
 
     Args:
         ranges: int64 [3, R], as in the file.
@@ -96,14 +97,14 @@ class AdoptedTokens:
         self._dtype = np.dtype(dtype)
 
     @classmethod
-    def open(cls, folder: Path, *, split: str, adopted: Adopted, separator_id: int, dtype: str) -> AdoptedTokens:
-        """The split of the domain in `folder`.
+    def open(cls, folder: Path, *, part: str, adopted: Adopted, separator_id: int, dtype: str) -> AdoptedTokens:
+        """The part of the domain in `folder`.
 
         Raises:
             OSError: a file cannot be opened.
         """
         return cls(
-            map_array(ranges_path(folder, split)),
+            map_array(ranges_path(folder, part)),
             files=[map_file(Path(file.path), dtype=file.dtype) for file in adopted.files],
             separator_id=separator_id if adopted.separators == "appended" else None,
             dtype=dtype,
@@ -126,7 +127,7 @@ class AdoptedTokens:
             self._read_ahead[file](first, first + count)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int, bool]]:
-        """Of each range met: position in the split, file, first token there, tokens, whether a separator is added."""
+        """Of each range met: position in the part, file, first token there, tokens, whether a separator is added."""
         stop = min(stop, len(self))
         index = int(np.searchsorted(self._ends, start, side="right"))
         position = start

@@ -2,13 +2,14 @@
 
     CORPUS/corpus.json                written last: a folder without it is an interrupted preparation
     CORPUS/tokenizer.json             the tokenizer itself, to decode with
-    CORPUS/DOMAIN/manifest.json       counts and checksums of each split; tokenizer, sources, split seed, versions
+    CORPUS/DOMAIN/manifest.json       counts and checksums of each part; tokenizer, sources, split seed, versions
     CORPUS/DOMAIN/train.bin           tokens one after the other, each document closed by the separator
     CORPUS/DOMAIN/train_ends.npy      int64, where each document ends in train.bin (separator included)
     CORPUS/DOMAIN/train_hashes.npy    uint64, hash of each document's text: `text_hash`
-    CORPUS/DOMAIN/heldout.bin, heldout_ends.npy, heldout_hashes.npy
+    CORPUS/DOMAIN/validation.bin, test.bin, …
 
-Tokens of an adopted domain stay in files of another format: see `adopted`.
+`validation` is what steers a run and what constants are chosen on, `test` is what judges. Format 2 has one held-out
+part in place of the two: see `stored_split`. Tokens of an adopted domain stay in files of another format: `adopted`.
 
 Row i at sequence length S holds tokens [i*S, i*S + S + 1): S inputs, and as last label the first input of row i + 1.
 """
@@ -25,11 +26,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shearing.data.corpus.format import SPLITS, DomainManifest, Split, read_index
-from shearing.data.corpus.integrity import open_tokens, quick_damages
+from shearing.data.corpus.format import ONE_PART, SPLITS, DomainManifest, HeldOutSplit, Split, read_index
+from shearing.data.corpus.integrity import quick_damages
+from shearing.data.corpus.stored_split import StoredSplit
 from shearing.data.corpus.tokens import Tokens
 from shearing.errors import ShearingError, key, nearest_name
-from shearing.files.mapped_arrays import map_array
 
 
 def whole_rows(tokens: int, *, sequence_length: int) -> int:
@@ -43,6 +44,7 @@ class Corpus:
     def __init__(self, path: Path, *, manifests: Mapping[str, DomainManifest]) -> None:
         self.path = path
         self.manifests = dict(manifests)
+        self._splits: dict[tuple[str, Split], StoredSplit] = {}
         self._tokens: dict[tuple[str, Split], Tokens] = {}
         self._ends: dict[tuple[str, Split], npt.NDArray[np.int64]] = {}
 
@@ -107,8 +109,34 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hash of the opened domains' names and tokens, wherever the corpus lies (hexadecimal, 32 digits)."""
-        content = [[m.domain, m.dtype, m.train.sha256, m.heldout.sha256] for m in self.manifests.values()]
+        content = [[m.domain, m.dtype, *(part.sha256 for part in m.parts.values())] for m in self.manifests.values()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    @property
+    def of_one_part(self) -> list[str]:
+        """Domains, of format 2, whose one held-out part is divided between what steers and what judges."""
+        return [name for name, manifest in self.manifests.items() if ONE_PART in manifest.parts]
+
+    def named_split(self, split: HeldOutSplit) -> str:
+        """What `split` is, in words for a table."""
+        if not self.of_one_part:
+            return split
+        half = {"validation": "held-out (first half)", "test": "held-out (second half)"}[split]
+        return half if len(self.of_one_part) == len(self.domains) else f"{split} or {half}"
+
+    @property
+    def notice(self) -> str | None:
+        """What users of an old corpus have to know, or None."""
+        if not self.of_one_part:
+            return None
+        return (
+            f"{self.path} (format 2) has one held-out part of {', '.join(self.of_one_part)}: the first half of its "
+            "documents steers, the second half judges; prepare the text again for splits of their own"
+        )
+
+    def split_tokens(self, domain: str, split: Split) -> int:
+        """Tokens of a split, separators included."""
+        return self._split(domain, split).num_tokens
 
     def train_rows(self, domain: str, *, sequence_length: int) -> int:
         """Rows of `sequence_length` inputs in the training split.
@@ -118,13 +146,13 @@ class Corpus:
         """
         return self._checked_rows(domain, sequence_length=sequence_length, split="train")
 
-    def heldout_rows(self, domain: str, *, sequence_length: int) -> int:
-        """Rows of `sequence_length` inputs in the held-out split.
+    def heldout_rows(self, domain: str, *, split: HeldOutSplit, sequence_length: int) -> int:
+        """Rows of `sequence_length` inputs in a held-out split.
 
         Raises:
             ShearingError: there is not even one.
         """
-        return self._checked_rows(domain, sequence_length=sequence_length, split="heldout")
+        return self._checked_rows(domain, sequence_length=sequence_length, split=split)
 
     def row(self, domain: str, index: int, *, sequence_length: int, split: Split = "train") -> npt.NDArray[np.int64]:
         """Tokens of one row, int64 [S + 1]: inputs are [:-1], labels [1:]."""
@@ -161,13 +189,13 @@ class Corpus:
         """All tokens of a split."""
         key = (domain, split)
         if key not in self._tokens:
-            self._tokens[key] = open_tokens(self.path / domain, split=split, manifest=self.manifests[domain])
+            self._tokens[key] = self._split(domain, split).open_tokens()
         return self._tokens[key]
 
     def document_ends(self, domain: str, *, split: Split = "train") -> npt.NDArray[np.int64]:
-        """Where each document ends in the split's tokens, its separator included; int64 [documents], memory-mapped."""
+        """Where each document ends in the split's tokens, its separator included; int64 [documents]."""
         if (domain, split) not in self._ends:
-            self._ends[domain, split] = map_array(self.path / domain / f"{split}_ends.npy")
+            self._ends[domain, split] = self._split(domain, split).document_ends()
         return self._ends[domain, split]
 
     def row_positions(
@@ -204,48 +232,58 @@ class Corpus:
 
     def document_hashes(self, domain: str, *, split: Split = "train") -> npt.NDArray[np.uint64]:
         """`text_hash` of each document of the split, in order; uint64 [documents], memory-mapped."""
-        return map_array(self.path / domain / f"{split}_hashes.npy")
+        return self._split(domain, split).hashes()
 
     def heldout_batches(
-        self, domain: str, *, sequence_length: int, tokens: int, micro_batch_size: int
+        self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
-        """A fixed subset of held-out rows, spread evenly over the split, in order.
+        """A fixed subset of the rows of a held-out split, spread evenly over it, in order.
 
         Args:
+            split: validation where something is chosen by what is found, test where a result is judged.
             tokens: how many tokens to read at most; at least one row, never more than there are.
             micro_batch_size: rows per batch; the last batch may have fewer.
 
         Yields:
             int64 [B, S + 1].
         """
-        indices = self._heldout_subset(domain, sequence_length=sequence_length, tokens=tokens)
+        indices = self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens)
         for start in range(0, len(indices), micro_batch_size):
             chosen = indices[start : start + micro_batch_size]
-            batch = self.rows([(domain, i) for i in chosen], sequence_length=sequence_length, split="heldout")
+            batch = self.rows([(domain, i) for i in chosen], sequence_length=sequence_length, split=split)
             yield torch.from_numpy(batch)
 
     def heldout_positions(
-        self, domain: str, *, sequence_length: int, tokens: int, micro_batch_size: int
+        self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int, micro_batch_size: int
     ) -> Iterator[Tensor]:
         """`row_positions` of what `heldout_batches` yields, int64 [B, S + 1]."""
-        indices = self._heldout_subset(domain, sequence_length=sequence_length, tokens=tokens)
+        indices = self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens)
         for start in range(0, len(indices), micro_batch_size):
             chosen = indices[start : start + micro_batch_size]
-            batch = [self.row_positions(domain, i, sequence_length=sequence_length, split="heldout") for i in chosen]
+            batch = [self.row_positions(domain, i, sequence_length=sequence_length, split=split) for i in chosen]
             yield torch.from_numpy(np.stack(batch))
 
-    def heldout_tokens(self, *, sequence_length: int, tokens_per_domain: int) -> int:
+    def heldout_tokens(self, *, split: HeldOutSplit, sequence_length: int, tokens_per_domain: int) -> int:
         """Inputs in what `heldout_batches` yields for all domains together."""
-        settings = {"sequence_length": sequence_length, "tokens": tokens_per_domain}
-        return sum(len(self._heldout_subset(domain, **settings)) for domain in self.domains) * sequence_length
+        subsets = [
+            self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens_per_domain)
+            for domain in self.domains
+        ]
+        return sum(map(len, subsets)) * sequence_length
 
-    def _heldout_subset(self, domain: str, *, sequence_length: int, tokens: int) -> list[int]:
-        rows = self.heldout_rows(domain, sequence_length=sequence_length)
+    def _split(self, domain: str, split: Split) -> StoredSplit:
+        if (domain, split) not in self._splits:
+            manifest = self.manifests[domain]
+            self._splits[domain, split] = StoredSplit.find(self.path / domain, split=split, manifest=manifest)
+        return self._splits[domain, split]
+
+    def _heldout_subset(self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int) -> list[int]:
+        rows = self.heldout_rows(domain, split=split, sequence_length=sequence_length)
         count = min(rows, whole_rows(tokens, sequence_length=sequence_length))
         return [i * rows // count for i in range(count)]
 
     def _checked_rows(self, domain: str, *, sequence_length: int, split: Split) -> int:
-        tokens = self.manifests[domain].split(split).tokens
+        tokens = self.split_tokens(domain, split)
         rows = (tokens - 1) // sequence_length
         if rows < 1:
             raise ShearingError(
@@ -258,17 +296,13 @@ class Corpus:
 
     def _check(self, domain: str, *, vocab_size: int | None, tokenizer_fingerprint: str | None) -> None:
         manifest = self.manifests[domain]
-        for split in SPLITS:
-            counts = manifest.split(split)
+        for part, counts in manifest.parts.items():
             if counts.tokens == 0:
-                raise ShearingError(
-                    f"{self.path / domain}",
-                    value=f"0 tokens in {split}",
-                    allowed="a domain with text in both splits",
-                    mend=f"prepare the domain {domain} again from more text, or leave it out of {key('domains')}",
-                )
+                raise self._empty(domain, value=f"0 tokens in {part}")
         for damage in quick_damages(self.path / domain, manifest=manifest):
             raise damage.error()
+        if ONE_PART in manifest.parts and manifest.parts[ONE_PART].documents < 2:
+            raise self._empty(domain, value="one held-out document, which cannot both steer and judge")
         if vocab_size is not None and manifest.largest_token >= vocab_size:
             raise ShearingError(
                 "corpus",
@@ -284,3 +318,11 @@ class Corpus:
                 allowed=f"tokens of the model's own tokenizer, fingerprint {tokenizer_fingerprint}",
                 mend="prepare the text again with the tokenizer of this model",
             )
+
+    def _empty(self, domain: str, *, value: str) -> ShearingError:
+        return ShearingError(
+            f"{self.path / domain}",
+            value=value,
+            allowed=f"a domain with text in each of {', '.join(SPLITS)}",
+            mend=f"prepare the domain {domain} again from more text, or leave it out of {key('domains')}",
+        )

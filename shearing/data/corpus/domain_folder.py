@@ -26,7 +26,8 @@ from shearing.data.corpus.format import (
     SplitManifest,
 )
 from shearing.data.corpus.shards import Shard, token_dtype
-from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, first_of_each
+from shearing.data.corpus.splits import Documents, Earlier, SplitSizes, choose_splits, first_of_each
+from shearing.data.corpus.stored_split import StoredSplit
 from shearing.errors import ShearingError
 from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import write_json, write_text
@@ -36,12 +37,13 @@ TOKENS_PER_WRITE = 1 << 22
 
 
 class Place(IntEnum):
-    """Where a document of a shard goes."""
+    """Where a document of a shard goes: into a split, in the order of `SPLITS`, or nowhere."""
 
     TRAIN = 0
-    HELDOUT = 1
-    DUPLICATE = 2
-    NEAR_DUPLICATE = 3
+    VALIDATION = 1
+    TEST = 2
+    DUPLICATE = 3
+    NEAR_DUPLICATE = 4
 
 
 Places = npt.NDArray[np.uint8]
@@ -57,7 +59,7 @@ class DomainSettings:
     tokenizer: str
     tokenizer_fingerprint: str
     split_seed: int
-    heldout: HeldoutSize
+    sizes: SplitSizes
     versions: Mapping[str, str]
 
 
@@ -99,11 +101,12 @@ def domains_of(path: Path) -> list[str]:
 
 
 def earlier_texts(path: Path, *, besides: Iterable[str] = ()) -> Earlier:
-    """Hashes of all texts in the domains of a corpus folder, by side; `besides` names domains to leave out."""
-    hashes: dict[Split, list[npt.NDArray[np.uint64]]] = {"train": [], "heldout": []}
+    """Hashes of all texts in the domains of a corpus folder, by split; `besides` names domains to leave out."""
+    hashes: dict[Split, list[npt.NDArray[np.uint64]]] = {split: [] for split in SPLITS}
     for name in set(domains_of(path)) - set(besides):
+        manifest = DomainManifest.read(path / name)
         for split in SPLITS:
-            hashes[split].append(np.load(path / name / f"{split}_hashes.npy"))
+            hashes[split].append(StoredSplit.find(path / name, split=split, manifest=manifest).hashes())
     empty = np.empty(0, np.uint64)
     return Earlier(**{split: np.unique(np.concatenate([empty, *found])) for split, found in hashes.items()})
 
@@ -111,7 +114,7 @@ def earlier_texts(path: Path, *, besides: Iterable[str] = ()) -> Earlier:
 def decide_places(
     domains: Mapping[str, Documents],
     *,
-    size: HeldoutSize,
+    sizes: SplitSizes,
     seed: int,
     earlier: Earlier | None = None,
     remove_duplicates: bool = False,
@@ -120,12 +123,12 @@ def decide_places(
     """Where each document of each domain goes; uint8 [documents] of `Place`.
 
     Args:
-        size, seed, earlier: see `splits.choose_heldout`.
+        sizes, seed, earlier: see `splits.choose_splits`.
         remove_duplicates: of equal texts in a domain only the first stays.
         remove_near_duplicates: of each cluster, over all domains, only the first document stays.
 
     Raises:
-        ShearingError: a domain cannot have text on both sides.
+        ShearingError: a domain cannot have text in each split.
     """
     places = {name: np.zeros(len(each.hashes), dtype=np.uint8) for name, each in domains.items()}
     if remove_near_duplicates:
@@ -141,8 +144,8 @@ def decide_places(
             continue
         clusters = None if each.clusters is None else each.clusters[stays]
         kept[name] = Documents(hashes=each.hashes[stays], tokens=each.tokens[stays], clusters=clusters)
-    for name, heldout in choose_heldout(kept, size=size, seed=seed, earlier=earlier).items():
-        places[name][np.flatnonzero(places[name] == Place.TRAIN)[heldout]] = Place.HELDOUT
+    for name, sides in choose_splits(kept, sizes=sizes, seed=seed, earlier=earlier).items():
+        places[name][places[name] == Place.TRAIN] = sides
     return places
 
 
@@ -173,7 +176,7 @@ def write_domain_folder(
         inputs: for the manifest.
         left_out: documents that no shard knows of, by reason.
     """
-    sides = {"train": Place.TRAIN, "heldout": Place.HELDOUT}
+    sides = {split: Place[split.upper()] for split in SPLITS}
     writers = {
         split: _SplitWriter(folder, split=split, documents=int((places == sides[split]).sum())) for split in SPLITS
     }
@@ -197,13 +200,12 @@ def write_domain_folder(
     for place, reason in LEFT_OUT.items():
         if gone := int((places == place).sum()):
             counts[reason] += gone
-    splits = {split: writer.close() for split, writer in writers.items()}
+    splits: dict[str, SplitManifest] = {split: writer.close() for split, writer in writers.items()}
     hashes = np.concatenate([np.load(folder / f"{split}_hashes.npy") for split in SPLITS])
     hashes.sort()
     manifest = DomainManifest(
         domain=name,
-        train=splits["train"],
-        heldout=splits["heldout"],
+        parts=splits,
         dtype=dtype.name,
         vocab_size=settings.vocab_size,
         largest_token=max((shard.largest_token for shard in shards), default=0),
@@ -212,7 +214,7 @@ def write_domain_folder(
         tokenizer_fingerprint=settings.tokenizer_fingerprint,
         sources=tuple(source for shard in shards for source in shard.sources),
         split_seed=settings.split_seed,
-        heldout_size=str(settings.heldout),
+        sizes=settings.sizes.to_json(),
         duplicates=int((hashes[1:] == hashes[:-1]).sum()),
         left_out=dict(sorted(counts.items())),
         versions=dict(sorted(settings.versions.items())),

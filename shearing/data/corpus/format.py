@@ -11,9 +11,15 @@ from typing import Any, Literal, Protocol
 
 from shearing.errors import ShearingError
 
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, Split] = ("train", "heldout")
-FORMAT = 2
+HeldOutSplit = Literal["validation", "test"]
+"""validation: what steers a run and what constants are chosen on; test: what judges."""
+Split = Literal["train", HeldOutSplit]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+HELD_OUT: tuple[HeldOutSplit, ...] = ("validation", "test")
+FORMAT = 3
+READABLE_FORMATS = (2, 3)
+ONE_PART = "heldout"
+"""Of format 2: all that was held out of a domain, one part for both purposes."""
 INDEX_NAME = "corpus.json"
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -71,7 +77,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """Counts of one split of one domain; `bytes` is UTF-8 text without separators, checksums are of the three files."""
+    """Counts of one part of one domain; `bytes` is UTF-8 text without separators, checksums are of the three files."""
 
     documents: int
     tokens: int
@@ -86,9 +92,10 @@ class DomainManifest:
     """What a domain folder says about itself.
 
     Args:
+        parts: what lies on disk under each name: the splits; in format 2 `train` and `heldout`.
         sources: what it was made of, in the order in which the documents lie on disk.
         split_seed: with the documents' hashes it decides what is held out.
-        heldout_size: what was asked for, "5%" of the tokens or "2000000 tokens".
+        sizes: of the held-out parts, as asked for: "5%" of the tokens or "2000000 tokens".
         duplicates: documents in here whose text another document of the domain has too, the first of each not counted.
         left_out: documents that are not in here, by reason.
         versions: of the packages that made it.
@@ -96,8 +103,7 @@ class DomainManifest:
     """
 
     domain: str
-    train: SplitManifest
-    heldout: SplitManifest
+    parts: dict[str, SplitManifest]
     dtype: str
     vocab_size: int
     largest_token: int
@@ -106,7 +112,7 @@ class DomainManifest:
     tokenizer_fingerprint: str
     sources: tuple[SourceFile, ...]
     split_seed: int
-    heldout_size: str
+    sizes: dict[str, str]
     duplicates: int
     left_out: dict[str, int]
     versions: dict[str, str]
@@ -122,8 +128,12 @@ class DomainManifest:
         path = folder / MANIFEST_NAME
         try:
             values = json.loads(path.read_text())
-            for split in SPLITS:
-                values[split] = SplitManifest(**values[split])
+            if ONE_PART in values:
+                values["parts"] = {name: values.pop(name) for name in ("train", ONE_PART)}
+                values["sizes"] = {ONE_PART: values.pop("heldout_size")}
+            values["parts"] = {name: SplitManifest(**counts) for name, counts in values["parts"].items()}
+            if set(values["parts"]) not in (set(SPLITS), {"train", ONE_PART}):
+                raise ValueError(f"parts {', '.join(values['parts'])}")
             values["sources"] = tuple(SourceFile(**source) for source in values["sources"])
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,8 +144,25 @@ class DomainManifest:
                 mend="prepare the domain again",
             ) from error
 
-    def split(self, split: Split) -> SplitManifest:
-        return self.train if split == "train" else self.heldout
+    @property
+    def train(self) -> SplitManifest:
+        """What is trained on."""
+        return self.parts["train"]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all parts."""
+        return sum(part.documents for part in self.parts.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all parts, separators included."""
+        return sum(part.tokens for part in self.parts.values())
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 text of all parts."""
+        return sum(part.bytes for part in self.parts.values())
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -160,11 +187,11 @@ def read_index(path: Path) -> dict[str, Any]:
         raise ShearingError(
             str(path / INDEX_NAME), value=str(error), allowed="the index of a corpus", mend=f"prepare again: {prepare}"
         ) from error
-    if index.get("format") != FORMAT:
+    if index.get("format") not in READABLE_FORMATS:
         raise ShearingError(
             str(path / INDEX_NAME),
             value=f"format {index.get('format')}",
-            allowed=f"format {FORMAT}",
+            allowed=f"format {' or '.join(map(str, READABLE_FORMATS))}",
             mend=f"prepare the text again: {prepare}",
         )
     return index

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
-from shearing.data.corpus.format import MANIFEST_NAME, SPLITS, DomainManifest, Split
+from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
 from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
 from shearing.files.mapped_arrays import map_array
@@ -46,17 +46,17 @@ class Damage:
         return ShearingError(self.file, value=self.found, allowed=self.expected, mend=self.mend)
 
 
-def open_tokens(folder: Path, *, split: Split, manifest: DomainManifest) -> Tokens:
-    """The tokens of a split, own or adopted.
+def open_tokens(folder: Path, *, part: str, manifest: DomainManifest) -> Tokens:
+    """The tokens of a part of a domain, own or adopted.
 
     Raises:
         OSError, ShearingError: a file cannot be opened.
     """
     adopted = Adopted.read(folder)
     if adopted is None:
-        return FlatTokens(folder / f"{split}.bin", dtype=manifest.dtype)
+        return FlatTokens(folder / f"{part}.bin", dtype=manifest.dtype)
     return AdoptedTokens.open(
-        folder, split=split, adopted=adopted, separator_id=manifest.separator_id, dtype=manifest.dtype
+        folder, part=part, adopted=adopted, separator_id=manifest.separator_id, dtype=manifest.dtype
     )
 
 
@@ -78,32 +78,31 @@ def quick_damages(folder: Path, *, manifest: DomainManifest) -> Iterator[Damage]
     adopted = Adopted.read(folder)
     found_in_files = list(_adopted_damages(adopted)) if adopted else []
     yield from found_in_files
-    for split in SPLITS:
-        damages = [] if adopted else list(_size_damage(folder, split=split, manifest=manifest))
-        counts = manifest.split(split)
+    for part, counts in manifest.parts.items():
+        damages = [] if adopted else list(_size_damage(folder, part=part, manifest=manifest))
         ends = _array_or_damage(
-            folder / f"{split}_ends.npy", dtype=np.int64, size=counts.documents, sha256=counts.ends_sha256
+            folder / f"{part}_ends.npy", dtype=np.int64, size=counts.documents, sha256=counts.ends_sha256
         )
         hashes = _array_or_damage(
-            folder / f"{split}_hashes.npy", dtype=np.uint64, size=counts.documents, sha256=counts.hashes_sha256
+            folder / f"{part}_hashes.npy", dtype=np.uint64, size=counts.documents, sha256=counts.hashes_sha256
         )
         damages += [each for each in (ends, hashes) if isinstance(each, Damage)]
         if adopted is not None:
-            damages += _ranges_damage(ranges_path(folder, split), tokens=counts.tokens, files=len(adopted.files))
+            damages += _ranges_damage(ranges_path(folder, part), tokens=counts.tokens, files=len(adopted.files))
         if not isinstance(ends, Damage):
             if len(ends) and int(ends[-1]) != counts.tokens:
-                file = folder / f"{split}_ends.npy"
+                file = folder / f"{part}_ends.npy"
                 damages.append(
                     Damage(str(file), f"a last document that ends at {ends[-1]}", f"an end at token {counts.tokens}")
                 )
             elif not damages and not found_in_files and (adopted is None or adopted.separators != "inside"):
-                damages += _separator_damage(folder, split=split, manifest=manifest, adopted=adopted, ends=ends)
+                damages += _separator_damage(folder, part=part, manifest=manifest, adopted=adopted, ends=ends)
         yield from damages
 
 
-def _size_damage(folder: Path, *, split: Split, manifest: DomainManifest) -> Iterator[Damage]:
-    file = folder / f"{split}.bin"
-    expected = manifest.split(split).tokens * np.dtype(manifest.dtype).itemsize
+def _size_damage(folder: Path, *, part: str, manifest: DomainManifest) -> Iterator[Damage]:
+    file = folder / f"{part}.bin"
+    expected = manifest.parts[part].tokens * np.dtype(manifest.dtype).itemsize
     found = file.stat().st_size if file.is_file() else None
     if found != expected:
         yield Damage(
@@ -191,21 +190,19 @@ def _open_array(path: Path) -> npt.NDArray[Any] | Damage:
 
 
 def _separator_damage(
-    folder: Path, *, split: Split, manifest: DomainManifest, adopted: Adopted | None, ends: npt.NDArray[Any]
+    folder: Path, *, part: str, manifest: DomainManifest, adopted: Adopted | None, ends: npt.NDArray[Any]
 ) -> Iterator[Damage]:
     """Whether a few documents, first and last included, end in the separator."""
-    file = folder / f"{split}.bin" if adopted is None else ranges_path(folder, split)
+    file = folder / f"{part}.bin" if adopted is None else ranges_path(folder, part)
     chosen = sorted({i * (len(ends) - 1) // (SAMPLED_ENDS - 1) for i in range(SAMPLED_ENDS)}) if len(ends) else []
     last_tokens = [int(ends[index]) - 1 for index in chosen]
-    if any(not 0 <= position < manifest.split(split).tokens for position in last_tokens):
-        yield Damage(
-            str(folder / f"{split}_ends.npy"), "ends outside of the tokens", "ends that rise to the last token"
-        )
+    if any(not 0 <= position < manifest.parts[part].tokens for position in last_tokens):
+        yield Damage(str(folder / f"{part}_ends.npy"), "ends outside of the tokens", "ends that rise to the last token")
         return
     if adopted is None:
         found = _tokens_at(file, last_tokens, dtype=manifest.dtype)
     else:
-        tokens = open_tokens(folder, split=split, manifest=manifest)
+        tokens = open_tokens(folder, part=part, manifest=manifest)
         try:
             found = [int(tokens.read(position, position + 1)[0]) for position in last_tokens]
         except (IndexError, ValueError):

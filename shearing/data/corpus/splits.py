@@ -1,16 +1,17 @@
-"""Which documents are held out: chosen by a hash of their content, so that no text is on both sides, in any domain.
+"""Which split a document is in: chosen by a hash of its content, so that no text is in two of them, in any domain.
 
 What is dealt to a side is a group: documents of one text, and with them, where near-duplicates were looked for, the
 documents of their cluster. A group has a key, a number mixed from the hash of its text and the split seed. In each
-domain the groups with the lowest keys are held out until the wanted size is reached; what is held out in one domain is
-held out in all of them. Domains that were prepared earlier stand: their texts stay on the side where they are.
+domain the groups with the lowest keys are validation text until the wanted size is reached, then test text; what is
+held out in one domain is held out in all of them. Domains that were prepared earlier stand: their texts stay where they
+are. What a seed holds out for validation does not depend on how much it holds out for the test.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,29 +19,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.format import HELD_OUT, SPLITS, HeldOutSplit, Split
 from shearing.data.corpus.shards import Shard
 from shearing.data.splitmix64 import INCREMENT, mixed
 from shearing.errors import ShearingError
 
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
+Sides = npt.NDArray[np.uint8]
 
 VALUES_AT_ONCE = 1 << 18
-HELDOUT_FORMS = "a share of the tokens, as 5%, or a number of them, as 2M tokens"
+SIZE_FORMS = "a share of the tokens, as 5%, or a number of them, as 2M tokens"
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _TOKENS = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([KMB]?)\s*tokens")
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 @dataclass(frozen=True)
-class HeldoutSize:
-    """How much of each domain is held out: exactly one of a share of its tokens, in (0, 1), and a number of them."""
+class SplitSize:
+    """How much of each domain is in a held-out split: a share of its tokens, in (0, 1), or a number of them."""
 
     share: Fraction | None = None
     tokens: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> HeldoutSize:
+    def parse(cls, text: str) -> SplitSize:
         """Read "5%" or "2M tokens".
 
         Raises:
@@ -54,12 +57,36 @@ class HeldoutSize:
             tokens = Fraction(re.sub("[_,]", "", count[1])) * _MULTIPLES[count[2]]
             if tokens >= 1 and tokens.denominator == 1:
                 return cls(tokens=int(tokens))
-        raise ValueError(f"{text!r} is no size: write {HELDOUT_FORMS}")
+        raise ValueError(f"{text!r} is no size: write {SIZE_FORMS}")
 
     def __str__(self) -> str:
         if self.share is not None:
             return f"{float(self.share * 100):g}%"
         return f"{self.tokens} tokens"
+
+    def of(self, total: int) -> int:
+        """Tokens of a domain that has `total`."""
+        return math.ceil(total * self.share) if self.share is not None else self.tokens or 0
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Sizes of the held-out splits of each domain.
+
+    Raises:
+        ValueError: shares that leave nothing to train on.
+    """
+
+    validation: SplitSize
+    test: SplitSize
+
+    def __post_init__(self) -> None:
+        if sum(size.share or 0 for size in (self.validation, self.test)) >= 1:
+            raise ValueError("shares below 100% together")
+
+    def to_json(self) -> dict[str, str]:
+        """By split, as they are read."""
+        return {split: str(getattr(self, split)) for split in HELD_OUT}
 
 
 @dataclass(frozen=True)
@@ -93,14 +120,22 @@ class Documents:
 
 @dataclass(frozen=True)
 class Earlier:
-    """Hashes of the texts on each side of the domains that are there already."""
+    """Hashes of the texts in each split of the domains that are there already."""
 
     train: Hashes
-    heldout: Hashes
+    validation: Hashes
+    test: Hashes
 
     @classmethod
     def none(cls) -> Earlier:
-        return cls(train=np.empty(0, np.uint64), heldout=np.empty(0, np.uint64))
+        return cls(**{split: np.empty(0, np.uint64) for split in SPLITS})
+
+    def sides(self, hashes: Hashes) -> npt.NDArray[np.int8]:
+        """Where texts are already: places in `format.SPLITS`, -1 for nowhere; the first one, of two."""
+        found = np.full(len(hashes), -1, dtype=np.int8)
+        for index, split in reversed(list(enumerate(SPLITS))):
+            found[_is_among(hashes, np.sort(getattr(self, split)))] = index
+        return found
 
 
 def split_keys(hashes: Hashes, *, seed: int) -> Hashes:
@@ -112,37 +147,57 @@ def split_keys(hashes: Hashes, *, seed: int) -> Hashes:
         return mixed(hashes ^ mixed(np.array([seed % 2**64], dtype=np.uint64) + np.uint64(INCREMENT)))
 
 
-def choose_heldout(
-    domains: Mapping[str, Documents], *, size: HeldoutSize, seed: int, earlier: Earlier | None = None
-) -> dict[str, Mask]:
-    """Which documents of each domain are held out; bool [documents].
+def choose_splits(
+    domains: Mapping[str, Documents], *, sizes: SplitSizes, seed: int, earlier: Earlier | None = None
+) -> dict[str, Sides]:
+    """Which split each document of each domain is in; uint8 [documents], places in `format.SPLITS`.
 
     Args:
-        size: of each domain's held-out part; reached by whole groups, so a little more is held out. Texts that other
+        sizes: of each domain's held-out splits; reached by whole groups, so a little more is held out. Texts that other
             domains hold out come on top.
         seed: another one chooses other documents.
         earlier: texts that have their side already.
 
     Raises:
-        ShearingError: a domain cannot have text on both sides.
+        ShearingError: a domain cannot have text in each split.
     """
     earlier = earlier or Earlier.none()
     keys = _group_keys(domains, seed=seed)
-    trained, held = np.sort(earlier.train), np.sort(earlier.heldout)
-    in_train = {name: _is_among(each.hashes, trained) for name, each in domains.items()}
-    in_heldout = {name: _is_among(each.hashes, held) for name, each in domains.items()}
-    # A group with a text in an earlier training part cannot be held out; one with an earlier held-out text must be.
-    barred = _union(keys[name][in_train[name]] for name in domains)
-    forced = _union(keys[name][in_heldout[name]] for name in domains)
-    chosen = [forced]
-    for name, documents in domains.items():
-        chosen.append(_lowest(name, keys[name], documents.tokens, size=size, barred=barred, forced=forced))
-    everywhere = np.setdiff1d(_union(iter(chosen)), barred, assume_unique=True)
+    stands = {name: earlier.sides(each.hashes) for name, each in domains.items()}
+    # Groups with a text that is somewhere already go there; of two sides training wins, then validation.
+    forced: dict[Split, Hashes] = {}
+    for index, split in enumerate(SPLITS):
+        found = _union(keys[name][stands[name] == index] for name in domains)
+        forced[split] = np.setdiff1d(found, _union(forced.values()), assume_unique=True)
+    chosen: dict[Split, Hashes] = {"train": forced["train"]}
+    for index, split in enumerate(HELD_OUT):
+        later = HELD_OUT[index + 1 :]
+        barred = _union([*chosen.values(), *(forced[each] for each in later)])
+        parts = [forced[split]]
+        for name, documents in domains.items():
+            # A group has to stay for each split that is still to come, unless one is there already.
+            still: list[Split] = ["train", *later]
+            waiting = sum(not _is_among(keys[name], forced[each]).any() for each in still)
+            parts.append(
+                _lowest(
+                    keys[name],
+                    documents.tokens,
+                    target=_target(name, documents, sizes=sizes, split=split),
+                    barred=barred,
+                    forced=forced[split],
+                    leave=waiting,
+                )
+            )
+        chosen[split] = np.setdiff1d(_union(parts), barred, assume_unique=True)
     sides = {}
     for name in domains:
-        heldout = _is_among(keys[name], everywhere)
-        sides[name] = (heldout | in_heldout[name]) & ~in_train[name]
-        _require_both_sides(name, sides[name], earlier=earlier)
+        side = np.zeros(len(keys[name]), dtype=np.uint8)
+        for split in HELD_OUT:
+            side[_is_among(keys[name], chosen[split])] = SPLITS.index(split)
+        stood = stands[name] >= 0
+        side[stood] = stands[name][stood]
+        _require_all_splits(name, side, earlier=earlier)
+        sides[name] = side
     return sides
 
 
@@ -182,29 +237,33 @@ def _is_among(values: Hashes, ascending: Hashes) -> Mask:
     return among
 
 
-def _union(parts: Any) -> Hashes:
+def _union(parts: Iterable[Hashes]) -> Hashes:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
 
 
-def _lowest(
-    name: str,
-    keys: Hashes,
-    tokens: npt.NDArray[np.int64],
-    *,
-    size: HeldoutSize,
-    barred: Hashes,
-    forced: Hashes,
-) -> Hashes:
-    """Keys of the groups that the domain itself holds out: as few as reach the size, at least one, never all."""
-    total = int(tokens.sum())
-    if size.tokens is not None and size.tokens >= total:
+def _target(name: str, documents: Documents, *, sizes: SplitSizes, split: HeldOutSplit) -> int:
+    """How many tokens of a domain a split is to hold.
+
+    Raises:
+        ShearingError: all held-out splits together would leave nothing.
+    """
+    total = int(documents.tokens.sum())
+    wanted: dict[str, int] = {each: getattr(sizes, each).of(total) for each in HELD_OUT}
+    if sum(wanted.values()) >= total and any(getattr(sizes, each).tokens for each in HELD_OUT):
         raise ShearingError(
-            "heldout",
-            value=str(size),
-            allowed=f"less than domain {name} has, {total} tokens",
+            " and ".join(HELD_OUT),
+            value=" and ".join(str(getattr(sizes, each)) for each in HELD_OUT),
+            allowed=f"less together than domain {name} has, {total} tokens",
             mend=f"hold out less, or a share as 5%, or give domain {name} more text",
         )
-    target = math.ceil(total * size.share) if size.share is not None else size.tokens or 0
+    return wanted[split]
+
+
+def _lowest(
+    keys: Hashes, tokens: npt.NDArray[np.int64], *, target: int, barred: Hashes, forced: Hashes, leave: int
+) -> Hashes:
+    """Keys of the groups that a domain itself holds out: as few as reach `target`, at least one; `leave` stay."""
+    total = int(tokens.sum())
     is_forced, is_barred = _is_among(keys, forced), _is_among(keys, barred)
     target -= int(tokens[is_forced].sum())
     free = ~(is_forced | is_barred)
@@ -212,30 +271,32 @@ def _lowest(
         return np.empty(0, np.uint64)
     # Keys are as good as random: those below a share of their range hold about that share of the tokens. Only they are
     # sorted, and where they are too few, four times as many.
-    looked_at = min(1.0, 1.5 * target / total)
+    looked_at = min(1.0, 1.5 * (target + int(tokens[is_barred].sum())) / total)
     while True:
         looked = free & (keys <= np.uint64(int(looked_at * (2**64 - 1)))) if looked_at < 1 else free
         groups, inverse = np.unique(keys[looked], return_inverse=True)
         reached = np.cumsum(np.bincount(inverse.reshape(-1), weights=tokens[looked]).astype(np.int64))
         count = int(np.searchsorted(reached, target)) + 1
         if looked_at >= 1:
-            # One group has to stay for training, unless some are there that cannot be held out.
-            return groups[: min(count, len(groups) - (0 if is_barred.any() else 1))]
-        if count <= len(groups) and looked.sum() < free.sum():
+            return groups[: max(0, min(count, len(groups) - leave))]
+        if count <= len(groups) - leave:
             return groups[:count]
         looked_at = min(1.0, 4 * looked_at)
 
 
-def _require_both_sides(name: str, heldout: Mask, *, earlier: Earlier) -> None:
-    if heldout.any() and not heldout.all():
+def _require_all_splits(name: str, sides: Sides, *, earlier: Earlier) -> None:
+    missing = [split for index, split in enumerate(SPLITS) if not (sides == index).any()]
+    if not missing:
         return
-    side = "held-out" if heldout.all() else "training"
     if len(earlier.train):
-        value = f"only texts that are in the {side} part of a domain prepared earlier"
+        value = f"nothing for {' and '.join(missing)}: its texts are in other parts of domains prepared earlier"
         mend = "give it texts of its own, or prepare all domains in one command into a new folder"
     else:
-        value = "too few different documents to have some on both sides"
+        value = "too few different documents to have some in each split"
         mend = "give more files, or say how one file divides into documents"
     raise ShearingError(
-        f"domain {name}", value=value, allowed="at least two different documents, one to hold out", mend=mend
+        f"domain {name}",
+        value=value,
+        allowed=f"at least {len(SPLITS)} different documents, one for each of {', '.join(SPLITS)}",
+        mend=mend,
     )

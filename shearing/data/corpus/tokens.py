@@ -28,7 +28,7 @@ class Tokens(Protocol):
 
 
 class FlatTokens:
-    """A file that holds nothing else: `train.bin` or `heldout.bin` of a prepared domain.
+    """A file that holds nothing else: `train.bin` of a prepared domain, or that of another part.
 
     Raises:
         OSError: the file cannot be opened.
@@ -46,3 +46,19 @@ class FlatTokens:
 
     def expect(self, start: int, stop: int) -> None:
         self._read_ahead(start, stop)
+
+
+class PieceOfTokens:
+    """Tokens [first, first + length) of others."""
+
+    def __init__(self, whole: Tokens, *, first: int, length: int) -> None:
+        self._whole, self._first, self._length = whole, first, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> Ids:
+        return self._whole.read(self._first + start, self._first + min(stop, self._length))
+
+    def expect(self, start: int, stop: int) -> None:
+        self._whole.expect(self._first + start, self._first + min(stop, self._length))

@@ -23,7 +23,7 @@ from shearing.data.corpus.domain_folder import (
 )
 from shearing.data.corpus.format import FORMAT, DomainManifest, SourceFile, require_domain_name
 from shearing.data.corpus.shards import Shard, ShardWriter
-from shearing.data.corpus.splits import Documents, HeldoutSize
+from shearing.data.corpus.splits import Documents, SplitSize, SplitSizes
 from shearing.errors import ShearingError
 from shearing.files.durable import flush_folder
 
@@ -40,7 +40,7 @@ class CorpusWriter:
         tokenizer: name of the tokenizer, for people.
         tokenizer_fingerprint: of the same tokenizer, for machines.
         tokenizer_json: content of its tokenizer.json, so that the corpus can be decoded.
-        heldout_fraction: share of the tokens held out, in (0, 1).
+        validation_fraction, test_fraction: shares of the tokens held out, above 0 and below 1 together.
         split_seed: another one holds out other documents.
 
     Raises:
@@ -56,14 +56,19 @@ class CorpusWriter:
         tokenizer: str,
         tokenizer_fingerprint: str,
         tokenizer_json: str | None = None,
-        heldout_fraction: float = 0.05,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.05,
         split_seed: int = 0,
     ) -> None:
         try:
-            heldout = HeldoutSize.parse(f"{100 * heldout_fraction:.6f}%")
+            validation, test = (SplitSize.parse(f"{100 * each:.6f}%") for each in (validation_fraction, test_fraction))
+            sizes = SplitSizes(validation, test)
         except ValueError:
             raise ShearingError(
-                "heldout_fraction", value=heldout_fraction, allowed="between 0 and 1, both excluded", mend="try 0.05"
+                "validation_fraction, test_fraction",
+                value=[validation_fraction, test_fraction],
+                allowed="above 0 each, and below 1 together",
+                mend="try 0.05",
             ) from None
         self.path = Path(path)
         self.tokenizer_json = tokenizer_json
@@ -73,7 +78,7 @@ class CorpusWriter:
             tokenizer=tokenizer,
             tokenizer_fingerprint=tokenizer_fingerprint,
             split_seed=split_seed,
-            heldout=heldout,
+            sizes=sizes,
             versions={"numpy": np.__version__},
         )
         make_corpus_folder(self.path)
@@ -121,7 +126,7 @@ class CorpusWriter:
 
     def _inputs(self, inputs: str) -> str:
         settings = self.settings
-        parts = [inputs, settings.tokenizer_fingerprint, settings.separator_id, str(settings.heldout)]
+        parts = [inputs, settings.tokenizer_fingerprint, settings.separator_id, settings.sizes.to_json()]
         return hashlib.sha256(json.dumps([*parts, settings.split_seed, FORMAT]).encode()).hexdigest()[:32]
 
 
@@ -178,7 +183,7 @@ class DomainWriter:
         settings = self._corpus.settings
         places = decide_places(
             {self._name: Documents.of_shards([shard])},
-            size=settings.heldout,
+            sizes=settings.sizes,
             seed=settings.split_seed,
             earlier=earlier_texts(self._corpus.path),
         )

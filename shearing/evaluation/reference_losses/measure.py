@@ -1,4 +1,4 @@
-"""Measure models on the held-out text of a corpus, into a loss table that an interrupted measurement continues."""
+"""Measure models on the validation text of a corpus, into a loss table that an interrupted measurement continues."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def measure_losses(
             corpus: losses per token of two tokenizers cannot be compared; a table of other conditions.
     """
     opened = Corpus.open(corpus, domains=domains, sequence_length=sequence_length)
+    if opened.notice:
+        console.print(opened.notice, style="yellow", soft_wrap=True, highlight=False)
     fingerprint = next(iter(opened.manifests.values())).tokenizer_fingerprint
     conditions = Conditions(
         corpus_fingerprint=opened.fingerprint,
@@ -58,6 +60,7 @@ def measure_losses(
         sequence_length=sequence_length,
         tokens_per_domain=tokens_per_domain,
         precision=str(precision).removeprefix("torch."),
+        split=opened.named_split("validation"),
     )
     table = _existing(output, conditions=conditions, origin=str(corpus))
     measured = {row.model for row in table.rows}
@@ -140,12 +143,15 @@ def _measure(
 ) -> LossRow:
     length = conditions.sequence_length
     precision: torch.dtype = getattr(torch, conditions.precision)
-    total = corpus.heldout_tokens(sequence_length=length, tokens_per_domain=conditions.tokens_per_domain)
+    total = corpus.heldout_tokens(
+        split="validation", sequence_length=length, tokens_per_domain=conditions.tokens_per_domain
+    )
     loaded = load_source(model, device=device)
     with activity(f"held-out losses of {model}", total=total, console=console) as advance:
         losses = heldout_loss(
             loaded,
             corpus,
+            split="validation",
             tokens_per_domain=conditions.tokens_per_domain,
             sequence_length=length,
             micro_batch_size=micro_batch_size,

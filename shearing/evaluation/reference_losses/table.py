@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shearing.data.corpus.format import ONE_PART
 from shearing.errors import ShearingError, nearest_name
 from shearing.files.durable import write_json
 from shearing.settings.quantities import parse_parameter_count
@@ -28,6 +29,7 @@ class Conditions:
         sequence_length: tokens of context at the end of a row.
         tokens_per_domain: held-out tokens read of each domain, fewer where it has fewer.
         precision: dtype of the forward pass.
+        split: what was read, see `Corpus.named_split`; unsaid: the one held-out part of corpora of format 2.
     """
 
     corpus_fingerprint: str
@@ -35,6 +37,7 @@ class Conditions:
     sequence_length: int
     tokens_per_domain: int
     precision: str
+    split: str = ONE_PART
 
 
 @dataclass(frozen=True, kw_only=True)

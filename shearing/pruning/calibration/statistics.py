@@ -14,11 +14,11 @@ from torch import Tensor
 
 from shearing.pruning.calibration.inverse import InverseFactor
 
-Need = Literal["squares", "moment"]
+Need = Literal["sums", "squares", "moment"]
 
 
 class InputStatistics:
-    """Statistics of the inputs that one or more linear layers read; products in fp32, whatever activations are.
+    """Statistics of the inputs that one or more linear layers read; products in fp32, whatever they are.
 
     Args:
         columns: I.
@@ -44,6 +44,7 @@ class InputStatistics:
         self.sequences = 0
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self._damping = damping
+        self._sums = torch.zeros(columns, dtype=dtype, device=device) if "sums" in needs else None
         self._squares = torch.zeros(columns, dtype=dtype, device=device) if "squares" in needs else None
         self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if "moment" in needs else None
         self._factor: InverseFactor | None = None
@@ -54,8 +55,10 @@ class InputStatistics:
         x_TI = inputs.flatten(0, -2).float()
         weighted_TI = weigh(x_TI, weights)
         self.tokens += x_TI.shape[0] if weights is None else weights.sum()
+        if self._sums is not None:
+            self._sums += weighted_TI.sum(0, dtype=self._sums.dtype)
         if self._squares is not None:
-            self._squares += (weighted_TI * x_TI).sum(0)
+            self._squares += (weighted_TI.to(self._squares.dtype) * x_TI).sum(0)
         if self._products is not None:
             add_products(self._products, weighted_TI, x_TI)
 
@@ -64,6 +67,18 @@ class InputStatistics:
         """Mean over sequences of the sum over tokens of x_j² [I]: `scaler_row` of the code released with Wanda."""
         assert self._squares is not None
         return self._squares / self.sequences
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over tokens of x_j [I], each token by its weight."""
+        assert self._sums is not None
+        return self._sums / self.tokens
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean over tokens of (x_j - mean)² [I], each token by its weight; needs sums and squares, in fp64."""
+        assert self._squares is not None
+        return (self._squares / self.tokens - self.mean.square()).clamp_min(0.0)
 
     @property
     def products(self) -> Tensor:
@@ -83,7 +98,8 @@ class InputStatistics:
 
     def is_finite(self) -> bool:
         """Whether every input that was seen was finite."""
-        return all(bool(part.isfinite().all()) for part in (self._squares, self._products) if part is not None)
+        parts = (self._sums, self._squares, self._products)
+        return all(bool(part.isfinite().all()) for part in parts if part is not None)
 
     def factor(self) -> InverseFactor:
         """Factor of the inverse of the damped H; computed once for all matrices that read these inputs.

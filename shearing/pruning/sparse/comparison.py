@@ -1,4 +1,4 @@
-"""Sparse beside dense on held-out text: loss by domain, perplexity at a stated length, size of what is not zero."""
+"""Sparse beside dense on test text: loss by domain, perplexity at a stated length, size of what is not zero."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_heldout(path: Path, *, tokenizer_folder: Path, vocab_size: int, sequenc
         corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     try:
         for domain in corpus.domains:
-            corpus.heldout_rows(domain, sequence_length=sequence_length)
+            corpus.heldout_rows(domain, split="test", sequence_length=sequence_length)
     except ShearingError as error:
         # All domains are read, so that none can be left out.
         mend = "set a shorter seqlen, or prepare more text"
@@ -61,7 +61,7 @@ def compare(
 
     Args:
         models: by label; each is loaded whole, in `precision`.
-        corpus: whose held-out text is read.
+        corpus: whose test text is read.
         tokens_per_domain, sequence_length, micro_batch_size: see `heldout_loss`.
         device: where the models are computed.
         precision: dtype of weights and activations.
@@ -77,6 +77,7 @@ def compare(
         losses = heldout_loss(
             model,
             corpus,
+            split="test",
             tokens_per_domain=tokens_per_domain,
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
@@ -100,6 +101,7 @@ def compare(
         "sequence_length": sequence_length,
         "precision": str(precision).removeprefix("torch."),
         "corpus": corpus.fingerprint,
+        "split": corpus.named_split("test"),
     }
     return {"settings": settings, "environment": environment(device), "models": results}
 

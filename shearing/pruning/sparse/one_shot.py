@@ -71,6 +71,8 @@ def sparsify(
             _print_summary(manifest, seconds=time.monotonic() - started, console=console)
     shutil.rmtree(partial, ignore_errors=True)
     if heldout is not None:
+        if heldout.notice:
+            console.print(heldout.notice, style="yellow", soft_wrap=True, highlight=False)
         _evaluate(recipe, job, corpus=heldout, console=console)
     console.print(f"sparse model: {output}", soft_wrap=True, highlight=False)
     return output
@@ -165,7 +167,7 @@ def _evaluate(recipe: SparsifyRecipe, job: Job, *, corpus: Corpus, console: Cons
         "dense": Stored(recipe.model, recipe.revision),
         f"{recipe.criterion} {job.pattern_name}": Stored(str(recipe.output)),
     }
-    tokens = corpus.heldout_tokens(sequence_length=job.seqlen, tokens_per_domain=recipe.evaluate_tokens)
+    tokens = corpus.heldout_tokens(split="test", sequence_length=job.seqlen, tokens_per_domain=recipe.evaluate_tokens)
     total = len(models) * tokens
     with activity("held-out losses, dense and sparse", total=total, console=console) as advance:
         evaluation = compare(

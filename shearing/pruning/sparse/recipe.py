@@ -231,9 +231,7 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
 
     seed: int = Field(0, ge=0, description="Draws the calibration text.")
     device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
-    evaluate: Neutral[Path | None] = Field(
-        None, description="Corpus on whose held-out text dense and sparse are compared."
-    )
+    evaluate: Neutral[Path | None] = Field(None, description="Corpus on whose test text dense and sparse are compared.")
     evaluate_tokens: Neutral[int] = Field(65_536, ge=2, description="Held-out tokens per domain.")
 
     def _contradictions(self) -> Iterator[ShearingError]:

@@ -9,6 +9,7 @@ from shearing.late import late
 if TYPE_CHECKING:
     from shearing.pruning.structured.constraint import Constraint
     from shearing.pruning.structured.granularities import Granularity, granularities_of
+    from shearing.pruning.structured.importance.inputs.mean_bias import MeanBias, fold_means, with_biases
     from shearing.pruning.structured.importance.metric import Evidence, Metric, Scores
     from shearing.pruning.structured.importance.registry import METRICS, MetricFacts, metric_of
     from shearing.pruning.structured.learner import MaskLearner
@@ -26,14 +27,17 @@ __all__ = [
     "MaskLearner",
     "MaskSettings",
     "Masking",
+    "MeanBias",
     "Metric",
     "MetricFacts",
     "ParameterBudget",
     "PruneRecipe",
     "Scores",
+    "fold_means",
     "granularities_of",
     "metric_of",
     "refit",
+    "with_biases",
 ]
 
 __getattr__ = late(
@@ -46,13 +50,16 @@ __getattr__ = late(
         "MaskLearner": "learner",
         "MaskSettings": "mask_settings",
         "Masking": "masking",
+        "MeanBias": "importance.inputs.mean_bias",
         "Metric": "importance.metric",
         "MetricFacts": "importance.registry",
         "ParameterBudget": "parameter_budget",
         "PruneRecipe": "recipe",
         "Scores": "importance.metric",
+        "fold_means": "importance.inputs.mean_bias",
         "granularities_of": "granularities",
         "metric_of": "importance.registry",
         "refit": "refitting",
+        "with_biases": "importance.inputs.mean_bias",
     },
 )

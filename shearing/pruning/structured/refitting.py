@@ -16,14 +16,19 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
-from shearing.pruning.calibration.statistics import InputStatistics, add_products, weigh
+from shearing.pruning.calibration.statistics import InputStatistics, Need, add_products, weigh
 from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
+from shearing.pruning.structured.importance.metric import Cost
 from shearing.pruning.structured.importance.reconstruction import token_weights
 
 RIDGE = 1.5
 """How strongly refitted weights are held where they are. Small values fit the calibration text, see docs/lab-log.md."""
+
+_BARELY = 1e-9
+"""Damping that only keeps inputs which are always zero from making a matrix singular."""
 
 
 @torch.no_grad()
@@ -43,7 +48,9 @@ def refit(
 
     over the columns and rows that stay. For what reads the residual stream, y = W x. For what writes into it, y leads
     to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Inputs
-    x' come from layers that are refitted already (as in SparseGPT). Biases, norms, embedding and head stay as they are.
+    x' come from layers that are refitted already (as in SparseGPT). Where a write has a bias, it is refitted with it,
+    free of δ: so it holds the mean of what goes (as in FLAP, arXiv 2312.11983). Other biases, norms, embedding and head
+    stay as they are.
 
     Args:
         model: masked model, on any device; its masks are left as `masks`.
@@ -101,6 +108,26 @@ def refit(
     source_model.train(was_training)
 
 
+def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
+    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations.
+
+    A system with n inputs that take part and O outputs takes 2 T n (n + O) for its sums, n^3 / 3 for the factor and
+    2 n^2 O for the solution.
+
+    Args:
+        source: shape of the model.
+        target: shape that its masks leave.
+        text_tokens: T, of the batches.
+    """
+    d, kept = source.hidden_size, target.hidden_size
+    heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
+    flops = 0.0
+    for inputs, outputs in ((kept, d), (heads, kept), (kept, d), (units, kept)):
+        flops += 2.0 * text_tokens * inputs * (inputs + outputs)
+        flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
+    return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)
+
+
 def require_refittable(family: Family) -> None:
     """Check that each sub-layer is norm, write, add: what is solved for here is that the residual stream is a sum.
 
@@ -151,11 +178,16 @@ def _refit_write(
     """Corrects what writes into the residual stream; returns the stream after it."""
     write, weight = layer.get_submodule(name), weight_of(layer, name)
     index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge)
+    bias = write.bias
+    assert bias is None or isinstance(bias, Tensor)
+    fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge, intercept=bias is not None)
     for stream, x, y in zip(streams, inputs, wanted, strict=True):
         lacks = y - stream - write(x)
         fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
-    weight[index_O[:, None], fit.columns] += fit.solve().T.to(weight.dtype)
+    correction = fit.solve()
+    weight[index_O[:, None], fit.columns] += correction.T.to(weight.dtype)
+    if bias is not None:
+        bias[index_O] += fit.intercept(correction).to(bias.dtype)
     return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
 
 
@@ -176,30 +208,48 @@ class _Fit:
         columns: indices of the inputs that take part; None: all.
         outputs: number of outputs that lack something.
         ridge: share of the moment's diagonal that is added to it.
+        intercept: whether a constant is fitted beside it.
 
     Attributes:
         columns: indices of the inputs that take part.
     """
 
-    def __init__(self, weight: Tensor, *, columns: Tensor | None, outputs: int, ridge: float) -> None:
+    def __init__(
+        self, weight: Tensor, *, columns: Tensor | None, outputs: int, ridge: float, intercept: bool = False
+    ) -> None:
         self._all, self._ridge = columns is None, ridge
         self.columns = torch.arange(weight.shape[1], device=weight.device) if columns is None else columns
         taking_part = self.columns.numel()
-        self._read = InputStatistics(
-            taking_part, needs=frozenset({"moment"}), device=weight.device, dtype=torch.float64
-        )
+        needs: frozenset[Need] = frozenset({"moment", "sums"} if intercept else {"moment"})
+        self._read = InputStatistics(taking_part, needs=needs, device=weight.device, dtype=torch.float64)
         self._cross = torch.zeros(taking_part, outputs, dtype=torch.float64, device=weight.device)
+        self._lacks = torch.zeros(outputs, dtype=torch.float64, device=weight.device) if intercept else None
 
     def add(self, x: Tensor, *, lacks: Tensor, weights: Tensor | None = None) -> None:
         """Inputs [B, S, I], what the output lacks [B, S, O], and how much each token counts [B, S]."""
         x = x if self._all else x[..., self.columns]
         self._read.add(x, weights=weights)
-        add_products(self._cross, weigh(x.flatten(0, -2).float(), weights), lacks.flatten(0, -2).float())
+        lacks_TO = lacks.flatten(0, -2).float()
+        add_products(self._cross, weigh(x.flatten(0, -2).float(), weights), lacks_TO)
+        if self._lacks is not None:
+            self._lacks += weigh(lacks_TO, weights).sum(0, dtype=torch.float64)
 
     def solve(self) -> Tensor:
         """Transposed correction [inputs that take part, O]."""
-        lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
-        return torch.cholesky_solve(self._cross, lower)
+        if self._lacks is None:
+            lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
+            return torch.cholesky_solve(self._cross, lower)
+        # The best constant for any correction leaves what is around the means; what holds weights stays as it is.
+        products, mean = self._read.products, self._read.mean
+        centred = products - self._read.tokens * mean[:, None] * mean
+        centred.diagonal().add_(self._ridge * products.diagonal())
+        lower, _ = next(damped_factors(centred, damping=_BARELY, of="each"))
+        return torch.cholesky_solve(self._cross - mean[:, None] * self._lacks, lower)
+
+    def intercept(self, correction: Tensor) -> Tensor:
+        """The constant [O] beside a correction."""
+        assert self._lacks is not None
+        return self._lacks / self._read.tokens - self._read.mean @ correction
 
 
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:

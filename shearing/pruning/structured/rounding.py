@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def _parameters_of_units(shape: Shape) -> dict[str, int]:
     """Parameters that one more unit adds to a layer of this shape."""
     attention, mlp = shape.layer_parameters()
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "kv_groups": {"num_key_value_heads": groups + 1, "num_attention_heads": heads + heads // groups},
         "query_heads": {"num_attention_heads": heads + 1},
         "intermediate": {"intermediate_size": shape.intermediate_size + 1},

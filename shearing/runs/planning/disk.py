@@ -24,10 +24,10 @@ def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters:
         sequence_length: tokens of a sequence.
         parameters: of the model that is trained.
     """
-    forever = 0
+    forever = int(settings.schedule == "wsd")  # that before the decay
     if settings.keep_every is not None:
         every = settings.in_steps(settings.keep_every, sequence_length=sequence_length)
-        forever = settings.total_steps(sequence_length=sequence_length) // max(1, every)
+        forever += settings.total_steps(sequence_length=sequence_length) // max(1, every)
     # One more than is kept: it is whole beside the others before the oldest goes.
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters * (settings.keep_last + 1 + forever)
 

@@ -1,4 +1,4 @@
-"""The held-out losses that steer a run: of the source as reference, and of the model on its way."""
+"""The losses on validation text that steer a run: of the source as reference, and of the model on its way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure_heldout(
     objective: Callable[[Tensor, Documents | None], Tensor] | None = None,
     processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Mean held-out loss of each domain, nats per token, on the subset that updates the mixture.
+    """Mean loss of each domain's validation split, nats per token, on the subset that updates the mixture.
 
     Args:
         context: of the run.
@@ -36,6 +36,7 @@ def measure_heldout(
     losses = heldout_loss(
         model,
         context.corpus,
+        split="validation",
         tokens_per_domain=recipe.mixture.heldout_tokens,
         sequence_length=recipe.data.sequence_length,
         micro_batch_size=recipe.training_stages[stage].micro_batch_size,
@@ -53,5 +54,7 @@ def heldout_tokens(context: RunContext) -> int:
     """Tokens that `measure_heldout` reads of all domains together."""
     recipe = context.recipe
     return context.corpus.heldout_tokens(
-        sequence_length=recipe.data.sequence_length, tokens_per_domain=recipe.mixture.heldout_tokens
+        split="validation",
+        sequence_length=recipe.data.sequence_length,
+        tokens_per_domain=recipe.mixture.heldout_tokens,
     )

@@ -130,7 +130,7 @@ def fit(
 
 @named(COMPONENT_NAMES)
 def source(context: RunContext, *, output: Path) -> dict[str, float]:
-    """Write the source model's own held-out losses, as `mixture.reference: source` would measure them.
+    """Write the source model's own losses on validation text, as `mixture.reference: source` would measure them.
 
     Raises:
         ShearingError: the source or the corpus cannot be used.
@@ -153,6 +153,7 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
                 "sequence_length": recipe.data.sequence_length,
                 "tokens_per_domain": recipe.mixture.heldout_tokens,
                 "precision": str(context.precision).removeprefix("torch."),
+                "split": corpus.named_split("validation"),
             },
         },
     )

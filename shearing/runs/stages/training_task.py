@@ -68,7 +68,7 @@ def task_of(
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
         compile_layers(model)
-    optimization = Optimization.of(settings, tokens_per_step=per_step)
+    optimization = Optimization.of(settings, rates=recipe.learning_rates(stage))
     beside_teacher = recipe.mixture.update != "constant" and recipe.mixture.reference == "teacher"
     return Task(
         name=stage,
@@ -84,7 +84,7 @@ def task_of(
         objective=processes.each(
             lambda: objective_of(
                 "language_model" if recipe.distill is None else "distillation",
-                parts=_parts(context, model=model, rate=optimization.height_at),
+                parts=_parts(context, model=model, height=optimization.rates.height_at),
             )
         ),
         engine=_engine(context, optimization=optimization, split=split),
@@ -97,7 +97,7 @@ def task_of(
             rule=rule_of(recipe.mixture, prior=context.initial_weights),
             reference=reference,
             parameters=_final_parameters(recipe, stage=stage, model=model),
-            tokens=optimization.total_steps * per_step,
+            tokens=settings.total_steps(sequence_length=data.sequence_length) * per_step,
             online=recipe.mixture.reference == "online",
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state={"memory": rule_memory or {}},
@@ -133,7 +133,7 @@ def _attend(model: PreTrainedModel, *, data: DataRecipe) -> None:
         drop_attention_mask(model, sequence_length=data.sequence_length)
 
 
-def _parts(context: RunContext, *, model: PreTrainedModel, rate: Callable[[int], float]) -> Parts:
+def _parts(context: RunContext, *, model: PreTrainedModel, height: Callable[[int], float]) -> Parts:
     """What the stage has for its objective."""
     recipe = context.recipe
 
@@ -150,7 +150,7 @@ def _parts(context: RunContext, *, model: PreTrainedModel, rate: Callable[[int],
         domains=list(context.corpus.domains),
         distill=recipe.distill,
         teacher=teacher,
-        rate=rate,
+        height=height,
     )
 
 

@@ -73,7 +73,7 @@ class Metrics(Callback):
         known = {
             "step": run.step,
             "tokens": run.tokens,
-            "learning_rate": task.optimization.learning_rate_at(done_before),
+            "learning_rate": task.optimization.rates.at(done_before),
             "weights": run.prefetcher.weights,
         }
         self._unread.append(_Unread(known=known, figures=figures, domains=result.domains))

@@ -31,7 +31,7 @@ _STATE = (
 
 
 class SaveCheckpoints(Callback):
-    """Writes a checkpoint every few steps, at the last one, and when the run stops."""
+    """Writes a checkpoint every few steps, before the decay of wsd, at the last step, and when the run stops."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -45,13 +45,15 @@ class SaveCheckpoints(Callback):
             self._task.checkpoints,
             keep_last=schedule.keep_last,
             keep_every=schedule.keep_every,
+            keep=self._task.optimization.rates.stable_steps,
             processes=self._task.processes,
         )
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
         """Save if it is time to."""
-        if run.ends or run.stopping or run.step % run.task.schedule.checkpoint_interval == 0:
+        stable = run.step == run.task.optimization.rates.stable_steps
+        if run.ends or run.stopping or stable or run.step % run.task.schedule.checkpoint_interval == 0:
             self.save(run)
 
     def save(self, run: Run) -> None:

@@ -52,14 +52,21 @@ class Checkpoints:
         folder: where they are; made if absent, and cleared of what an interrupted write left.
         keep_last: checkpoints kept, newest first.
         keep_every: steps; checkpoints at multiples of it are kept for good. None: none are.
+        keep: step whose checkpoint is kept for good too.
         processes: those that write together; all have to call the same methods.
     """
 
     def __init__(
-        self, folder: Path, *, keep_last: int, keep_every: int | None = None, processes: Processes | None = None
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        keep: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.folder = folder
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep_last, self._keep_every, self._keep = keep_last, keep_every, keep
         self._processes = processes or Processes()
         self._processes.on_main(self._clear)
 
@@ -103,7 +110,7 @@ class Checkpoints:
 
     def _newest_undamaged(self) -> Path | None:
         for folder in self._newest_first():
-            damage = _find_damage(folder)
+            damage = damage_of(folder)
             if damage is None:
                 return folder
             logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
@@ -152,11 +159,11 @@ class Checkpoints:
         write_text(self.folder / "latest", place.name + "\n")
         for old in self._newest_first()[self._keep_last :]:
             step = int(old.name.removeprefix(_PREFIX))
-            if not self._keep_every or step % self._keep_every:
+            if step != self._keep and (not self._keep_every or step % self._keep_every):
                 self._remove(old)
 
     def _newest_first(self) -> list[Path]:
-        return sorted((entry for entry in self.folder.glob(f"{_PREFIX}*") if entry.is_dir()), reverse=True)
+        return list(reversed(checkpoints_in(self.folder).values()))
 
     def _remove(self, folder: Path) -> None:
         # Renamed first, so that a half-removed checkpoint never looks like one.
@@ -169,7 +176,14 @@ def _entry(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def _find_damage(folder: Path) -> str | None:
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Steps done -> the checkpoint of a stage that was taken then, oldest first; none is looked into."""
+    found = (entry for entry in folder.glob(f"{_PREFIX}*") if entry.is_dir())
+    return {int(entry.name.removeprefix(_PREFIX)): entry for entry in sorted(found)}
+
+
+def damage_of(folder: Path) -> str | None:
+    """What a disk has done to a checkpoint since it was written, in words; None: nothing."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():

@@ -154,7 +154,7 @@ class DeepSpeedEngine:
 
     def step(self, *, step: int) -> Tensor:
         """See `Engine.step`."""
-        set_learning_rate(self._optimizer, self._optimization.learning_rate_at(step))
+        set_learning_rate(self._optimizer, self._optimization.rates.at(step))
         if self._stage == 0:
             return self._plain_step()
         self._engine.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,68 +10,43 @@ from torch import nn
 from typing_extensions import Self
 
 from shearing.training.checkpoints.pieces import MOMENTS, STEP
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import StageRecipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """AdamW with a cosine schedule after a linear warm-up (arXiv 2310.06694, table 7).
+    """AdamW and its learning rates.
 
     Args:
-        learning_rate: peak.
-        total_steps: length of the schedule, in optimiser steps.
-        warmup_steps: steps until the peak.
-        final_learning_rate: learning rate after `total_steps`, share of the peak.
+        rates: of each step of the stage.
         betas: AdamW betas.
         epsilon: AdamW epsilon.
         weight_decay: decoupled weight decay; matrices only, not biases and norms.
         gradient_clipping: maximum global norm of the gradient; 0: none.
     """
 
-    learning_rate: float
-    total_steps: int
-    warmup_steps: int
-    final_learning_rate: float
+    rates: LearningRates
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
     gradient_clipping: float
 
     @classmethod
-    def of(cls, stage: StageRecipe, *, tokens_per_step: int) -> Self:
+    def of(cls, stage: StageRecipe, *, rates: LearningRates) -> Self:
         """What a recipe says of a stage.
 
         Args:
             stage: its section.
-            tokens_per_step: of a global batch.
+            rates: the stage's, see `LearningRates.of`.
         """
-        total = stage.duration.in_steps(tokens_per_step=tokens_per_step)
         return cls(
-            learning_rate=stage.learning_rate,
-            total_steps=total,
-            warmup_steps=stage.warmup.in_steps(tokens_per_step=tokens_per_step, total_steps=total),
-            final_learning_rate=stage.final_learning_rate,
+            rates=rates,
             betas=stage.betas,
             epsilon=stage.epsilon,
             weight_decay=stage.weight_decay,
             gradient_clipping=stage.gradient_clipping,
         )
-
-    def height_at(self, step: int) -> float:
-        """How far the learning rate of the step that follows `step` done ones is above its end: 0 there, 1 at the peak.
-
-        A rate that does not fall is measured from 0; one that warms up from below its end is at 0 until it is above.
-        """
-        end = self.final_learning_rate if self.final_learning_rate < 1 else 0.0
-        return max(0.0, (self.learning_rate_at(step) / self.learning_rate - end) / (1 - end))
-
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the step that follows `step` done ones."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, optimization: Optimization) -> torch.optim.AdamW:
@@ -84,7 +58,7 @@ def adamw(parameters: Iterable[nn.Parameter], *, optimization: Optimization) -> 
     groups = [(matrices, optimization.weight_decay), (vectors, 0.0)]
     return torch.optim.AdamW(
         [{"params": of_group, "weight_decay": decay} for of_group, decay in groups if of_group],
-        lr=optimization.learning_rate,
+        lr=optimization.rates.peak,
         betas=optimization.betas,
         eps=optimization.epsilon,
         fused=True,

@@ -92,7 +92,7 @@ class TorchEngine:
         skipped = ~(self._losses_finite & self._grad_norm.isfinite())
         if self._optimization.gradient_clipping:
             clip_grads_with_norm_(parameters, self._optimization.gradient_clipping, self._grad_norm)
-        set_learning_rate(self._optimizer, self._optimization.learning_rate_at(step))
+        set_learning_rate(self._optimizer, self._optimization.rates.at(step))
         # The switch torch.amp.GradScaler uses: the fused kernel returns at once and the step count does not move.
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.format import HELD_OUT, SPLITS, HeldOutSplit, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.errors import ShearingError
 
@@ -23,7 +25,7 @@ def writer(path: Path, **changes: object) -> CorpusWriter:
 def split_texts(corpus: Corpus, domain: str, texts: dict[tuple[int, ...], str]) -> dict[str, list[str]]:
     """The documents of each split, found again by their tokens."""
     found = {}
-    for split in ("train", "heldout"):
+    for split in SPLITS:
         tokens = np.fromfile(corpus.path / domain / f"{split}.bin", dtype=corpus.manifests[domain].dtype)
         ends = corpus.document_ends(domain, split=split).tolist()
         starts = [0, *ends[:-1]]
@@ -34,7 +36,7 @@ def split_texts(corpus: Corpus, domain: str, texts: dict[tuple[int, ...], str]) 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    numbers=st.lists(st.integers(0, 60), min_size=2, max_size=80).filter(lambda n: len(set(n)) > 1),
+    numbers=st.lists(st.integers(0, 60), min_size=3, max_size=80).filter(lambda n: len(set(n)) > 2),
     vocab_size=st.sampled_from([1000, 65_536, 65_537]),
 )
 def test_round_trip_without_leaks(
@@ -42,20 +44,19 @@ def test_round_trip_without_leaks(
 ) -> None:
     folder = tmp_path_factory.mktemp("corpus")
     documents = [(f"document {n}", (*(1 + (n * 7 + j) % 900 for j in range(1 + n % 5)), n + 1)) for n in numbers]
-    out = writer(folder, vocab_size=vocab_size, heldout_fraction=0.3)
+    out = writer(folder, vocab_size=vocab_size, validation_fraction=0.15, test_fraction=0.15)
     with out.domain("d", sources=["s"], inputs="i") as domain:
         for text, tokens in documents:
             domain.add(text, token_ids=tokens)
     corpus = out.finish()
     found = split_texts(corpus, "d", {tokens: text for text, tokens in documents})
-    assert sorted(found["train"] + found["heldout"]) == sorted(text for text, _ in documents)
-    assert not set(found["train"]) & set(found["heldout"])
-    assert found["train"]
-    assert found["heldout"]
+    assert sorted(chain(*found.values())) == sorted(text for text, _ in documents)
+    assert all(found.values())
+    assert sum(len(set(each)) for each in found.values()) == len({text for text, _ in documents})
     manifest = corpus.manifests["d"]
     assert manifest.dtype == ("uint16" if vocab_size <= 65_536 else "uint32")
-    for split in ("train", "heldout"):
-        counts = manifest.split(split)
+    for split in SPLITS:
+        counts = manifest.parts[split]
         assert counts.documents == len(found[split])
         assert counts.bytes == sum(len(text.encode()) for text in found[split])
         assert counts.tokens == corpus.document_ends("d", split=split)[-1]
@@ -78,28 +79,30 @@ def test_rows_tile_the_tokens(make_corpus) -> None:
 
 def test_heldout_batches_are_fixed_and_spread(make_corpus) -> None:
     corpus = make_corpus(SMALL)
-    rows = corpus.heldout_rows("code", sequence_length=8)
+    how: Any = {"split": "test", "sequence_length": 8}
+    rows = corpus.heldout_rows("code", split="test", sequence_length=8)
 
     def read(tokens: int) -> list[list[int]]:
-        batches = list(corpus.heldout_batches("code", sequence_length=8, tokens=tokens, micro_batch_size=2))
+        batches = list(corpus.heldout_batches("code", **how, tokens=tokens, micro_batch_size=2))
         assert all(batch.shape[0] == 2 for batch in batches[:-1])
         return [row for batch in batches for row in batch.tolist()]
 
-    everything = [corpus.row("code", i, sequence_length=8, split="heldout").tolist() for i in range(rows)]
+    everything = [corpus.row("code", i, sequence_length=8, split="test").tolist() for i in range(rows)]
     assert read(10**9) == everything
     assert read(1) == everything[:1]
     assert read(3 * 8) == [everything[i * rows // 3] for i in range(3)] == read(3 * 8)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 3 * 8, 3 * 8 + 7, 10**9])
-def test_heldout_tokens_are_the_inputs_of_what_is_read(make_corpus, tokens: int) -> None:
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_heldout_tokens_are_the_inputs_of_what_is_read(make_corpus, tokens: int, split: HeldOutSplit) -> None:
     corpus = make_corpus(SMALL)
     read = sum(
         batch[:, 1:].numel()
         for domain in corpus.domains
-        for batch in corpus.heldout_batches(domain, sequence_length=8, tokens=tokens, micro_batch_size=2)
+        for batch in corpus.heldout_batches(domain, split=split, sequence_length=8, tokens=tokens, micro_batch_size=2)
     )
-    assert corpus.heldout_tokens(sequence_length=8, tokens_per_domain=tokens) == read
+    assert corpus.heldout_tokens(split=split, sequence_length=8, tokens_per_domain=tokens) == read
 
 
 def test_fingerprint_is_of_the_content_not_the_place(make_corpus) -> None:
@@ -137,7 +140,7 @@ def test_interrupted_and_damaged_corpora_are_refused(make_corpus) -> None:
     (corpus.path / "corpus.json").unlink()
     with pytest.raises(ShearingError, match="continues where it was"):
         Corpus.open(corpus.path)
-    (corpus.path / "corpus.json").write_text(index.replace('"format": 2', '"format": 99'))
+    (corpus.path / "corpus.json").write_text(index.replace('"format": 3', '"format": 99'))
     with pytest.raises(ShearingError, match="format 99"):
         Corpus.open(corpus.path)
     (corpus.path / "corpus.json").write_text("{")
@@ -150,9 +153,9 @@ def test_interrupted_and_damaged_corpora_are_refused(make_corpus) -> None:
         Corpus.open(corpus.path)
     manifest = corpus.path / "code" / "manifest.json"
     values = json.loads(manifest.read_text())
-    values["heldout"]["tokens"] = 0
+    values["parts"]["test"]["tokens"] = 0
     manifest.write_text(json.dumps(values))
-    with pytest.raises(ShearingError, match="0 tokens in heldout"):
+    with pytest.raises(ShearingError, match="0 tokens in test"):
         Corpus.open(corpus.path, domains=["code"])
     manifest.unlink()
     with pytest.raises(ShearingError, match="manifest of a prepared domain"):
@@ -175,6 +178,7 @@ def test_an_interrupted_domain_leaves_nothing_and_can_be_written_again(tmp_path:
     with out.domain("d", sources=[], inputs="i") as domain:
         domain.add("a", token_ids=[1])
         domain.add("b", token_ids=[2])
+        domain.add("c", token_ids=[3])
     assert out.is_complete("d", inputs="i")
     with pytest.raises(ShearingError, match="other settings"):
         out.is_complete("d", inputs="j")
@@ -189,20 +193,23 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path, token: int
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_distinct_document_cannot_be_split(tmp_path: Path) -> None:
+def test_two_distinct_documents_cannot_be_split(tmp_path: Path) -> None:
     def write() -> None:
         with writer(tmp_path).domain("d", sources=[], inputs="") as domain:
             domain.add("same", token_ids=[1])
             domain.add("same", token_ids=[1])
+            domain.add("other", token_ids=[1])
 
-    with pytest.raises(ShearingError, match="at least two different documents"):
+    with pytest.raises(ShearingError, match="at least 3 different documents"):
         write()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_writer_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ShearingError, match="heldout_fraction"):
-        writer(tmp_path, heldout_fraction=1.0)
+    with pytest.raises(ShearingError, match="validation_fraction"):
+        writer(tmp_path, validation_fraction=1.0)
+    with pytest.raises(ShearingError, match="below 1 together"):
+        writer(tmp_path, validation_fraction=0.5, test_fraction=0.5)
     with pytest.raises(ShearingError, match="letters, digits"):
         writer(tmp_path).domain("../d", sources=[], inputs="")
     with pytest.raises(ShearingError, match="no domain"):

@@ -7,15 +7,20 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from shearing.data.corpus.domain_folder import Place, decide_places
-from shearing.data.corpus.splits import Documents, Earlier, HeldoutSize, choose_heldout, split_keys
+from shearing.data.corpus.format import HELD_OUT, SPLITS
+from shearing.data.corpus.splits import Documents, Earlier, SplitSize, SplitSizes, choose_splits, split_keys
 from shearing.errors import ShearingError
 
 HALF = 1 << 63
-contents = st.lists(st.integers(0, 30), min_size=2, max_size=60)
+contents = st.lists(st.integers(0, 30), min_size=3, max_size=60)
 sizes = st.one_of(
-    st.integers(1, 99).map(lambda percent: HeldoutSize(share=Fraction(percent, 100))),
-    st.integers(1, 50).map(lambda tokens: HeldoutSize(tokens=tokens)),
-)
+    st.tuples(*[st.integers(1, 49).map(lambda percent: SplitSize(share=Fraction(percent, 100)))] * 2),
+    st.tuples(*[st.integers(1, 50).map(lambda tokens: SplitSize(tokens=tokens))] * 2),
+).map(lambda both: SplitSizes(*both))
+
+
+def tenths(validation: int = 1, test: int = 1) -> SplitSizes:
+    return SplitSizes(*(SplitSize(share=Fraction(each, 10)) for each in (validation, test)))
 
 
 def documents(numbers: list[int], *, clusters: dict[int, int] | None = None) -> Documents:
@@ -26,75 +31,90 @@ def documents(numbers: list[int], *, clusters: dict[int, int] | None = None) -> 
     return Documents(hashes=hashes, tokens=tokens, clusters=found)
 
 
-def sides(domains: dict[str, list[int]], **settings: object) -> dict[str, dict[bool, set[int]]]:
-    """Contents on each side of each domain; True: held out."""
+def sides(domains: dict[str, list[int]], **settings: object) -> dict[str, dict[str, set[int]]]:
+    """Contents in each split of each domain."""
     clusters = settings.pop("clusters", None)
-    chosen = choose_heldout({k: documents(v, clusters=clusters) for k, v in domains.items()}, **settings)  # type: ignore[arg-type]
-    found: dict[str, dict[bool, set[int]]] = {}
+    chosen = choose_splits({k: documents(v, clusters=clusters) for k, v in domains.items()}, **settings)  # type: ignore[arg-type]
+    found: dict[str, dict[str, set[int]]] = {}
     for name, numbers in domains.items():
         assert len(chosen[name]) == len(numbers)
         found[name] = {
-            side: {n for n, s in zip(numbers, chosen[name], strict=True) if s == side} for side in (True, False)
+            split: {n for n, side in zip(numbers, chosen[name], strict=True) if side == place}
+            for place, split in enumerate(SPLITS)
         }
     return found
 
 
-@given(domains=st.dictionaries(st.sampled_from("abc"), contents, min_size=1), size=sizes, seed=st.integers(0, 2**70))
-def test_no_content_is_on_both_sides_of_anything(domains: dict[str, list[int]], size: HeldoutSize, seed: int) -> None:
+def of_all(found: dict[str, dict[str, set[int]]]) -> list[set[int]]:
+    """Contents in each split, domains taken together."""
+    return [set().union(*(each[split] for each in found.values())) for split in SPLITS]
+
+
+@given(domains=st.dictionaries(st.sampled_from("abc"), contents, min_size=1), sizes=sizes, seed=st.integers(0, 2**70))
+def test_no_content_is_in_two_splits_of_anything(domains: dict[str, list[int]], sizes: SplitSizes, seed: int) -> None:
     try:
-        found = sides(domains, size=size, seed=seed)
+        found = sides(domains, sizes=sizes, seed=seed)
     except ShearingError:
         assume(False)
-    heldout = set().union(*(each[True] for each in found.values()))
-    train = set().union(*(each[False] for each in found.values()))
-    assert not heldout & train
-    for each in found.values():
-        assert each[True]
-        assert each[False]
+    every = of_all(found)
+    assert sum(map(len, every)) == len(set.union(*every))
+    assert all(each[split] for each in found.values() for split in SPLITS)
 
 
-@given(numbers=contents, size=sizes, seed=st.integers(0, 9))
-def test_as_few_contents_as_reach_the_size(numbers: list[int], size: HeldoutSize, seed: int) -> None:
-    assume(len(set(numbers)) > 1)
+@given(numbers=contents, sizes=sizes, seed=st.integers(0, 9))
+def test_as_few_contents_as_reach_the_sizes(numbers: list[int], sizes: SplitSizes, seed: int) -> None:
+    assume(len(set(numbers)) > 2)
     each = documents(numbers)
     total = int(each.tokens.sum())
-    target = size.tokens if size.tokens is not None else total * size.share  # type: ignore[operator]
-    if size.tokens is not None and size.tokens >= total:
-        with pytest.raises(ShearingError, match="less than domain d has"):
-            choose_heldout({"d": each}, size=size, seed=seed)
+    targets = [size.tokens or total * size.share for size in (sizes.validation, sizes.test)]  # type: ignore[operator]
+    if sizes.test.tokens is not None and sum(targets) >= total:
+        with pytest.raises(ShearingError, match="less together than domain d has"):
+            choose_splits({"d": each}, sizes=sizes, seed=seed)
         return
-    heldout = choose_heldout({"d": each}, size=size, seed=seed)["d"]
+    side = choose_splits({"d": each}, sizes=sizes, seed=seed)["d"]
     keys = split_keys(each.hashes, seed=seed)
-    largest = keys[heldout].max()
-    assert (keys[~heldout] > largest).all()
-    # Reached, unless that would leave nothing to train on; and without the last content not reached.
-    assert each.tokens[heldout].sum() >= target or len(set(keys[~heldout])) == 1
-    assert each.tokens[heldout & (keys != largest)].sum() < target
+    # By their keys: validation, test, training.
+    assert keys[side == 1].max() < keys[side == 2].min()
+    assert keys[side == 2].max() < keys[side == 0].min()
+    for place, target in zip((1, 2), targets, strict=True):
+        chosen = side == place
+        # Reached, unless that would leave nothing to what comes after; and without the last content not reached.
+        behind = len(set(keys[keys > keys[chosen].max()]))
+        assert each.tokens[chosen].sum() >= target or behind == 3 - place
+        assert each.tokens[chosen & (keys != keys[chosen].max())].sum() < target
+
+
+@given(numbers=contents, seed=st.integers(0, 9), share=st.integers(1, 5))
+def test_validation_is_the_same_whatever_the_test_takes(numbers: list[int], seed: int, share: int) -> None:
+    assume(len(set(numbers)) > 2)
+    one, other = (sides({"d": numbers}, sizes=tenths(2, test), seed=seed)["d"] for test in (1, share))
+    assert one["validation"] == other["validation"]
 
 
 @given(numbers=contents, more=contents, seed=st.integers(0, 9))
 def test_the_order_of_documents_does_not_matter(numbers: list[int], more: list[int], seed: int) -> None:
-    assume(len(set(numbers)) > 1 and len(set(more)) > 1)
-    size = HeldoutSize.parse("20%")
+    assume(len(set(numbers)) > 2 and len(set(more)) > 2)
     try:
-        found = sides({"a": numbers, "b": more}, size=size, seed=seed)
+        found = sides({"a": numbers, "b": more}, sizes=tenths(), seed=seed)
     except ShearingError:
         assume(False)
-    assert sides({"b": more[::-1], "a": numbers[::-1]}, size=size, seed=seed) == found
+    assert sides({"b": more[::-1], "a": numbers[::-1]}, sizes=tenths(), seed=seed) == found
 
 
 @given(first=contents, second=contents, seeds=st.tuples(st.integers(0, 9), st.integers(0, 9)))
 def test_earlier_domains_stand(first: list[int], second: list[int], seeds: tuple[int, int]) -> None:
-    assume(len(set(first)) > 1)
-    size = HeldoutSize.parse("20%")
-    earlier = sides({"a": first}, size=size, seed=seeds[0])["a"]
-    known = Earlier(*(documents(sorted(earlier[side])).hashes for side in (False, True)))
-    if set(second) <= earlier[True] or set(second) <= earlier[False] or len(set(second)) == 1:
+    assume(len(set(first)) > 2)
+    earlier = sides({"a": first}, sizes=tenths(), seed=seeds[0])["a"]
+    known = Earlier(**{split: documents(sorted(earlier[split])).hashes for split in SPLITS})
+    new = set(second).difference(*earlier.values())
+    missing = sum(not set(second) & earlier[split] for split in SPLITS)
+    if len(new) < missing:
         with pytest.raises(ShearingError, match="domain b"):
-            sides({"b": second}, size=size, seed=seeds[1], earlier=known)
+            sides({"b": second}, sizes=tenths(), seed=seeds[1], earlier=known)
         return
-    later = sides({"b": second}, size=size, seed=seeds[1], earlier=known)["b"]
-    assert not (later[True] | earlier[True]) & (later[False] | earlier[False])
+    later = sides({"b": second}, sizes=tenths(), seed=seeds[1], earlier=known)["b"]
+    every = of_all({"a": earlier, "b": later})
+    assert sum(map(len, every)) == len(set.union(*every))
 
 
 @given(
@@ -104,19 +124,17 @@ def test_earlier_domains_stand(first: list[int], second: list[int], seeds: tuple
 )
 def test_clusters_stay_together(domains: dict[str, list[int]], clusters: dict[int, int], seed: int) -> None:
     try:
-        found = sides(domains, size=HeldoutSize.parse("20%"), seed=seed, clusters=clusters)
+        found = sides(domains, sizes=tenths(), seed=seed, clusters=clusters)
     except ShearingError:
         assume(False)
     for cluster in set(clusters.values()):
         members = {n for n, c in clusters.items() if c == cluster} & {n for each in domains.values() for n in each}
-        on = {side for each in found.values() for side in (True, False) if each[side] & members}
+        on = {split for each in found.values() for split in SPLITS if each[split] & members}
         assert len(on) <= 1
 
 
 def test_another_seed_holds_out_others() -> None:
-    chosen = [
-        choose_heldout({"d": documents(list(range(200)))}, size=HeldoutSize.parse("20%"), seed=s)["d"] for s in (0, 1)
-    ]
+    chosen = [choose_splits({"d": documents(list(range(200)))}, sizes=tenths(), seed=s)["d"] for s in (0, 1)]
     assert not np.array_equal(*chosen)
     keys = split_keys(np.arange(10_000, dtype=np.uint64), seed=0)
     assert len(np.unique(keys)) == 10_000
@@ -124,15 +142,23 @@ def test_another_seed_holds_out_others() -> None:
 
 
 def test_removed_documents_have_no_side() -> None:
-    each = {"a": documents([1, 2, 2, 3, 3, 4, 5], clusters={3: 0, 4: 0}), "b": documents([4, 6, 7], clusters={4: 0})}
-    places = decide_places(
-        each, size=HeldoutSize.parse("20%"), seed=0, remove_duplicates=True, remove_near_duplicates=True
-    )
+    each = {
+        "a": documents([1, 2, 2, 3, 3, 4, 5], clusters={3: 0, 4: 0}),
+        "b": documents([4, 6, 7, 8], clusters={4: 0}),
+    }
+    places = decide_places(each, sizes=tenths(), seed=0, remove_duplicates=True, remove_near_duplicates=True)
     gone = [Place.NEAR_DUPLICATE] * 2
     assert places["a"][4:6].tolist() == gone
     assert places["a"][2] == Place.DUPLICATE
     assert places["b"][0] == Place.NEAR_DUPLICATE
-    assert (places["b"][1:] <= Place.HELDOUT).all()
+    assert sorted(places["b"][1:]) == [Place.TRAIN, Place.VALIDATION, Place.TEST]
+    assert [Place[split.upper()] for split in SPLITS] == [0, 1, 2]
+
+
+def test_sizes_in_a_manifest() -> None:
+    assert tenths(2, 1).to_json() == dict(zip(HELD_OUT, ("20%", "10%"), strict=True))
+    with pytest.raises(ValueError, match="below 100%"):
+        tenths(5, 5)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +166,11 @@ def test_removed_documents_have_no_side() -> None:
     [("5%", "5%"), ("0.5 %", "0.5%"), ("2M tokens", "2000000 tokens"), ("1_000 tokens", "1000 tokens")],
 )
 def test_sizes(text: str, written: str) -> None:
-    assert str(HeldoutSize.parse(text)) == written
-    assert HeldoutSize.parse(written) == HeldoutSize.parse(text)
+    assert str(SplitSize.parse(text)) == written
+    assert SplitSize.parse(written) == SplitSize.parse(text)
 
 
 @pytest.mark.parametrize("text", ["0%", "100%", "5", "0 tokens", "2M", "1.5 tokens", "-5%", ""])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="a share of the tokens"):
-        HeldoutSize.parse(text)
+        SplitSize.parse(text)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from data_tools.adoption.adoption import adopt
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import SPLITS
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError
 
@@ -20,12 +22,13 @@ SEPARATOR = 0
 Documents = list[list[int]]
 
 
-def adopted(domains: dict[str, Path], *, tokenizer: Path, output: Path, heldout: str = "25%") -> Corpus:
+def adopted(domains: dict[str, Path], *, tokenizer: Path, output: Path, test: str = "15%") -> Corpus:
     return adopt(
         domains=domains,
         tokenizer=str(tokenizer),
         output=output,
-        heldout=heldout,
+        validation="10%",
+        test=test,
         separator_token=None,
         console=Console(quiet=True),
     )
@@ -54,7 +57,7 @@ def texts(tokenizer: Path, count: int) -> Documents:
 def contents(corpus: Corpus, domain: str) -> dict[str, Documents]:
     """Documents of each split, separators included."""
     found = {}
-    for split in ("train", "heldout"):
+    for split in SPLITS:
         tokens = corpus.tokens(domain, split=split)
         ends = corpus.document_ends(domain, split=split).tolist()
         everything = tokens.read(0, len(tokens)).tolist()
@@ -73,21 +76,22 @@ def test_an_adopted_split_reads_like_a_file_of_its_documents(
 ) -> None:
     folder = tmp_path_factory.mktemp("adopted")
     everything = [each for each in first + second if each]
-    if len({tuple(each) for each in everything}) < 2:
+    if len({tuple(each) for each in everything}) < 3:
         return
     ending = [SEPARATOR] if closed else []
     for i, part in enumerate((first, second)):
         write_ds(folder / "set" / f"{i}.ds", [each + ending for each in part], token_bytes=4 if wide else 2)
     corpus = adopted({"d": folder / "set"}, tokenizer=byte_tokenizer, output=folder / "corpus")
     found = contents(corpus, "d")
-    assert sorted(found["train"] + found["heldout"]) == sorted([*each, SEPARATOR] for each in everything)
-    assert not {tuple(each) for each in found["train"]} & {tuple(each) for each in found["heldout"]}
-    for split in ("train", "heldout"):
+    assert sorted(chain(*found.values())) == sorted([*each, SEPARATOR] for each in everything)
+    distinct = [{tuple(each) for each in of_split} for of_split in found.values()]
+    assert sum(map(len, distinct)) == len(set.union(*distinct))
+    for split in SPLITS:
         # Documents stay in order, and rows of any length cross ranges and files as if there were none.
         order = [each[:-1] for each in found[split]]
         assert order == [each for each in everything if each in order]
         flat = [token for each in found[split] for token in each]
-        assert corpus.manifests["d"].split(split).tokens == len(flat)
+        assert corpus.manifests["d"].parts[split].tokens == len(flat)
         for i in range((len(flat) - 1) // length):
             row = corpus.row("d", i, sequence_length=length, split=split)
             assert row.tolist() == flat[i * length : i * length + length + 1]
@@ -103,10 +107,9 @@ def test_datasets_and_datatrove_give_the_same_corpus(tmp_path: Path, byte_tokeni
     one = adopted({"d": tmp_path / "trove"}, tokenizer=byte_tokenizer, output=tmp_path / "one")
     other = adopted({"d": tmp_path / "arrow"}, tokenizer=byte_tokenizer, output=tmp_path / "other")
     assert one.fingerprint == other.fingerprint
-    assert one.manifests["d"].train == other.manifests["d"].train
-    assert one.manifests["d"].heldout == other.manifests["d"].heldout
+    assert one.manifests["d"].parts == other.manifests["d"].parts
     size = sum(len("document : ") + len(str(i)) + 2 * (i % 7) for i in range(40))
-    assert one.manifests["d"].train.bytes + one.manifests["d"].heldout.bytes == size
+    assert one.manifests["d"].bytes == size
     batches = [
         Mixture(corpus, seed=0, sequence_length=16, weights={"d": 1.0}).batch(first_sample=0, num_sequences=50)
         for corpus in (one, other)
@@ -123,7 +126,7 @@ def test_what_datatrove_itself_writes_is_read(tmp_path: Path, byte_tokenizer: Pa
     file.close()
     corpus = adopted({"d": tmp_path / "set"}, tokenizer=byte_tokenizer, output=tmp_path / "corpus")
     found = contents(corpus, "d")
-    assert sorted(found["train"] + found["heldout"]) == sorted([*each, SEPARATOR] for each in made)
+    assert sorted(chain(*found.values())) == sorted([*each, SEPARATOR] for each in made)
 
 
 @pytest.mark.parametrize("kind", ["list", "large_list", "fixed_size_list", "file"])
@@ -139,7 +142,7 @@ def test_every_layout_of_arrow_lists(tmp_path: Path, byte_tokenizer: Path, kind:
         writer.write_table(table, max_chunksize=6)
     corpus = adopted({"d": path.parent}, tokenizer=byte_tokenizer, output=tmp_path / "corpus")
     found = contents(corpus, "d")
-    assert sorted(found["train"] + found["heldout"]) == sorted([*each, SEPARATOR] for each in made)
+    assert sorted(chain(*found.values())) == sorted([*each, SEPARATOR] for each in made)
 
 
 def test_another_separator_has_to_be_named(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -154,12 +157,13 @@ def test_another_separator_has_to_be_named(tmp_path: Path, byte_tokenizer: Path)
         domains={"d": tmp_path / "a.ds"},
         tokenizer=str(tmp_path / "tokenizer"),
         output=tmp_path / "corpus",
-        heldout="25%",
+        validation="10%",
+        test="15%",
         separator_token="<other>",
         console=Console(quiet=True),
     )
     found = contents(corpus, "d")
-    assert sorted(found["train"] + found["heldout"]) == sorted([*each, other] for each in texts(byte_tokenizer, 20))
+    assert sorted(chain(*found.values())) == sorted([*each, other] for each in texts(byte_tokenizer, 20))
 
 
 def test_rows_of_a_stream_stay_as_they_are(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -168,7 +172,7 @@ def test_rows_of_a_stream_stay_as_they_are(tmp_path: Path, byte_tokenizer: Path)
     write_ds(tmp_path / "a.ds", rows)
     corpus = adopted({"d": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=tmp_path / "corpus")
     found = contents(corpus, "d")
-    assert sorted(found["train"] + found["heldout"]) == sorted(rows)
+    assert sorted(chain(*found.values())) == sorted(rows)
 
 
 def test_adopting_twice_keeps_what_is_there_and_equal_texts_on_one_side(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -181,13 +185,13 @@ def test_adopting_twice_keeps_what_is_there_and_equal_texts_on_one_side(tmp_path
     corpus = adopted({"a": tmp_path / "a.ds", "b": tmp_path / "b.ds"}, tokenizer=byte_tokenizer, output=output)
     assert {path: path.stat().st_mtime_ns for path in (output / "a").iterdir()} == before
     assert corpus.domains == ["a", "b"]
-    sides = {split: set() for split in ("train", "heldout")}
+    sides = {split: set() for split in SPLITS}
     for domain in corpus.domains:
         for split in sides:
             sides[split] |= set(corpus.document_hashes(domain, split=split).tolist())
-    assert not sides["train"] & sides["heldout"]
+    assert sum(map(len, sides.values())) == len(set.union(*sides.values()))
     with pytest.raises(ShearingError, match="other settings"):
-        adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output, heldout="10%")
+        adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output, test="10%")
 
 
 def test_files_changed_since_are_found_when_opened(tmp_path: Path, byte_tokenizer: Path) -> None:
@@ -219,9 +223,9 @@ def test_sets_that_cannot_be_used(tmp_path: Path, byte_tokenizer: Path) -> None:
     path = tmp_path / "a.ds"
     write_ds(path, [[1, 2, 3], [4, 300]])
     refused(path, "token ids from 1 to 300")
-    refused(path, "as 5%", heldout="much")
+    refused(path, "as 5%", test="much")
     write_ds(path, [[1, 2, 3]])
-    refused(path, "at least two different")
+    refused(path, "at least 3 different")
     path.write_bytes(b"12345")
     refused(path, "5 bytes")
     (tmp_path / "a.ds.index").write_bytes(b"1234567")

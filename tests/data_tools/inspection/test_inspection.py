@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from data_tools.inspection import inspection
 from data_tools.inspection.inspection import Inspection, inspect
 from shearing.cli.frame import app
-from shearing.data.corpus.format import DomainManifest, tokenizer_fingerprint
+from shearing.data.corpus.format import SPLITS, DomainManifest, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.files.checksums import sha256_of_file
 from shearing.runs.recipe import load_recipe
@@ -34,7 +34,8 @@ def write(tmp_path: Path, byte_tokenizer: Path) -> Write:
             separator_id=0,
             tokenizer="bytes",
             tokenizer_fingerprint=tokenizer_fingerprint(loaded.backend_tokenizer),
-            heldout_fraction=0.2,
+            validation_fraction=0.1,
+            test_fraction=0.1,
         )
         for name, texts in domains.items():
             with writer.domain(name, sources=["made up"], inputs=name) as domain:
@@ -95,8 +96,8 @@ def test_good_text_in_other_languages_is_no_problem(write: Write) -> None:
 
 def test_leaks(write: Write) -> None:
     path = write({"books": words("books", 60), "code": words("code", 60)})
-    train, heldout = (np.load(path / "books" / f"{split}_hashes.npy") for split in ("train", "heldout"))
-    train[:2] = heldout[:2]
+    train, *held_out = (np.load(path / "books" / f"{split}_hashes.npy") for split in SPLITS)
+    train[:2] = [each[0] for each in held_out]
     np.save(path / "books" / "train_hashes.npy", train)
     manifest = path / "books" / "manifest.json"
     content = manifest.read_text()
@@ -105,7 +106,7 @@ def test_leaks(write: Write) -> None:
     found = looked(path)
     assert found.duplicates.leaked["books"] == 2
     [problem] = found.problems
-    assert problem.startswith("books: 2 held-out documents are in training text")
+    assert problem.startswith("books: 2 validation or test documents are in training text")
 
 
 def test_big_corpora_are_sampled(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,8 @@ def test_planned_use(write: Write, tmp_path: Path) -> None:
 
 def test_the_command(write: Write, tmp_path: Path) -> None:
     path = write(
-        {f"domain_{i:02d}": words(str(i), 20 + i) for i in range(30)} | {"long": ["abcdefghij " * 1000, "y", "z w"]}
+        {f"domain_{i:02d}": words(str(i), 20 + i) for i in range(30)}
+        | {"long": ["abcdefghij " * 1000, *words("long", 20)]}
     )
 
     def invoke(*arguments: str) -> tuple[int, str]:

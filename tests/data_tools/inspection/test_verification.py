@@ -32,7 +32,8 @@ def corpus(tmp_path: Path, byte_tokenizer: Path) -> Path:
         separator_id=0,
         tokenizer="bytes",
         tokenizer_fingerprint=tokenizer_fingerprint(backend),
-        heldout_fraction=0.3,
+        validation_fraction=0.15,
+        test_fraction=0.15,
     )
     for name in ("first", "other"):
         with writer.domain(name, sources=["made up"], inputs=name) as domain:
@@ -68,7 +69,7 @@ def swap(one: Path, other: Path) -> None:
 def test_a_whole_corpus_is_whole(corpus: Path) -> None:
     result = found(corpus)
     assert result.damages == []
-    assert result.rows_decoded == 12
+    assert result.rows_decoded == 18
     assert result.bytes_read == sum(file.stat().st_size for file in corpus.glob("*/*") if file.suffix != ".json")
     assert Corpus.open(corpus).domains == ["first", "other"]
 
@@ -93,14 +94,18 @@ def exchange(name: str) -> Damaging:
     [
         (truncate("train.bin", 2), "train.bin", "bytes"),
         (truncate("train_ends.npy", 8), "train_ends.npy", "header announces"),
-        (truncate("heldout_hashes.npy", 8), "heldout_hashes.npy", "header announces"),
+        (truncate("test_hashes.npy", 8), "test_hashes.npy", "header announces"),
         (truncate("manifest.json", 20), "manifest.json", ""),
-        (lambda corpus: (corpus / "first" / "heldout.bin").unlink(), "heldout.bin", "missing"),
-        (lambda corpus: (corpus / "first" / "heldout_ends.npy").unlink(), "heldout_ends.npy", "missing"),
-        (lambda corpus: swap(corpus / "first" / "train.bin", corpus / "first" / "heldout.bin"), "train.bin", "bytes"),
+        (lambda corpus: (corpus / "first" / "validation.bin").unlink(), "validation.bin", "missing"),
+        (lambda corpus: (corpus / "first" / "validation_ends.npy").unlink(), "validation_ends.npy", "missing"),
+        (
+            lambda corpus: swap(corpus / "first" / "train.bin", corpus / "first" / "validation.bin"),
+            "train.bin",
+            "bytes",
+        ),
         (exchange("manifest.json"), "manifest.json", "the manifest of domain (first|other)"),
         (lambda corpus: flip(corpus / "first" / "train_ends.npy", at=200), "train_ends.npy", "content|not after"),
-        (lambda corpus: flip(corpus / "other" / "heldout_hashes.npy", at=150), "heldout_hashes.npy", "other content"),
+        (lambda corpus: flip(corpus / "other" / "test_hashes.npy", at=150), "test_hashes.npy", "other content"),
         (
             lambda corpus: swap(corpus / "first" / "train_ends.npy", corpus / "first" / "train_hashes.npy"),
             "train_ends.npy",
@@ -131,7 +136,13 @@ def test_files_of_two_domains_exchanged(corpus: Path, tmp_path: Path) -> None:
 
 def test_exchanged_files_of_one_size_are_found_at_load_where_documents_differ(tmp_path: Path) -> None:
     writer = CorpusWriter(
-        tmp_path, vocab_size=100, separator_id=0, tokenizer="t", tokenizer_fingerprint="f", heldout_fraction=0.5
+        tmp_path,
+        vocab_size=100,
+        separator_id=0,
+        tokenizer="t",
+        tokenizer_fingerprint="f",
+        validation_fraction=0.25,
+        test_fraction=0.25,
     )
     for name, lengths in (("first", (3, 5)), ("other", (5, 3))):
         with writer.domain(name, sources=[], inputs=name) as domain:
@@ -148,7 +159,7 @@ def test_exchanged_files_of_one_size_are_found_at_load_where_documents_differ(tm
         Corpus.open(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_one_bit_is_found_by_reading_everything(corpus: Path, split: str) -> None:
     size = (corpus / "first" / f"{split}.bin").stat().st_size
     for at in (0, size // 2, size - 4):
@@ -189,7 +200,8 @@ def test_sources(tmp_path: Path, byte_tokenizer: Path) -> None:
         domains={"d": path},
         tokenizer=str(byte_tokenizer),
         output=tmp_path / "corpus",
-        heldout="30%",
+        validation="15%",
+        test="15%",
         separator_token=None,
         console=Console(quiet=True),
     )
@@ -215,7 +227,8 @@ def test_ranges_outside_of_their_files_are_named(tmp_path: Path, byte_tokenizer:
         domains={"d": path},
         tokenizer=str(byte_tokenizer),
         output=tmp_path / "corpus",
-        heldout="30%",
+        validation="15%",
+        test="15%",
         separator_token=None,
         console=Console(quiet=True),
     )

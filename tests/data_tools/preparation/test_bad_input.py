@@ -54,7 +54,7 @@ def test_bad_input_stops_with_its_place_or_is_counted(case: str, prepared: Prepa
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / name).write_bytes(content)
-    write_lines(folder / "z.jsonl", ["more", "text"])
+    write_lines(folder / "z.jsonl", ["more", "text", "here"])
     keys = {"max_document_bytes": 5000}
     with pytest.raises(ShearingError) as stopped:
         prepared({"d": str(folder)}, **keys)
@@ -65,7 +65,7 @@ def test_bad_input_stops_with_its_place_or_is_counted(case: str, prepared: Prepa
     corpus = prepared({"d": str(folder)}, bad_input="skip", **keys)
     assert corpus.manifests["d"].left_out == {reason: 1}
     if good is not None:
-        assert all_texts(corpus, "d") == sorted([*GOOD[:good], "more", "text"])
+        assert all_texts(corpus, "d") == sorted([*GOOD[:good], "here", "more", "text"])
 
 
 def test_what_was_skipped_is_not_taken_for_good_when_it_is_to_stop(prepared: Prepared, tmp_path: Path) -> None:
@@ -116,8 +116,10 @@ def test_what_python_writes_is_read(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_a_line_of_ten_megabytes(prepared: Prepared, tmp_path: Path) -> None:
     long = "lorem ipsum " * 850_000
-    corpus = prepared({"a": str(write_lines(tmp_path / "a.jsonl", ["short", long, "other"]))}, heldout="1 tokens")
-    assert corpus.manifests["a"].train.bytes + corpus.manifests["a"].heldout.bytes == len(long) + 10
+    corpus = prepared(
+        {"a": str(write_lines(tmp_path / "a.jsonl", ["short", long, "other"]))}, validation="1 tokens", test="1 tokens"
+    )
+    assert corpus.manifests["a"].bytes == len(long) + 10
 
 
 @pytest.mark.parametrize("separator", [None, "\n\n"])
@@ -179,6 +181,6 @@ def test_a_domain_that_is_all_in_an_earlier_one(prepared: Prepared, tmp_path: Pa
     from tests.data_tools.conftest import texts_of
 
     again = write_lines(tmp_path / "b.jsonl", texts_of(corpus, "a", "train"))
-    with pytest.raises(ShearingError, match="in the training part of a domain prepared earlier"):
+    with pytest.raises(ShearingError, match="in other parts of domains prepared earlier"):
         prepared({"b": str(again)})
     assert Corpus.open(corpus.path).domains == ["a"]

@@ -17,11 +17,10 @@ from data_tools.preparation.recipe import load_preparation
 from data_tools.preparation.work_folder import PREFIX
 from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import text_hash
-from shearing.data.corpus.splits import HeldoutSize
+from shearing.data.corpus.format import HELD_OUT, SPLITS, text_hash
 from shearing.errors import ShearingError
 from shearing.runs.recipe import load_recipe
-from tests.data_tools.conftest import all_texts, content, texts_of, write_lines
+from tests.data_tools.conftest import all_texts, content, distinct_texts, texts_of, write_lines
 from tests.repository import ROOT
 
 Prepared = Callable[..., Corpus]
@@ -87,15 +86,15 @@ def test_every_kind_of_input_holds_the_same_documents(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     domains: dict[str, object] = dict(every_kind)
     domains["stored"] = {"paths": every_kind["hub"], "streaming": False}
-    corpus = prepared(domains, document_separator="\n---\n", heldout="20%")
+    corpus = prepared(domains, document_separator="\n---\n", validation="10%", test="10%")
     assert set(corpus.domains) == set(domains)
-    heldout = {text_hash(text.encode()) for text in texts_of(corpus, "lines", "heldout")}
+    held_out = {split: {text_hash(t.encode()) for t in texts_of(corpus, "lines", split)} for split in HELD_OUT}
     for name in corpus.domains:
         assert all_texts(corpus, name) == sorted(TEXTS), name
         manifest = corpus.manifests[name]
-        assert manifest.train.bytes + manifest.heldout.bytes == sum(map(len, TEXTS))
+        assert manifest.bytes == sum(map(len, TEXTS))
         # The same texts are held out everywhere, whatever the order of the files is.
-        assert set(corpus.document_hashes(name, split="heldout").tolist()) == heldout
+        assert {split: set(corpus.document_hashes(name, split=split).tolist()) for split in HELD_OUT} == held_out
     assert texts_of(corpus, "saved", "train") == texts_of(corpus, "lines", "train")
     assert texts_of(corpus, "stored", "train") == texts_of(corpus, "hub", "train")
     (source,) = corpus.manifests["lines"].sources
@@ -115,8 +114,8 @@ def test_checksums_are_of_the_files(every_kind: dict[str, str], prepared: Prepar
         (source,) = corpus.manifests[name].sources
         assert source.checksum == f"sha256:{hashlib.sha256(Path(every_kind[name]).read_bytes()).hexdigest()}"
         assert all_texts(corpus, name) == sorted(TEXTS[:10])
-    for split in ("train", "heldout"):
-        counts = corpus.manifests["lines"].split(split)  # type: ignore[arg-type]
+    for split in SPLITS:
+        counts = corpus.manifests["lines"].parts[split]
         for checksum, file in (
             (counts.sha256, f"{split}.bin"),
             (counts.ends_sha256, f"{split}_ends.npy"),
@@ -128,8 +127,8 @@ def test_checksums_are_of_the_files(every_kind: dict[str, str], prepared: Prepar
 
 
 def test_what_a_text_spells_is_text(prepared: Prepared, tmp_path: Path) -> None:
-    corpus = prepared({"a": str(write_lines(tmp_path / "a.jsonl", ["one </s> two", "three"]))})
-    assert all_texts(corpus, "a") == ["one </s> two", "three"]
+    corpus = prepared({"a": str(write_lines(tmp_path / "a.jsonl", ["one </s> two", "three", "four"]))})
+    assert all_texts(corpus, "a") == ["four", "one </s> two", "three"]
 
 
 def test_the_corpus_can_be_decoded_without_being_told_how(prepared: Prepared, tmp_path: Path) -> None:
@@ -142,14 +141,13 @@ def test_the_corpus_can_be_decoded_without_being_told_how(prepared: Prepared, tm
     assert tokenizer_fingerprint(tokenizer) == corpus.manifests["a"].tokenizer_fingerprint
 
 
-def test_prepared_domains_are_kept_added_to_and_protected(
-    prepared: Prepared, tmp_path: Path, every_kind: dict[str, str]
-) -> None:
+def test_prepared_domains_are_kept_added_to_and_protected(prepared: Prepared, tmp_path: Path) -> None:
     first = write_lines(tmp_path / "first.jsonl", TEXTS)
     corpus = prepared({"first": str(first)})
     before = (corpus.path / "first" / "train.bin").stat().st_mtime_ns
-    corpus = prepared({"first": str(first), "notes": every_kind["notes"]}, document_separator=None)
-    assert corpus.domains == ["first", "notes"]
+    more = write_lines(tmp_path / "more.jsonl", ["one", "two", "three"])
+    corpus = prepared({"first": str(first), "more": str(more)})
+    assert corpus.domains == ["first", "more"]
     assert (corpus.path / "first" / "train.bin").stat().st_mtime_ns == before
     with pytest.raises(ShearingError, match="other text or with other settings"):
         prepared({"first": str(first)}, split_seed=1)
@@ -172,7 +170,7 @@ def test_the_same_bytes_with_two_workers_as_with_one(prepared: Prepared, tmp_pat
         texts = ["".join(generator.choice(list("abcdef "), size=generator.integers(1, 300))) for _ in range(40)]
         write_lines(tmp_path / "texts" / f"{i}.jsonl", texts)
     domains = {"all": str(tmp_path / "texts"), "some": str(tmp_path / "texts" / "[02].jsonl")}
-    keys = {"heldout": "10%", "near_duplicates": "together"}
+    keys = {"validation": "10%", "near_duplicates": "together"}
     one = prepared(domains, output=tmp_path / "one", **keys)
     two = prepared(domains, output=tmp_path / "two", workers=2, task_bytes=6_000, **keys)
     assert content(one.path) == content(two.path)
@@ -182,17 +180,17 @@ def test_equal_texts_are_counted_or_removed(prepared: Prepared, tmp_path: Path) 
     a = write_lines(tmp_path / "a.jsonl", [*TEXTS, "line 3", "line 3", "line 5"])
     b = write_lines(tmp_path / "b.jsonl", [*TEXTS[:5], *(f"other {i}" for i in range(30))])
     domains = {"a": str(a), "b": str(b)}
-    kept = prepared(domains, heldout="30%", output=tmp_path / "kept")
+    kept = prepared(domains, validation="15%", test="15%", output=tmp_path / "kept")
     assert kept.manifests["a"].duplicates == 3
     assert kept.manifests["a"].left_out == {}
-    removed = prepared(domains, heldout="30%", output=tmp_path / "removed", duplicates="remove")
+    removed = prepared(domains, validation="15%", test="15%", output=tmp_path / "removed", duplicates="remove")
     assert removed.manifests["a"].duplicates == 0
     assert removed.manifests["a"].left_out == {"duplicate": 3}
     assert all_texts(removed, "a") == sorted(TEXTS)
     for corpus in (kept, removed):
-        train = {text for name in "ab" for text in texts_of(corpus, name, "train")}
-        heldout = {text for name in "ab" for text in texts_of(corpus, name, "heldout")}
-        assert not train & heldout
+        sides = distinct_texts(corpus, "ab")
+        assert all(sides)
+        assert sum(map(len, sides)) == len(set.union(*sides))
 
 
 def test_near_duplicates_stay_together_or_go(prepared: Prepared, tmp_path: Path) -> None:
@@ -201,28 +199,31 @@ def test_near_duplicates_stay_together_or_go(prepared: Prepared, tmp_path: Path)
     originals = [" ".join(generator.choice(words, size=120)) for _ in range(30)]
     variants = [[f"{text} ending {i}" for i in range(4)] for text in originals]
     a = write_lines(tmp_path / "a.jsonl", [text for each in variants for text in each[:3]])
-    b = write_lines(tmp_path / "b.jsonl", [*(each[3] for each in variants), *originals[:1], "short", "shorter"])
+    b = write_lines(
+        tmp_path / "b.jsonl", [*(each[3] for each in variants), *originals[:1], "short", "shorter", "shortest"]
+    )
     domains = {"a": str(a), "b": str(b)}
-    corpus = prepared(domains, heldout="20%", near_duplicates="together", output=tmp_path / "together")
-    sides = {split: {t for d in "ab" for t in texts_of(corpus, d, split)} for split in ("train", "heldout")}
+    corpus = prepared(domains, validation="10%", test="10%", near_duplicates="together", output=tmp_path / "together")
+    sides = distinct_texts(corpus, "ab")
     for original, each in zip(originals, variants, strict=True):
-        group = {*each, original} & (sides["train"] | sides["heldout"])
-        assert group <= sides["train"] or group <= sides["heldout"]
+        group = {*each, original} & set.union(*sides)
+        assert any(group <= side for side in sides)
     assert len(all_texts(corpus, "a")) == 90
-    corpus = prepared(domains, heldout="20%", near_duplicates="remove", output=tmp_path / "removed")
+    corpus = prepared(domains, validation="10%", test="10%", near_duplicates="remove", output=tmp_path / "removed")
     assert all_texts(corpus, "a") == sorted(each[0] for each in variants)
     assert corpus.manifests["a"].left_out == {"near_duplicate": 60}
-    assert all_texts(corpus, "b") == ["short", "shorter"]
+    assert all_texts(corpus, "b") == ["short", "shorter", "shortest"]
 
 
 def test_a_number_of_tokens_held_out(prepared: Prepared, tmp_path: Path) -> None:
     a = write_lines(tmp_path / "a.jsonl", [f"document {i:03}" for i in range(500)])
-    corpus = prepared({"a": str(a)}, heldout="1K tokens")
+    corpus = prepared({"a": str(a)}, validation="1K tokens", test="10%")
     manifest = corpus.manifests["a"]
-    assert manifest.heldout_size == "1000 tokens"
-    assert 1000 <= manifest.heldout.tokens < 1000 + len("document 000") + 1
-    with pytest.raises(ShearingError, match="less than domain a has"):
-        prepared({"a": str(a)}, heldout="1M tokens", output=tmp_path / "other")
+    assert manifest.sizes == {"validation": "1000 tokens", "test": "10%"}
+    assert 1000 <= manifest.parts["validation"].tokens < 1000 + len("document 000") + 1
+    assert 650 <= manifest.parts["test"].tokens < 650 + len("document 000") + 1
+    with pytest.raises(ShearingError, match="less together than domain a has"):
+        prepared({"a": str(a)}, test="1M tokens", output=tmp_path / "other")
 
 
 def test_preparing_twice_at_once_is_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -245,7 +246,18 @@ def test_preparing_twice_at_once_is_refused(prepared: Prepared, tmp_path: Path) 
 def test_command_with_options_and_with_a_recipe(letters: Path, tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "lines.jsonl", TEXTS, field="body")
     (tmp_path / "notes.txt").write_text("first\n---\nsecond\n---\n \n---\nthird")
-    options = ["--text-field", "body", "--document-separator", r"\n---\n", "--heldout", "20%", "--workers", "1"]
+    options = [
+        "--text-field",
+        "body",
+        "--document-separator",
+        r"\n---\n",
+        "--validation",
+        "10%",
+        "--test",
+        "10%",
+        "--workers",
+        "1",
+    ]
     command = ["data", "prepare", "--domain", f"lines={lines}", "--domain", f"notes={tmp_path / 'notes.txt'}"]
     command += ["--tokenizer", str(letters), *options]
     result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")], env={"COLUMNS": "200"})
@@ -263,10 +275,10 @@ def test_command_with_options_and_with_a_recipe(letters: Path, tmp_path: Path) -
             }
         )
     )
-    result = CliRunner().invoke(app, ["data", "prepare", str(recipe), "heldout=20%", "workers=1"])
+    result = CliRunner().invoke(app, ["data", "prepare", str(recipe), "validation=10%", "test=10%", "workers=1"])
     assert result.exit_code == 0, result.output
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    result = CliRunner().invoke(app, ["data", "prepare", str(recipe), "heldout=20%", "domains.more=nowhere"])
+    result = CliRunner().invoke(app, ["data", "prepare", str(recipe), "test=10%", "domains.more=nowhere"])
     assert result.exit_code == 2
     assert "correct the path" in result.output
     shutil.rmtree(tmp_path / "two")
@@ -279,8 +291,8 @@ def test_redpajama_makes_what_the_papers_recipes_name(letters: Path, tmp_path: P
         run = load_recipe(ROOT / "recipes" / f"{name}.yaml")
         assert run.data.corpus == recipe.output
         assert run.data.domains == list(recipe.domains)
-        assert HeldoutSize.parse(recipe.heldout).tokens >= run.mixture.heldout_tokens  # type: ignore[operator]
-    overrides = [f"output={tmp_path / 'corpus'}", f"tokenizer={letters}", "heldout=20%", "workers=1"]
+        assert recipe.sizes.validation.tokens >= run.mixture.heldout_tokens  # type: ignore[operator]
+    overrides = [f"output={tmp_path / 'corpus'}", f"tokenizer={letters}", "validation=20%", "test=20%", "workers=1"]
     for domain, sources in recipe.domains.items():
         for i, pattern in enumerate(sources.paths):
             file = write_lines(tmp_path / pattern.replace("*", "part"), [f"{domain} {i} {j}" for j in range(9)])
@@ -300,8 +312,9 @@ def test_redpajama_makes_what_the_papers_recipes_name(letters: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["heldout=2"], "a share of the tokens"),
-        (["heldout=100%"], "as 2M tokens"),
+        (["validation=2"], "a share of the tokens"),
+        (["test=100%"], "as 2M tokens"),
+        (["test=95%"], "shares below 100% together"),
         (["near_duplicates=gone"], "near_duplicates"),
         (["executr=ray"], "did you mean executor?"),
         (["domains.a.txt_field=b"], "did you mean domains.a.text_field?"),

@@ -26,6 +26,21 @@ def test_weighted_sums_in_double_precision_are_those_of_the_whole_text(parts: in
     assert statistics.sequences == 6
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_means_and_variances_over_tokens(weights: torch.Tensor | None) -> None:
+    needs: frozenset[Need] = frozenset({"sums", "squares"})
+    statistics = InputStatistics(5, needs=needs, device=torch.device("cpu"), dtype=torch.float64)
+    for part in range(6):
+        of_part = None if weights is None else weights[part : part + 1]
+        statistics.add(10.0 + INPUTS[part : part + 1], weights=of_part)
+    share = torch.full((6, 8), 1 / 48).double() if weights is None else weights.double() / weights.double().sum()
+    inputs = (10.0 + INPUTS).double()
+    mean = (share[..., None] * inputs).sum((0, 1))
+    torch.testing.assert_close(statistics.mean, mean, rtol=1e-6, atol=0.0)
+    variance = (share[..., None] * (inputs - mean).square()).sum((0, 1))
+    torch.testing.assert_close(statistics.variance, variance, rtol=1e-4, atol=0.0)
+
+
 def test_unweighted_tokens_count_once() -> None:
     statistics = InputStatistics(5, needs=BOTH, device=torch.device("cpu"))
     statistics.add(INPUTS)

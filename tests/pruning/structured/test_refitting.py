@@ -15,11 +15,12 @@ from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
-from shearing.pruning.structured.refitting import refit, require_refittable
+from shearing.pruning.structured.refitting import _Fit, refit, require_refittable
 from shearing.pruning.structured.rounding import select
 from tests.models.declared import declared_families
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 from tests.pruning.calibration.test_walk import residual_streams
+from tests.pruning.structured.importance.inputs.constants import plant_constants
 
 BATCHES = [Inputs(tiny_ids(sequences=8, seed=seed)) for seed in range(8)]
 
@@ -134,3 +135,34 @@ def test_other_families_that_are_declared_are_refitted(family: str):
         cut = masked_logits(subject, ids)
         refit(subject, masks=masks, batches=BATCHES)
         assert (masked_logits(subject, ids) - whole).norm() < (cut - whole).norm()
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.5, 1e6])
+def test_biases_of_writes_hold_the_mean_of_what_goes(ridge: float):
+    """Units and heads that say the same at every token: without them nothing has changed, however weights are held."""
+    model, ids = tiny_model("llama-biases"), tiny_ids(seed=99)
+    masks = plant_constants(model)
+    subject = MaskedModel(model)
+    whole = masked_logits(subject, ids)
+    subject.set_masks(masks)
+    assert (masked_logits(subject, ids) - whole).abs().max() > 1e-2
+    refit(subject, masks=masks, batches=BATCHES, ridge=ridge)
+    torch.testing.assert_close(masked_logits(subject, ids), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_the_intercept_and_the_weights_are_the_least_squares_of_inputs_beside_a_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 50, 6, generator=generator) + 3.0
+    lacks = x @ torch.randn(6, 3, generator=generator) + torch.randn(4, 50, 3, generator=generator) + 2.0
+    weights = torch.rand(4, 50, generator=generator)
+    columns = torch.tensor([0, 2, 3, 5])
+    fit = _Fit(torch.zeros(3, 6), columns=columns, outputs=3, ridge=0.3, intercept=True)
+    fit.add(x, lacks=lacks, weights=weights)
+    correction = fit.solve()
+    beside_one = torch.cat([x[..., columns], torch.ones(4, 50, 1)], -1).flatten(0, 1).double()
+    weighted = beside_one * weights.flatten()[:, None]
+    normal = weighted.T @ beside_one
+    normal += 0.3 * torch.diag(torch.cat([normal.diagonal()[:4], torch.zeros(1)]))
+    wanted = torch.linalg.solve(normal, weighted.T @ lacks.flatten(0, 1).double())
+    torch.testing.assert_close(correction, wanted[:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fit.intercept(correction), wanted[4], rtol=1e-4, atol=1e-4)

@@ -36,6 +36,7 @@ from shearing.runs.planning.memory import (
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from tests.models.declared import DECLARED
 
 SIZES: dict[str, Any] = {
@@ -121,10 +122,15 @@ def check_saved(family: Callable[..., Any], *, attention: str, precision: str) -
 def peak(workload: Workload, *, layers: int, tied: bool, distill: DistillRecipe | None = None) -> int:
     """Most bytes live at the same time in two steps of the torch engine, and of its teacher."""
     optimization = Optimization(
-        learning_rate=1e-4,
-        total_steps=2,
-        warmup_steps=0,
-        final_learning_rate=0.1,
+        rates=LearningRates(
+            schedule="cosine",
+            peak=1e-4,
+            total_steps=2,
+            warmup_steps=0,
+            decay_steps=0,
+            final=0.1,
+            first_step=0,
+        ),
         betas=(0.9, 0.95),
         epsilon=1e-8,
         weight_decay=0.0,
@@ -147,7 +153,7 @@ def peak(workload: Workload, *, layers: int, tied: bool, distill: DistillRecipe 
             domains=["all"],
             distill=distill,
             teacher=lambda: model_of(layers=TEACHER_LAYERS, tied=tied),
-            rate=lambda _: 1.0,
+            height=lambda _: 1.0,
         )
         name = "language_model" if distill is None else "distillation"
         objective = engine.prepare(objective_of(name, parts=parts)).train()

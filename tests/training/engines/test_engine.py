@@ -17,23 +17,28 @@ from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.engines.held_state import fill
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import TrainingRecipe
 
 CPU = torch.device("cpu")
 
 
-def _optimization(**changes: object) -> Optimization:
-    settings: dict[str, object] = {
-        "learning_rate": 0.01,
-        "total_steps": 10,
-        "warmup_steps": 2,
-        "final_learning_rate": 0.1,
-        "betas": (0.9, 0.95),
-        "epsilon": 1e-8,
-        "weight_decay": 0.1,
-        "gradient_clipping": 1.0,
-    }
-    return Optimization(**(settings | changes))  # type: ignore[arg-type]
+def _optimization() -> Optimization:
+    return Optimization(
+        rates=LearningRates(
+            schedule="cosine",
+            peak=0.01,
+            total_steps=10,
+            warmup_steps=2,
+            decay_steps=0,
+            final=0.1,
+            first_step=0,
+        ),
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+        weight_decay=0.1,
+        gradient_clipping=1.0,
+    )
 
 
 def _engine(model: nn.Module, optimization: Optimization | None = None) -> TorchEngine:
@@ -49,26 +54,6 @@ def engine_loss(engine: TorchEngine) -> Tensor:
 def _model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def test_learning_rate_rises_linearly_and_falls_as_a_cosine() -> None:
-    optimization = _optimization(learning_rate=1.0, total_steps=12, warmup_steps=4)
-    rates = [optimization.learning_rate_at(step) for step in range(13)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[8] == pytest.approx(0.55)
-    assert rates[12] == pytest.approx(0.1)
-    assert _optimization(warmup_steps=0).learning_rate_at(0) == 0.01
-
-
-def test_the_height_of_the_learning_rate_is_1_at_its_peak_and_0_at_its_end() -> None:
-    optimization = _optimization(learning_rate=1.0, total_steps=12, warmup_steps=4, final_learning_rate=0.1)
-    heights = [optimization.height_at(step) for step in range(13)]
-    assert heights[3] == heights[4] == pytest.approx(1.0)
-    assert heights[8] == pytest.approx(0.5)
-    assert heights[12] == pytest.approx(0.0)
-    assert heights[0] == pytest.approx((0.25 - 0.1) / 0.9)
-    constant = _optimization(learning_rate=0.5, warmup_steps=2, final_learning_rate=1.0)
-    assert [constant.height_at(step) for step in range(3)] == pytest.approx([0.5, 1.0, 1.0])
 
 
 def test_steps_equal_plain_adamw_with_clipping() -> None:
@@ -89,7 +74,7 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
         reference(inputs).square().sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = optimization.learning_rate_at(step)
+            group["lr"] = optimization.rates.at(step)
         optimizer.step()
         optimizer.zero_grad()
         assert not skipped

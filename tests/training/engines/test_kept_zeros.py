@@ -15,16 +15,22 @@ from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
 from shearing.training.engines.engine import Engine, EngineParts, engine_of
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
+from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import DeepSpeedRecipe, TrainingRecipe
 from tests.distributed.harness import spawn
 from tests.models.tiny import tiny_model
 
 CPU = torch.device("cpu")
 OPTIMIZATION = Optimization(
-    learning_rate=1e-2,
-    total_steps=8,
-    warmup_steps=1,
-    final_learning_rate=0.1,
+    rates=LearningRates(
+        schedule="cosine",
+        peak=1e-2,
+        total_steps=8,
+        warmup_steps=1,
+        decay_steps=0,
+        final=0.1,
+        first_step=0,
+    ),
     betas=(0.9, 0.95),
     epsilon=1e-3,
     weight_decay=0.1,

@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def unit_sums(model: PreTrainedModel, *, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+def unit_sums(
+    model: PreTrainedModel,
+    *,
+    of: Callable[[nn.Parameter], Tensor],
+    of_vector: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> dict[str, Tensor]:
     """Sums over the entries of all matrices that each unit owns; vectors (biases, gains) count for nobody.
 
     Args:
         model: of any family.
         of: what is summed: from a matrix of the model to as many numbers, fp64 on the CPU.
+        of_vector: what a row or column of a matrix counts for, from the sum over its entries, entry by entry. A
+            sub-layer's sum is over the rows and columns of its units.
 
     Returns:
         By granularity, as `Scores` but fp64.
@@ -36,7 +43,7 @@ def unit_sums(model: PreTrainedModel, *, of: Callable[[nn.Parameter], Tensor]) -
     for name, axes in family.outer_axes.items():
         parameter = outside.get(name)
         if parameter is not None and parameter.ndim == 2:
-            hidden += of(parameter).sum(1 - axes.index(HIDDEN))
+            hidden += of_vector(of(parameter).sum(1 - axes.index(HIDDEN)))
     for layer in decoder_layers(model):
         parameters = dict(layer.named_parameters())
         by_unit: dict[Unit, Tensor] = {
@@ -52,10 +59,11 @@ def unit_sums(model: PreTrainedModel, *, of: Callable[[nn.Parameter], Tensor]) -
                     continue
                 values = of(parameters[name])
                 for position, axis in enumerate(axes):
-                    of_axis = values.sum(1 - position)
+                    of_axis = of_vector(values.sum(1 - position))
                     for unit, where in axis.places(source.units()):
                         by_unit[unit] += of_axis[where]
-                total += values.sum()
+                    if axis != HIDDEN:
+                        total += of_axis.sum()
             sublayers[kind].append(total)
         heads = by_unit["query_heads"].view(K, G, dh).sum(-1)
         query.append(heads)

@@ -1,0 +1,107 @@
+"""Importance of layers in random company: how much better half of a model is with them than without.
+
+Shapes: B sequences, S positions, D hidden size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import head_weight
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.depth.passage import (
+    Passage,
+    SubLayers,
+    as_scores,
+    cost_of,
+    parts_of,
+)
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
+from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ShapleyLike:
+    """Mean harm over subnetworks without a part minus that over subnetworks with it (arXiv 2407.16286); see `Metric`.
+
+    Subnetworks have half of the parts, drawn by the seed, new ones for every batch. They come in pairs: one, and what
+    it leaves out, so that every part is as often there as not, on the same text. (Published: independent draws.)
+
+    Args:
+        parts: `layers`; or `sublayers`: attention and MLP apart, on one scale.
+        harm: `loss`, in nats a token; or `logits`: mean over tokens of the Euclidean distance to the whole model's.
+        pairs: of subnetworks for each batch; each pair costs one pass over the batch.
+    """
+
+    def __init__(self, *, parts: str = "layers", harm: str = "loss", pairs: int = 16) -> None:
+        self._parts, self._harm, self._pairs = parts, harm, pairs
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """One for each pair and batch."""
+        del source
+        return self._pairs * len(evidence.text)
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """One pass for each pair; at most two where sub-layers go alone, as a layer without one of them is computed."""
+        L, d, tokens = source.num_hidden_layers, source.hidden_size, evidence.text_tokens
+        layers = self._pairs * L * (1 if self._parts == "layers" else 2)
+        if self._harm == "loss":
+            return cost_of(source, layers=layers, heads=2 * self._pairs, tokens=tokens)
+        flops = 2.0 * source.vocab_size * d**2 + 2.0 * d**2 * 2 * self._pairs * tokens
+        return cost_of(source, layers=layers + L, heads=0, tokens=tokens, other_flops=flops)
+
+    @torch.no_grad()
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """See `ShapleyLike`."""
+        parts = parts_of(self._parts, layers=model.config.num_hidden_layers)
+        generator = torch.Generator().manual_seed(evidence.seed)
+        require_labels(number_of_labels(evidence.text))
+        head = head_weight(model)
+        gram = head.float().T @ head.float() if self._harm == "logits" else None
+        totals = torch.zeros(len(parts), dtype=torch.float64)
+        for batch in evidence.text:
+            passage = Passage(model, batch)
+            whole = None if gram is None else passage.to_end(passage.stream, gone=frozenset())
+
+            def harm(
+                gone: SubLayers, passage: Passage = passage, whole: Tensor | None = whole, batch: Inputs = batch
+            ) -> float:
+                hidden = passage.to_end(passage.stream, gone=gone)
+                if whole is None or gram is None:
+                    total = float(sum_of_losses(model, hidden, batch)) / max(1, number_of_labels([batch]))
+                else:
+                    total = float(logit_distances(whole, hidden, gram=gram).mean())
+                return finite(total, metric="Shapley-like")
+
+            for _ in range(self._pairs):
+                drawn = torch.randperm(len(parts), generator=generator)
+                first, second = drawn[: len(parts) // 2], drawn[len(parts) // 2 :]
+                without_first, without_second = (
+                    harm(frozenset().union(*(parts[part] for part in absent.tolist()))) for absent in (first, second)
+                )
+                totals[first] += without_first - without_second
+                totals[second] += without_second - without_first
+                advance(1)
+        return as_scores(self._parts, totals / (self._pairs * max(1, len(evidence.text))))
+
+
+def logit_distances(whole: Tensor, hidden: Tensor, *, gram: Tensor) -> Tensor:
+    """Euclidean distances of the logits of two models with the same head, without the logits: [B, S].
+
+    |W (h - h')|² = (h - h')ᵀ WᵀW (h - h').
+
+    Args:
+        whole, hidden: hidden states [B, S, D] after the final norm.
+        gram: WᵀW [D, D] of the head.
+    """
+    difference = (whole - hidden).float()
+    return ((difference @ gram) * difference).sum(-1).clamp_min(0).sqrt()

@@ -1,0 +1,116 @@
+"""Statistics of what the writes of every layer read: the inputs of `o_proj` and `down_proj`, from one forward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shearing.data.documents import Inputs
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.shape import Shape
+from shearing.pruning.calibration.places import weight_of
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def write_inputs(
+    model: PreTrainedModel,
+    text: Sequence[Inputs],
+    *,
+    needs: frozenset[Need],
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[InputStatistics]]:
+    """Statistics of the inputs of the writes of the dense model, for `attention` and `mlp` layer by layer; fp64 sums.
+
+    Args:
+        model: plain model.
+        text: what it reads.
+        needs: which statistics.
+        advance: called with 1 after every batch.
+    """
+    family = anatomy_of(model)
+    found: dict[str, list[InputStatistics]] = {kind: [] for kind in family.sublayers}
+    handles = []
+    for layer in decoder_layers(model):
+        for kind, sublayer in family.sublayers.items():
+            weight = weight_of(layer, sublayer.write)
+            statistics = InputStatistics(weight.shape[1], needs=needs, device=weight.device, dtype=torch.float64)
+            found[kind].append(statistics)
+            write = layer.get_submodule(sublayer.write)
+            handles.append(write.register_forward_pre_hook(partial(_add, statistics)))
+    try:
+        for batch in text:
+            backbone(model)(**batch.keywords())
+            advance(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _add(statistics: InputStatistics, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    statistics.add(arguments[0])
+
+
+class WriteInputMetric(ABC):
+    """Scores heads, groups and intermediate units by a number for every input of the writes; see `Metric`.
+
+    Args:
+        needs: statistics that the numbers are made of.
+    """
+
+    def __init__(self, *, needs: frozenset[Need]) -> None:
+        self._needs = needs
+
+    def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
+        """One pass for each batch of the text."""
+        del source
+        return len(evidence.text)
+
+    def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
+        """One forward pass over the text."""
+        del source
+        return Cost(forward_tokens=evidence.text_tokens)
+
+    @torch.no_grad()
+    def scores(
+        self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
+    ) -> Scores:
+        """A head's score is the mean over its channels, a group's the mean over its heads."""
+        source, family = Shape.of(model.config), anatomy_of(model)
+        found = write_inputs(model, evidence.text, needs=self._needs, advance=advance)
+        of_kind = {
+            kind: torch.stack(
+                [
+                    self.of_inputs(weight_of(layer, sublayer.write).double(), statistics, kind=kind).cpu()
+                    for layer, statistics in zip(decoder_layers(model), found[kind], strict=True)
+                ]
+            )
+            for kind, sublayer in family.sublayers.items()
+        }
+        K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
+        heads = of_kind["attention"].view(-1, K, G, dh).mean(-1)
+        return {
+            "kv_groups": heads.mean(-1).float(),
+            "query_heads": heads.float(),
+            "intermediate": of_kind["mlp"].float(),
+        }
+
+    @abstractmethod
+    def of_inputs(self, weight: Tensor, statistics: InputStatistics, *, kind: str) -> Tensor:
+        """A number for each input [I] of a write.
+
+        Args:
+            weight: [O, I], fp64.
+            statistics: of its inputs.
+            kind: attention or mlp.
+        """

@@ -1,0 +1,66 @@
+"""What a model is worth in a race: its loss on test text, by domain and in the mean."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shearing.data.corpus.format import HeldOutSplit
+from shearing.evaluation.heldout import heldout_loss, macro_mean
+from shearing.models.masked import MaskedModel
+from shearing.progress import activity
+from shearing.runs.context import RunContext
+
+SPLIT: HeldOutSplit = "test"
+"""What judges: no method and no constant was chosen on it."""
+
+
+def load_model(folder: Path, *, context: RunContext) -> PreTrainedModel:
+    """A stored model in fp32, where the context computes."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=context.recipe.model.attn_implementation
+    )
+    model.to(context.device)  # type: ignore[arg-type]
+    return model
+
+
+def losses_of(model: PreTrainedModel | MaskedModel, *, context: RunContext) -> dict[str, Any]:
+    """Losses of a model, masked or not.
+
+    Args:
+        model: on the context's device.
+        context: says of which text.
+
+    Returns:
+        `mean` over domains and `domains`, nats per token; null where a loss is not finite.
+    """
+    recipe = context.recipe
+    evaluation, length = recipe.evaluation, recipe.data.sequence_length
+    total = context.corpus.heldout_tokens(
+        split=SPLIT, sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain
+    )
+    with activity("test losses", total=total, console=context.console) as advance:
+        losses = heldout_loss(
+            model,
+            context.corpus,
+            split=SPLIT,
+            tokens_per_domain=evaluation.tokens_per_domain,
+            sequence_length=length,
+            micro_batch_size=evaluation.micro_batch_size,
+            precision=context.precision,
+            progress=advance,
+            chunk_tokens=recipe.training.loss_chunk_tokens,
+            rules=context.document_rules,
+        )
+    return {
+        "mean": _finite(macro_mean(losses).loss),
+        "domains": {domain: _finite(loss.loss) for domain, loss in losses.items()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,140 @@
+"""The methods of a race by name: what tables call each, where it stands, how it runs. Imports no torch.
+
+A metric of `METRICS` is a method as soon as it has its line there. A method that is no ranking is one line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Units are scored once, the source is cut at step 0, what is left is trained.
+
+    Attributes:
+        metric: name in `METRICS`.
+    """
+
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Nothing of the source but its tokenizer: the target's config, initialised by chance, is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The stages of a run: masks (and weights) at the source's size, the cut, the rest of the steps.
+
+    Attributes:
+        overrides: of the recipe, `key=value`.
+    """
+
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceMethod:
+    """What is to be known of a method before anything is imported.
+
+    Attributes:
+        title: what tables call it.
+        how: how it runs.
+        source: where it stands, as `arXiv 2310.06694`; empty for what needs no source.
+        reconstructed: its exact rule is not public, and this is our reading of it: no figure of it is the paper's.
+        refits: whether the weights that stay may be refitted, and whether they may be left as they are.
+    """
+
+    title: str
+    how: Ranking | Scratch | Stages
+    source: str = ""
+    reconstructed: bool = False
+    refits: frozenset[bool] = frozenset({False, True})
+
+
+START = "start"
+LEARNED = "learned"
+
+METHODS: dict[str, RaceMethod] = {
+    **{
+        name: RaceMethod(
+            title=facts.title, how=Ranking(metric=name), source=facts.source, reconstructed=facts.reconstructed
+        )
+        for name, facts in METRICS.items()
+    },
+    "scratch": RaceMethod(title="trained from scratch", how=Scratch(), refits=frozenset({False})),
+    START: RaceMethod(
+        title="start of the masks, frozen", how=Stages(overrides=("prune.freeze=100%", "prune.sparsity_warmup=0 steps"))
+    ),
+    LEARNED: RaceMethod(title="learned masks", how=Stages(), source="arXiv 2310.06694"),
+    "paper": RaceMethod(
+        title="learned masks, as published",
+        how=Stages(
+            overrides=(
+                "prune.initial_masks=open",
+                "prune.sparsity_warmup=20%",  # table 6: 640 of 3,200 steps
+                "prune.freeze=0 steps",
+                "prune.mask_learning_rate=1.0",
+                "prune.multiplier_learning_rate=1.0",
+                "prune.quadratic_penalty=0.0",
+                "prune.log_alpha_limit=4.605170185988092",  # ln 100, of the published code
+            )
+        ),
+        source="arXiv 2310.06694",
+        refits=frozenset({False}),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A method in one of its forms.
+
+    Attributes:
+        method: name in `METHODS`.
+        refitted: whether the weights that stay are refitted to make up for the units that go.
+        rest_by: metric that scores what this method's own leaves out; None where nothing is left out.
+        own_sizes: with the sizes by layer that its scores would give, of as many parameters: no ordinary config holds
+            them, so it is only evaluated.
+    """
+
+    method: str
+    refitted: bool
+    rest_by: str | None = None
+    own_sizes: bool = False
+
+    @property
+    def facts(self) -> RaceMethod:
+        """The method's line."""
+        return METHODS[self.method]
+
+    @property
+    def name(self) -> str:
+        """Of files and in JSON: `activations-refitted`."""
+        rest = "" if self.rest_by is None else f"-rest-by-{self.rest_by}"
+        own = "-own-sizes" if self.own_sizes else ""
+        return f"{self.method}{rest}{own}{'-refitted' if self.refitted else ''}"
+
+    @property
+    def title(self) -> str:
+        """In tables; says what is another metric's choice, and what is our reading of a method."""
+        parts = [self.facts.title]
+        if self.rest_by is not None and isinstance(self.facts.how, Ranking):
+            gives = METRICS[self.facts.how.metric].gives
+            own = "layers" if gives <= {"layers", "attention", "mlp"} else ", ".join(sorted(gives)).replace("_", " ")
+            parts = [f"{own} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
+        parts += ["sizes by layer"] if self.own_sizes else []
+        parts += ["refitted"] if self.refitted else []
+        parts += ["a reconstruction"] if self.facts.reconstructed else []
+        return ", ".join(parts)
+
+
+def contender_of(method: str, *, refitted: bool, rest_by: str) -> Contender:
+    """A method in one of its forms, completed by another metric where its own leaves something out."""
+    how = METHODS[method].how
+    partial = isinstance(how, Ranking) and METRICS[how.metric].gives != EVERYTHING
+    return Contender(method=method, refitted=refitted, rest_by=rest_by if partial else None)

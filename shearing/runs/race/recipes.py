@@ -1,0 +1,85 @@
+"""The recipe of one row: what all rows have in common, and what its method says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shearing.errors import CombinedShearingError
+from shearing.runs.race.methods import Stages
+from shearing.runs.race.rows import Row, Steps
+from shearing.runs.recipe import Recipe
+from shearing.settings.mistakes import located
+from shearing.settings.reading import Places, apply_overrides
+from shearing.training.recipe import StageRecipe
+
+OWN_OF_STAGES = {"duration", "micro_batch_size", "checkpoint_interval", "keep_last", "keep_every"}
+"""Keys of training that steps before the cut do not take from the steps after it."""
+
+
+def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recipe:
+    """A run of this row.
+
+    Every row has one schedule of learning rates over all its steps, that of `pretrain`; its warm-up is that of the
+    stage whose optimiser starts from nothing.
+
+    Args:
+        recipe: of the race.
+        row: which one.
+        steps: how tokens and steps of the race go together.
+        run_dir: folder of the row's run.
+
+    Raises:
+        ShearingError: the row has too few steps for what the recipe or its method says.
+    """
+    how, length = row.contender.facts.how, row.steps or 1
+    data = recipe.model_dump(mode="json")
+    data["run_dir"] = str(run_dir)
+    overrides = [
+        f"name={row.name}",
+        f"seed={row.seed}",
+        "resume=auto",
+        "mixture.update=constant",
+        "mixture.initial_weights=uniform",
+        f"prune.compensate={str(row.contender.refitted).lower()}",
+        "prune.keep_last=1",
+        "pretrain.keep_last=1",
+        f"pretrain.warmup={_warmup(recipe)}",
+    ]
+    if isinstance(how, Stages):
+        before = steps.before_cut(row.steps)
+        for name in StageRecipe.model_fields.keys() - OWN_OF_STAGES:
+            data["prune"][name] = data["pretrain"][name]
+        overrides += [
+            *how.overrides,
+            "one_schedule=true",
+            f"prune.warmup={_warmup(recipe)}",
+            f"prune.duration={before} steps",
+            f"pretrain.duration={row.steps - before} steps",
+            "pretrain.optimizer=carried",
+        ]
+    else:
+        overrides += ["one_schedule=false", f"pretrain.duration={length} steps", "pretrain.optimizer=fresh"]
+        overrides += ["pretrain.warmup=0 steps"] if not row.steps else []
+    return _validated(data, overrides=overrides, name=row.name)
+
+
+def _warmup(recipe: Recipe) -> str:
+    """Of the stage whose optimiser starts from nothing, as a share or a length of all steps."""
+    prune, pretrain = recipe.pruning.prune, recipe.pretrain
+    if recipe.one_schedule or pretrain.optimizer == "fresh":
+        return str(pretrain.warmup)
+    return f"{prune.in_steps(prune.warmup, sequence_length=recipe.data.sequence_length)} steps"
+
+
+def _validated(data: dict[str, Any], *, overrides: Sequence[str], name: str) -> Recipe:
+    places = Places(name)
+    apply_overrides(data, overrides, places=places)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        errors = located(error, model=Recipe, data=data, places=places)
+    raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)

@@ -1,0 +1,146 @@
+"""What is kept of a race: one small file for each row, under a fingerprint of all that its figures depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
+from shearing.files.durable import read_json, write_json
+from shearing.runs.race.rows import Row
+from shearing.runs.recipe import Recipe
+from shearing.settings.neutral import is_neutral, neutral_keys
+
+Record = dict[str, Any]
+"""The content of a row's file."""
+
+PLACES = ("model.source", "model.revision", "data.corpus")
+"""Keys that say where something is: what is there is fingerprinted instead."""
+
+OF_JUDGING = ("evaluation.tokens_per_domain",)
+"""Keys that are neutral to a run, and decide what a race measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceFolder:
+    """Where everything of a race is.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What all rows have in common (JSON)."""
+        return self.path / "race.json"
+
+    @property
+    def results(self) -> Path:
+        """The tables, as values (JSON)."""
+        return self.path / "results.json"
+
+    @property
+    def tables(self) -> Path:
+        """The tables (markdown)."""
+        return self.path / "results.md"
+
+    def row(self, row: Row) -> Path:
+        """File of a finished row (JSON)."""
+        return self.path / "rows" / f"{row.name}.json"
+
+    def scores(self, metric: str, *, seed: int) -> Path:
+        """Scores of a metric, measured once and shared by rows."""
+        return self.path / "scores" / f"{metric}-seed{seed}.safetensors"
+
+    def cut(self, row: Row) -> Path:
+        """Folder of the model that a row starts from, shared by rows of other lengths while they need it."""
+        return self.path / "cuts" / row.cut_name
+
+    def run(self, row: Row) -> Path:
+        """Folder of a row's run, while it runs."""
+        return self.path / "work" / row.name
+
+    def model(self, row: Row) -> Path:
+        """Folder of a row's final model, if it is kept."""
+        return self.path / "models" / row.name
+
+
+def model_fingerprint(source: str, *, revision: str | None) -> str:
+    """Hash of a model's config and weights, wherever it lies; of a name on the hub, the name and the revision."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{revision or 'main'}"
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return _digest([[file.name, sha256_of_file(file)] for file in files])
+
+
+def settings_of(recipe: Recipe, *, model: str, corpus: str, split: str, precision: str) -> dict[str, Any]:
+    """What the figures of rows by this recipe depend on, by dotted keys; no place and nothing of the machine.
+
+    Args:
+        recipe: of a race or of one of its rows.
+        model, corpus: fingerprints.
+        split: of the corpus, that judges.
+        precision: of matrix products.
+    """
+    neutral = neutral_keys(Recipe)
+    kept = {
+        key: value
+        for key, value in recipe.flat().items()
+        if key in OF_JUDGING or not (key in PLACES or is_neutral(key, among=neutral))
+    }
+    return {**kept, "model": model, "corpus": corpus, "split": split, "precision": precision}
+
+
+def fingerprint(row: Row, *, settings: Mapping[str, Any]) -> str:
+    """Of a row: of its method and its settings."""
+    return _digest({"row": row.name, "settings": settings})
+
+
+def read_record(path: Path, *, expected: str) -> Record | None:
+    """A finished row; None where there is none, or one of other settings.
+
+    Args:
+        path: its file.
+        expected: its fingerprint.
+
+    Raises:
+        ShearingError: a damaged file.
+    """
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    return record if record.get("fingerprint") == expected else None
+
+
+def require_same_race(folder: RaceFolder, *, settings: Mapping[str, Any]) -> None:
+    """Check that a folder holds no race of other settings, and say there of which it is from now on.
+
+    Raises:
+        ShearingError: it holds another race.
+    """
+    now = json.loads(json.dumps(settings))
+    if folder.settings.is_file():
+        earlier = read_json(folder.settings)
+        changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+        if changed:
+            raise ShearingError(
+                "--output",
+                value=str(folder.path),
+                allowed="a folder without a race, or with one of this recipe; what differs from its race.json: "
+                + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
+                mend="choose another --output, or take those values back to continue that race",
+            )
+        return
+    write_json(folder.settings, dict(now))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
