@@ -118,109 +118,119 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
     Args:
         evaluation: the content of evaluation.json.
     """
-    models: Sequence[dict[str, Any]] = list(evaluation["models"].values())
-    domains = list(dict.fromkeys(domain for model in models for domain in model["domains"]))
-    outside = list(dict.fromkeys(domain for model in models for domain in model.get("outside", {})))
-    rounds = [_round(model) for model in models]
+    of = _Rows(list(evaluation["models"].values()))
+    sections = [*of.spent(), *of.changed(), *of.losses(), *of.means(), *of.outside(), *of.speeds()]
+    contest = "lowest of one shape and equal training tokens" if len(set(of.rounds)) < len(of.rounds) else None
+    return ComparisonTable([model["label"] for model in of.models], sections, _note(evaluation), contest)
 
-    def row(
+
+class _Rows:
+    """The sections of the table, each a list of one if there is something to say in it, else empty."""
+
+    def __init__(self, models: Sequence[dict[str, Any]]) -> None:
+        self.models = models
+        self.rounds = [_round(model) for model in models]
+
+    def spent(self) -> list[Section]:
+        """Sizes, and what was spent."""
+        rows = [self._row("training tokens", _field("training_tokens"), format_tokens, contest=False)]
+        if any("flops" in model for model in self.models):
+            rows.insert(0, self._said("units kept", lambda model: model["units"]))
+            rows.append(self._row("FLOPs", _field("flops"), _format_flops, contest=False))
+        embedded = _field("parameters_without_embeddings")
+        rows.append(self._row("parameters", _field("parameters"), format_parameters, contest=False))
+        rows.append(self._row("without embeddings", embedded, format_parameters, contest=False))
+        if any("nonzero" in model for model in self.models):
+            rows.append(self._row("not zero", _field("nonzero"), format_parameters, contest=False))
+            rows.append(
+                self._row("share not zero", _share_not_zero, lambda share: f"{100 * share:.1f} %", contest=False)
+            )
+        if any("nonzero_bytes" in model for model in self.models):
+            rows.append(self._row("MB not zero", _megabytes_not_zero, "{:,.1f}".format, contest=False))
+        return [Section("size", rows)]
+
+    def changed(self) -> list[Section]:
+        """Units changed by learning."""
+        names = [name for name in _UNITS if any(name in model.get("changed_from_start", {}) for model in self.models)]
+        counts = [self._said(_UNITS[name], partial(_changed, name=name)) for name in names]
+        return [Section("units changed by learning", counts)] if counts else []
+
+    def losses(self) -> list[Section]:
+        """Loss of each domain and their mean."""
+        rows = [self._row(domain, _field("domains", domain, "loss"), _format_loss) for domain in self._all("domains")]
+        rows.append(self._row("mean", _field("mean", "loss"), _format_loss))
+        return [Section("loss, nats per token", rows)]
+
+    def means(self) -> list[Section]:
+        """Other figures of all domains together."""
+        rows = [self._row("perplexity", _field("mean", "perplexity"), _format_perplexity)]
+        if any(model["mean"]["bits_per_byte"] is not None for model in self.models):
+            rows.append(self._row("bits per byte", _field("mean", "bits_per_byte"), _format_loss))
+        return [Section("all training domains" if self._all("outside") else "all domains", rows)]
+
+    def outside(self) -> list[Section]:
+        """Loss on text of no training domain."""
+        domains = self._all("outside")
+        if not domains:
+            return []
+        rows = [self._row(domain, _field("outside", domain, "loss"), _format_loss) for domain in domains]
+        rows.append(self._row("mean", _field("outside_mean", "loss"), _format_loss))
+        return [Section("text of no training domain, nats per token", rows)]
+
+    def speeds(self) -> list[Section]:
+        """Speed, where it was measured."""
+        if not any(model.get("speed") for model in self.models):
+            return []
+        prompt, token = _field("speed", "prefill_tokens_per_second"), _field("speed", "decode_milliseconds")
+        rows = [
+            self._row("prompt, tokens/s", prompt, "{:,.0f}".format, contest=False),
+            self._row("next token, ms", token, "{:.1f}".format, contest=False),
+        ]
+        return [Section("speed, batch 1", rows)]
+
+    def _all(self, of: str) -> list[str]:
+        return list(dict.fromkeys(domain for model in self.models for domain in model.get(of, {})))
+
+    def _row(
+        self,
         label: str,
         read: Callable[[dict[str, Any]], float | None],
         write: Callable[[float], str],
         *,
         contest: bool = True,
     ) -> tuple[str, list[Cell]]:
-        values = [read(model) for model in models]
-        best = _best_of_groups(rounds, values) if contest else set()
+        values = [read(model) for model in self.models]
+        best = _best_of_groups(self.rounds, values) if contest else set()
         return label, [
             Cell("–" if value is None else write(value), best=index in best) for index, value in enumerate(values)
         ]
 
-    def said(label: str, read: Callable[[dict[str, Any]], str | None]) -> tuple[str, list[Cell]]:
-        return label, [Cell(read(model) or "–") for model in models]
+    def _said(self, label: str, read: Callable[[dict[str, Any]], str | None]) -> tuple[str, list[Cell]]:
+        return label, [Cell(read(model) or "–") for model in self.models]
 
-    def domain_loss(domain: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: model["domains"].get(domain, {}).get("loss")
 
-    def outside_loss(domain: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: model.get("outside", {}).get(domain, {}).get("loss")
+_format_loss = "{:.3f}".format
 
-    def mean(name: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: model["mean"][name]
 
-    def speed(name: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: (model.get("speed") or {}).get(name)
+def _field(*names: str) -> Callable[[dict[str, Any]], float | None]:
+    """Reads a figure of a model, by the names that lead to it; None where there is none."""
 
-    sections = [
-        Section(
-            "size",
-            [
-                row("parameters", lambda model: model["parameters"], format_parameters, contest=False),
-                row(
-                    "without embeddings",
-                    lambda model: model["parameters_without_embeddings"],
-                    format_parameters,
-                    contest=False,
-                ),
-            ],
-        ),
-        Section(
-            "loss, nats per token",
-            [row(domain, domain_loss(domain), "{:.3f}".format) for domain in domains]
-            + [row("mean", mean("loss"), "{:.3f}".format)],
-        ),
-        Section(
-            "all training domains" if outside else "all domains",
-            [row("perplexity", mean("perplexity"), _format_perplexity)],
-        ),
-    ]
-    if outside:
-        sections.append(
-            Section(
-                "text of no training domain, nats per token",
-                [row(domain, outside_loss(domain), "{:.3f}".format) for domain in outside]
-                + [row("mean", lambda model: model.get("outside_mean", {}).get("loss"), "{:.3f}".format)],
-            )
-        )
-    spent = [row("training tokens", lambda model: model["training_tokens"], format_tokens, contest=False)]
-    if any("flops" in model for model in models):
-        spent.insert(0, said("units kept", lambda model: model["units"]))
-        spent.append(row("FLOPs", lambda model: model["flops"], _format_flops, contest=False))
-    sections[0].rows[:0] = spent
-    changed = [name for name in _UNITS if any(name in model.get("changed_from_start", {}) for model in models)]
-    if changed:
-        counts = [said(_UNITS[name], partial(_changed, name=name)) for name in changed]
-        sections.insert(1, Section("units changed by learning", counts))
-    if any("nonzero" in model for model in models):
-        sections[0].rows.extend(
-            [
-                row("not zero", lambda model: model.get("nonzero"), format_parameters, contest=False),
-                row(
-                    "share not zero",
-                    lambda model: None if "nonzero" not in model else model["nonzero"] / model["parameters"],
-                    lambda share: f"{100 * share:.1f} %",
-                    contest=False,
-                ),
-            ]
-        )
-    if any("nonzero_bytes" in model for model in models):
-        sections[0].rows.append(
-            row("MB not zero", lambda model: model["nonzero_bytes"] / 1e6, "{:,.1f}".format, contest=False)
-        )
-    if any(model["mean"]["bits_per_byte"] is not None for model in models):
-        sections[2].rows.append(row("bits per byte", mean("bits_per_byte"), "{:.3f}".format))
-    if any(model.get("speed") for model in models):
-        sections.append(
-            Section(
-                "speed, batch 1",
-                [
-                    row("prompt, tokens/s", speed("prefill_tokens_per_second"), "{:,.0f}".format, contest=False),
-                    row("next token, ms", speed("decode_milliseconds"), "{:.1f}".format, contest=False),
-                ],
-            )
-        )
-    contest = "lowest of one shape and equal training tokens" if len(set(rounds)) < len(rounds) else None
-    return ComparisonTable([model["label"] for model in models], sections, _note(evaluation), contest)
+    def read(model: dict[str, Any]) -> float | None:
+        value: Any = model
+        for name in names:
+            value = (value or {}).get(name)
+        figure: float | None = value
+        return figure
+
+    return read
+
+
+def _share_not_zero(model: dict[str, Any]) -> float | None:
+    return None if "nonzero" not in model else model["nonzero"] / model["parameters"]
+
+
+def _megabytes_not_zero(model: dict[str, Any]) -> float | None:
+    return None if "nonzero_bytes" not in model else model["nonzero_bytes"] / 1e6
 
 
 def verdict(evaluation: Evaluation) -> str:

@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
@@ -125,8 +124,8 @@ def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixtu
     seen: list[Losses] = []
     forward = LanguageModelLoss.forward
 
-    def recorded(self: nn.Module, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
-        losses = forward(self, tokens_BT, documents)  # type: ignore[arg-type]
+    def recorded(self: nn.Module, *arguments: Any) -> Losses:
+        losses = forward(self, *arguments)  # type: ignore[arg-type]
         seen.append(losses)
         return losses
 
@@ -163,10 +162,10 @@ def _poison(monkeypatch: pytest.MonkeyPatch, *, bad: Callable[[int], bool]) -> N
     forward = LanguageModelLoss.forward
     calls = -1
 
-    def poisoned(self: nn.Module, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
+    def poisoned(self: nn.Module, *arguments: Any) -> Losses:
         nonlocal calls
         calls += 1
-        losses = forward(self, tokens_BT, documents)  # type: ignore[arg-type]
+        losses = forward(self, *arguments)  # type: ignore[arg-type]
         return losses._replace(total=losses.total * math.nan, rows=losses.rows * math.nan) if bad(calls) else losses
 
     monkeypatch.setattr(LanguageModelLoss, "forward", poisoned)
