@@ -7,7 +7,7 @@ models are compared along a line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,97 +118,125 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
     Args:
         evaluation: the content of evaluation.json.
     """
-    models: Sequence[dict[str, Any]] = list(evaluation["models"].values())
-    domains = list(dict.fromkeys(domain for model in models for domain in model["domains"]))
-    rounds = [_round(model) for model in models]
+    columns = _Columns(list(evaluation["models"].values()))
+    contest = "lowest of one shape and equal training tokens" if columns.contested else None
+    sections = [
+        _what_was_kept(columns),
+        *_what_was_learned(columns),
+        *_losses(columns),
+        *_losses_outside(columns),
+        *_speed(columns),
+    ]
+    return ComparisonTable([model["label"] for model in columns.models], sections, _note(evaluation), contest)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The models, and rows of figures about them."""
+
+    models: Sequence[dict[str, Any]]
+
+    @property
+    def contested(self) -> bool:
+        """Whether any two may be compared."""
+        return len(set(map(_round, self.models))) < len(self.models)
+
+    def any_has(self, name: str) -> bool:
+        """Whether there is such a figure of any model."""
+        return any(model.get(name) for model in self.models)
+
+    def names(self, part: str) -> list[str]:
+        """Names in a part of any model's figures, each once."""
+        return list(dict.fromkeys(name for model in self.models for name in model.get(part, {})))
+
+    def said(self, label: str, read: Callable[[dict[str, Any]], str | None]) -> tuple[str, list[Cell]]:
+        """A row of words."""
+        return label, [Cell(read(model) or "–") for model in self.models]
 
     def row(
+        self,
         label: str,
         read: Callable[[dict[str, Any]], float | None],
         write: Callable[[float], str],
         *,
-        contest: bool = True,
+        contest: bool = False,
     ) -> tuple[str, list[Cell]]:
-        values = [read(model) for model in models]
-        best = _best_of_groups(rounds, values) if contest else set()
+        """A row of figures; of those that may be compared the lowest is the best, if it is a contest."""
+        values = [read(model) for model in self.models]
+        best = _best_of_groups([_round(model) for model in self.models], values) if contest else set()
         return label, [
             Cell("–" if value is None else write(value), best=index in best) for index, value in enumerate(values)
         ]
 
-    def said(label: str, read: Callable[[dict[str, Any]], str | None]) -> tuple[str, list[Cell]]:
-        return label, [Cell(read(model) or "–") for model in models]
+    def loss(self, label: str, *path: str) -> tuple[str, list[Cell]]:
+        """A row of losses, at this path in a model's figures."""
 
-    def domain_loss(domain: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: model["domains"].get(domain, {}).get("loss")
+        def read(model: Any) -> float | None:
+            for part in path:
+                model = model.get(part, {})
+            loss: float | None = model.get("loss")
+            return loss
 
-    def mean(name: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda model: model["mean"][name]
+        return self.row(label, read, "{:.3f}".format, contest=True)
 
-    def speed(name: str) -> Callable[[dict[str, Any]], float | None]:
+
+def _what_was_kept(columns: _Columns) -> Section:
+    row = columns.row
+    spent = [row("training tokens", lambda model: model["training_tokens"], format_tokens)]
+    if columns.any_has("flops"):
+        spent.insert(0, columns.said("units kept", lambda model: model["units"]))
+        spent.append(row("FLOPs", lambda model: model["flops"], _format_flops))
+    size = [
+        row("parameters", lambda model: model["parameters"], format_parameters),
+        row("without embeddings", lambda model: model["parameters_without_embeddings"], format_parameters),
+    ]
+    if columns.any_has("nonzero"):
+        size += [
+            row("not zero", lambda model: model.get("nonzero"), format_parameters),
+            row(
+                "share not zero",
+                lambda model: None if "nonzero" not in model else model["nonzero"] / model["parameters"],
+                lambda share: f"{100 * share:.1f} %",
+            ),
+        ]
+    if columns.any_has("nonzero_bytes"):
+        size.append(row("MB not zero", lambda model: model["nonzero_bytes"] / 1e6, "{:,.1f}".format))
+    return Section("size", spent + size)
+
+
+def _what_was_learned(columns: _Columns) -> Iterator[Section]:
+    changed = [name for name in _UNITS if name in columns.names("changed_from_start")]
+    if changed:
+        rows = [columns.said(_UNITS[name], partial(_changed, name=name)) for name in changed]
+        yield Section("units changed by learning", rows)
+
+
+def _losses(columns: _Columns) -> Iterator[Section]:
+    losses = [columns.loss(domain, "domains", domain) for domain in columns.names("domains")]
+    yield Section("loss, nats per token", [*losses, columns.loss("mean", "mean")])
+    rows = [columns.row("perplexity", lambda model: model["mean"]["perplexity"], _format_perplexity, contest=True)]
+    if any(model["mean"]["bits_per_byte"] is not None for model in columns.models):
+        rows.append(
+            columns.row("bits per byte", lambda model: model["mean"]["bits_per_byte"], "{:.3f}".format, contest=True)
+        )
+    yield Section("all training domains" if columns.any_has("outside") else "all domains", rows)
+
+
+def _losses_outside(columns: _Columns) -> Iterator[Section]:
+    if outside := columns.names("outside"):
+        losses = [columns.loss(domain, "outside", domain) for domain in outside]
+        yield Section("text of no training domain, nats per token", [*losses, columns.loss("mean", "outside_mean")])
+
+
+def _speed(columns: _Columns) -> Iterator[Section]:
+    def of(name: str) -> Callable[[dict[str, Any]], float | None]:
         return lambda model: (model.get("speed") or {}).get(name)
 
-    sections = [
-        Section(
-            "size",
-            [
-                row("parameters", lambda model: model["parameters"], format_parameters, contest=False),
-                row(
-                    "without embeddings",
-                    lambda model: model["parameters_without_embeddings"],
-                    format_parameters,
-                    contest=False,
-                ),
-            ],
-        ),
-        Section(
-            "loss, nats per token",
-            [row(domain, domain_loss(domain), "{:.3f}".format) for domain in domains]
-            + [row("mean", mean("loss"), "{:.3f}".format)],
-        ),
-        Section(
-            "all domains",
-            [row("perplexity", mean("perplexity"), _format_perplexity)],
-        ),
-    ]
-    spent = [row("training tokens", lambda model: model["training_tokens"], format_tokens, contest=False)]
-    if any("flops" in model for model in models):
-        spent.insert(0, said("units kept", lambda model: model["units"]))
-        spent.append(row("FLOPs", lambda model: model["flops"], _format_flops, contest=False))
-    sections[0].rows[:0] = spent
-    changed = [name for name in _UNITS if any(name in model.get("changed_from_start", {}) for model in models)]
-    if changed:
-        counts = [said(_UNITS[name], partial(_changed, name=name)) for name in changed]
-        sections.insert(1, Section("units changed by learning", counts))
-    if any("nonzero" in model for model in models):
-        sections[0].rows.extend(
-            [
-                row("not zero", lambda model: model.get("nonzero"), format_parameters, contest=False),
-                row(
-                    "share not zero",
-                    lambda model: None if "nonzero" not in model else model["nonzero"] / model["parameters"],
-                    lambda share: f"{100 * share:.1f} %",
-                    contest=False,
-                ),
-            ]
+    if columns.any_has("speed"):
+        prompt = columns.row("prompt, tokens/s", of("prefill_tokens_per_second"), "{:,.0f}".format)
+        yield Section(
+            "speed, batch 1", [prompt, columns.row("next token, ms", of("decode_milliseconds"), "{:.1f}".format)]
         )
-    if any("nonzero_bytes" in model for model in models):
-        sections[0].rows.append(
-            row("MB not zero", lambda model: model["nonzero_bytes"] / 1e6, "{:,.1f}".format, contest=False)
-        )
-    if any(model["mean"]["bits_per_byte"] is not None for model in models):
-        sections[-1].rows.append(row("bits per byte", mean("bits_per_byte"), "{:.3f}".format))
-    if any(model.get("speed") for model in models):
-        sections.append(
-            Section(
-                "speed, batch 1",
-                [
-                    row("prompt, tokens/s", speed("prefill_tokens_per_second"), "{:,.0f}".format, contest=False),
-                    row("next token, ms", speed("decode_milliseconds"), "{:.1f}".format, contest=False),
-                ],
-            )
-        )
-    contest = "lowest of one shape and equal training tokens" if len(set(rounds)) < len(rounds) else None
-    return ComparisonTable([model["label"] for model in models], sections, _note(evaluation), contest)
 
 
 def verdict(evaluation: Evaluation) -> str:

@@ -1,4 +1,4 @@
-"""What a model is worth in a race: its loss on held-out text, by domain and in the mean."""
+"""What a model is worth in a race: its loss on test text, by domain and in the mean."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.data.corpus.format import HeldOutSplit
 from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel
 from shearing.progress import activity
 from shearing.runs.context import RunContext
+
+SPLIT: HeldOutSplit = "test"
+"""What judges: no method and no constant was chosen on it."""
 
 
 def load_model(folder: Path, *, context: RunContext) -> PreTrainedModel:
@@ -37,13 +41,13 @@ def losses_of(model: PreTrainedModel | MaskedModel, *, context: RunContext) -> d
     recipe = context.recipe
     evaluation, length = recipe.evaluation, recipe.data.sequence_length
     total = context.corpus.heldout_tokens(
-        split="test", sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain
+        split=SPLIT, sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain
     )
-    with activity("held-out losses", total=total, console=context.console) as advance:
+    with activity("test losses", total=total, console=context.console) as advance:
         losses = heldout_loss(
             model,
             context.corpus,
-            split="test",
+            split=SPLIT,
             tokens_per_domain=evaluation.tokens_per_domain,
             sequence_length=length,
             micro_batch_size=evaluation.micro_batch_size,

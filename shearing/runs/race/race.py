@@ -16,6 +16,7 @@ from shearing.files.durable import locked, require_writable, write_json, write_t
 from shearing.progress import clock
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.race.judging import SPLIT
 from shearing.runs.race.plan import RacePlan, plan as make_plan
 from shearing.runs.race.records import (
     RaceFolder,
@@ -85,7 +86,8 @@ class _Race:
         context = RunContext(settings.recipe, console=console)
         source = settings.recipe.model
         self._model = model_fingerprint(source.source, revision=source.revision)
-        self._corpus, self._precision = context.corpus.fingerprint, str(context.precision).removeprefix("torch.")
+        self._corpus, self._split = context.corpus.fingerprint, context.corpus.named_split(SPLIT)
+        self._precision = str(context.precision).removeprefix("torch.")
         self._environment = environment(context.device)
         self._fingerprints = {
             row: fingerprint(row, settings=self.settings_of(recipe)) for row, recipe in plan.recipes.items()
@@ -94,7 +96,9 @@ class _Race:
 
     def settings_of(self, recipe: Recipe, *, common: bool = False) -> dict[str, Any]:
         """What figures depend on; what all rows have in common has no seed."""
-        found = settings_of(recipe, model=self._model, corpus=self._corpus, precision=self._precision)
+        found = settings_of(
+            recipe, model=self._model, corpus=self._corpus, split=self._split, precision=self._precision
+        )
         return {key: value for key, value in found.items() if not (common and key == "seed")}
 
     def run(self) -> None:
@@ -122,7 +126,7 @@ class _Race:
     def results(self) -> dict[str, Any]:
         """The tables as values."""
         found = summarise(self._plan, equal=self._settings.equal, records=self._records)
-        return {**found, "environment": self._environment}
+        return {**found, "split": self._split, "environment": self._environment}
 
     def print_plan(self) -> None:
         """What will run."""

@@ -127,7 +127,7 @@ def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
     }
     if not finished:
         return row
-    finals = [_texts(record["losses"]["final"]) for record in finished]
+    finals = [record["losses"]["final"]["domains"] for record in finished]
     after = [record["losses"]["after_cutting"]["mean"] for record in finished]
     losses = list(line.losses.values())
     return {
@@ -139,7 +139,7 @@ def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
         "after_cutting": None if None in after else round(statistics.mean(after), 5),
         "mean": round(statistics.mean(losses), 5),
         "standard_deviation": None if len(losses) < 2 else round(statistics.stdev(losses), 5),
-        "texts": {text: round(statistics.mean(values[text] for values in finals), 5) for text in finals[0]},
+        "domains": {domain: round(statistics.mean(values[domain] for values in finals), 5) for domain in finals[0]},
         "minus_start": paired(line.losses, start),
         "seconds": round(statistics.mean(sum(record["seconds"].values()) for record in finished), 1),
     }
@@ -173,11 +173,6 @@ def _changed(record: Record) -> int | None:
     """Units that learning put in another's place; None where nothing was learned, or from a start that chose none."""
     counts = (record["changed_from_start"] or {}).values()
     return sum(counts) if counts and all(isinstance(count, int) for count in counts) else None
-
-
-def _texts(losses: Mapping[str, Any]) -> dict[str, float]:
-    """Losses by domain, and of text of no training domain."""
-    return {**losses["domains"], **losses.get("outside", {})}
 
 
 def _verdict(lines: Mapping[Contender, Line], *, start: Mapping[int, float]) -> dict[str, Any]:

@@ -16,19 +16,20 @@ from shearing.runs.race.plan import RacePlan
 from shearing.settings.quantities import format_tokens
 
 NOTE = (
-    "Loss in nats per token, means over seeds. - start: differences to the start of the same seed, their mean ± its "
-    "standard error [lowest, highest]. units: hash of the unit set of the first seed; equal hashes, equal units."
+    "Loss in nats per token on test text, means over seeds. - start: differences to the start of the same seed, their "
+    "mean ± its standard error [lowest, highest]. units: hash of the unit set of the first seed; equal hashes, equal "
+    "units."
 )
 OWN_FORMS = "sizes by layer as each method's scores give them, as many parameters, not trained"
 _TITLES = {"equal_tokens": "equal tokens", "equal_flops": "equal FLOPs"}
 
 
 def rich_tables(results: Mapping[str, Any]) -> RenderableType:
-    """All tables, for a terminal: figures over all text, then by text."""
+    """All tables, for a terminal: figures over all text, then by domain."""
     parts: list[RenderableType] = []
     for title, table in _tables(results):
         parts.append(_rich(title, _overall(table)))
-        parts.append(_rich("by text", _by_text(table)))
+        parts.append(_rich("by domain", _by_domain(table)))
         parts += [*(Text(line) for line in _said(table)), ""]
     if results["own_forms"]:
         parts += [_rich(OWN_FORMS, _own_forms(results)), ""]
@@ -40,7 +41,7 @@ def markdown_tables(results: Mapping[str, Any]) -> str:
     parts = []
     for title, table in _tables(results):
         said = "\n".join(f"- {line}" for line in _said(table))
-        parts += [f"## {title}", _markdown(_overall(table)), _markdown(_by_text(table)), *filter(None, [said])]
+        parts += [f"## {title}", _markdown(_overall(table)), _markdown(_by_domain(table)), *filter(None, [said])]
     if results["own_forms"]:
         parts += [f"## {OWN_FORMS}", _markdown(_own_forms(results))]
     return "\n\n".join([*parts, NOTE]) + "\n"
@@ -85,12 +86,12 @@ def _title(row: Mapping[str, Any]) -> str:
     return f"{row['title']} ({f'{low:,}' if low == high else f'{low:,} to {high:,}'} units changed)"
 
 
-def _by_text(table: Mapping[str, Any]) -> Cells:
+def _by_domain(table: Mapping[str, Any]) -> Cells:
     rows = [row for row in table["rows"] if row["seeds"]]
-    texts = list(rows[0]["texts"]) if rows else []
+    domains = list(rows[0]["domains"]) if rows else []
     return [
-        ["units chosen by", *texts],
-        *([_title(row), *(_loss(row["texts"][text]) for text in texts)] for row in rows),
+        ["units chosen by", *domains],
+        *([_title(row), *(_loss(row["domains"][domain]) for domain in domains)] for row in rows),
     ]
 
 
@@ -136,25 +137,17 @@ def plan_table(plan: RacePlan, *, done: int, seconds: float | None) -> Renderabl
         done: rows that are there already.
         seconds: what the others will take; None where nothing says how fast this machine is.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for index, heading in enumerate(
-        ("contender", "steps", "tokens", "choosing", "refit", "masks", "training", "FLOPs")
-    ):
-        table.add_column(heading, justify="right" if index else "left")
+    cells = [["contender", "steps", "choosing", "refit", "masks", "training", "FLOPs"]]
     seeds = {row.seed for row in plan.rows}
     for row in plan.rows:
-        if row.seed != min(seeds):
-            continue
-        flops = plan.flops[row]
-        figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
-        tokens = format_tokens(row.steps * plan.steps.tokens_per_step)
-        table.add_row(
-            escape(row.contender.title), str(row.steps), tokens, *(f"{each:.2e}" if each else "–" for each in figures)
-        )
+        if row.seed == min(seeds):
+            flops = plan.flops[row]
+            figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
+            cells.append([row.contender.title, str(row.steps), *(f"{each:.2e}" if each else "–" for each in figures)])
     total = sum(flops.total for flops in plan.flops.values())
     left = "how long it takes is known after the first row" if seconds is None else f"about {seconds / 3600:.1f} h left"
     said = f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {total:.2e} FLOPs; {left}"
-    return Group(table, Text(said))
+    return Group(_rich("rows of each seed", cells), Text(said))
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

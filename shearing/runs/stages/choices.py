@@ -20,6 +20,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN
+from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.refitting import refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
@@ -124,12 +125,14 @@ class Learned:
     """What mask learning of a run made of its start.
 
     Attributes:
+        way: title of the way in which units went, see `MASKINGS`.
         started_by: title of the metric that graded the start; `OPEN` if none did.
         refitted: whether the weights that stay were refitted to the start.
         changed: units changed from the start, by granularity; empty where the run does not say, see
             `MaskLearner.summary`.
     """
 
+    way: str
     started_by: str
     refitted: bool
     changed: Mapping[str, int | str]
@@ -143,9 +146,9 @@ class Learned:
             summary: content of prune/summary.json.
         """
         prune = context.recipe.pruning.prune
-        start = prune.initial_masks
         return cls(
-            started_by=METRICS[start].title if start in METRICS else OPEN,
+            way=MASKINGS[prune.masks].title,
+            started_by=OPEN if prune.graded_by is None else METRICS[prune.graded_by].title,
             refitted=prune.refits(sequence_length=context.recipe.data.sequence_length),
             changed=summary.get("changed_from_start", {}),
         )
@@ -154,19 +157,19 @@ class Learned:
     def title(self) -> str:
         """What tables call the model that was cut: learned only where learning had a part in which units stay."""
         if self.started_by == OPEN:
-            return "learned masks, started open"
+            return f"{self.way}, started open"
         if self.changed and not any(self.changed.values()):
             return f"chosen by {self.started_by}{', refitted' * self.refitted}, trained"
         # Older runs do not say whether anything changed.
-        return f"{'learned masks' if self.changed else 'masks'}, started by {self.started_by}"
+        return f"{self.way if self.changed else 'masks'}, started by {self.started_by}"
 
 
-def choosing_flops(context: RunContext, *, metric: str, refitted: bool, target: Shape) -> float:
+def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, target: Shape) -> float:
     """What it takes to choose units by a metric, and to refit the weights that stay.
 
     Args:
         context: of the run.
-        metric: what chooses; `OPEN`: nothing does, at no cost.
+        metric: what chooses; None: nothing does, at no cost.
         refitted: whether the weights that stay are refitted.
         target: shape that is left.
     """
@@ -174,7 +177,7 @@ def choosing_flops(context: RunContext, *, metric: str, refitted: bool, target: 
     length = context.recipe.data.sequence_length
     wanted = context.recipe.pruning.target.parameters is None
     flops = 0.0
-    if metric in METRICS:
+    if metric is not None:
         evidence = evidence_for(context, metric=metric, target=target if wanted else None)
         flops += flops_of(metric_of(metric).cost(source, evidence=evidence), source, sequence_length=length)
     if refitted:

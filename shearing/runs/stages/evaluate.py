@@ -78,9 +78,9 @@ def evaluate(context: RunContext) -> dict[str, Any]:
         The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
         `shape`, `parameters`, `parameters_without_embeddings`, `units` (a hash of those that it kept; null: all),
         `training_tokens`, `flops`, `domains` (loss, perplexity, bits_per_byte, tokens), `mean` and `speed`; of what
-        mask learning made, `started_by` and `changed_from_start`; where one of them is sparse, `nonzero`: parameters
-        that are not 0.
-        Figures that are not finite are null.
+        mask learning made, `started_by` and `changed_from_start`; with `evaluation.outside` also `outside` and
+        `outside_mean`, for the domains of that corpus; where one of them is sparse, `nonzero`: parameters that are not
+        0. Figures that are not finite are null.
 
     Raises:
         ShearingError: the corpus or the source model cannot be used.
@@ -103,30 +103,37 @@ def evaluate(context: RunContext) -> dict[str, Any]:
         return {"settings": settings, "environment": environment(context.device), "models": ordered}
 
     # Time goes with tokens times parameters: a bar in tokens alone would promise the source's pace for all.
-    tokens_per_model = context.corpus.heldout_tokens(
-        split="test",
-        sequence_length=recipe.data.sequence_length,
-        tokens_per_domain=recipe.evaluation.tokens_per_domain,
+    corpora = [context.corpus] if context.outside is None else [context.corpus, context.outside]
+    tokens_per_model = sum(
+        corpus.heldout_tokens(
+            split="test",
+            sequence_length=recipe.data.sequence_length,
+            tokens_per_domain=recipe.evaluation.tokens_per_domain,
+        )
+        for corpus in corpora
     )
     work = sum(row.shape.num_parameters() * tokens_per_model for row in missing)
     with activity(f"held-out losses of {len(missing)} models", total=work, console=console) as advance:
         for row in missing:
             started = time.perf_counter()
             model = row.load()
-            losses = heldout_loss(
-                model,
-                context.corpus,
-                split="test",
-                tokens_per_domain=recipe.evaluation.tokens_per_domain,
-                sequence_length=recipe.data.sequence_length,
-                micro_batch_size=recipe.evaluation.micro_batch_size,
-                precision=context.precision,
-                tokenizer=context.tokenizer,
-                progress=_scaled(advance, row.shape.num_parameters()),
-                chunk_tokens=recipe.training.loss_chunk_tokens,
-                rules=context.document_rules,
-            )
-            results[row.name] = {**_result(row, losses), "seconds": round(time.perf_counter() - started, 3)}
+            losses = [
+                heldout_loss(
+                    model,
+                    corpus,
+                    split="test",
+                    tokens_per_domain=recipe.evaluation.tokens_per_domain,
+                    sequence_length=recipe.data.sequence_length,
+                    micro_batch_size=recipe.evaluation.micro_batch_size,
+                    precision=context.precision,
+                    tokenizer=context.tokenizer,
+                    progress=_scaled(advance, row.shape.num_parameters()),
+                    chunk_tokens=recipe.training.loss_chunk_tokens,
+                    rules=context.document_rules,
+                )
+                for corpus in corpora
+            ]
+            results[row.name] = {**_result(row, *losses), "seconds": round(time.perf_counter() - started, 3)}
             if sparse:
                 results[row.name]["nonzero"] = sum(int(each.count_nonzero()) for each in model.parameters())
             write_json(partial, content())
@@ -181,8 +188,7 @@ def _rows(context: RunContext) -> list[_Row]:
         summary = run.prune / "summary.json"
         learned = Learned.of(context, summary=read_json(summary) if summary.is_file() else {})
         units = functools.partial(_units_of_run, run, source=whole, shape=shape)
-        start = recipe.prune.initial_masks
-        flops += choosing_flops(context, metric=start, refitted=learned.refitted, target=shape)
+        flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
         flops += training_flops(whole, tokens=tokens, sequence_length=length)
         made_by.append(learned.title)
         rows += [
@@ -253,6 +259,9 @@ def _settings(context: RunContext) -> dict[str, Any]:
         "domains": list(corpus.domains),
         "corpus": corpus.fingerprint,
         "split": corpus.named_split("test"),
+        "outside": None
+        if context.outside is None
+        else {"corpus": context.outside.fingerprint, "split": context.outside.named_split("test")},
     }
 
 
@@ -275,8 +284,8 @@ def _facts(row: _Row) -> dict[str, Any]:
     return facts
 
 
-def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
-    return {
+def _result(row: _Row, losses: dict[str, DomainLoss], outside: dict[str, DomainLoss] | None = None) -> dict[str, Any]:
+    content = {
         **_facts(row),
         "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
@@ -287,6 +296,10 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
         "speed": None,
         "fingerprint": row.fingerprint,
     }
+    if outside is not None:
+        content["outside"] = {domain: loss.to_json() for domain, loss in outside.items()}
+        content["outside_mean"] = macro_mean(outside).to_json()
+    return content
 
 
 def _fingerprint(source: Path, revision: str | None) -> str:

@@ -153,7 +153,7 @@ def test_tables_say_differences_and_the_best_rival() -> None:
     assert table["changed_from_start"] == {0: {"layers": 0}, 1: {"layers": 1}, 2: {"layers": 2}}
     rival = table["rows"][2]
     assert rival["mean"] == pytest.approx(np.mean(losses[RIVAL]), abs=1e-5)
-    assert rival["texts"] == pytest.approx({"a": rival["mean"] - 1, "b": rival["mean"] + 1}, abs=1e-5)
+    assert rival["domains"] == pytest.approx({"a": rival["mean"] - 1, "b": rival["mean"] + 1}, abs=1e-5)
     text = markdown_tables(results)
     assert "**" not in text
     assert "| learned masks, refitted (0 to 2 units changed) | 3 |" in text
