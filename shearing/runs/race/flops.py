@@ -58,7 +58,6 @@ class FlopCount:
 
     def of(self, contender: Contender, *, steps: int) -> Flops:
         """What a contender takes for so many optimiser steps."""
-        recipe = self.recipes[contender]
         per_step = self.steps.tokens_per_step
         masked = 0
         if isinstance(contender.facts.how, Stages):
@@ -68,7 +67,7 @@ class FlopCount:
             for shape in (self.source, self.target)
         )
         return Flops(
-            choosing=sum(self._of_metric(metric) for metric in metrics_of(contender, recipe=recipe)),
+            choosing=sum(self.choosing(contender).values()),
             refit=self._flops(refit_cost(self.source, target=self.target, text_tokens=self.evidence.text_tokens))
             if contender.refitted
             else 0.0,
@@ -76,8 +75,10 @@ class FlopCount:
             training=(steps - masked) * at_target,
         )
 
-    def _of_metric(self, name: str) -> float:
-        return self._flops(metric_of(name).cost(self.source, evidence=self.evidence))
+    def choosing(self, contender: Contender) -> dict[str, float]:
+        """What each metric takes that a contender's units are chosen by."""
+        metrics = metrics_of(contender, recipe=self.recipes[contender])
+        return {name: self._flops(metric_of(name).cost(self.source, evidence=self.evidence)) for name in metrics}
 
     def _flops(self, cost: Cost) -> float:
         length = self.sequence_length

@@ -125,12 +125,22 @@ class Contender:
         parts = [self.facts.title]
         if self.rest_by is not None and isinstance(self.facts.how, Ranking):
             gives = METRICS[self.facts.how.metric].gives
-            own = "layers" if gives <= {"layers", "attention", "mlp"} else ", ".join(sorted(gives)).replace("_", " ")
-            parts = [f"{own} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
+            parts = [f"{_in_words(gives)} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
         parts += ["sizes by layer"] if self.own_sizes else []
         parts += ["refitted"] if self.refitted else []
-        parts += ["a reconstruction"] if self.facts.reconstructed else []
+        parts += ["our reading of it"] if self.facts.reconstructed else []
         return ", ".join(parts)
+
+
+def _in_words(granularities: frozenset[str]) -> str:
+    """What is scored, as tables say it."""
+    kinds = {
+        "layers": {"layers", "attention", "mlp"},
+        "heads": {"kv_groups", "query_heads"},
+        "units": {"intermediate"},
+        "hidden dimensions": {"hidden"},
+    }
+    return " and ".join(kind for kind, names in kinds.items() if names & granularities)
 
 
 def contender_of(method: str, *, refitted: bool, rest_by: str) -> Contender:

@@ -132,7 +132,8 @@ class _Race:
         """What will run."""
         missing = [row for row in self._plan.rows if row not in self._records]
         done = len(self._plan.rows) - len(missing)
-        self._console.print(plan_table(self._plan, done=done, seconds=self._seconds_of(missing)))
+        flops = self._plan.left(missing, folder=self.folder)
+        self._console.print(plan_table(self._plan, done=done, flops=flops, seconds=self._seconds_of(missing)))
 
     def _run(self, row: Row) -> Record:
         """What becomes of a row; a method that fails is a result too."""
@@ -169,7 +170,7 @@ class _Race:
             return None
         flops = sum(self._plan.flops[row].total for row, _ in ended)
         seconds = sum(float(sum(record["seconds"].values())) for _, record in ended)
-        return seconds / flops * sum(self._plan.flops[row].total for row in rows)
+        return seconds / flops * self._plan.left(rows, folder=self.folder)
 
     def _say(self, record: Record) -> None:
         if "failed" in record:

@@ -129,24 +129,26 @@ def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def plan_table(plan: RacePlan, *, done: int, seconds: float | None) -> RenderableType:
+def plan_table(plan: RacePlan, *, done: int, flops: float, seconds: float | None) -> RenderableType:
     """What a race will run, before it does.
 
     Args:
         plan: of the race.
         done: rows that are there already.
+        flops: that the others will take.
         seconds: what the others will take; None where nothing says how fast this machine is.
     """
     cells = [["contender", "steps", "choosing", "refit", "masks", "training", "FLOPs"]]
     seeds = {row.seed for row in plan.rows}
     for row in plan.rows:
         if row.seed == min(seeds):
-            flops = plan.flops[row]
-            figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
+            of_row = plan.flops[row]
+            figures = (of_row.choosing, of_row.refit, of_row.masked, of_row.training, of_row.total)
             cells.append([row.contender.title, str(row.steps), *(f"{each:.2e}" if each else "–" for each in figures)])
-    total = sum(flops.total for flops in plan.flops.values())
     left = "how long it takes is known after the first row" if seconds is None else f"about {seconds / 3600:.1f} h left"
-    said = f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {total:.2e} FLOPs; {left}"
+    said = (
+        f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {flops:.2e} FLOPs left; {left}"
+    )
     return Group(_rich("rows of each seed", cells), Text(said))
 
 

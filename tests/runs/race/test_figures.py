@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.refitting import refit_cost
-from shearing.runs.race.flops import FlopCount, steps_within
+from shearing.runs.race.flops import FlopCount, Flops, steps_within
 from shearing.runs.race.methods import Contender
 from shearing.runs.race.plan import Budget, RacePlan
+from shearing.runs.race.records import RaceFolder
 from shearing.runs.race.rows import Row, Steps
 from shearing.runs.race.summary import paired, summarise
 from shearing.runs.race.tables import markdown_tables
@@ -82,6 +84,24 @@ def test_flops_of_the_refit_by_hand() -> None:
     assert cost.other_flops == pytest.approx(sums + solutions)
 
 
+def test_what_rows_share_is_left_once(tmp_path: Path) -> None:
+    rows = [Row(contender=RIVAL, seed=seed, steps=steps) for seed in (0, 1) for steps in (5, 10)]
+    rows += [Row(contender=START, seed=0, steps=10)]
+    plan = replace(
+        _plan(dict.fromkeys(rows), contenders=[RIVAL, START]),
+        flops={
+            row: Flops(choosing=100, refit=10, masked=1 if row.contender == START else 0, training=2) for row in rows
+        },
+        choosing={contender: {"random": 100.0} for contender in (RIVAL, START)},
+    )
+    folder = RaceFolder(path=tmp_path)
+    # Two seeds of scores, two cuts and the start's own refit, the steps of all.
+    assert plan.left(rows, folder=folder) == 2 * 100 + 3 * 10 + 5 * 2 + 1
+    folder.scores("random", seed=0).parent.mkdir()
+    folder.scores("random", seed=0).touch()
+    assert plan.left(rows, folder=folder) == 100 + 3 * 10 + 5 * 2 + 1
+
+
 @pytest.mark.parametrize(("fixed", "budget", "steps"), [(0, 100, 10), (5, 100, 9), (0, 99, 9), (90, 100, None)])
 def test_steps_within_a_budget(fixed: float, budget: float, steps: int | None) -> None:
     assert steps_within(budget, cost=lambda number: fixed + 10.0 * number, least=2) == steps
@@ -128,6 +148,7 @@ def _plan(records: dict[Row, Any], *, contenders: list[Contender]) -> RacePlan:
         rows=list(records),
         recipes={},
         flops={},
+        choosing={},
         steps=Steps(tokens_per_step=32, mask_share=Fraction(1, 2)),
         source=SOURCE,
         target=TARGET,

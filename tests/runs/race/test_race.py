@@ -27,7 +27,7 @@ from shearing.runs.race.methods import METHODS, RaceMethod, Ranking
 from shearing.runs.race.race import compare
 from shearing.runs.race.rows import RaceSettings
 from shearing.runs.recipe import Recipe
-from shearing.training.engines import torch_engine
+from shearing.training.engines import optimizer, torch_engine
 from tests.conftest import tiny_recipe_data
 from tests.repository import ROOT
 
@@ -64,11 +64,11 @@ def _rows(output: Path) -> dict[str, dict[str, Any]]:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """The learning rates that steps really had and the tokens that were really dealt, in order."""
     found: dict[str, list[Any]] = {"rates": [], "samples": []}
-    set_rate, batch_of = torch_engine.set_learning_rate, Mixture.batch
+    set_rate, batch_of = optimizer.set_learning_rate, Mixture.batch
 
-    def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def set_learning_rate(of: torch.optim.Optimizer, rate: float) -> None:
         found["rates"].append(rate)
-        set_rate(optimizer, rate)
+        set_rate(of, rate)
 
     def batch(self: Mixture, **keywords: Any) -> Batch:
         result = batch_of(self, **keywords)
