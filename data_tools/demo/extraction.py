@@ -56,15 +56,7 @@ def books(archives: Archives) -> list[str]:
 
 def code(archives: Archives) -> list[str]:
     """Python modules without tests and generated files."""
-    documents = []
-    for package in ("sympy", "networkx"):
-        archive = archives[package]
-        for name in sorted(archive.namelist()):
-            if is_own_code(name):
-                text = archive.read(name).decode()
-                if len(text) >= MIN_CODE_CHARACTERS and not GENERATED_CODE.search(text[:1000]):
-                    documents.append(text)
-    return documents
+    return [text for package in ("sympy", "networkx") for text in modules(archives[package])]
 
 
 def science(archives: Archives) -> list[str]:
@@ -126,6 +118,12 @@ def chapters(text: str) -> list[str]:
     elif heading:
         found.append(heading.strip())
     return found
+
+
+def modules(archive: zipfile.ZipFile) -> list[str]:
+    """Texts of the modules of a wheel that people wrote, without tests and very short ones."""
+    texts = [archive.read(name).decode() for name in sorted(archive.namelist()) if is_own_code(name)]
+    return [text for text in texts if len(text) >= MIN_CODE_CHARACTERS and not GENERATED_CODE.search(text[:1000])]
 
 
 def is_own_code(name: str) -> bool:

@@ -97,6 +97,7 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
     """
     models: Sequence[dict[str, Any]] = list(evaluation["models"].values())
     domains = list(dict.fromkeys(domain for model in models for domain in model["domains"]))
+    outside = list(dict.fromkeys(domain for model in models for domain in model.get("outside", {})))
 
     def row(
         label: str,
@@ -113,6 +114,9 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
 
     def domain_loss(domain: str) -> Callable[[dict[str, Any]], float | None]:
         return lambda model: model["domains"].get(domain, {}).get("loss")
+
+    def outside_loss(domain: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda model: model.get("outside", {}).get(domain, {}).get("loss")
 
     def mean(name: str) -> Callable[[dict[str, Any]], float | None]:
         return lambda model: model["mean"][name]
@@ -140,10 +144,18 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
             + [row("mean", mean("loss"), "{:.3f}".format)],
         ),
         Section(
-            "all domains",
+            "all training domains" if outside else "all domains",
             [row("perplexity", mean("perplexity"), _format_perplexity)],
         ),
     ]
+    if outside:
+        sections.append(
+            Section(
+                "text of no training domain, nats per token",
+                [row(domain, outside_loss(domain), "{:.3f}".format) for domain in outside]
+                + [row("mean", lambda model: model.get("outside_mean", {}).get("loss"), "{:.3f}".format)],
+            )
+        )
     if any("nonzero" in model for model in models):
         sections[0].rows.extend(
             [
@@ -161,7 +173,7 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
             row("MB not zero", lambda model: model["nonzero_bytes"] / 1e6, "{:,.1f}".format, contest=False)
         )
     if any(model["mean"]["bits_per_byte"] is not None for model in models):
-        sections[-1].rows.append(row("bits per byte", mean("bits_per_byte"), "{:.3f}".format))
+        sections[2].rows.append(row("bits per byte", mean("bits_per_byte"), "{:.3f}".format))
     if any(model.get("speed") for model in models):
         sections.append(
             Section(
@@ -248,7 +260,7 @@ def _against_rivals(cut: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> st
         else ""
     )
     return (
-        f"Right after cutting, learned masks{head_start} have the lowest loss of {len(rivals) + 1} ways to choose the "
+        f"Right after cutting, {cut['label']}{head_start} have the lowest loss of {len(rivals) + 1} ways to choose the "
         f"same shape {where} (mean {cut['mean']['loss']:.2f}; {next_best['label']}: {next_best['mean']['loss']:.2f})."
     )
 

@@ -57,7 +57,7 @@ class Selection:
         layers = tuple(zip(attention.tolist(), mlp.tolist(), strict=True))
         if any(a > m for a, m in layers) or any(m >= a for (_, m), (a, _) in pairwise(layers)):
             raise ShearingError(
-                "masks (sub-layers)",
+                "kept units (sub-layers)",
                 value=layers,
                 allowed="attention and MLP sub-layers that alternate in depth",
                 mend="select them with shearing.pruning.structured.rounding, which keeps the order that an ordinary "
@@ -105,7 +105,7 @@ def _indices(alive: Tensor, count: int, *, name: str) -> Tensor:
     found = alive.nonzero().flatten()
     if found.numel() != count:
         raise ShearingError(
-            f"masks ({name})",
+            f"kept units ({name})",
             value=found.numel(),
             allowed=f"exactly {count} units that are not zero, the target's size",
             mend=f"use masks rounded to the target shape; a result of a parameter budget needs {key('uniform')}=true",

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus, whole_rows
 from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.overlap import trained_texts
 from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
@@ -116,6 +117,32 @@ class RunContext:
         )
         if corpus.notice and self.processes.is_main:
             self.console.print(corpus.notice, style="yellow", soft_wrap=True, highlight=False)
+        return corpus
+
+    @cached_property
+    @named({**COMPONENT_NAMES, "corpus": "evaluation.outside", "domains": "evaluation.outside"})
+    def outside(self) -> Corpus | None:
+        """Text of no training domain, checked against the source model, its tokenizer and what is trained on.
+
+        Raises:
+            ShearingError: see `Corpus.open`; the run trains on some of it.
+        """
+        path = self.recipe.evaluation.outside
+        if path is None:
+            return None
+        corpus = Corpus.open(
+            path, vocab_size=self.config.vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer)
+        )
+        for domain in corpus.domains:
+            corpus.heldout_rows(domain, split="test", sequence_length=self.recipe.data.sequence_length)
+        if shared := next(trained_texts(corpus, trained=self.corpus), None):
+            raise ShearingError(
+                "evaluation.outside",
+                value=f"{path}: domain {shared.outside}",
+                allowed=f"text that is not trained on: {shared.documents:,} training documents of domain "
+                f"{shared.trained} are in it too",
+                mend=f"leave {shared.trained} out of data.domains, or prepare {shared.outside} from other text",
+            )
         return corpus
 
     @property

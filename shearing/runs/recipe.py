@@ -18,7 +18,7 @@ from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictio
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
-from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions
+from shearing.pruning.structured.recipe import PruneRecipe, granularity_contradictions, masking_contradictions
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
@@ -242,6 +242,10 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         for error in _stage_contradictions(stage, name=name, recipe=recipe)
     ]
     yield from of_stages or _rate_contradictions(recipe)
+    if recipe.prune is not None and not of_stages:
+        per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
+        budget = recipe.target is not None and recipe.target.parameters is not None
+        yield from _renamed(masking_contradictions(recipe.prune, budget=budget, tokens_per_step=per_step))
     read = {
         "evaluation.tokens_per_domain": recipe.evaluation.tokens_per_domain,
         "mixture.heldout_tokens": recipe.mixture.heldout_tokens,

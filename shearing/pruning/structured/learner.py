@@ -32,6 +32,7 @@ from shearing.pruning.structured.parameter_budget import (
 )
 from shearing.pruning.structured.rounding import changed_units, round_to_target, shape_of
 from shearing.pruning.structured.starts import graded_start, open_start
+from shearing.training.engines.gradient_sum import sum_in_one_exchange
 
 # Below any difference of log_alpha that learning makes.
 _TIE = 1e-4
@@ -219,13 +220,7 @@ class MaskLearner:
         Args:
             scale: factor that the engine put on losses, and so on these gradients.
         """
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        if parameters and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            torch.distributed.all_reduce(flat)
-            flat /= scale
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = part.view_as(p)
+        sum_in_one_exchange(self.parameters(), scale=scale)
         self._reached = {name: value.grad != 0 for name, value in self.log_alpha.items() if value.grad is not None}
 
     def optimizer_step(self, *, step: int, skip: Tensor | None = None) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.pruning.structured.importance.registry import complete_metrics
+from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Positive
 from shearing.training.recipe import StageRecipe
@@ -18,8 +20,9 @@ STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
     StartName = str
+    MaskingName = str
 else:
-    StartName = Literal[STARTS]
+    StartName, MaskingName = Literal[STARTS], Literal[tuple(MASKINGS)]
 
 
 class PruneRecipe(StageRecipe):
@@ -28,6 +31,16 @@ class PruneRecipe(StageRecipe):
     granularities: list[GranularityName] = Field(
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
         description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
+    )
+    masks: MaskingName = Field(
+        "learned",
+        description="How units go. " + "; ".join(f"{name}: {facts.summary}" for name, facts in MASKINGS.items()) + ". "
+        "Keys of the masks' learning, of their start and `compensate` are of learned alone.",
+    )
+    removal_stages: int = Field(4, ge=1, description="Of masks: staged; the first begins with a removal too.")
+    saliency_window: Duration = Field(
+        Duration(steps=2),
+        description="Steps whose gradients a removal goes by. staged: those before it; gradual: from one to the next.",
     )
     mask_learning_rate: Positive = Field(0.1, description="Learning rate of log_alpha (the paper's: 1.0).")
     multiplier_learning_rate: Positive = Field(1.0, description="Learning rate (ascent) of the multipliers.")
@@ -86,7 +99,75 @@ class PruneRecipe(StageRecipe):
             sequence_length: tokens of a sequence.
         """
         ramp = self.in_steps(self.sparsity_warmup, sequence_length=sequence_length)
-        return self.compensate and self.initial_masks != "open" and not ramp
+        return self.compensate and self.graded_by is not None and not ramp
+
+    @property
+    def graded_by(self) -> str | None:
+        """The metric that grades where masks start; None where every unit is open."""
+        return None if self.initial_masks == "open" or self.masks != "learned" else self.initial_masks
+
+
+def stage_ends(prune: PruneRecipe, *, tokens_per_step: int) -> tuple[list[int], int]:
+    """Of `masks: staged`, steps done before the removal of each stage, and the steps that each is measured on.
+
+    After M steps the first stage begins; with S steps of `prune`, stage t trains a share 2 t / (T (T + 1)) of S - M.
+    """
+    total = prune.duration.in_steps(tokens_per_step=tokens_per_step)
+    window = max(1, prune.saliency_window.in_steps(tokens_per_step=tokens_per_step, total_steps=total))
+    count = prune.removal_stages
+    rest = max(0, total - window)
+    return [window + rest * stage * (stage + 1) // (count * (count + 1)) for stage in range(count)], window
+
+
+def removal_steps(prune: PruneRecipe, *, tokens_per_step: int) -> list[int]:
+    """Of `masks: gradual`, steps done before each removal, until the masks are fixed."""
+    total = prune.duration.in_steps(tokens_per_step=tokens_per_step)
+    window = max(1, prune.saliency_window.in_steps(tokens_per_step=tokens_per_step, total_steps=total))
+    freeze = prune.freeze.in_steps(tokens_per_step=tokens_per_step, total_steps=total)
+    return list(range(window, total - freeze + 1, window))
+
+
+def masking_contradictions(prune: PruneRecipe, *, budget: bool, tokens_per_step: int) -> Iterator[ShearingError]:
+    """A way in which units go that cannot reach what is asked for, or not in so few steps.
+
+    Args:
+        prune: the section.
+        budget: whether the target is a number of parameters.
+        tokens_per_step: of a global batch.
+    """
+    if budget and not MASKINGS[prune.masks].budgets:
+        yield ShearingError(
+            "masks",
+            value=prune.masks,
+            allowed=f"{', '.join(name for name, facts in MASKINGS.items() if facts.budgets)} with a target in "
+            f"{key('parameters')}: the others need its sizes",
+            mend=f"give sizes by name instead of {key('parameters')}, or set {key('masks')}=learned",
+        )
+    if prune.masks != "learned" and "sublayers" in prune.granularities:
+        yield ShearingError(
+            "granularities",
+            value=prune.granularities,
+            allowed=f"layers instead of sublayers with {key('masks')}={prune.masks}: those that stay have to alternate",
+            mend=f"write layers, or set {key('masks')}=learned",
+        )
+    if prune.masks == "staged":
+        ends, _ = stage_ends(prune, tokens_per_step=tokens_per_step)
+        total = prune.duration.in_steps(tokens_per_step=tokens_per_step)
+        if any(after <= before for before, after in pairwise([*ends, total])):
+            yield ShearingError(
+                "removal_stages",
+                value=prune.removal_stages,
+                allowed=f"so few that the shortest has a step: {prune.removal_stages} stages of {total} steps begin "
+                f"after steps {', '.join(map(str, ends))}",
+                mend=f"lower it or {key('saliency_window')}, or train for longer",
+            )
+    if prune.masks == "gradual" and not removal_steps(prune, tokens_per_step=tokens_per_step):
+        yield ShearingError(
+            "saliency_window",
+            value=str(prune.saliency_window),
+            allowed=f"at most the steps before {key('freeze')} = {prune.freeze}",
+            mend=f"shorten it, or {key('freeze')}",
+        )
 
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:

@@ -22,7 +22,7 @@ from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
@@ -86,6 +86,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     if corpus is None:
         raise _together(found)
     tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
+    attempt(lambda: context.outside)
     weights = attempt(lambda: context.initial_weights)
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
@@ -172,7 +173,7 @@ def _require_context(recipe: Recipe, *, config: PretrainedConfig) -> None:
 
 def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
-    if recipe.prune is not None and (metric := recipe.prune.initial_masks) in METRICS:
+    if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
 
 

@@ -33,6 +33,7 @@ from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
@@ -69,7 +70,8 @@ def evaluate(context: RunContext) -> dict[str, Any]:
     Returns:
         The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
         `shape`, `parameters`, `parameters_without_embeddings`, `training_tokens`, `domains` (loss, perplexity,
-        bits_per_byte, tokens), `mean` and `speed`; where one of them is sparse, `nonzero`: parameters that are not 0.
+        bits_per_byte, tokens), `mean` and `speed`; with `evaluation.outside` also `outside` and `outside_mean`, for the
+        domains of that corpus; where one of them is sparse, `nonzero`: parameters that are not 0.
         Figures that are not finite are null.
 
     Raises:
@@ -93,30 +95,37 @@ def evaluate(context: RunContext) -> dict[str, Any]:
         return {"settings": settings, "environment": environment(context.device), "models": ordered}
 
     # Time goes with tokens times parameters: a bar in tokens alone would promise the source's pace for all.
-    tokens_per_model = context.corpus.heldout_tokens(
-        split="test",
-        sequence_length=recipe.data.sequence_length,
-        tokens_per_domain=recipe.evaluation.tokens_per_domain,
+    corpora = [context.corpus] if context.outside is None else [context.corpus, context.outside]
+    tokens_per_model = sum(
+        corpus.heldout_tokens(
+            split="test",
+            sequence_length=recipe.data.sequence_length,
+            tokens_per_domain=recipe.evaluation.tokens_per_domain,
+        )
+        for corpus in corpora
     )
     work = sum(row.shape.num_parameters() * tokens_per_model for row in missing)
     with activity(f"held-out losses of {len(missing)} models", total=work, console=console) as advance:
         for row in missing:
             started = time.perf_counter()
             model = row.load()
-            losses = heldout_loss(
-                model,
-                context.corpus,
-                split="test",
-                tokens_per_domain=recipe.evaluation.tokens_per_domain,
-                sequence_length=recipe.data.sequence_length,
-                micro_batch_size=recipe.evaluation.micro_batch_size,
-                precision=context.precision,
-                tokenizer=context.tokenizer,
-                progress=_scaled(advance, row.shape.num_parameters()),
-                chunk_tokens=recipe.training.loss_chunk_tokens,
-                rules=context.document_rules,
-            )
-            results[row.name] = {**_result(row, losses), "seconds": round(time.perf_counter() - started, 3)}
+            losses = [
+                heldout_loss(
+                    model,
+                    corpus,
+                    split="test",
+                    tokens_per_domain=recipe.evaluation.tokens_per_domain,
+                    sequence_length=recipe.data.sequence_length,
+                    micro_batch_size=recipe.evaluation.micro_batch_size,
+                    precision=context.precision,
+                    tokenizer=context.tokenizer,
+                    progress=_scaled(advance, row.shape.num_parameters()),
+                    chunk_tokens=recipe.training.loss_chunk_tokens,
+                    rules=context.document_rules,
+                )
+                for corpus in corpora
+            ]
+            results[row.name] = {**_result(row, *losses), "seconds": round(time.perf_counter() - started, 3)}
             if sparse:
                 results[row.name]["nonzero"] = sum(int(each.count_nonzero()) for each in model.parameters())
             write_json(partial, content())
@@ -191,8 +200,8 @@ def _rows(context: RunContext) -> list[_Row]:
     tokens, made_by = 0, []
     if recipe.prune is not None and run.is_complete("compact"):
         tokens += _tokens_of(recipe.prune, recipe)
-        made_by.append("learned masks")
-        cut = of_run("compact", "learned masks", "cut", run.compact, tokens)
+        made_by.append(MASKINGS[recipe.prune.masks].title)
+        cut = of_run("compact", made_by[0], "cut", run.compact, tokens)
         for baseline in recipe.evaluation.baselines:
             fingerprint = (
                 f"{source_fingerprint} {baseline} {cut.shape} seed={recipe.seed} "
@@ -243,6 +252,9 @@ def _settings(context: RunContext) -> dict[str, Any]:
         "domains": list(corpus.domains),
         "corpus": corpus.fingerprint,
         "split": corpus.named_split("test"),
+        "outside": None
+        if context.outside is None
+        else {"corpus": context.outside.fingerprint, "split": context.outside.named_split("test")},
     }
 
 
@@ -256,8 +268,8 @@ def _earlier_results(run: RunDirectory, *, settings: dict[str, Any]) -> dict[str
     return {}
 
 
-def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
-    return {
+def _result(row: _Row, losses: dict[str, DomainLoss], outside: dict[str, DomainLoss] | None = None) -> dict[str, Any]:
+    content = {
         "label": row.label,
         "group": row.group,
         "shape": row.shape.facts(),
@@ -269,6 +281,10 @@ def _result(row: _Row, losses: dict[str, DomainLoss]) -> dict[str, Any]:
         "speed": None,
         "fingerprint": row.fingerprint,
     }
+    if outside is not None:
+        content["outside"] = {domain: loss.to_json() for domain, loss in outside.items()}
+        content["outside_mean"] = macro_mean(outside).to_json()
+    return content
 
 
 def _fingerprint(source: Path, revision: str | None) -> str:

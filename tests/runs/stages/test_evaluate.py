@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.writer import CorpusWriter
+from shearing.errors import ShearingError
+from shearing.evaluation.heldout import heldout_loss
 from shearing.models.cutting import compact
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
@@ -22,6 +28,7 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
+from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages import evaluate as stage
@@ -191,3 +198,81 @@ class HeldAgainstMagnitude(Magnitude):
     ) -> Scores:
         assert sum(batch.tokens.numel() for batch in evidence.text) == 64
         return {name: -values for name, values in super().scores(model, evidence=evidence, advance=advance).items()}
+
+
+def outside_of(corpus: Path, output: Path, *, text: str = "aabb", trained_on: bool = False) -> Path:
+    """A corpus by the tokenizer of another, whose one domain repeats the letters of `text`."""
+    manifest = json.loads((corpus / "digits" / "manifest.json").read_text())
+    known = Corpus.open(corpus).document_hashes("digits")[0]
+    writer = CorpusWriter(
+        output,
+        vocab_size=20,
+        separator_id=1,
+        tokenizer="tiny",
+        tokenizer_fingerprint=manifest["tokenizer_fingerprint"],
+        validation_fraction=0.1,
+        test_fraction=0.8,
+    )
+    letters = "abcdefgh"
+    with writer.domain("pairs", sources=[], inputs=text) as domain:
+        for i in range(40):
+            domain.add(f"{text} {i}", token_ids=[2 + letters.index(letter) for letter in text] * (4 + i % 3))
+    writer.finish()
+    if trained_on:
+        path = output / "pairs" / "test_hashes.npy"
+        hashes = np.load(path)
+        hashes[0] = known
+        np.save(path, hashes)
+        content = json.loads((output / "pairs" / "manifest.json").read_text())
+        content["parts"]["test"]["hashes_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (output / "pairs" / "manifest.json").write_text(json.dumps(content))
+    return output
+
+
+def with_outside(recipe: Recipe, path: Path) -> Recipe:
+    settings = recipe.evaluation.model_copy(update={"outside": path, "baselines": ["random"]})
+    return recipe.model_copy(update={"evaluation": settings})
+
+
+def test_text_of_no_training_domain_has_columns_and_a_mean_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
+    usual = evaluate(quiet(with_outside(recipe, None)))  # type: ignore[arg-type]
+    context = quiet(with_outside(recipe, outside_of(recipe.data.corpus, tmp_path / "outside")))
+    evaluation = evaluate(context)
+    assert losses(evaluation) == losses(usual)
+    direct = heldout_loss(
+        load_source(recipe.model.source),
+        Corpus.open(tmp_path / "outside"),
+        split="test",
+        tokens_per_domain=64,
+        sequence_length=16,
+        micro_batch_size=4,
+    )["pairs"]
+    source = evaluation["models"]["source"]
+    assert list(source["outside"]) == ["pairs"]
+    assert source["outside"]["pairs"]["loss"] == pytest.approx(direct.loss, rel=1e-6)
+    assert source["outside_mean"]["loss"] == source["outside"]["pairs"]["loss"]
+    assert source["mean"] == usual["models"]["source"]["mean"]
+    assert evaluation["settings"]["outside"]["split"] == "test"
+    assert usual["settings"]["outside"] is None
+    assert "outside" not in usual["models"]["source"]
+    printed = context.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "text of no training domain" in printed
+    assert f"{source['outside']['pairs']['loss']:.3f}" in printed
+
+
+def test_outside_text_that_is_trained_on_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    outside = outside_of(recipe.data.corpus, tmp_path / "outside", trained_on=True)
+    with pytest.raises(ShearingError, match=r"1 training documents of domain digits are in it too"):
+        preflight(quiet(with_outside(recipe, outside)))
+    with pytest.raises(ShearingError, match=r"evaluation\.outside.*domain digits"):
+        preflight(quiet(with_outside(recipe, recipe.data.corpus)))
+
+
+def test_outside_text_of_another_tokenizer_or_none_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ShearingError, match=r"evaluation\.outside"):
+        preflight(quiet(with_outside(recipe, tmp_path / "nowhere")))
+    outside = outside_of(recipe.data.corpus, tmp_path / "outside")
+    path = outside / "pairs" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_fingerprint": "0" * 32}))
+    with pytest.raises(ShearingError, match=r"evaluation\.outside.*tokenised with tiny"):
+        preflight(quiet(with_outside(recipe, outside)))

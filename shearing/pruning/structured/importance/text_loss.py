@@ -34,6 +34,22 @@ def number_of_labels(text: Sequence[Inputs]) -> int:
     return sum(int((labels_of(batch) != IGNORED_LABEL).sum()) for batch in text)
 
 
+def require_labels(count: int) -> int:
+    """The number of labels, if there are any.
+
+    Raises:
+        ShearingError: there are none.
+    """
+    if not count:
+        raise ShearingError(
+            "calibration_tokens",
+            value="no label that counts",
+            allowed="calibration text in which a token follows another of its document",
+            mend=f"read more of it: raise {key('calibration_tokens')}",
+        )
+    return count
+
+
 def sum_of_losses(model: PreTrainedModel, hidden_BSD: Tensor, batch: Inputs) -> Tensor:
     """Cross-entropy summed over the labels of a batch, in nats: a scalar with gradient.
 

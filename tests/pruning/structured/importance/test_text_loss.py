@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from shearing.data.documents import DocumentRules, Inputs
 from shearing.errors import ShearingError
 from shearing.models.anatomy import backbone
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.importance.text_loss import finite, labels_of, number_of_labels, sum_of_losses
 from tests.models.tiny import tiny_ids, tiny_model
 
@@ -40,3 +42,30 @@ def test_a_loss_that_is_no_number_is_an_error_of_the_metric(loss: float) -> None
     with pytest.raises(ShearingError) as refused:
         finite(loss, metric="leave one out")
     assert refused.value.field == "importance (leave one out)"
+
+
+WITHOUT_LABELS = [
+    "layer_taylor",
+    "leave_one_out",
+    "leave_one_out_sublayers",
+    "leave_one_out_greedy",
+    "shapley",
+    "shapley_logits",
+    "policy_gradient",
+    "hard_budget",
+]
+
+
+@pytest.mark.parametrize("name", WITHOUT_LABELS)
+def test_text_without_labels_is_refused_before_any_work(name: str) -> None:
+    positions = torch.zeros(2, 4, dtype=torch.int64)  # documents of one token each
+    documents = DocumentRules(loss_across=False).documents(positions, device=torch.device("cpu"))
+    calls: list[int] = []
+    with pytest.raises(ShearingError) as refused:
+        metric_of(name).scores(
+            tiny_model(),
+            evidence=Evidence(text=[Inputs(tiny_ids(length=3), documents)]),
+            advance=calls.append,
+        )
+    assert refused.value.field == "calibration_tokens"
+    assert not calls

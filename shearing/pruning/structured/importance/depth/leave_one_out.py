@@ -22,7 +22,7 @@ from shearing.pruning.structured.importance.depth.passage import (
     parts_of,
 )
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
-from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, sum_of_losses
+from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,6 +128,7 @@ def _losses_without(
         parts: each inside one layer, from the bottom up.
         gone: what is not there besides.
     """
+    labels = require_labels(number_of_labels(text))
     sums = torch.zeros(len(parts), dtype=torch.float64)
     for batch in text:
         passage, here = Passage(model, batch), 0
@@ -139,4 +140,4 @@ def _losses_without(
             hidden = passage.to_end(stream, first=first, gone=gone | part)
             sums[number] += finite(float(sum_of_losses(model, hidden, batch)), metric="leave one out")
             advance(1)
-    return sums / max(1, number_of_labels(text))
+    return sums / labels

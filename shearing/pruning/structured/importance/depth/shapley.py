@@ -22,7 +22,7 @@ from shearing.pruning.structured.importance.depth.passage import (
     parts_of,
 )
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
-from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, sum_of_losses
+from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +64,7 @@ class ShapleyLike:
         """See `ShapleyLike`."""
         parts = parts_of(self._parts, layers=model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(evidence.seed)
+        require_labels(number_of_labels(evidence.text))
         head = head_weight(model)
         gram = head.float().T @ head.float() if self._harm == "logits" else None
         totals = torch.zeros(len(parts), dtype=torch.float64)

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.gradients.matrix_gradients import differentiable
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
-from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, sum_of_losses
+from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,9 +52,9 @@ class LayerTaylor:
         """See `LayerTaylor`."""
         owners = _owners(model)
         parameters = [parameter for owned in owners.values() for parameter in owned]
-        labels = max(1, number_of_labels(evidence.text))
+        labels = require_labels(number_of_labels(evidence.text))
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        with torch.enable_grad():
+        with differentiable(parameters), torch.enable_grad():
             for batch in evidence.text:
                 hidden = backbone(model)(**batch.keywords()).last_hidden_state
                 loss = sum_of_losses(model, hidden, batch) / labels
@@ -74,9 +75,9 @@ class LayerTaylor:
         return {"layers": protected(layers)} if self._protect else {"layers": layers, **of_kind}
 
 
-def _owners(model: PreTrainedModel) -> dict[tuple[str, int], list[Tensor]]:
+def _owners(model: PreTrainedModel) -> dict[tuple[str, int], list[nn.Parameter]]:
     """(sub-layer, layer) -> its parameters, with its norms."""
-    owners: dict[tuple[str, int], list[Tensor]] = {}
+    owners: dict[tuple[str, int], list[nn.Parameter]] = {}
     for index, layer in enumerate(decoder_layers(model)):
         parameters = dict(layer.named_parameters())
         for kind, sublayer in anatomy_of(model).sublayers.items():

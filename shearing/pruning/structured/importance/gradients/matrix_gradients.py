@@ -83,7 +83,7 @@ def matrix_gradients(
         streams.append(arguments[0])
 
     places = [*decoder_layers(model), model.get_submodule(family.final_norm.name)]
-    with _differentiable(matrices_of(model)):
+    with differentiable(matrices_of(model)):
         handles = [place.register_forward_pre_hook(record) for place in places]
         try:
             with torch.enable_grad():
@@ -127,7 +127,7 @@ def _from_the_head_down(
 
 
 @contextmanager
-def _differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Parameters require gradients while the context lasts, also those that were frozen."""
     before = [parameter.requires_grad for parameter in parameters]
     try:

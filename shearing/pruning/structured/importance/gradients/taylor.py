@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.errors import ShearingError, key
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.gradients.matrix_gradients import (
     LabelsOfModel,
@@ -24,6 +23,7 @@ from shearing.pruning.structured.importance.gradients.matrix_gradients import (
     matrix_gradients,
 )
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
+from shearing.pruning.structured.importance.text_loss import require_labels
 from shearing.pruning.structured.importance.unit_sums import unit_sums
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class FirstOrder(TaylorMetric):
                     sums[matrix] += gradient
             total += count
             advance(1)
-        _require_labels(total)
+        require_labels(total)
         return as_scores(unit_sums(model, of=lambda w: (_double(w) * _double(sums[w]) / total).abs()))
 
 
@@ -94,7 +94,7 @@ class SecondOrder(TaylorMetric):
             total += count
             rows += count > 0
             advance(1)
-        _require_labels(total)
+        require_labels(total)
 
         def change(w: nn.Parameter) -> Tensor:
             weight = _double(w)
@@ -157,7 +157,7 @@ def fisher_information(
                 squares[matrix] += gradient.square_()
         total += count
         advance(1)
-    _require_labels(total)
+    require_labels(total)
     for sums in squares.values():
         sums /= total
     return squares
@@ -175,7 +175,7 @@ def products_of_rows(
             yield products
         total += count
         advance(1)
-    _require_labels(total)
+    require_labels(total)
 
 
 def sums_of_vectors(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
@@ -186,16 +186,6 @@ def sums_of_vectors(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]
 def sums_of_elements(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
     """Σ |w g| over the weights of every unit, of `products_of_rows`."""
     return unit_sums(model, of=lambda w: _double(products[w]).abs())
-
-
-def _require_labels(count: int) -> None:
-    if not count:
-        raise ShearingError(
-            "calibration_tokens",
-            value="no label that counts",
-            allowed="calibration text in which a token follows another of its document",
-            mend=f"read more of it: raise {key('calibration_tokens')}",
-        )
 
 
 def _rows(evidence: Evidence) -> Iterator[Inputs]:

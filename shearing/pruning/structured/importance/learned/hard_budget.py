@@ -16,8 +16,8 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity
 from shearing.pruning.structured.importance.learned.masked_loss import frozen
 from shearing.pruning.structured.importance.learned.rows import ranks, searched
+from shearing.pruning.structured.importance.learned.start import Start
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
-from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.importance.text_loss import finite
 from shearing.pruning.structured.rounding import top_k
 
@@ -45,34 +45,29 @@ class HardBudget:
 
     Args:
         epochs: how often the text is gone through (published: 4, of 512 sequences of 512 tokens, one a step).
-        start: name of a metric that gives everything, see `graded`.
+        start: name of a metric, see `graded`.
         graded: gates begin in the order of `start`, evenly over a part of what these steps can move them. Otherwise all
             are equal, as published; which of them are open at the first step is then chance, by the seed.
     """
 
     def __init__(self, *, epochs: int = 4, start: str = "activations", graded: bool = False) -> None:
-        self._epochs, self._start, self._graded = epochs, start, graded
+        self._epochs, self._start, self._graded = epochs, Start(start), graded
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each step, and those of `start`."""
-        before = metric_of(self._start).units_of_work(source, evidence=evidence)
+        before = self._start.units_of_work(source, evidence=evidence)
         return before + self._epochs * len(evidence.text)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """The text forward and backward in each epoch, as in training, and what `start` costs."""
-        before = metric_of(self._start).cost(source, evidence=evidence)
         tokens = self._epochs * evidence.text_tokens
-        return Cost(
-            forward_tokens=before.forward_tokens + tokens,
-            backward_tokens=before.backward_tokens + tokens,
-            other_flops=before.other_flops,
-        )
+        return self._start.cost(source, evidence=evidence, forward_tokens=tokens, backward_tokens=tokens)
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `HardBudget`."""
-        start = metric_of(self._start).scores(model, evidence=evidence, advance=advance)
+        start = self._start.scores(model, evidence=evidence, advance=advance)
         granularities = searched(Shape.of(model.config), target=evidence.target)
         device = head_weight(model).device
         steps = self._epochs * len(evidence.text)

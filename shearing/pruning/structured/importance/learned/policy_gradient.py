@@ -17,8 +17,8 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity
 from shearing.pruning.structured.importance.learned.masked_loss import frozen
 from shearing.pruning.structured.importance.learned.rows import at_most, ranks, searched, with_sum
+from shearing.pruning.structured.importance.learned.start import Start
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
-from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.importance.text_loss import finite
 
 if TYPE_CHECKING:
@@ -41,33 +41,30 @@ class PolicyGradient:
     Args:
         epochs: how often the text is gone through, one step for each batch.
         rate: of the steps in s, falling to 0 as a cosine.
-        start: name of a metric that gives everything: chances begin with its z-scores in a row through the logistic
-            function, shifted to expect the target's units (published: Wanda's score summed over structures).
+        start: name of a metric: chances begin with its z-scores in a row through the logistic function, shifted to
+            expect the target's units. Wanda's score summed over structures is the published one; what a metric does not
+            give, `activations` does.
     """
 
-    def __init__(self, *, epochs: int = 8, rate: float = 0.02, start: str = "activations") -> None:
-        self._epochs, self._rate, self._start = epochs, rate, start
+    def __init__(self, *, epochs: int = 8, rate: float = 0.02, start: str = "wanda") -> None:
+        self._epochs, self._rate, self._start = epochs, rate, Start(start)
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each step, and those of what it starts from."""
-        before = metric_of(self._start).units_of_work(source, evidence=evidence)
+        before = self._start.units_of_work(source, evidence=evidence)
         return before + self._epochs * len(evidence.text)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """Two forward passes over the text in each epoch, and what the start costs."""
-        before = metric_of(self._start).cost(source, evidence=evidence)
-        return Cost(
-            forward_tokens=before.forward_tokens + 2 * self._epochs * evidence.text_tokens,
-            backward_tokens=before.backward_tokens,
-            other_flops=before.other_flops,
-        )
+        tokens = 2 * self._epochs * evidence.text_tokens
+        return self._start.cost(source, evidence=evidence, forward_tokens=tokens)
 
     @torch.no_grad()
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `PolicyGradient`."""
-        start = metric_of(self._start).scores(model, evidence=evidence, advance=advance)
+        start = self._start.scores(model, evidence=evidence, advance=advance)
         granularities = searched(Shape.of(model.config), target=evidence.target)
         chances = {g.name: initial_chances(start[g.name], granularity=g) for g in granularities}
         generator = torch.Generator().manual_seed(evidence.seed)

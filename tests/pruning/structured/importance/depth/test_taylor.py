@@ -45,3 +45,12 @@ def test_few_layers_have_little_to_protect() -> None:
 def test_the_protected_form_knows_whole_layers_alone() -> None:
     scores = LayerTaylor(protect=True).scores(tiny_model(), evidence=Evidence(text=[Inputs(tiny_ids())]))
     assert list(scores) == ["layers"]
+
+
+def test_frozen_weights_have_gradients_too_and_stay_frozen() -> None:
+    model, evidence = tiny_model(), Evidence(text=[Inputs(tiny_ids())])
+    expected = LayerTaylor().scores(model, evidence=evidence)
+    model.requires_grad_(False)
+    scores = LayerTaylor().scores(model, evidence=evidence)
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
