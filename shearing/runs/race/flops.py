@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.refitting import refit_cost
 from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
 from shearing.runs.race.methods import Contender, Ranking, Stages
@@ -60,8 +60,8 @@ class FlopCount:
         """What a contender takes for so many optimiser steps."""
         per_step = self.steps.tokens_per_step
         masked = 0
-        if isinstance(contender.facts.how, Stages):
-            masked = self.steps.before_cut(steps)
+        if isinstance(how := contender.facts.how, Stages):
+            masked = self.steps.before_cut(steps, how=how)
         at_source, at_target = (
             training_flops_per_token(shape, sequence_length=self.sequence_length) * per_step
             for shape in (self.source, self.target)
@@ -97,8 +97,8 @@ def metrics_of(contender: Contender, *, recipe: Recipe) -> tuple[str, ...]:
     how = contender.facts.how
     if isinstance(how, Ranking):
         return (how.metric,) if contender.rest_by is None else (how.metric, contender.rest_by)
-    start = recipe.pruning.prune.initial_masks
-    return (start,) if isinstance(how, Stages) and start in METRICS else ()
+    start = recipe.pruning.prune.graded_by
+    return (start,) if isinstance(how, Stages) and start is not None else ()
 
 
 def steps_within(budget: float, *, cost: Callable[[int], float], least: int) -> int | None:

@@ -87,6 +87,7 @@ class _Race:
         source = settings.recipe.model
         self._model = model_fingerprint(source.source, revision=source.revision)
         self._corpus, self._split = context.corpus.fingerprint, context.corpus.named_split(SPLIT)
+        self._outside = None if context.outside is None else context.outside.fingerprint
         self._precision = str(context.precision).removeprefix("torch.")
         self._environment = environment(context.device)
         self._fingerprints = {
@@ -97,7 +98,12 @@ class _Race:
     def settings_of(self, recipe: Recipe, *, common: bool = False) -> dict[str, Any]:
         """What figures depend on; what all rows have in common has no seed."""
         found = settings_of(
-            recipe, model=self._model, corpus=self._corpus, split=self._split, precision=self._precision
+            recipe,
+            model=self._model,
+            corpus=self._corpus,
+            outside=self._outside,
+            split=self._split,
+            precision=self._precision,
         )
         return {key: value for key, value in found.items() if not (common and key == "seed")}
 

@@ -17,8 +17,8 @@ from shearing.settings.quantities import format_tokens
 
 NOTE = (
     "Loss in nats per token on test text, means over seeds. - start: differences to the start of the same seed, their "
-    "mean ± its standard error [lowest, highest]. units: hash of the unit set of the first seed; equal hashes, equal "
-    "units."
+    "mean ± its standard error [lowest, highest]. outside: text of no training domain. units: hash of the unit set of "
+    "the first seed; equal hashes, equal units."
 )
 OWN_FORMS = "sizes by layer as each method's scores give them, as many parameters, not trained"
 _TITLES = {"equal_tokens": "equal tokens", "equal_flops": "equal FLOPs"}
@@ -89,10 +89,17 @@ def _title(row: Mapping[str, Any]) -> str:
 def _by_domain(table: Mapping[str, Any]) -> Cells:
     rows = [row for row in table["rows"] if row["seeds"]]
     domains = list(rows[0]["domains"]) if rows else []
-    return [
-        ["units chosen by", *domains],
-        *([_title(row), *(_loss(row["domains"][domain]) for domain in domains)] for row in rows),
-    ]
+    outside = list(rows[0].get("outside", {})) if rows else []
+    headings = ["units chosen by", *domains, *outside, *(["outside", "- start"] if outside else [])]
+    return [headings, *(_losses(row, domains=domains, outside=outside) for row in rows)]
+
+
+def _losses(row: Mapping[str, Any], *, domains: list[str], outside: list[str]) -> list[str]:
+    cells = [_title(row), *(_loss(row["domains"][domain]) for domain in domains)]
+    if outside:
+        cells += [_loss(row.get("outside", {}).get(domain)) for domain in outside]
+        cells += [_loss(row.get("outside_mean")), _difference(row.get("outside_minus_start"))]
+    return cells
 
 
 def _own_forms(results: Mapping[str, Any]) -> Cells:

@@ -181,6 +181,21 @@ def test_tables_say_differences_and_the_best_rival() -> None:
     assert f"{to_start.mean():+.3f} ± {_standard_error(to_start):.3f} [-0.100, +0.100]" in text
 
 
+def test_text_of_no_domain_has_a_mean_of_its_own() -> None:
+    records = {}
+    for contender, mean in ((LEARNED, 4.0), (START, 4.5)):
+        records[Row(contender=contender, seed=0, steps=10)] = record = _record(4.0)
+        record["losses"]["final"] |= {"outside_mean": mean, "outside": {"plays": mean - 0.5, "code": mean + 0.5}}
+    results = summarise(_plan(records, contenders=[LEARNED, START]), equal=["tokens"], records=records)
+    table = results["budgets"][0]["equal_tokens"]
+    assert table["learned_minus_start"]["mean"] == 0
+    assert table["learned_minus_start_outside"]["mean"] == table["learned_minus_best_rival_outside"]["mean"] == -0.5
+    assert table["rows"][0]["outside"] == {"plays": 3.5, "code": 4.5}
+    lines = markdown_tables(results).splitlines()
+    assert "| units chosen by | a | b | plays | code | outside | - start |" in lines
+    assert "| learned masks, refitted | 3.000 | 5.000 | 3.500 | 4.500 | 4.000 | -0.500 |" in lines
+
+
 def test_a_rival_that_failed_a_seed_is_not_the_best() -> None:
     records: dict[Row, dict[str, Any]] = {
         Row(contender=contender, seed=seed, steps=10): _record(mean)
