@@ -125,7 +125,7 @@ class Learned:
     """What mask learning of a run made of its start.
 
     Attributes:
-        way: how units went, of `MASKINGS`.
+        way: title of the way in which units went, see `MASKINGS`.
         started_by: title of the metric that graded the start; `OPEN` if none did.
         refitted: whether the weights that stay were refitted to the start.
         changed: units changed from the start, by granularity; empty where the run does not say, see
@@ -146,10 +146,9 @@ class Learned:
             summary: content of prune/summary.json.
         """
         prune = context.recipe.pruning.prune
-        start = prune.graded_by
         return cls(
-            way=prune.masks,
-            started_by=OPEN if start is None else METRICS[start].title,
+            way=MASKINGS[prune.masks].title,
+            started_by=OPEN if prune.graded_by is None else METRICS[prune.graded_by].title,
             refitted=prune.refits(sequence_length=context.recipe.data.sequence_length),
             changed=summary.get("changed_from_start", {}),
         )
@@ -157,14 +156,12 @@ class Learned:
     @property
     def title(self) -> str:
         """What tables call the model that was cut: learned only where learning had a part in which units stay."""
-        if self.way != "learned":
-            return MASKINGS[self.way].title
         if self.started_by == OPEN:
-            return "learned masks, started open"
+            return f"{self.way}, started open"
         if self.changed and not any(self.changed.values()):
             return f"chosen by {self.started_by}{', refitted' * self.refitted}, trained"
         # Older runs do not say whether anything changed.
-        return f"{'learned masks' if self.changed else 'masks'}, started by {self.started_by}"
+        return f"{self.way if self.changed else 'masks'}, started by {self.started_by}"
 
 
 def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, target: Shape) -> float:

@@ -77,10 +77,10 @@ def evaluate(context: RunContext) -> dict[str, Any]:
     Returns:
         The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
         `shape`, `parameters`, `parameters_without_embeddings`, `units` (a hash of those that it kept; null: all),
-        `training_tokens`, `flops`, `domains` (loss, perplexity, bits_per_byte, tokens), `mean` and `speed`; with
-        `evaluation.outside` also `outside` and `outside_mean`, for the domains of that corpus; of what mask learning
-        made, `started_by` and `changed_from_start`; where one of them is sparse, `nonzero`: parameters that are not 0.
-        Figures that are not finite are null.
+        `training_tokens`, `flops`, `domains` (loss, perplexity, bits_per_byte, tokens), `mean` and `speed`; of what
+        mask learning made, `started_by` and `changed_from_start`; with `evaluation.outside` also `outside` and
+        `outside_mean`, for the domains of that corpus; where one of them is sparse, `nonzero`: parameters that are not
+        0. Figures that are not finite are null.
 
     Raises:
         ShearingError: the corpus or the source model cannot be used.
