@@ -92,7 +92,7 @@ class MaskLearner:
             raise no_budget(settings.estimator)
         estimator: type[Estimator] = resolve_name(ESTIMATORS[settings.estimator].home)
         self.estimator = estimator(
-            self.log_alpha,
+            dict(self.log_alpha.items()),
             constraint=self._constraint,
             settings=settings,
             places=self._places,
@@ -169,7 +169,8 @@ class MaskLearner:
     @torch.no_grad()
     def _places(self, step: int) -> dict[str, Tensor]:
         """See `Estimator`; what rounding keeps comes first."""
-        scores, kept = self._in_order(self.log_alpha), self._rounded(self.log_alpha, step=step)
+        log_alpha = dict(self.log_alpha.items())
+        scores, kept = self._in_order(log_alpha), self._rounded(log_alpha, step=step)
         first = 3 * self.settings.log_alpha_limit
         return {
             name: (ranks(scores[name] + first * mask) + 0.5).float() - mask.sum(-1, keepdim=True)
