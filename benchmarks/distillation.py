@@ -3,7 +3,7 @@
 For every seed the recipe's mask learning and cutting are done once; each row then trains that model with one way of
 distilling, for as many tokens as plain cross-entropy (`ce`), and once more for as many FLOPs: 6 N_S a token for a
 student of N_S parameters, and 2 N_T more for a teacher of N_T. Losses are of the test split of the domains that are
-trained on, and of text of none (`evaluation.outside`). A row is a run and a file, so an interrupted benchmark goes on.
+trained on, and of text of none (`evaluation.outside`). A row is a run and a file: an interrupted benchmark continues.
 
     python benchmarks/distillation.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0] [--steps 30 190]
 """
@@ -103,15 +103,8 @@ class Bench:
             model = load_source(str(context.directory.model), device=context.device, dtype=torch.float32)
             inside = self._losses(model, corpus=context.corpus, context=context)
             outside = {} if context.outside is None else self._losses(model, corpus=context.outside, context=context)
-            write_json(
-                result,
-                {
-                    "losses": inside,
-                    "outside": outside,
-                    "steps": steps,
-                    "seconds": statistics.median(seconds[1:] or seconds),
-                },
-            )
+            middle = statistics.median(seconds[1:] or seconds)
+            write_json(result, {"losses": inside, "outside": outside, "steps": steps, "seconds": middle})
         return read_json(result)
 
     def _losses(self, model: PreTrainedModel, *, corpus: Corpus, context: RunContext) -> dict[str, float]:
