@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS
+from shearing.pruning.structured.masking.facts import MASKINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,18 @@ METHODS: dict[str, RaceMethod] = {
         source="arXiv 2310.06694",
         refits=frozenset({False}),
     ),
+    **{
+        name: RaceMethod(
+            title=facts.title,
+            # Three stages, and removals of two steps' gradients, fit into the ten steps of the smallest budgets.
+            how=Stages(overrides=(f"prune.masks={name}", "prune.removal_stages=3", "prune.saliency_window=2 steps")),
+            source=facts.source,
+            reconstructed=facts.reconstructed,
+            refits=frozenset({False}),
+        )
+        for name, facts in MASKINGS.items()
+        if name != LEARNED
+    },
 }
 
 

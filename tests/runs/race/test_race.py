@@ -361,3 +361,20 @@ def test_rows_are_small_and_name_no_place(tiny_inputs: Path, tmp_path: Path) -> 
         assert str(tmp_path) not in text
         assert str(tiny_inputs) not in text
         assert len(text) < 8000
+
+
+def test_units_that_go_while_training_have_the_steps_and_rates_of_masks_that_are_learned(
+    tiny_inputs: Path, tmp_path: Path, recorded: dict[str, list[Any]]
+) -> None:
+    lists = []
+    for method in ("learned", "staged", "gradual"):
+        recorded["rates"].clear()
+        asked = {"methods": (method,), "tokens": (16 * TOKENS_PER_STEP,), "refit": "without"}
+        recipe = _recipe(tiny_inputs, prune={"freeze": "20%"})
+        results = _race(_settings(tiny_inputs, tmp_path / method, recipe=recipe, **asked))
+        assert len(results["budgets"]) == 1
+        rows = _rows(tmp_path / method)
+        assert [row.get("failed") for row in rows.values()] == [None]
+        lists.append(list(recorded["rates"]))
+    assert len(lists[0]) == 16
+    assert lists[0] == lists[1] == lists[2]
