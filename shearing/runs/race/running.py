@@ -131,8 +131,8 @@ def _cut_at_once(row: Row, *, context: RunContext, folder: RaceFolder) -> Chosen
 
 def _learn(context: RunContext, *, folder: RaceFolder) -> Chosen:
     """The stages of a run up to the cut; its start is graded by scores that other rows may have measured."""
-    run, start, seconds = context.directory, context.recipe.pruning.prune.initial_masks, {"choosing": 0.0}
-    if start != "open":
+    run, start, seconds = context.directory, context.recipe.pruning.prune.graded_by, {"choosing": 0.0}
+    if start is not None:
         scores = scores_of(start, context=context, folder=folder)
         seconds["choosing"] = read_json(seconds_beside(scores))["seconds"]
         if not (run.prune / INITIAL_SCORES).is_file():
@@ -151,7 +151,7 @@ def _learn(context: RunContext, *, folder: RaceFolder) -> Chosen:
     selection = Selection.of(Masks(**masks), source=Shape.of(context.config), target=target_of(context))
     return Chosen(
         units=units_hash(selection),
-        changed=read_json(run.prune / "summary.json")["changed_from_start"],
+        changed=read_json(run.prune / "summary.json").get("changed_from_start"),
         losses=read_json(after_cutting),
         seconds=seconds,
     )
