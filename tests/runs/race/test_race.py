@@ -298,7 +298,11 @@ NO_SIZES = dict.fromkeys(
         ({"tokens": (96,), "methods": ("learned",)}, {"prune": {"freeze": "80%"}}, "the schedule of learned"),
         ({"tokens": (96,)}, {"pretrain": {"warmup": "4 steps", "optimizer": "fresh"}}, "pretrain.warmup"),
         ({"flops": 1e9, "tokens": (320, 640), "equal": ("tokens", "flops")}, {}, "with one number of --tokens"),
-        ({}, {"target": {**NO_SIZES, "parameters": 5000}}, "sizes by name"),
+        (
+            {},
+            {"target": {**NO_SIZES, "parameters": 5000}, "prune": {"estimator": "hard_concrete"}},
+            "sizes by name",
+        ),
         ({}, {"pretrain": {"lora": {"rank": 2}}}, "all weights train"),
         ({}, {"prune": {"initial_masks": "open"}}, "open ones choose nothing"),
         ({"methods": ("learned",), "refit": "with"}, {"prune": {"sparsity_warmup": "2 steps"}}, "start at the target"),
