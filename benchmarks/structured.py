@@ -58,7 +58,7 @@ HEATS = (
     Heat(195_000, seeds=3, best=8, refit="with"),
     Heat(1_000_000, seeds=2, best=3, refit="with"),
 )
-QUICK = (Heat(10_240, seeds=2, best=None, refit="with"),)
+QUICK = (Heat(8_192, seeds=1, best=None, refit="with"), Heat(8_192, seeds=2, best=1, refit="with"))
 
 
 def run_heats(
@@ -97,7 +97,8 @@ def best_of(results: dict[str, Any], *, count: int) -> list[str]:
 
 def line_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each budget says of learning."""
-    said = ("learned_minus_start", "learned_minus_best_rival", "best_rival", "changed_from_start")
+    differences = ("learned_minus_start", "learned_minus_best_rival")
+    said = (*differences, *(f"{name}_outside" for name in differences), "best_rival", "changed_from_start")
     return [
         {
             "tokens": budget["tokens"],
@@ -187,7 +188,9 @@ def _teach_counting(model: PreTrainedModel) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model that counts, one budget")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model that counts, one budget; two seeds of the best"
+    )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--equal", nargs="+", choices=["tokens", "flops"], default=None)

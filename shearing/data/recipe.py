@@ -64,11 +64,12 @@ class MixtureRecipe(Section):
         description="robust: share of the newest loss in the running loss (DRPruning: 0.1 of a step's training loss; "
         "its code takes held-out losses as they are: 1).",
     )
-    reference: dict[str, float] | Path | Literal["source", "online"] = Field(
+    reference: dict[str, float] | Path | Literal["source", "online", "teacher"] = Field(
         "source",
         description="Reference loss of each domain: numbers, a JSON file (as of `shear data reference-loss`), the "
-        "source model's own loss, or online: the loss at the target size at the end of the stage, predicted from the "
-        "losses so far (after DRPruning), and the source's own until there are enough.",
+        "source model's own loss, online: the loss at the target size at the end of the stage, predicted from the "
+        "losses so far (after DRPruning), and the source's own until there are enough; or teacher: the teacher's loss "
+        "of the tokens trained on since the last update (distill; with losses: training).",
     )
     losses: Literal["heldout", "training"] = Field(
         "heldout",
@@ -80,7 +81,8 @@ class MixtureRecipe(Section):
     ema: Positive = Field(
         0.1,
         le=1.0,
-        description="Weight of a step's loss in the average of its domain (losses: training).",
+        description="Weight of a step's loss in the average of its domain (losses: training; not with reference: "
+        "teacher, which takes the mean since the last update).",
     )
     heldout_tokens: int = Field(
         2_048_000, ge=2, description="Validation tokens per domain read at each update (the paper's 500 x 4096)."

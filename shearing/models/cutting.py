@@ -5,6 +5,7 @@ Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -88,6 +89,15 @@ class Selection:
             query_heads=torch.stack(query_heads),
             intermediate=torch.stack(intermediate),
         )
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the units: the same for the same units, however they were chosen."""
+        digest = hashlib.blake2b(digest_size=4)
+        parts = (torch.tensor(self.layers), self.hidden, self.kv_groups, self.query_heads, self.intermediate)
+        for part in parts:
+            digest.update(repr(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def shape(self, source: Shape) -> Shape:
         """The shape that is left of `source`."""

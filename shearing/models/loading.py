@@ -1,4 +1,4 @@
-"""Models and their configs, from a folder or the hub; the empty skeleton of one."""
+"""Models, their configs and tokenizers, from a folder or the hub; the empty skeleton of a model."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
         ) from error
     anatomy_of(config)
     return config
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        ShearingError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ShearingError(
+            "source",
+            value=source,
+            allowed="a model with its tokenizer beside it",
+            mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
+        ) from error
 
 
 def load_source(

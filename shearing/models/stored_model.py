@@ -74,13 +74,7 @@ class Source:
         for file, of_file in wanted.items():
             tensors |= read_tensors(self.folder / file, of_file)
         for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ShearingError(
-                    f"model (parameter {name})",
-                    value=str(self.folder),
-                    allowed="finite weights",
-                    mend="the checkpoint holds NaN or infinity: fetch or convert it again",
-                )
+            _require_finite(tensor, name=name, folder=self.folder)
         return tensors
 
     @property
@@ -155,6 +149,28 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
                 mend="prune the model before it is quantised",
             )
     return source
+
+
+def require_finite(folder: Path) -> None:
+    """Check the stored weights of a model, one tensor at a time.
+
+    Raises:
+        ShearingError: a tensor holds NaN or infinity.
+    """
+    for path in sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+        entries, _ = read_header(path)
+        for name in entries:
+            _require_finite(read_tensors(path, [name])[name], name=name, folder=folder)
+
+
+def _require_finite(tensor: Tensor, *, name: str, folder: Path) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ShearingError(
+            f"model (parameter {name})",
+            value=str(folder),
+            allowed="finite weights",
+            mend="the checkpoint holds NaN or infinity: fetch or convert it again",
+        )
 
 
 def dtype_of(source: Source, name: str) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.cross_entropy import causal_lm_loss
-from shearing.objectives.objective import Losses, Objective, Parts
+from shearing.objectives.objective import Losses, Objective, Origins, Parts
 
 
 class LanguageModelLoss(Objective):
@@ -25,19 +25,21 @@ class LanguageModelLoss(Objective):
 
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int) -> None:
         super().__init__(model)
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
 
     @classmethod
     def of(cls, parts: Parts) -> Self:
         """See `Objective.of`."""
         return cls(parts.model, chunk_tokens=parts.chunk_tokens)
 
-    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
+    def forward(self, tokens_BT: Tensor, documents: Documents | None = None, origins: Origins | None = None) -> Losses:
         """See `Objective.forward`."""
+        del origins  # all domains are alike to it
         inputs = Inputs(tokens_BT[:, :-1], documents)
         hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
         total, losses_BS = causal_lm_loss(
-            hidden_BSD, head_weight(self.model), labels_BS, chunk_tokens=self._chunk_tokens
+            hidden_BSD, head_weight(self.model), labels_BS, chunk_tokens=self.chunk_tokens
         )
-        return Losses(total, losses_BS.sum(1), (labels_BS != IGNORED_LABEL).sum(1))
+        rows_B, labels_B = losses_BS.sum(1), (labels_BS != IGNORED_LABEL).sum(1)
+        return Losses(total, rows_B, labels_B, rows_B.new_zeros(len(rows_B), len(self.measures)))

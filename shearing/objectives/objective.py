@@ -1,21 +1,22 @@
 """What an objective is: a model whose forward pass is what a step minimises. And any of them by its name.
 
-Shapes: B sequences, T = S + 1 tokens of a row (S inputs and the last label).
+Shapes: B sequences, T = S + 1 tokens of a row (S inputs and the last label), M domains, K measures.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import Documents
+from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import OBJECTIVES
 
 PARAMETER_PREFIX = "model."
@@ -29,11 +30,24 @@ class Losses(NamedTuple):
         total: over all tokens; scalar, with gradient.
         rows: [B], over the tokens of each row; without gradient.
         labels: int64 [B], how many tokens of each row count.
+        measured: [B, K], sums over the tokens of each row of what `Objective.measures` names; without gradient.
     """
 
     total: Tensor
     rows: Tensor
     labels: Tensor
+    measured: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where B rows come from.
+
+    Attributes:
+        domains: int64 [B] on the device, into the domains of the mixture.
+    """
+
+    domains: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,28 +57,43 @@ class Parts:
     Attributes:
         model: to be trained, masked in place while masks are learned.
         chunk_tokens: tokens whose logits exist at the same time.
-        source: loads one more copy of the source model, as it was before anything was masked, refitted or cut; whole,
-            on the stage's device, attending as `model` does.
+        domains: names, in the order of `Origins.domains`.
+        distill: how a teacher is listened to; None: not at all.
+        teacher: loads the model that is listened to, whole, as it is stored and not as it is trained, on the stage's
+            device, attending as `model` does.
+        height: of the learning rate of the step that follows so many done ones: 1 at its peak, 0 at the end of a decay.
     """
 
     model: PreTrainedModel
     chunk_tokens: int
-    source: Callable[[], PreTrainedModel]
+    domains: Sequence[str]
+    distill: DistillRecipe | None
+    teacher: Callable[[], PreTrainedModel]
+    height: Callable[[int], float]
 
 
 class Objective(nn.Module, ABC):
     """What an engine prepares and the loop calls: tokens in, `Losses` out.
 
     An engine takes charge of what is among its parameters and buffers: it places, shards, trains and saves them. What
-    an objective only listens to (a teacher) must not be among them, so it is held in something that is no module:
-    `self._teacher = (teacher,)`. Its forward pass then runs inside this one's, whole on every process.
+    an objective only listens to (a teacher) must not be among them, so it is held in something that is no module
+    (`teacher.OnlineTeacher`). Its forward pass then runs inside this one's, whole on every process.
 
     In eval mode the total is the language model's loss, whatever training minimises, and rows always are: domain
     weights and held-out losses go by them.
 
+    What it learns of the domains while training goes on, and no optimiser does, is in every checkpoint.
+
+    Attributes:
+        measures: what is measured of every row beside its loss, K names.
+        follows_domains: whether `end_step` wants the domains' sums of every step.
+
     Args:
         model: Hugging Face model, or one masked in place; its parameters appear under `model.`.
     """
+
+    measures: ClassVar[tuple[str, ...]] = ()
+    follows_domains: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -76,13 +105,31 @@ class Objective(nn.Module, ABC):
         """The objective of a stage."""
 
     @abstractmethod
-    def forward(self, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
+    def forward(self, tokens_BT: Tensor, documents: Documents | None = None, origins: Origins | None = None) -> Losses:
         """Sums of the loss over the B * (T - 1) tokens, or those that count.
 
         Args:
             tokens_BT: int64, S inputs and the last label: T = S + 1.
             documents: of these rows; None where documents mean nothing.
+            origins: of these rows; None in eval mode.
         """
+
+    def begin_step(self, step: int) -> None:
+        """A step begins, after so many done ones."""
+
+    def end_step(self, domains: Tensor) -> None:
+        """A step was done; nothing may wait for the device.
+
+        Args:
+            domains: fp64 [M, 2 + K] over all processes: of each domain sums of losses, labels, and what was measured.
+        """
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON-able, the same on all processes."""
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Continue where `memory` was taken, bit for bit."""
 
 
 def objective_of(name: str, *, parts: Parts) -> Objective:

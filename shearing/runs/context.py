@@ -20,10 +20,11 @@ from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
-from shearing.models.loading import load_config
+from shearing.models.loading import load_config, load_tokenizer
+from shearing.models.shape import Shape
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
-from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.training.device import resolve_device, resolve_precision
@@ -80,24 +81,32 @@ class RunContext:
         return load_config(self.recipe.model.source, revision=self.recipe.model.revision)
 
     @cached_property
+    def teacher_config(self) -> PretrainedConfig | None:
+        """That of the model that is listened to; None: there is none.
+
+        Raises:
+            ShearingError: see `load_config`.
+        """
+        teacher = self.recipe.teacher
+        if teacher is None or teacher == self.recipe.model:
+            return None if teacher is None else self.config
+        with named(TEACHER_NAMES):
+            return load_config(teacher.source, revision=teacher.revision)
+
+    @property
+    def teacher_shape(self) -> Shape | None:
+        """Its sizes."""
+        return None if self.teacher_config is None else Shape.of(self.teacher_config)
+
+    @cached_property
+    @named({"source": "model.source"})
     def tokenizer(self) -> Any:
         """The source model's.
 
         Raises:
             ShearingError: there is none beside the model.
         """
-        from transformers import AutoTokenizer
-
-        source = self.recipe.model
-        try:
-            return AutoTokenizer.from_pretrained(source.source, revision=source.revision)
-        except (OSError, ValueError) as error:
-            raise ShearingError(
-                "model.source",
-                value=source.source,
-                allowed="a model with its tokenizer beside it",
-                mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
-            ) from error
+        return load_tokenizer(self.recipe.model.source, revision=self.recipe.model.revision)
 
     @cached_property
     @named(COMPONENT_NAMES)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from shearing.data.recipe import DataRecipe, MixtureRecipe
 from shearing.models.recipe import ModelRecipe, TargetRecipe
+from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
@@ -27,7 +28,8 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "training": TrainingRecipe,
     "training.deepspeed": DeepSpeedRecipe,
 }
-"""Those of a run whose keys components know. `sparsify` has a table of its own: its keys are those of a command too."""
+"""Those of a run whose keys components know. Two have tables of their own: `sparsify`, with the keys of a command too,
+and `distill`, whose keys are called as those of other sections are."""
 
 
 def own_keys(section: type[BaseModel]) -> list[str]:
@@ -45,6 +47,16 @@ COMPONENT_NAMES: Mapping[str, str] = {
     "folder": "run_dir",
 }
 """What components call, by the keys of a run."""
+
+DISTILL_NAMES: Mapping[str, str] = _in("distill", DistillRecipe.model_fields)
+"""Keys of distillation by the keys of a run; other sections have keys of the same names."""
+
+TEACHER_NAMES: Mapping[str, str] = {
+    "source": "distill.teacher",
+    "model": "distill.teacher",
+    "revision": "distill.revision",
+}
+"""What models are called where the teacher is meant."""
 
 ONE_SHOT_NAMES: Mapping[str, str] = {
     **_in("sparsify", OneShotRecipe.model_fields),

@@ -6,7 +6,7 @@ python -m shearing.runs.recipe docs/recipe.md     rewrites the reference of keys
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing_extensions import Self
 from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictions
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
+from shearing.objectives.recipe import SOURCE, DistillRecipe, distill_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
 from shearing.pruning.structured.recipe import (
     PruneRecipe,
@@ -24,7 +25,7 @@ from shearing.pruning.structured.recipe import (
     granularity_contradictions,
     masking_contradictions,
 )
-from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.stages.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
@@ -70,6 +71,7 @@ class Recipe(Section):
     prune: PruneRecipe | None = None
     sparsify: OneShotRecipe | None = None
     pretrain: PretrainRecipe
+    distill: DistillRecipe | None = None
     training: TrainingRecipe = TrainingRecipe()
     evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
 
@@ -113,6 +115,14 @@ class Recipe(Section):
             before=sum(steps[:index]) if self.one_schedule else 0,
             after=sum(steps[index + 1 :]) if self.one_schedule else 0,
         )
+
+    @property
+    def teacher(self) -> ModelRecipe | None:
+        """The model that is listened to; None: there is none."""
+        if self.distill is None or self.distill.teacher == SOURCE:
+            return None if self.distill is None else self.model
+        own = {"source": self.distill.teacher, "revision": self.distill.revision}
+        return self.model.model_copy(update=own)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -238,6 +248,8 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
+    if recipe.distill is not None:
+        yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -269,14 +281,29 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             )
 
 
-def _renamed(errors: Iterable[ShearingError]) -> Iterator[ShearingError]:
+def _renamed(errors: Iterable[ShearingError], *, names: Mapping[str, str] = COMPONENT_NAMES) -> Iterator[ShearingError]:
     """Errors that a section finds in itself, under the keys of the whole recipe."""
     for error in errors:
-        error.rename(COMPONENT_NAMES)
+        error.rename(names)
         yield error
 
 
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    if recipe.mixture.update != "constant" and recipe.mixture.reference == "teacher":
+        if recipe.distill is None:
+            yield ShearingError(
+                "mixture.reference",
+                value="teacher",
+                allowed="teacher only with the section distill: there is no other teacher",
+                mend="add the section distill, or set mixture.reference=source",
+            )
+        if recipe.mixture.losses != "training":
+            yield ShearingError(
+                "mixture.losses",
+                value=recipe.mixture.losses,
+                allowed="training with mixture.reference=teacher: both losses are of the tokens that are trained on",
+                mend="set mixture.losses=training",
+            )
     if (recipe.target is None) != (recipe.prune is None):
         absent, there = ("prune", "target") if recipe.prune is None else ("target", "prune")
         yield ShearingError(

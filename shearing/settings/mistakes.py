@@ -55,6 +55,8 @@ def located(
 
 
 def _mend(entry: ErrorDetails, *, path: KeyPath, model: type[BaseModel]) -> str:
+    if entry["type"] == "renamed":
+        return f"write {entry['ctx']['now']}"
     choices = re.findall(r"'([^']*)'", entry.get("ctx", {}).get("expected", ""))
     if near := difflib.get_close_matches(str(entry["input"]), choices, n=1):
         return f"did you mean {near[0]}?"

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def formerly(**names: str) -> BeforeValidator:
+    """Refuses values by names that they had once, each with the name that it has now."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value in names:
+            raise PydanticCustomError(
+                "renamed", "'{now}': it was called '{once}'", {"now": names[value], "once": value}
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):

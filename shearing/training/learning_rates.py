@@ -74,6 +74,15 @@ class LearningRates:
         # Exactly the peak at its height, whatever the end.
         return self.peak * (1 - (1 - self.final) * (1 - self._height(step)))
 
+    def height_at(self, step: int) -> float:
+        """How high the rate of that step is, whatever the end: from 0 up to 1 in the warm-up, 0 where the decay ends.
+
+        Args:
+            step: of the stage, as of `at`.
+        """
+        step += self.first_step
+        return (step + 1) / self.warmup_steps if step < self.warmup_steps else self._height(step)
+
     def _height(self, step: int) -> float:
         """Where between the end, 0, and the peak, 1, the rate is after the warm-up."""
         progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)

@@ -2,7 +2,8 @@
 
 Every process runs it; what they do together is the same in number and order on all of them.
 
-Shapes: B sequences of a step on this process, T = S + 1 tokens of a row (S inputs and the last label), M domains.
+Shapes: B sequences of a step on this process, T = S + 1 tokens of a row (S inputs and the last label), M domains, K
+measures of the objective.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from shearing.data.documents import sent
 from shearing.data.mixture.sampler import Batch
-from shearing.objectives.objective import Losses
+from shearing.objectives.objective import Losses, Origins
 from shearing.training.callbacks.standard import StandardCallbacks
 from shearing.training.stage import Interrupted, Trained
 from shearing.training.start import start
@@ -66,20 +67,20 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
         positions_BT = None if batch.positions is None else batch.positions[first : first + size]
         documents = task.mixture.documents.documents(positions_BT, device=device)
         with task.engine.autocast():
-            losses: Losses = model(micro_BT, documents)
+            losses: Losses = model(micro_BT, documents, Origins(domains=domain_ids_B[first : first + size]))
             loss = losses.total / num_valid
         task.engine.backward(loss, last=index + 1 == len(micro_batches))
         total += loss.detach()
-        of_rows.append(torch.stack([losses.rows.double(), losses.labels.double()], 1))
+        of_rows.append(torch.column_stack([losses.rows.double(), losses.labels.double(), losses.measured.double()]))
     if task.masking is not None:
         task.masking.after_backward(step=step, scale=task.engine.loss_scale)
     return total, _by_domain(torch.cat(of_rows), domain_ids_B, num_domains=len(task.mixture.domains))
 
 
-def _by_domain(rows_B2: Tensor, domain_ids_B: Tensor, *, num_domains: int) -> Tensor:
-    """Sums of rows by domain, [M, 2]; in a fixed order, and what is not finite stays in its domain."""
+def _by_domain(rows_BK: Tensor, domain_ids_B: Tensor, *, num_domains: int) -> Tensor:
+    """Sums of rows by domain, [M, 2 + K]; in a fixed order, and what is not finite stays in its domain."""
     domains_M1 = torch.arange(num_domains, device=domain_ids_B.device)[:, None]
-    return torch.where((domain_ids_B == domains_M1)[..., None], rows_B2, 0.0).sum(1)
+    return torch.where((domain_ids_B == domains_M1)[..., None], rows_BK, 0.0).sum(1)
 
 
 def _update(task: Task, *, step: int) -> Tensor:

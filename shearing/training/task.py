@@ -93,7 +93,8 @@ class Task:
         masking: None: the weights alone are trained.
         dynamic: None: domain weights are constant.
         average_weight: that of a step's loss in its domain's average, where averaged training losses update the domain
-            weights; None: held-out losses do.
+            weights; None: held-out losses do, or where `teacher_reference` means since the last update.
+        teacher_reference: whether the teacher's losses of the same tokens are the reference of domain weights.
         heldout: the text that updates domain weights and tells how good the masks are in the end.
         moments: AdamW state to start from; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
@@ -119,6 +120,7 @@ class Task:
     dynamic: DynamicMixture | None
     heldout: HeldOut
     average_weight: float | None
+    teacher_reference: bool = False
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
@@ -144,7 +146,8 @@ class StepResult:
 
     Attributes:
         loss: of the step's mean loss per token; scalar.
-        domains: fp64 [M, 2], of each domain's sum in nats, and of its number of labels.
+        domains: fp64 [M, 2 + K], of each domain's sum in nats, of its number of labels, and of the sums of what the
+            objective measures.
         skipped: boolean scalar: whether loss or gradient was not finite; the same on all processes.
     """
 

@@ -1,19 +1,22 @@
-"""A teacher stays whole and as it was on every process, whatever of its student is shared out."""
+"""A teacher stays whole and as it was on every process, and what is learned from it does not depend on their number."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.objectives.distillation import Distillation
+from shearing.objectives.objective import PARAMETER_PREFIX, Origins
 from shearing.processes.processes import Processes
+from shearing.runs.recipe import Recipe
 from shearing.training.checkpoints.pieces import ShardedState
+from tests.distributed import runs
 from tests.distributed.harness import spawn
 from tests.models.tiny import VOCAB_SIZE, tiny_model
-from tests.objectives.teacher import TeachersLoss
+from tests.objectives.distillations import parts_of
 from tests.training.engines.test_kept_zeros import SEQUENCES, make_engine
 
 STEPS = 2
@@ -22,23 +25,24 @@ STEPS = 2
 def train(folder: Path, kind: str) -> None:
     """What every process runs."""
     with Processes.start(device="cpu") as processes:
-        objective = TeachersLoss(tiny_model(), teacher=tiny_model(seed=1))
+        teacher = tiny_model(seed=1)
+        objective = Distillation.of(parts_of(teacher=teacher))
         own = {PARAMETER_PREFIX + name for name, _ in objective.model.named_parameters()}
         engine = make_engine(kind, processes=processes, precision=torch.float32)
         prepared = engine.prepare(objective)
         prepared.train()
-        teacher = tiny_model(seed=1)
         tokens_BT = torch.arange(SEQUENCES * 5).view(SEQUENCES, 5) % VOCAB_SIZE
         micro_batches = tokens_BT.tensor_split(processes.size)[processes.rank].split(1)
         for step in range(STEPS):
             for index, micro_BT in enumerate(micro_batches):
-                losses = prepared(micro_BT)
+                losses = prepared(micro_BT, None, Origins(domains=torch.zeros(1, dtype=torch.int64)))
                 with torch.no_grad():
-                    of_teacher = LanguageModelLoss(teacher, chunk_tokens=8)(micro_BT).total
-                torch.testing.assert_close(losses.total.detach(), losses.rows.sum() - of_teacher, rtol=1e-5, atol=1e-5)
+                    logits = tiny_model(seed=1)(micro_BT[:, :-1]).logits.log_softmax(-1)
+                of_teacher = -logits.gather(2, micro_BT[:, 1:, None]).sum()
+                torch.testing.assert_close(losses.measured[0, 0], of_teacher, rtol=1e-5, atol=1e-5)
                 engine.backward(losses.total / tokens_BT.numel(), last=index + 1 == len(micro_batches))
             assert not engine.step(step=step)
-        for found, weight in zip(objective.teacher.parameters(), teacher.parameters(), strict=True):
+        for found, weight in zip(teacher.parameters(), tiny_model(seed=1).parameters(), strict=True):
             assert torch.equal(found, weight)
         engine.save(folder)
         processes.barrier()
@@ -52,3 +56,39 @@ def test_a_teacher_is_not_shared_out(kind: str, tmp_path: Path) -> None:
         pytest.importorskip("deepspeed")
     (tmp_path / "checkpoint").mkdir()
     spawn(train, tmp_path / "checkpoint", kind, size=2, folder=tmp_path / "out")
+
+
+def _recipe(inputs: Path, run_dir: Path, **training: Any) -> Recipe:
+    values = runs.recipe(inputs, run_dir=run_dir, steps=8, **training).model_dump(mode="json")
+    values["distill"] = {"weight": 0.6, "domains": "auto", "margin": 0.05, "skip_low_entropy": 0.2}
+    values["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "2 steps"}
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "training"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"engine": "deepspeed", "zero_stage": 1}),
+        (2, {"engine": "deepspeed", "zero_stage": 2}),
+        (2, {"engine": "deepspeed", "zero_stage": 3}),
+    ],
+)
+def test_several_processes_learn_what_one_does(
+    size: int, training: dict[str, Any], tiny_inputs: Path, tmp_path: Path
+) -> None:
+    if training:
+        pytest.importorskip("deepspeed")
+    found = []
+    for processes, settings in ((1, {}), (size, training)):
+        run_dir = tmp_path / f"run-{processes}"
+        recipe = _recipe(tiny_inputs, run_dir, **settings)
+        spawn(runs.train, recipe, ("prune",), size=processes, folder=tmp_path / f"out-{processes}")
+        names = ("loss", "domain_losses", "domain_teacher_losses", "domain_divergences", "domain_teacher_weights")
+        names = (*names, "losses", "reference", "weights")
+        lines = runs.lines(run_dir, "prune")
+        found.append([{name: line[name] for name in names if name in line} for line in lines])
+    assert runs.difference(*found) < 1e-3
+    assert len({str(line.get("domain_teacher_weights")) for line in found[0]}) > 2

@@ -24,7 +24,7 @@ def test_two_processes_take_out_what_one_does(way: str, engine: str, tiny_inputs
         folder = tmp_path / f"run-{size}"
         chosen = runs.recipe(tiny_inputs, run_dir=folder, steps=8, engine="torch" if size == 1 else engine)
         values = chosen.model_dump(mode="json")
-        values["prune"] |= {"masks": way, "freeze": "2 steps", "mask_draws": 1}
+        values["prune"] |= {"masks": way, "freeze": "2 steps", "mask_draws": 1, "removal_stages": 3}
         recipe = Recipe.model_validate(values)
         spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / f"out-{size}")
         masks.append(load_file(folder / "prune" / "masks.safetensors"))

@@ -15,8 +15,8 @@ from shearing.settings.quantities import format_parameters, format_tokens
 
 LOSSES = {
     "source": ("source", "source", {"books": 3.0, "code": 2.0}),
-    "random": ("random", "cut", {"books": 15.0, "code": 14.0}),
-    "importance": ("importance", "cut", {"books": 8.0, "code": 5.5}),
+    "random": ("chance", "cut", {"books": 15.0, "code": 14.0}),
+    "activations": ("activations", "cut", {"books": 8.0, "code": 5.5}),
     "compact": ("learned masks", "cut", {"books": 5.0, "code": 6.0}),
     "final": ("learned masks, pretrained", "pretrained", {"books": 4.0, "code": 3.0}),
 }
@@ -33,7 +33,9 @@ def evaluation() -> dict[str, Any]:
             "group": group,
             "parameters": size,
             "parameters_without_embeddings": size - 20_000_000,
+            "units": None if name == "source" else f"{len(models):08x}",
             "training_tokens": 409_600,
+            "flops": 0.0 if name == "source" else 1.25e15,
             "domains": {domain: {"loss": loss} for domain, loss in losses.items()},
             "mean": {"loss": mean, "perplexity": math.exp(mean), "bits_per_byte": mean / 3},
             "speed": None,
@@ -66,14 +68,14 @@ def printed(evaluation: dict[str, Any], *, width: int = 100) -> list[str]:
 
 def test_only_models_of_the_same_group_compete(evaluation: dict[str, Any]) -> None:
     assert [name for name, cell in row(evaluation, "books").items() if cell.best] == ["learned masks"]
-    assert [name for name, cell in row(evaluation, "code").items() if cell.best] == ["importance"]
+    assert [name for name, cell in row(evaluation, "code").items() if cell.best] == ["activations"]
     assert [name for name, cell in row(evaluation, "parameters").items() if cell.best] == []
 
 
 def test_equal_figures_are_both_best(evaluation: dict[str, Any]) -> None:
     evaluation["models"]["random"]["domains"]["books"]["loss"] = 5.0
 
-    assert [name for name, cell in row(evaluation, "books").items() if cell.best] == ["random", "learned masks"]
+    assert [name for name, cell in row(evaluation, "books").items() if cell.best] == ["chance", "learned masks"]
 
 
 def test_the_printed_table_fits_100_columns_and_cuts_no_word(evaluation: dict[str, Any]) -> None:
@@ -123,27 +125,63 @@ def test_bits_per_byte_are_left_out_where_no_tokenizer_tells(evaluation: dict[st
     assert not any("bits per byte" in line for line in printed(evaluation))
 
 
-def test_verdict_admits_a_loss_everywhere(evaluation: dict[str, Any]) -> None:
-    evaluation["models"]["importance"]["domains"]["books"]["loss"] = 1.0
-
-    assert "on none of the 2 domains" in verdict(evaluation)
-
-
-def test_verdict_counts_the_domains_won(evaluation: dict[str, Any]) -> None:
-    for name in ("source", "random", "importance"):
+def test_only_models_of_equal_training_compete(evaluation: dict[str, Any]) -> None:
+    for name in ("source", "random", "activations"):
         evaluation["models"][name]["training_tokens"] = 0
+    marked = [name for name, cell in row(evaluation, "books").items() if cell.best]
 
+    assert marked == ["activations"]
+    assert comparison_table(evaluation).contest == "lowest of one shape and equal training tokens"
+    evaluation["models"]["random"]["training_tokens"] = 1
+    assert not [name for name, cell in row(evaluation, "books").items() if cell.best]
+    assert comparison_table(evaluation).contest is None
+    assert "lowest" not in verdict(evaluation)
+
+
+def test_what_each_model_kept_and_took_stands_above_its_losses(evaluation: dict[str, Any]) -> None:
+    rows = comparison_table(evaluation).sections[0].rows
+    assert [label for label, _ in rows[:3]] == ["units kept", "training tokens", "FLOPs"]
+    assert [cell.text for cell in rows[0][1]] == ["–", "00000001", "00000002", "00000003", "00000004"]
+    assert [cell.text for cell in rows[2][1]] == ["0", *["1.2e15"] * 4]
+
+
+def test_names_too_long_for_headings_stand_below_letters(evaluation: dict[str, Any]) -> None:
+    models = evaluation["models"]
+    for name in ("reconstruction", "reconstruction, refitted", "chosen by reconstruction, refitted, trained"):
+        models[name] = {**copy.deepcopy(models["compact"]), "label": name}
+    lines = printed(evaluation)
+
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    assert any(line.split() == list("abcdefgh") for line in lines)
+    assert any(line.strip() == "h  chosen by reconstruction, refitted, trained" for line in lines)
+
+
+def test_units_that_learning_changed_are_counted_or_said_to_be_none(evaluation: dict[str, Any]) -> None:
+    cut = evaluation["models"]["compact"]
+    cut |= {"started_by": "reconstruction", "changed_from_start": {"layers": 0, "intermediate": 0, "hidden": 0}}
+    assert "Mask learning changed none of the units chosen by reconstruction." in verdict(evaluation)
+    assert row(evaluation, "MLP units")["learned masks"].text == "0"
+    assert row(evaluation, "MLP units")["chance"].text == "–"
+    cut["changed_from_start"] = {"layers": 0, "intermediate": 1518, "hidden": 27}
+    said = "Mask learning changed, of what reconstruction chose: 1,518 MLP units, 27 hidden dimensions."
+    assert said in verdict(evaluation)
+    cut |= {"started_by": "open", "changed_from_start": {"layers": "open"}}
+    assert "Mask learning changed" not in verdict(evaluation)
+    assert row(evaluation, "layers")["learned masks"].text == "open"
+
+
+def test_verdict_names_the_lowest_of_equal_training(evaluation: dict[str, Any]) -> None:
     assert verdict(evaluation) == (
-        "Right after cutting, learned masks (trained on 409.6K tokens, the others on none) have the lowest loss of 3 "
-        "ways to choose the same shape on 1 of 2 domains (mean 5.50; importance: 6.75). At 64.2M of 134.5M parameters "
+        "Of 3 ways to choose the same shape, after 409.6K training tokens, the lowest loss is that of: learned masks "
+        "(mean 5.50, lowest on 1 of 2 domains; next, activations: 6.75). At 64.2M of 134.5M parameters "
         "(2.1× smaller) the mean held-out loss is 3.50 after continued pretraining, against 2.50 for the source."
     )
-    evaluation["models"]["importance"]["domains"]["code"]["loss"] = 6.5
-    assert "on all 2 domains" in verdict(evaluation)
-
-
-def test_verdict_does_not_mention_equal_training(evaluation: dict[str, Any]) -> None:
-    assert verdict(evaluation).startswith("Right after cutting, learned masks have the lowest loss of 3 ways")
+    for name in ("source", "random", "activations"):
+        evaluation["models"][name]["training_tokens"] = 0
+    assert verdict(evaluation).startswith(
+        "Of 2 ways to choose the same shape, untrained, the lowest loss is that of: activations (mean 6.75, lowest on "
+        "2 of 2 domains; next, chance: 14.50). At"
+    )
 
 
 def test_verdict_says_how_much_faster(evaluation: dict[str, Any]) -> None:

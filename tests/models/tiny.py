@@ -25,7 +25,7 @@ SCALED_ROPE = {
     "original_max_position_embeddings": 32,
 }
 CONFIGS = {
-    "llama": lambda **kw: LlamaConfig(**SIZES, **kw),
+    "llama": lambda **kw: LlamaConfig(**SIZES | kw),
     "llama-mha": lambda **kw: LlamaConfig(**{**SIZES, "num_key_value_heads": 6}, **kw),
     "llama-biases": lambda **kw: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, **kw),
     "llama-rope-scaling": lambda **kw: LlamaConfig(**SIZES, rope_parameters=SCALED_ROPE, **kw),
@@ -38,10 +38,10 @@ CONFIGS = {
 }
 
 
-def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
-    """A random model of a key of `CONFIGS`, fp32, in evaluation mode."""
+def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """A random model of a key of `CONFIGS`, its sizes but for those given, fp32, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](tie_word_embeddings=tied)).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](tie_word_embeddings=tied, **sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             mean = 1.0 if parameter.ndim == 1 else 0.0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts, objective_of
+from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Origins, objective_of
 from shearing.objectives.registry import OBJECTIVES
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.engines.optimizer import Optimization
@@ -18,13 +18,9 @@ from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import StageRecipe
 from tests.models.tiny import VOCAB_SIZE, tiny_model
-from tests.objectives.teacher import TeachersLoss
+from tests.objectives.distillations import parts_of
 
 CPU = torch.device("cpu")
-
-
-def _parts() -> Parts:
-    return Parts(model=tiny_model(), chunk_tokens=8, source=lambda: tiny_model(seed=1))
 
 
 def test_the_list_of_names_needs_no_torch() -> None:
@@ -38,46 +34,40 @@ def test_the_list_of_names_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_name_is_an_objective_of_its_model(name: str) -> None:
-    parts = _parts()
+    parts = parts_of()
     objective = objective_of(name, parts=parts)
     assert isinstance(objective, Objective)
     own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     assert {name for name, _ in objective.named_parameters()} == own
     tokens_BT = torch.arange(10).view(2, 5) % VOCAB_SIZE
+    origins = Origins(domains=torch.tensor([0, 1]))
     with torch.no_grad():
         expected = LanguageModelLoss(parts.model, chunk_tokens=8)(tokens_BT)
     for training in (True, False):
-        losses = objective.train(training)(tokens_BT)
+        losses = objective.train(training)(tokens_BT, None, origins if training else None)
         torch.testing.assert_close(losses.rows, expected.rows)
         assert losses.labels.tolist() == [4, 4]
+        assert losses.measured.shape == (2, len(objective.measures))
         if not training or name == "language_model":
             assert losses.total.item() == pytest.approx(losses.rows.sum().item())
 
 
-def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(OBJECTIVES, "teacher", "tests.objectives.teacher:TeachersLoss")
-    parts = _parts()
-    objective = objective_of("teacher", parts=parts)
+def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(tmp_path: Path) -> None:
+    parts = parts_of(teacher=(teacher := tiny_model(seed=1)), weight=0.5)
+    objective = objective_of("distillation", parts=parts)
     stage = StageRecipe.model_validate({"duration": 4, "batch_size": 2, "learning_rate": 0.01, "warmup": 0})
     optimization = Optimization.of(stage, rates=LearningRates.of(stage, tokens_per_step=2))
     engine = TorchEngine(optimization, device=CPU, precision=torch.float32)
     prepared = engine.prepare(objective).train()
-    teacher = tiny_model(seed=1)
     tokens_BT = torch.arange(10).view(2, 5) % VOCAB_SIZE
-    losses = prepared(tokens_BT)
-    with torch.no_grad():
-        of_teacher = LanguageModelLoss(teacher, chunk_tokens=8)(tokens_BT)
-    assert losses.total.item() == pytest.approx((losses.rows.sum() - of_teacher.total).item(), abs=1e-4)
+    losses = prepared(tokens_BT, None, Origins(domains=torch.tensor([0, 1])))
+    assert losses.total.item() != pytest.approx(losses.rows.sum().item(), abs=1e-2)
     engine.backward(losses.total, last=True)
     engine.step(step=0)
     engine.save(tmp_path)
     own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     assert ShardedState(tmp_path).shapes.keys() == own
-    assert isinstance(objective, TeachersLoss)
-    after = dict(objective.teacher.named_parameters())
-    for name, weight in teacher.named_parameters():
-        assert torch.equal(after[name], weight)
+    for name, weight in tiny_model(seed=1).named_parameters():
+        assert torch.equal(dict(teacher.named_parameters())[name], weight)
     prepared.eval()
     assert prepared(tokens_BT).total.item() == pytest.approx(prepared(tokens_BT).rows.sum().item())

@@ -15,7 +15,7 @@ from shearing.errors import ShearingError, named
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import granularities_of
 from shearing.pruning.structured.parameter_budget import ParameterBudget, round_to_budget, uniform_shape
-from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES, SECTIONS, own_keys
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, SECTIONS, own_keys
 from shearing.runs.recipe import Recipe
 from shearing.settings.document import section_of
 from shearing.training.engines.deepspeed_engine import import_deepspeed
@@ -30,7 +30,7 @@ HIDDEN = torch.ones(SOURCE.hidden_size)
 def test_all_sections_have_names() -> None:
     sections = {name for name, field in Recipe.model_fields.items() if section_of(field)}
     # What only stages of a run read, and what has names of its own.
-    assert sections - {"evaluation", "sparsify"} == {section.partition(".")[0] for section in SECTIONS}
+    assert sections - {"evaluation", "sparsify", "distill"} == {section.partition(".")[0] for section in SECTIONS}
 
 
 def test_a_name_stands_for_one_key() -> None:
@@ -40,7 +40,7 @@ def test_a_name_stands_for_one_key() -> None:
     assert counts.keys() == COMPONENT_NAMES.keys()
 
 
-@pytest.mark.parametrize("key", sorted({*COMPONENT_NAMES.values(), *ONE_SHOT_NAMES.values()}))
+@pytest.mark.parametrize("key", sorted({*COMPONENT_NAMES.values(), *DISTILL_NAMES.values(), *ONE_SHOT_NAMES.values()}))
 def test_every_name_stands_for_a_key_of_the_recipe(key: str) -> None:
     for each in key.split(" and "):
         section = Recipe

@@ -244,6 +244,14 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, text)).pretrain.duration == Duration(steps=7)
 
 
+@pytest.mark.parametrize("override", ["prune.initial_masks=importance", "evaluation.baselines=[random, importance]"])
+def test_a_value_that_is_called_otherwise_now_is_refused_with_its_name(override: str) -> None:
+    said = message(override)
+    assert "allowed: 'activations': it was called 'importance'" in said
+    assert "to mend: write activations" in said
+    assert len(said.splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

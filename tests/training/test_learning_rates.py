@@ -96,3 +96,14 @@ def test_what_is_stable_is_counted_in_steps_of_the_stage() -> None:
     assert rates_of("wsd", duration=30, decay=10, before=10).stable_steps == 20
     assert rates_of("wsd", duration=30, decay="100%", warmup=0).stable_steps is None
     assert rates_of("cosine").stable_steps is None
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_heights_are_rates_without_an_end(schedule: str) -> None:
+    """What follows the learning rate follows it to nothing."""
+    keys: dict[str, Any] = {"duration": 30, "warmup": 6, "decay": "10 steps", "before": 4}
+    rates = rates_of(schedule, final_learning_rate=0.0, learning_rate=1.0, **keys)
+    raised = rates_of(schedule, final_learning_rate=0.4, learning_rate=2e-3, **keys)
+    heights = [raised.height_at(step) for step in range(30)]
+    assert heights == pytest.approx(listed(rates, steps=30))
+    assert heights[:2] == pytest.approx([5 / 6, 1.0])

@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shearing.data.documents import Documents
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
@@ -95,9 +94,13 @@ def test_compiled_layers_stay_close(tiny_inputs: Path, tmp_path: Path) -> None:
     _assert_close(tmp_path / "False", tmp_path / "True", tolerance=1e-4)
 
 
-def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(tiny_inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ["straight_through", "hard_concrete"])
+def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(
+    tiny_inputs: Path, tmp_path: Path, estimator: str
+) -> None:
     for interval in (1, 4):
-        output = _prune(_recipe(tiny_inputs, tmp_path / str(interval), training={"log_interval": interval}))
+        sections = {"prune": {"estimator": estimator}, "training": {"log_interval": interval}}
+        output = _prune(_recipe(tiny_inputs, tmp_path / str(interval), **sections))
         assert "prune complete" in output
     lines = _lines(tmp_path / "1")
     assert lines == _lines(tmp_path / "4")
@@ -114,7 +117,9 @@ def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(tiny_input
     assert step["tokens"] == 4 * 16
     assert step["loss"] == pytest.approx(math.log(18), rel=0.2)
     assert set(step["weights"]) == set(update["losses"]) == set(update["reference"]) == {"letters", "digits"}
-    assert set(step["expected"]) == set(step["target"]) == set(step["violation"]) == set(step["lambda_1"])
+    assert set(step["expected"]) == set(step["target"]) == set(step["violation"])
+    # Masks under the hard budget are pulled by nothing.
+    assert set(step.get("lambda_1", {})) == (set(step["target"]) if estimator == "hard_concrete" else set())
     # Announced after step 3, in force two steps later: what the prefetcher had not dealt yet.
     assert update["first_sample"] == (3 + PREFETCHED_STEPS) * 4
 
@@ -125,8 +130,8 @@ def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixtu
     seen: list[Losses] = []
     forward = LanguageModelLoss.forward
 
-    def recorded(self: nn.Module, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
-        losses = forward(self, tokens_BT, documents)  # type: ignore[arg-type]
+    def recorded(self: nn.Module, *arguments: Any) -> Losses:
+        losses = forward(self, *arguments)  # type: ignore[arg-type]
         seen.append(losses)
         return losses
 
@@ -163,10 +168,10 @@ def _poison(monkeypatch: pytest.MonkeyPatch, *, bad: Callable[[int], bool]) -> N
     forward = LanguageModelLoss.forward
     calls = -1
 
-    def poisoned(self: nn.Module, tokens_BT: Tensor, documents: Documents | None = None) -> Losses:
+    def poisoned(self: nn.Module, *arguments: Any) -> Losses:
         nonlocal calls
         calls += 1
-        losses = forward(self, tokens_BT, documents)  # type: ignore[arg-type]
+        losses = forward(self, *arguments)  # type: ignore[arg-type]
         return losses._replace(total=losses.total * math.nan, rows=losses.rows * math.nan) if bad(calls) else losses
 
     monkeypatch.setattr(LanguageModelLoss, "forward", poisoned)
@@ -176,7 +181,7 @@ def test_non_finite_steps_are_skipped_and_counted(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _poison(monkeypatch, bad=lambda call: call in (4, 5))  # step 3 (both micro-batches)
-    _prune(_recipe(tiny_inputs, tmp_path / "run"))
+    _prune(_recipe(tiny_inputs, tmp_path / "run", prune={"estimator": "hard_concrete"}))
     lines = [line for line in _lines(tmp_path / "run") if "event" not in line]
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert lines[2]["loss"] is None

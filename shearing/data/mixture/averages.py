@@ -1,4 +1,4 @@
-"""Each domain's training loss as a moving average: what updates domain weights without held-out passes."""
+"""Each domain's training loss, averaged over steps: what updates domain weights without held-out passes."""
 
 from __future__ import annotations
 
@@ -39,3 +39,43 @@ class LossAverages:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue where `state_dict` was taken."""
         self._losses = dict(state)
+
+
+class LossMeans:
+    """Means over all tokens of each domain since the beginning, that of a model and that of its reference beside it.
+
+    As both losses are of the same tokens, what is hard in them cancels in the difference.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The model's, in nats; domains that were not seen are absent."""
+        return {domain: loss / labels for domain, (loss, _, labels) in self._sums.items()}
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """Its reference's."""
+        return {domain: reference / labels for domain, (_, reference, labels) in self._sums.items()}
+
+    def add(self, losses: Mapping[str, float], *, reference: Mapping[str, float], labels: Mapping[str, float]) -> None:
+        """One step's means, and the number of labels that they are over; what is not finite is left out."""
+        for domain, count in labels.items():
+            step = [losses[domain] * count, reference[domain] * count, count]
+            if all(map(math.isfinite, step)):
+                before = self._sums.get(domain, [0.0, 0.0, 0.0])
+                self._sums[domain] = [total + value for total, value in zip(before, step, strict=True)]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._sums = {}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps."""
+        return {domain: list(sums) for domain, sums in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._sums = {domain: list(sums) for domain, sums in state.items()}

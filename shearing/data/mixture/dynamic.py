@@ -35,7 +35,8 @@ class DynamicMixture:
 
     Attributes:
         rule: turns losses into weights.
-        reference: loss of each domain that is aimed at, in nats; with `online`, until there is a prediction.
+        reference: loss of each domain that is aimed at, in nats; with `online`, until there is a prediction. Empty
+            where every update brings its own.
         parameters: size of the model at the end of the stage, embeddings included.
         tokens: of the whole stage.
         online: whether the reference is predicted from the losses of the stage itself.
@@ -54,6 +55,7 @@ class DynamicMixture:
         weights: Mapping[str, float],
         *,
         losses: Mapping[str, float],
+        reference: Mapping[str, float] | None = None,
         parameters: float,
         tokens: int,
         state: State,
@@ -63,18 +65,19 @@ class DynamicMixture:
         Args:
             weights: current weights.
             losses: loss of each domain now, in nats.
+            reference: of the same text; None: that of all updates.
             parameters: size of the model that the losses are of, embeddings included.
             tokens: trained on in this stage.
             state: that the update before left.
         """
         observations = [Observation.from_json(values) for values in state.get("observations", ())]
-        reference = dict(self.reference)
+        aimed_at = dict(self.reference if reference is None else reference)
         if self.online:
             observations.append(Observation(parameters=parameters, tokens=tokens, losses=dict(losses)))
             observations = observations[-MAXIMUM_OBSERVATIONS:]
-            reference |= predict_end(observations, domains=weights, parameters=self.parameters, tokens=self.tokens)
+            aimed_at |= predict_end(observations, domains=weights, parameters=self.parameters, tokens=self.tokens)
         new, memory = update_weights(
-            self.rule, weights=weights, losses=losses, reference=reference, memory=state.get("memory", {})
+            self.rule, weights=weights, losses=losses, reference=aimed_at, memory=state.get("memory", {})
         )
         kept = {"memory": memory, "observations": [each.to_json() for each in observations]}
-        return WeightUpdate(weights=new, reference=reference, state=kept)
+        return WeightUpdate(weights=new, reference=aimed_at, state=kept)

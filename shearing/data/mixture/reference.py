@@ -23,14 +23,15 @@ def resolve_reference(
 ) -> dict[str, float]:
     """Reference loss of every domain, from the recipe, a JSON file, or the source model's own loss.
 
-    With `online` it is the source's loss that holds until there is a prediction.
+    With `online` it is the source's loss that holds until there is a prediction. With `teacher` there is none: the
+    teacher's loss comes with the text of each update.
 
     The paper predicts it from scaling laws over a model family (section 2.2); where there is no family, the source
     model's loss serves as well (its appendix F.4).
 
     Args:
         mixture: whose `reference` is a mapping, a path to a JSON object {domain: loss} or to one that has such an
-            object under `losses` (what `shear data reference-loss` writes), `source` or `online`.
+            object under `losses` (what `shear data reference-loss` writes), `source`, `online` or `teacher`.
         domains: domains that need one; others in the mapping are ignored.
         measure_source: called only for `source` and `online`; the source model's mean held-out loss by domain, in nats.
         conditions: of this run, `tokenizer_fingerprint` and `sequence_length`; a file that names others is refused, as
@@ -40,6 +41,8 @@ def resolve_reference(
         ShearingError: the file cannot be read or was measured otherwise, or a domain has no finite positive loss in it.
     """
     given = mixture.reference
+    if given == "teacher":
+        return {}
     if given in ("source", "online"):
         losses: Mapping[str, object] = measure_source()
         origin = "the source model"

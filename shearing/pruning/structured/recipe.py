@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budge
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.settings.quantities import Duration
-from shearing.settings.section import Fraction, Positive
+from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
 
 GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     MaskingName = str
     EstimatorName = str
 else:
-    StartName, MaskingName = Literal[STARTS], Literal[tuple(MASKINGS)]
+    StartName = Annotated[Literal[STARTS], formerly(importance="activations")]
+    MaskingName = Literal[tuple(MASKINGS)]
     EstimatorName = Literal[tuple(ESTIMATORS)]
 
 

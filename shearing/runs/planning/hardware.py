@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.metric import Cost
 
 _NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions"
 _H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
@@ -201,3 +202,16 @@ def training_flops_per_token(shape: Shape, *, sequence_length: int) -> float:
         sequence_length: S, tokens of a sequence.
     """
     return 3 * forward_flops_per_token(shape, sequence_length=sequence_length)
+
+
+def flops_of(cost: Cost, source: Shape, *, sequence_length: int) -> float:
+    """FLOPs of choosing units or of a refit, with the conventions of `training_flops_per_token`.
+
+    Args:
+        cost: of a metric or a refit.
+        source: shape of the model that is read.
+        sequence_length: S, tokens of a sequence of its text.
+    """
+    # A backward pass takes twice the forward pass, which `forward_tokens` counts.
+    tokens = cost.forward_tokens + 2 * cost.backward_tokens
+    return tokens * forward_flops_per_token(source, sequence_length=sequence_length) + cost.other_flops

@@ -25,6 +25,9 @@ ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the fp32 weight and AdamW's two moments."""
 
+LOSS = "loss"
+"""The moment at which logits exist."""
+
 _FP32 = 4
 _BF16 = 2
 _MOMENTS = 2 * _FP32
@@ -72,6 +75,27 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Listening:
+    """A teacher, whole on every process.
+
+    Attributes:
+        shape: its sizes.
+        bf16: its weights and products are bf16 instead of fp32.
+        buffers: tensors [C, V] in fp32 beside its logits: its log-probabilities, those that its divergence works with,
+            and the student's at a temperature that is not 1.
+    """
+
+    shape: Shape
+    bf16: bool
+    buffers: int
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a weight, a hidden state or a logit."""
+        return _BF16 if self.bf16 else _FP32
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sharding:
     """What the processes share out among them.
 
@@ -104,6 +128,7 @@ class Memory:
         activations: all that depends on the number of tokens, the loss included.
         host: bytes in host memory beside it: what is offloaded.
         staging: bytes in host memory that a checkpoint adds while it is written: this process's share of it.
+        teacher: of a model that is listened to, its weights, hidden states and chunk.
     """
 
     moment: str
@@ -113,25 +138,49 @@ class Memory:
     activations: int
     host: int
     staging: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
 
 
-def estimate(shape: Shape, *, workload: Workload, sharding: Sharding) -> Memory:
+def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening: Listening | None = None) -> Memory:
     """Peak memory of a training step of one process.
 
     Args:
         shape: the model that is trained: the source's while masks are learned.
         workload: what a step computes.
         sharding: what of it this process holds.
+        listening: to whom; None: to nobody.
     """
     weight_bytes = _BF16 if workload.bf16 and sharding.zero_stage else _FP32
     phases = _phases(shape, workload=workload, weight_bytes=weight_bytes)
-    moments = (_sharded(phase, shape=shape, sharding=sharding, weight_bytes=weight_bytes) for phase in phases)
+    moments = (
+        _sharded(
+            phase,
+            shape=shape,
+            sharding=sharding,
+            weight_bytes=weight_bytes,
+            teacher=0 if listening is None else _teacher(listening, workload=workload, phase=phase.name),
+        )
+        for phase in phases
+    )
     return max(moments, key=lambda memory: memory.total)
+
+
+def _teacher(listening: Listening, *, workload: Workload, phase: str) -> int:
+    """Bytes that a teacher adds at a moment: its weights always, its last hidden states and a chunk during the loss.
+
+    What its layers compute on the way is gone before the student's activations come.
+    """
+    shape, rows = listening.shape, min(workload.chunk_tokens, workload.tokens)
+    weights = listening.number_bytes * shape.num_parameters()
+    if phase != LOSS:
+        return weights
+    states = listening.number_bytes * workload.tokens * shape.hidden_size
+    return weights + states + rows * shape.vocab_size * (listening.number_bytes + _FP32 * listening.buffers)
 
 
 def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
@@ -270,7 +319,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     done = 0 if shape.tied else head
 
     yield _Phase(
-        name="loss",
+        name=LOSS,
         # The hidden states and their gradient are of the stream's size.
         activations=layers * kept + outside + final_norm + 2 * stream + _loss_buffers(shape, workload=workload),
         copies=layers * layer_copies + (product * head if casts else 0),
@@ -351,15 +400,14 @@ def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> I
 
 
 def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
-    """Bytes of the chunked loss beyond hidden states and gradients; see `shearing.objectives.cross_entropy`."""
+    """Bytes of the chunked loss beyond hidden states and gradients; see `shearing.objectives.chunked`."""
     rows = min(workload.chunk_tokens, workload.tokens)
     logits, states = rows * shape.vocab_size, rows * shape.hidden_size
     if not workload.bf16:
         # Logits, log probabilities (which become the gradient), and the hidden states' gradient.
         return _FP32 * (2 * logits + states)
-    earlier = (
-        _BF16 * (logits + states) if rows < workload.tokens else 0
-    )  # of the last chunk, until this one's are there
+    # The gradient's buffer is there from the end of the first chunk on.
+    earlier = _BF16 * (logits + states) if rows < workload.tokens else 0
     # Logits and log probabilities, and with them either the logits in fp32 or the gradient in bf16 and the head's.
     softmax = _FP32 * logits + earlier
     products = _BF16 * (logits + shape.vocab_size * shape.hidden_size)
@@ -387,7 +435,7 @@ def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
 
 
-def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int) -> Memory:
+def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int) -> Memory:
     """What one process holds of a moment."""
     stage, total = sharding.zero_stage, shape.num_parameters()
     share = sharding.share(total)
@@ -424,4 +472,5 @@ def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: i
         activations=phase.activations,
         host=host,
         staging=CHECKPOINT_BYTES_PER_PARAMETER * share,
+        teacher=teacher,
     )

@@ -21,11 +21,14 @@ from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
-from shearing.runs.names import COMPONENT_NAMES
+from shearing.objectives.registry import DIVERGENCES
+from shearing.objectives.teacher import teacher_precision
+from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.disk import checkpoint_bytes
 from shearing.runs.planning.hardware import GPU, GPUS, forward_flops_per_token, gpu_of, training_flops_per_token
 from shearing.runs.planning.memory import (
     Checkpointing,
+    Listening,
     Memory,
     Sharding,
     Workload,
@@ -161,7 +164,9 @@ class StagePlan:
         workload: what one process computes in a step, with the recipe's settings.
         flops: of training.
         heldout_flops: of the held-out losses that the mixture follows; None where the domains are not known.
-        seconds: of both; None where the GPU's peak is not known.
+        teacher_flops: of the model that is listened to.
+        seconds: of all; None where the GPU's peak is not known.
+        listening: the model that is listened to, as a process holds it; None: there is none.
         memory: peak of one process for each ZeRO stage, otherwise with the recipe's settings.
         disk: bytes of all checkpoints that are there at the same time.
     """
@@ -175,7 +180,9 @@ class StagePlan:
     workload: Workload
     flops: float
     heldout_flops: float | None
+    teacher_flops: float
     seconds: float | None
+    listening: Listening | None
     memory: Mapping[ZeroStage, Memory]
     disk: int
 
@@ -188,6 +195,7 @@ class RunPlan:
         name: of the run.
         hardware: on what.
         precision: dtype of matrix products.
+        teacher: shape of the model that is listened to; None: there is none.
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
         budget: parameters to reach, where the recipe gives them instead of sizes.
@@ -203,6 +211,7 @@ class RunPlan:
     hardware: Hardware
     precision: torch.dtype
     source: Shape
+    teacher: Shape | None
     target: Shape | None
     budget: int | None
     choice: Choice
@@ -230,8 +239,11 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
         )
     shapes: dict[TrainingStage, Shape] = {"prune": source, "pretrain": target or source}
     precision = _precision(recipe, hardware=hardware)
+    listening = _listening(recipe, source=source, precision=precision)
     stages = [
-        _stage_plan(recipe, stage=stage, shape=shapes[stage], hardware=hardware, precision=precision)
+        _stage_plan(
+            recipe, stage=stage, shape=shapes[stage], hardware=hardware, precision=precision, listening=listening
+        )
         for stage in recipe.training_stages
     ]
     choice = Choice.of(recipe)
@@ -240,6 +252,7 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
         hardware=hardware,
         precision=precision,
         source=source,
+        teacher=None if listening is None else listening.shape,
         target=target,
         budget=budget,
         choice=choice,
@@ -248,6 +261,22 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
         one_shot=recipe.sparsify is not None,
         stages=stages,
         advice=_advice(stages, choice=choice, hardware=hardware),
+    )
+
+
+def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> Listening | None:
+    """The teacher as every process holds it; None: there is none."""
+    distill, teacher = recipe.distill, recipe.teacher
+    if distill is None or teacher is None:
+        return None
+    shape = source
+    if teacher != recipe.model:
+        with named(TEACHER_NAMES):
+            shape = Shape.of(load_config(teacher.source, revision=teacher.revision))
+    return Listening(
+        shape=shape,
+        bf16=teacher_precision(distill, products=precision) == torch.bfloat16,
+        buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
     )
 
 
@@ -268,7 +297,13 @@ def _precision(recipe: Recipe, *, hardware: Hardware) -> torch.dtype:
 
 
 def _stage_plan(
-    recipe: Recipe, *, stage: TrainingStage, shape: Shape, hardware: Hardware, precision: torch.dtype
+    recipe: Recipe,
+    *,
+    stage: TrainingStage,
+    shape: Shape,
+    hardware: Hardware,
+    precision: torch.dtype,
+    listening: Listening | None,
 ) -> StagePlan:
     settings = recipe.training_stages[stage]
     length = recipe.data.sequence_length
@@ -286,6 +321,8 @@ def _stage_plan(
     flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
     heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
     heldout_flops = None if heldout is None else forward_flops_per_token(shape, sequence_length=length) * heldout
+    teacher_flops = 0.0 if listening is None else _teacher_flops_per_token(recipe, shape=listening.shape)
+    teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
     speed = None if peak is None else peak * hardware.mfu * hardware.processes
     workload = _workload(
@@ -314,17 +351,27 @@ def _stage_plan(
         workload=workload,
         flops=flops,
         heldout_flops=heldout_flops,
-        seconds=None if speed is None else (flops + (heldout_flops or 0.0)) / speed,
+        teacher_flops=teacher_flops,
+        seconds=None if speed is None else (flops + (heldout_flops or 0.0) + teacher_flops) / speed,
+        listening=listening,
         memory={
             zero_stage: estimate(
                 shape,
                 workload=workload,
                 sharding=dataclasses.replace(choice, zero_stage=zero_stage).sharding(hardware.processes),
+                listening=listening,
             )
             for zero_stage in _ZERO_STAGES
         },
         disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
     )
+
+
+def _teacher_flops_per_token(recipe: Recipe, *, shape: Shape) -> float:
+    """Of a forward pass; its head is multiplied twice where tokens are chosen by their entropy before the loss."""
+    assert recipe.distill is not None
+    again = 2.0 * shape.vocab_size * shape.hidden_size if recipe.distill.skip_low_entropy else 0.0
+    return forward_flops_per_token(shape, sequence_length=recipe.data.sequence_length) + again
 
 
 def _workload(workload: Workload, *, sequences: int, processes: int, micro_batch_size: int) -> Workload:
@@ -425,7 +472,8 @@ def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware
             processes=hardware.processes,
             micro_batch_size=size,
         )
-        memory = estimate(stage.shape, workload=workload, sharding=choice.sharding(hardware.processes))
+        sharding = choice.sharding(hardware.processes)
+        memory = estimate(stage.shape, workload=workload, sharding=sharding, listening=stage.listening)
         if hardware.fit(memory) == "yes":
             return size
     return None
@@ -452,6 +500,8 @@ def render(plan: RunPlan) -> RenderableType:
 def _shapes(plan: RunPlan) -> Table:
     table = _table("model", "parameters", "without embeddings", "shape")
     table.add_row("source", *shape_cells(plan.source))
+    if plan.teacher is not None:
+        table.add_row("teacher", *shape_cells(plan.teacher))
     if plan.target is None:
         return table
     if plan.budget is None:
@@ -464,13 +514,15 @@ def _shapes(plan: RunPlan) -> Table:
 
 def _stages(plan: RunPlan) -> Table:
     hours = f"hours at MFU {plan.hardware.mfu:g}"
-    table = _table("stage", "steps", "tokens", "FLOPs", "held-out FLOPs", hours, "checkpoints", "staged")
+    teacher = [] if plan.teacher is None else ["teacher's FLOPs"]
+    table = _table("stage", "steps", "tokens", "FLOPs", *teacher, "held-out FLOPs", hours, "checkpoints", "staged")
     for stage in plan.stages:
         table.add_row(
             stage.stage,
             f"{stage.steps:,}",
             f"{stage.tokens / 1e9:,.2f}B",
             f"{stage.flops:.2e}",
+            *([f"{stage.teacher_flops:.2e}"] if teacher else []),
             "n/a" if stage.heldout_flops is None else f"{stage.heldout_flops:.2e}",
             "n/a" if stage.seconds is None else f"{stage.seconds / 3600:,.1f}",
             f"{stage.disk / 1e9:,.1f} GB",
@@ -500,7 +552,10 @@ def _settings(plan: RunPlan) -> str:
 
 
 def _memory(plan: RunPlan) -> Table:
-    table = _table("stage", "engine", "weights", "gradients", "optimizer", "activations", "total", "fits", "when")
+    teacher = [] if plan.teacher is None else ["teacher"]
+    table = _table(
+        "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
+    )
     host = any(memory.host for stage in plan.stages for memory in stage.memory.values())
     if host:
         table.add_column("in host memory", justify="right")
@@ -508,7 +563,9 @@ def _memory(plan: RunPlan) -> Table:
         for zero_stage, memory in stage.memory.items():
             chosen = zero_stage == plan.choice.zero_stage
             engine = "torch" if zero_stage == 0 else f"ZeRO-{zero_stage}"
-            held = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+            held = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
+            held += [memory.teacher] if teacher else []
+            held.append(memory.total)
             table.add_row(
                 stage.stage if zero_stage == 0 else "",
                 f"{engine} (chosen)" if chosen else engine,

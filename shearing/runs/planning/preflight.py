@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.anatomy import anatomy_of
-from shearing.models.loading import skeleton
+from shearing.models.loading import load_tokenizer, skeleton
 from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.stored_model import require_finite
+from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
@@ -26,7 +29,7 @@ from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
-from shearing.runs.names import COMPONENT_NAMES, ONE_SHOT_NAMES
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
@@ -76,11 +79,13 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     config = attempt(lambda: context.config)
     if config is None:
         raise _together(found)
+    attempt(lambda: _require_teacher(context))
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
     corpus = attempt(lambda: context.corpus)
@@ -89,6 +94,8 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
     attempt(lambda: context.outside)
     weights = attempt(lambda: context.initial_weights)
+    if recipe.distill is not None:
+        attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
         raise _together(found)
@@ -99,6 +106,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
         target=target,
         budget=None if recipe.target is None else recipe.target.parameters,
         zeros=zeros,
+        teacher=None if recipe.distill is None else _teacher_in_words(context),
         uniform=recipe.target is None or target is not None or recipe.target.uniform,
         tokens=tokens,
         weights=weights,
@@ -162,6 +170,62 @@ def _require_offloading(settings: DeepSpeedRecipe) -> None:
         )
 
 
+def _require_teacher(context: RunContext) -> None:
+    """The model that is listened to says something of the same tokens, and its weights can be had.
+
+    Raises:
+        ShearingError: it has another vocabulary or tokenizer, reads too short a sequence, is quantised or not finite.
+    """
+    recipe, config = context.recipe, context.teacher_config
+    if recipe.distill is None or config is None or recipe.teacher is None:
+        return
+    said = recipe.distill.teacher
+
+    def refuse(value: object, allowed: str, mend: str) -> ShearingError:
+        return ShearingError("distill.teacher", value=f"{said}: {value}", allowed=allowed, mend=mend)
+
+    if getattr(config, "quantization_config", None):
+        raise refuse("quantised", "weights in fp32, bf16 or fp16", "name the model that it was quantised from")
+    if config.vocab_size != context.config.vocab_size:
+        raise refuse(
+            f"a vocabulary of {config.vocab_size:,} tokens",
+            f"the source model's, of {context.config.vocab_size:,}: distributions are compared token by token",
+            "choose a teacher of the same tokenizer, or leave distill.teacher out for the source model",
+        )
+    length, limit = recipe.data.sequence_length, getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise refuse(f"{limit} positions", f"at least data.sequence_length={length}", "choose another teacher")
+    if recipe.distill.kind == "top_k" and recipe.distill.top_k >= config.vocab_size:
+        raise ShearingError(
+            "distill.top_k",
+            value=recipe.distill.top_k,
+            allowed=f"fewer than the vocabulary's {config.vocab_size} tokens",
+            mend="lower it, or set distill.kind=forward_kl, which keeps all",
+        )
+    if recipe.teacher == recipe.model:
+        return  # what there is to check of the source model is checked where it is loaded
+    with named(TEACHER_NAMES):
+        tokenizer = load_tokenizer(recipe.teacher.source, revision=recipe.teacher.revision)
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(context.tokenizer):
+            raise refuse(
+                "another tokenizer than the source model's",
+                "the same tokens under the same numbers",
+                "choose a teacher of the same tokenizer, or leave distill.teacher out for the source model",
+            )
+        if Path(recipe.teacher.source).is_dir():  # of the hub's, when it is loaded
+            require_finite(Path(recipe.teacher.source))
+
+
+def _teacher_in_words(context: RunContext) -> str:
+    distill, shape = context.recipe.distill, context.teacher_shape
+    assert distill is not None
+    assert shape is not None
+    return (
+        f"{distill.teacher}, {shape.num_parameters():,} parameters; {distill.kind} weighs {distill.weight:g} of the "
+        f"loss at most"
+    )
+
+
 def _require_context(recipe: Recipe, *, config: PretrainedConfig) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and recipe.data.sequence_length > limit:
@@ -177,6 +241,31 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
+    """What chooses the units of baselines, and their refit, are for models of this family."""
+    baselines = {} if recipe.prune is None else recipe.evaluation.by_name()
+
+    def refusal(metric: str, *, refitted: bool) -> ShearingError | None:
+        try:
+            metric_of(metric).units_of_work(source, evidence=Evidence())
+            if refitted:
+                require_refittable(source.family)
+        except ShearingError as error:
+            return error
+        return None
+
+    found = {name: refusal(each.metric, refitted=each.refitted) for name, each in baselines.items()}
+    refused = {name: error for name, error in found.items() if error is not None}
+    if refused:
+        left = ", ".join(name for name in baselines if name not in refused)
+        raise ShearingError(
+            "evaluation.baselines",
+            value=list(refused),
+            allowed="; ".join(dict.fromkeys(error.allowed for error in refused.values())),
+            mend=f"set evaluation.baselines=[{left}]",
+        )
 
 
 def _require_refit(recipe: Recipe, *, source: Shape) -> None:
@@ -294,7 +383,7 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
 
 
 def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
-    if recipe.mixture.reference not in ("source", "online"):
+    if recipe.mixture.reference not in ("source", "online", "teacher"):
         resolve_reference(
             recipe.mixture,
             domains=corpus.domains,

@@ -43,6 +43,7 @@ class Plan:
         target: shape to reach, or None where a budget leaves it open or no units are pruned.
         budget: parameters to reach, embeddings included, where the recipe gives a budget.
         zeros: in words, what stays zero in training; None for a dense model.
+        teacher: in words, what is listened to; None: nothing.
         uniform: whether the result fits an ordinary config.
         tokens: training tokens of each domain.
         weights: initial weight of each domain.
@@ -56,6 +57,7 @@ class Plan:
     target: Shape | None
     budget: int | None
     zeros: str | None
+    teacher: str | None
     uniform: bool
     tokens: Mapping[str, int]
     weights: Mapping[str, float]
@@ -81,7 +83,9 @@ def render(plan: Plan) -> RenderableType:
         stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}")
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
-    parts: list[RenderableType] = [shapes, "", *zeros, stages, "", _domains(plan), *map(Text, _repeats(plan)), "", disk]
+    teacher: list[RenderableType] = [] if plan.teacher is None else [Text(f"teacher: {plan.teacher}"), ""]
+    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))]
+    parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, "", *domains, "", disk]
     parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]
     if not plan.uniform:
         parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))

@@ -115,7 +115,7 @@ def short_budgets(budgets: Mapping[int, int], *, steps: Steps) -> Iterator[Shear
 def require_masks_that_move(row: Row, *, recipe: Recipe) -> None:
     """What a method's schedule has is there after rounding to steps: a ramp, and steps in which masks move."""
     how, prune, length = row.contender.facts.how, recipe.pruning.prune, recipe.data.sequence_length
-    if not isinstance(how, Stages):
+    if not isinstance(how, Stages) or prune.masks != "learned":
         return
     before = prune.total_steps(sequence_length=length)
     ramp = prune.in_steps(prune.sparsity_warmup, sequence_length=length)
@@ -147,7 +147,7 @@ def unfit(contender: Contender, *, recipe: Recipe, source: Shape, target: Shape)
         evidence = Evidence(target=target, seed=recipe.seed)
         yield from collected(partial(metric_of(metric).units_of_work, source, evidence=evidence))
     prune, length = recipe.pruning.prune, recipe.data.sequence_length
-    if contender.method == START and prune.initial_masks == "open":
+    if contender.method == START and prune.graded_by is None:
         yield ShearingError(
             "prune.initial_masks",
             value=prune.initial_masks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import shutil
 import time
 from dataclasses import replace
@@ -103,14 +102,6 @@ def choose(contender: Contender, *, scores: Scores, source: Shape, target: Shape
     return masks, Selection.of(masks, source=source, target=target)
 
 
-def units_hash(selection: Selection) -> str:
-    """Of a set of units: equal for equal sets."""
-    digest = hashlib.sha256(repr(selection.layers).encode())
-    for indices in (selection.hidden, selection.kv_groups, selection.query_heads, selection.intermediate):
-        digest.update(repr((tuple(indices.shape), indices.flatten().tolist())).encode())
-    return digest.hexdigest()[:16]
-
-
 def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> dict[str, Any]:
     """What a method's own sizes by layer are worth, of as many parameters as the target has, before any training.
 
@@ -201,7 +192,7 @@ def _cut_by_scores(row: Row, *, context: RunContext, folder: RaceFolder) -> tupl
         _refitted(model, masks=masks, context=context).release()
     seconds["refit"] = round(time.perf_counter() - started, 3) if row.contender.refitted else 0.0
     small = compact(model, masks=masks, selection=selection)
-    return small, {"units": units_hash(selection), "seconds": seconds}
+    return small, {"units": selection.digest, "seconds": seconds}
 
 
 def _refitted(model: PreTrainedModel, *, masks: Masks, context: RunContext) -> MaskedModel:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.refitting import refit_cost
-from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, training_flops_per_token
 from shearing.runs.race.methods import Contender, Ranking, Stages
 from shearing.runs.race.rows import Steps
 from shearing.runs.recipe import Recipe
@@ -58,17 +58,16 @@ class FlopCount:
 
     def of(self, contender: Contender, *, steps: int) -> Flops:
         """What a contender takes for so many optimiser steps."""
-        recipe = self.recipes[contender]
         per_step = self.steps.tokens_per_step
         masked = 0
-        if isinstance(contender.facts.how, Stages):
-            masked = self.steps.before_cut(steps)
+        if isinstance(how := contender.facts.how, Stages):
+            masked = self.steps.before_cut(steps, how=how)
         at_source, at_target = (
             training_flops_per_token(shape, sequence_length=self.sequence_length) * per_step
             for shape in (self.source, self.target)
         )
         return Flops(
-            choosing=sum(self._of_metric(metric) for metric in metrics_of(contender, recipe=recipe)),
+            choosing=sum(self.choosing(contender).values()),
             refit=self._flops(refit_cost(self.source, target=self.target, text_tokens=self.evidence.text_tokens))
             if contender.refitted
             else 0.0,
@@ -76,14 +75,13 @@ class FlopCount:
             training=(steps - masked) * at_target,
         )
 
-    def _of_metric(self, name: str) -> float:
-        return self._flops(metric_of(name).cost(self.source, evidence=self.evidence))
+    def choosing(self, contender: Contender) -> dict[str, float]:
+        """What each metric takes that a contender's units are chosen by."""
+        metrics = metrics_of(contender, recipe=self.recipes[contender])
+        return {name: self._flops(metric_of(name).cost(self.source, evidence=self.evidence)) for name in metrics}
 
     def _flops(self, cost: Cost) -> float:
-        length = self.sequence_length
-        forward = forward_flops_per_token(self.source, sequence_length=length) * cost.forward_tokens
-        backward = training_flops_per_token(self.source, sequence_length=length) * cost.backward_tokens
-        return forward + backward + cost.other_flops
+        return flops_of(cost, self.source, sequence_length=self.sequence_length)
 
 
 def metrics_of(contender: Contender, *, recipe: Recipe) -> tuple[str, ...]:
@@ -96,8 +94,8 @@ def metrics_of(contender: Contender, *, recipe: Recipe) -> tuple[str, ...]:
     how = contender.facts.how
     if isinstance(how, Ranking):
         return (how.metric,) if contender.rest_by is None else (how.metric, contender.rest_by)
-    start = recipe.pruning.prune.initial_masks
-    return (start,) if isinstance(how, Stages) and start in METRICS else ()
+    start = recipe.pruning.prune.graded_by
+    return (start,) if isinstance(how, Stages) and start is not None else ()
 
 
 def steps_within(budget: float, *, cost: Callable[[int], float], least: int) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HeldOutSplit
 from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel
@@ -36,17 +37,24 @@ def losses_of(model: PreTrainedModel | MaskedModel, *, context: RunContext) -> d
         context: says of which text.
 
     Returns:
-        `mean` over domains and `domains`, nats per token; null where a loss is not finite.
+        `mean` over domains and `domains`, nats per token; with text of no training domain `outside_mean` and `outside`
+        too. Null where a loss is not finite.
     """
+    found = _of_corpus(model, context.corpus, context=context)
+    if context.outside is None:
+        return found
+    outside = _of_corpus(model, context.outside, context=context)
+    return {**found, "outside_mean": outside["mean"], "outside": outside["domains"]}
+
+
+def _of_corpus(model: PreTrainedModel | MaskedModel, corpus: Corpus, *, context: RunContext) -> dict[str, Any]:
     recipe = context.recipe
     evaluation, length = recipe.evaluation, recipe.data.sequence_length
-    total = context.corpus.heldout_tokens(
-        split=SPLIT, sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain
-    )
+    total = corpus.heldout_tokens(split=SPLIT, sequence_length=length, tokens_per_domain=evaluation.tokens_per_domain)
     with activity("test losses", total=total, console=context.console) as advance:
         losses = heldout_loss(
             model,
-            context.corpus,
+            corpus,
             split=SPLIT,
             tokens_per_domain=evaluation.tokens_per_domain,
             sequence_length=length,

@@ -6,8 +6,10 @@ A metric of `METRICS` is a method as soon as it has its line there. A method tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS
+from shearing.pruning.structured.masking.facts import MASKINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,11 @@ class Stages:
 
     Attributes:
         overrides: of the recipe, `key=value`.
+        share: of the steps, before the cut; None: as the recipe's two durations have it.
     """
 
     overrides: tuple[str, ...] = ()
+    share: Fraction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class RaceMethod:
 
 START = "start"
 LEARNED = "learned"
+WHILE_TRAINING = Fraction(1, 2)
+"""Share of the steps in which units go, for methods that prune through the training; the rest is at the target."""
 
 METHODS: dict[str, RaceMethod] = {
     **{
@@ -68,13 +74,17 @@ METHODS: dict[str, RaceMethod] = {
     },
     "scratch": RaceMethod(title="trained from scratch", how=Scratch(), refits=frozenset({False})),
     START: RaceMethod(
-        title="start of the masks, frozen", how=Stages(overrides=("prune.freeze=100%", "prune.sparsity_warmup=0 steps"))
+        title="start of the masks, frozen",
+        how=Stages(overrides=("prune.masks=learned", "prune.freeze=100%", "prune.sparsity_warmup=0 steps")),
     ),
-    LEARNED: RaceMethod(title="learned masks", how=Stages(), source="arXiv 2310.06694"),
+    LEARNED: RaceMethod(
+        title="learned masks", how=Stages(overrides=("prune.masks=learned",)), source="arXiv 2310.06694"
+    ),
     "paper": RaceMethod(
         title="learned masks, as published",
         how=Stages(
             overrides=(
+                "prune.masks=learned",
                 "prune.estimator=hard_concrete",
                 "prune.initial_masks=open",
                 "prune.sparsity_warmup=20%",  # table 6: 640 of 3,200 steps
@@ -88,6 +98,17 @@ METHODS: dict[str, RaceMethod] = {
         source="arXiv 2310.06694",
         refits=frozenset({False}),
     ),
+    **{
+        name: RaceMethod(
+            title=facts.title,
+            how=Stages(overrides=(f"prune.masks={name}", "prune.freeze=0 steps"), share=WHILE_TRAINING),
+            source=facts.source,
+            reconstructed=facts.reconstructed,
+            refits=frozenset({False}),
+        )
+        for name, facts in MASKINGS.items()
+        if name != LEARNED
+    },
 }
 
 
@@ -126,12 +147,22 @@ class Contender:
         parts = [self.facts.title]
         if self.rest_by is not None and isinstance(self.facts.how, Ranking):
             gives = METRICS[self.facts.how.metric].gives
-            own = "layers" if gives <= {"layers", "attention", "mlp"} else ", ".join(sorted(gives)).replace("_", " ")
-            parts = [f"{own} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
+            parts = [f"{_in_words(gives)} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
         parts += ["sizes by layer"] if self.own_sizes else []
         parts += ["refitted"] if self.refitted else []
-        parts += ["a reconstruction"] if self.facts.reconstructed else []
+        parts += ["our reading of it"] if self.facts.reconstructed else []
         return ", ".join(parts)
+
+
+def _in_words(granularities: frozenset[str]) -> str:
+    """What is scored, as tables say it."""
+    kinds = {
+        "layers": {"layers", "attention", "mlp"},
+        "heads": {"kv_groups", "query_heads"},
+        "units": {"intermediate"},
+        "hidden dimensions": {"hidden"},
+    }
+    return " and ".join(kind for kind, names in kinds.items() if names & granularities)
 
 
 def contender_of(method: str, *, refitted: bool, rest_by: str) -> Contender:

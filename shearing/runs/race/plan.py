@@ -56,6 +56,7 @@ class RacePlan:
         rows: every row once, in the order in which they run: those that share a cut model follow each other.
         recipes: of each row.
         flops: of each row.
+        choosing: FLOPs of each metric that a contender's units are chosen by.
         steps: how tokens and steps go together.
         source, target: shapes.
     """
@@ -66,9 +67,26 @@ class RacePlan:
     rows: Sequence[Row]
     recipes: Mapping[Row, Recipe]
     flops: Mapping[Row, Flops]
+    choosing: Mapping[Contender, Mapping[str, float]]
     steps: Steps
     source: Shape
     target: Shape
+
+    def left(self, rows: Sequence[Row], *, folder: RaceFolder) -> float:
+        """FLOPs that rows will take: what they share, scores and a refit for several lengths, counts once."""
+        total, shared = 0.0, set[tuple[str, int]]()
+        for row in rows:
+            flops = self.flops[row]
+            total += flops.masked + flops.training
+            for metric, choosing in self.choosing[row.contender].items():
+                if (metric, row.seed) not in shared and not folder.scores(metric, seed=row.seed).is_file():
+                    total += choosing
+                shared.add((metric, row.seed))
+            # Masks that are learned are refitted in the run that learns them.
+            if flops.masked or (row.cut_name, row.seed) not in shared:
+                total += flops.refit
+            shared.add((row.cut_name, row.seed))
+        return total
 
 
 @named(COMPONENT_NAMES)
@@ -126,6 +144,7 @@ def plan(settings: RaceSettings, *, make_context: Callable[[Recipe], RunContext]
         rows=rows,
         recipes={row: recipes[row] for row in rows},
         flops={row: count.of(row.contender, steps=row.steps) for row in rows},
+        choosing={contender: count.choosing(contender) for contender in count.recipes},
         steps=steps,
         source=source,
         target=target,

@@ -87,6 +87,7 @@ class _Race:
         source = settings.recipe.model
         self._model = model_fingerprint(source.source, revision=source.revision)
         self._corpus, self._split = context.corpus.fingerprint, context.corpus.named_split(SPLIT)
+        self._outside = None if context.outside is None else context.outside.fingerprint
         self._precision = str(context.precision).removeprefix("torch.")
         self._environment = environment(context.device)
         self._fingerprints = {
@@ -97,7 +98,12 @@ class _Race:
     def settings_of(self, recipe: Recipe, *, common: bool = False) -> dict[str, Any]:
         """What figures depend on; what all rows have in common has no seed."""
         found = settings_of(
-            recipe, model=self._model, corpus=self._corpus, split=self._split, precision=self._precision
+            recipe,
+            model=self._model,
+            corpus=self._corpus,
+            outside=self._outside,
+            split=self._split,
+            precision=self._precision,
         )
         return {key: value for key, value in found.items() if not (common and key == "seed")}
 
@@ -132,7 +138,8 @@ class _Race:
         """What will run."""
         missing = [row for row in self._plan.rows if row not in self._records]
         done = len(self._plan.rows) - len(missing)
-        self._console.print(plan_table(self._plan, done=done, seconds=self._seconds_of(missing)))
+        flops = self._plan.left(missing, folder=self.folder)
+        self._console.print(plan_table(self._plan, done=done, flops=flops, seconds=self._seconds_of(missing)))
 
     def _run(self, row: Row) -> Record:
         """What becomes of a row; a method that fails is a result too."""
@@ -169,7 +176,7 @@ class _Race:
             return None
         flops = sum(self._plan.flops[row].total for row, _ in ended)
         seconds = sum(float(sum(record["seconds"].values())) for _, record in ended)
-        return seconds / flops * sum(self._plan.flops[row].total for row in rows)
+        return seconds / flops * self._plan.left(rows, folder=self.folder)
 
     def _say(self, record: Record) -> None:
         if "failed" in record:

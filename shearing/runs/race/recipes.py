@@ -50,7 +50,7 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         f"pretrain.warmup={_warmup(recipe)}",
     ]
     if isinstance(how, Stages):
-        before = steps.before_cut(row.steps)
+        before = steps.before_cut(row.steps, how=how)
         for name in StageRecipe.model_fields.keys() - OWN_OF_STAGES:
             data["prune"][name] = data["pretrain"][name]
         overrides += [

@@ -81,12 +81,14 @@ def model_fingerprint(source: str, *, revision: str | None) -> str:
     return _digest([[file.name, sha256_of_file(file)] for file in files])
 
 
-def settings_of(recipe: Recipe, *, model: str, corpus: str, split: str, precision: str) -> dict[str, Any]:
+def settings_of(
+    recipe: Recipe, *, model: str, corpus: str, outside: str | None, split: str, precision: str
+) -> dict[str, Any]:
     """What the figures of rows by this recipe depend on, by dotted keys; no place and nothing of the machine.
 
     Args:
         recipe: of a race or of one of its rows.
-        model, corpus: fingerprints.
+        model, corpus, outside: fingerprints; outside: None where no other text judges.
         split: of the corpus, that judges.
         precision: of matrix products.
     """
@@ -96,7 +98,7 @@ def settings_of(recipe: Recipe, *, model: str, corpus: str, split: str, precisio
         for key, value in recipe.flat().items()
         if key in OF_JUDGING or not (key in PLACES or is_neutral(key, among=neutral))
     }
-    return {**kept, "model": model, "corpus": corpus, "split": split, "precision": precision}
+    return {**kept, "model": model, "corpus": corpus, "outside": outside, "split": split, "precision": precision}
 
 
 def fingerprint(row: Row, *, settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from shearing.pruning.structured.importance.registry import METRICS
-from shearing.runs.race.methods import METHODS, START, Contender, Ranking, contender_of
+from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Stages, contender_of
 from shearing.runs.recipe import Recipe
 
 Refit = Literal["both", "with", "without"]
@@ -112,9 +112,9 @@ class Steps:
         """Whole steps in a budget."""
         return tokens // self.tokens_per_step
 
-    def before_cut(self, steps: int) -> int:
-        """Of a row that learns masks: at least one, and one is left."""
-        return min(max(1, round(steps * self.mask_share)), steps - 1)
+    def before_cut(self, steps: int, *, how: Stages) -> int:
+        """Of so many steps of a method: at least one, and one is left."""
+        return min(max(1, round(steps * (how.share or self.mask_share))), steps - 1)
 
 
 def baseline_of(contenders: list[Contender]) -> Contender | None:

@@ -23,7 +23,6 @@ from shearing.runs.race.choosing import (
     scores_of,
     seconds_beside,
     target_of,
-    units_hash,
 )
 from shearing.runs.race.flops import Flops
 from shearing.runs.race.judging import load_model, losses_of
@@ -31,9 +30,10 @@ from shearing.runs.race.methods import Stages
 from shearing.runs.race.records import RaceFolder, Record
 from shearing.runs.race.rows import Row
 from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.choices import keep_scores, kept_scores
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
-from shearing.runs.stages.prune import INITIAL_SCORES, prune
+from shearing.runs.stages.prune import prune
 
 AFTER_CUTTING = "after-cutting.json"
 """In the folder of a row's run: what its model was worth right after the cut."""
@@ -131,15 +131,13 @@ def _cut_at_once(row: Row, *, context: RunContext, folder: RaceFolder) -> Chosen
 
 def _learn(context: RunContext, *, folder: RaceFolder) -> Chosen:
     """The stages of a run up to the cut; its start is graded by scores that other rows may have measured."""
-    run, start, seconds = context.directory, context.recipe.pruning.prune.initial_masks, {"choosing": 0.0}
-    if start != "open":
+    run, start, seconds = context.directory, context.recipe.pruning.prune.graded_by, {"choosing": 0.0}
+    if start is not None:
         scores = scores_of(start, context=context, folder=folder)
         seconds["choosing"] = read_json(seconds_beside(scores))["seconds"]
-        if not (run.prune / INITIAL_SCORES).is_file():
+        if kept_scores(context, metric=start, target=target_of(context)) is None:
             run.prune.mkdir(parents=True, exist_ok=True)
-            beside = run.prune / f".{INITIAL_SCORES}"
-            shutil.copyfile(scores, beside)
-            beside.rename(run.prune / INITIAL_SCORES)
+            keep_scores(context, load_file(scores), metric=start, target=target_of(context))
     if not run.is_complete("prune"):
         prune(context)
     if not run.is_complete("compact"):
@@ -150,8 +148,8 @@ def _learn(context: RunContext, *, folder: RaceFolder) -> Chosen:
     masks = {name: mask for name, mask in load_file(run.prune / "masks.safetensors").items() if "/" not in name}
     selection = Selection.of(Masks(**masks), source=Shape.of(context.config), target=target_of(context))
     return Chosen(
-        units=units_hash(selection),
-        changed=read_json(run.prune / "summary.json")["changed_from_start"],
+        units=selection.digest,
+        changed=read_json(run.prune / "summary.json").get("changed_from_start"),
         losses=read_json(after_cutting),
         seconds=seconds,
     )

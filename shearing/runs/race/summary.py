@@ -33,10 +33,10 @@ class Line:
         """The records of rows that have not failed, by seed."""
         return {seed: record for seed, record in self.records.items() if "failed" not in record}
 
-    @property
-    def losses(self) -> dict[int, float]:
-        """Mean loss over domains in the end, by seed."""
-        return {seed: record["losses"]["final"]["mean"] for seed, record in self.finished.items()}
+    def losses(self, mean: str = "mean") -> dict[int, float]:
+        """Mean loss in the end by seed: over domains, or with `outside_mean` over text of none, where there is some."""
+        finals = {seed: record["losses"]["final"] for seed, record in self.finished.items()}
+        return {seed: final[mean] for seed, final in finals.items() if final.get(mean) is not None}
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any] | None:
@@ -111,11 +111,11 @@ def table_of(lines: Sequence[Line]) -> dict[str, Any]:
     """Rows of a table and what they say of learning; see `summarise`."""
     by_contender = {line.contender: line for line in lines if line.finished}
     baseline = baseline_of(list(by_contender))
-    against = {} if baseline is None else by_contender[baseline].losses
-    return {"rows": [_row(line, start=against) for line in lines], **_verdict(by_contender, start=against)}
+    start = None if baseline is None else by_contender[baseline]
+    return {"rows": [_row(line, start=start) for line in lines], **_verdict(by_contender, start=start)}
 
 
-def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
+def _row(line: Line, *, start: Line | None) -> dict[str, Any]:
     finished = list(line.finished.values())
     row: dict[str, Any] = {
         "name": line.contender.name,
@@ -127,9 +127,9 @@ def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
     }
     if not finished:
         return row
-    finals = [record["losses"]["final"]["domains"] for record in finished]
+    finals = [record["losses"]["final"] for record in finished]
     after = [record["losses"]["after_cutting"]["mean"] for record in finished]
-    losses = list(line.losses.values())
+    losses = list(line.losses().values())
     return {
         **row,
         "tokens": finished[0]["tokens"],
@@ -139,10 +139,31 @@ def _row(line: Line, *, start: Mapping[int, float]) -> dict[str, Any]:
         "after_cutting": None if None in after else round(statistics.mean(after), 5),
         "mean": round(statistics.mean(losses), 5),
         "standard_deviation": None if len(losses) < 2 else round(statistics.stdev(losses), 5),
-        "domains": {domain: round(statistics.mean(values[domain] for values in finals), 5) for domain in finals[0]},
-        "minus_start": paired(line.losses, start),
+        "domains": _means([final["domains"] for final in finals]),
+        "minus_start": _minus(line, start),
+        **_outside(line, start=start),
         "seconds": round(statistics.mean(sum(record["seconds"].values()) for record in finished), 1),
     }
+
+
+def _outside(line: Line, *, start: Line | None) -> dict[str, Any]:
+    """Of text of no training domain, where all rows have read some."""
+    losses = line.losses("outside_mean")
+    if len(losses) < len(line.finished):
+        return {}
+    return {
+        "outside": _means([record["losses"]["final"]["outside"] for record in line.finished.values()]),
+        "outside_mean": round(statistics.mean(losses.values()), 5),
+        "outside_minus_start": _minus(line, start, mean="outside_mean"),
+    }
+
+
+def _minus(line: Line, other: Line | None, *, mean: str = "mean") -> dict[str, Any] | None:
+    return None if other is None else paired(line.losses(mean), other.losses(mean))
+
+
+def _means(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {domain: round(statistics.mean(losses[domain] for losses in of_seeds), 5) for domain in of_seeds[0]}
 
 
 def _own_form(contender: Contender, *, plan: RacePlan, records: Mapping[Row, Record]) -> dict[str, Any]:
@@ -175,21 +196,24 @@ def _changed(record: Record) -> int | None:
     return sum(counts) if counts and all(isinstance(count, int) for count in counts) else None
 
 
-def _verdict(lines: Mapping[Contender, Line], *, start: Mapping[int, float]) -> dict[str, Any]:
+def _verdict(lines: Mapping[Contender, Line], *, start: Line | None) -> dict[str, Any]:
     learned = [contender for contender in lines if contender.method == LEARNED]
     if not learned:
         return {}
     ours = lines[max(learned, key=lambda contender: contender.refitted)]
     verdict: dict[str, Any] = {
-        "learned_minus_start": paired(ours.losses, start),
+        "learned_minus_start": _minus(ours, start),
         "changed_from_start": {seed: record["changed_from_start"] for seed, record in ours.finished.items()},
     }
     # Rivals of fewer seeds had easier or harder ones.
-    rivals = [
-        line for line in lines.values() if line.contender.method != LEARNED and line.losses.keys() >= ours.losses.keys()
-    ]
+    seeds = ours.losses().keys()
+    rivals = [line for line in lines.values() if line.contender.method != LEARNED and line.losses().keys() >= seeds]
     if rivals:
-        best = min(rivals, key=lambda line: statistics.mean(line.losses[seed] for seed in ours.losses))
+        best = min(rivals, key=lambda line: statistics.mean(line.losses()[seed] for seed in seeds))
         verdict["best_rival"] = best.contender.name
-        verdict["learned_minus_best_rival"] = paired(ours.losses, best.losses)
-    return verdict
+        verdict["learned_minus_best_rival"] = _minus(ours, best)
+    outside = {
+        "learned_minus_start_outside": _minus(ours, start, mean="outside_mean"),
+        "learned_minus_best_rival_outside": _minus(ours, best, mean="outside_mean") if rivals else None,
+    }
+    return {**verdict, **{name: difference for name, difference in outside.items() if difference is not None}}

@@ -17,8 +17,8 @@ from shearing.settings.quantities import format_tokens
 
 NOTE = (
     "Loss in nats per token on test text, means over seeds. - start: differences to the start of the same seed, their "
-    "mean ± its standard error [lowest, highest]. units: hash of the unit set of the first seed; equal hashes, equal "
-    "units."
+    "mean ± its standard error [lowest, highest]. outside: text of no training domain. units: hash of the unit set of "
+    "the first seed; equal hashes, equal units."
 )
 OWN_FORMS = "sizes by layer as each method's scores give them, as many parameters, not trained"
 _TITLES = {"equal_tokens": "equal tokens", "equal_flops": "equal FLOPs"}
@@ -89,10 +89,17 @@ def _title(row: Mapping[str, Any]) -> str:
 def _by_domain(table: Mapping[str, Any]) -> Cells:
     rows = [row for row in table["rows"] if row["seeds"]]
     domains = list(rows[0]["domains"]) if rows else []
-    return [
-        ["units chosen by", *domains],
-        *([_title(row), *(_loss(row["domains"][domain]) for domain in domains)] for row in rows),
-    ]
+    outside = list(rows[0].get("outside", {})) if rows else []
+    headings = ["units chosen by", *domains, *outside, *(["outside", "- start"] if outside else [])]
+    return [headings, *(_losses(row, domains=domains, outside=outside) for row in rows)]
+
+
+def _losses(row: Mapping[str, Any], *, domains: list[str], outside: list[str]) -> list[str]:
+    cells = [_title(row), *(_loss(row["domains"][domain]) for domain in domains)]
+    if outside:
+        cells += [_loss(row.get("outside", {}).get(domain)) for domain in outside]
+        cells += [_loss(row.get("outside_mean")), _difference(row.get("outside_minus_start"))]
+    return cells
 
 
 def _own_forms(results: Mapping[str, Any]) -> Cells:
@@ -129,24 +136,26 @@ def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def plan_table(plan: RacePlan, *, done: int, seconds: float | None) -> RenderableType:
+def plan_table(plan: RacePlan, *, done: int, flops: float, seconds: float | None) -> RenderableType:
     """What a race will run, before it does.
 
     Args:
         plan: of the race.
         done: rows that are there already.
+        flops: that the others will take.
         seconds: what the others will take; None where nothing says how fast this machine is.
     """
     cells = [["contender", "steps", "choosing", "refit", "masks", "training", "FLOPs"]]
     seeds = {row.seed for row in plan.rows}
     for row in plan.rows:
         if row.seed == min(seeds):
-            flops = plan.flops[row]
-            figures = (flops.choosing, flops.refit, flops.masked, flops.training, flops.total)
+            of_row = plan.flops[row]
+            figures = (of_row.choosing, of_row.refit, of_row.masked, of_row.training, of_row.total)
             cells.append([row.contender.title, str(row.steps), *(f"{each:.2e}" if each else "–" for each in figures)])
-    total = sum(flops.total for flops in plan.flops.values())
     left = "how long it takes is known after the first row" if seconds is None else f"about {seconds / 3600:.1f} h left"
-    said = f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {total:.2e} FLOPs; {left}"
+    said = (
+        f"{len(plan.rows)} rows with {len(seeds)} seed(s), {done} of them there already; {flops:.2e} FLOPs left; {left}"
+    )
     return Group(_rich("rows of each seed", cells), Text(said))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,22 +26,18 @@ from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.evaluation.speed import measure_speed
 from shearing.evaluation.table import comparison_table, verdict
 from shearing.files.durable import read_json, write_json
-from shearing.models.attention import attention_within_documents
-from shearing.models.cutting import compact
+from shearing.models.cutting import Selection
+from shearing.models.masked import Masks
 from shearing.models.shape import Shape
 from shearing.progress import activity
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.trained import masks_beside
-from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.masking.facts import MASKINGS
-from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.prune import INITIAL_SCORES
-from shearing.runs.stages.source_model import load_source_model
+from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
+from shearing.runs.stages.recipe import Baseline
 from shearing.training.recipe import StageRecipe
 
 PARTIAL_NAME = "evaluation.partial.json"
@@ -49,15 +46,25 @@ SPEED_REPETITIONS = 3
 
 @dataclass(frozen=True)
 class _Row:
-    """A model to measure; `group` names the models that it is fairly compared with."""
+    """A model to measure.
+
+    Attributes:
+        group: of those of the same shape, at the same place of a run.
+        flops: of choosing its units, the refit and its training.
+        units: hash of the units that it kept, asked for once it is loaded; None: all.
+        learned: what mask learning made of its start.
+    """
 
     name: str
     label: str
     group: str
     shape: Shape
     training_tokens: int
+    flops: float
     fingerprint: str
     load: Callable[[], PreTrainedModel]
+    units: Callable[[], str | None] = lambda: None
+    learned: Learned | None = None
 
 
 @named(COMPONENT_NAMES)
@@ -69,10 +76,11 @@ def evaluate(context: RunContext) -> dict[str, Any]:
 
     Returns:
         The content of evaluation.json: `settings`, `environment`, and `models` by name, each with `label`, `group`,
-        `shape`, `parameters`, `parameters_without_embeddings`, `training_tokens`, `domains` (loss, perplexity,
-        bits_per_byte, tokens), `mean` and `speed`; with `evaluation.outside` also `outside` and `outside_mean`, for the
-        domains of that corpus; where one of them is sparse, `nonzero`: parameters that are not 0.
-        Figures that are not finite are null.
+        `shape`, `parameters`, `parameters_without_embeddings`, `units` (a hash of those that it kept; null: all),
+        `training_tokens`, `flops`, `domains` (loss, perplexity, bits_per_byte, tokens), `mean` and `speed`; of what
+        mask learning made, `started_by` and `changed_from_start`; with `evaluation.outside` also `outside` and
+        `outside_mean`, for the domains of that corpus; where one of them is sparse, `nonzero`: parameters that are not
+        0. Figures that are not finite are null.
 
     Raises:
         ShearingError: the corpus or the source model cannot be used.
@@ -83,7 +91,7 @@ def evaluate(context: RunContext) -> dict[str, Any]:
     sparse = any(masks_beside(folder) for folder in (Path(recipe.model.source), run.sparse, run.model))
     earlier = _earlier_results(run, settings=settings)
     results = {
-        row.name: earlier[row.name]
+        row.name: {**earlier[row.name], **_facts(row)}
         for row in rows
         if row.name in earlier and earlier[row.name]["fingerprint"] == row.fingerprint
     }
@@ -151,40 +159,14 @@ def print_comparison(evaluation: dict[str, Any], *, console: Console) -> None:
     console.print(verdict(evaluation), style="bold")
 
 
-class _Source:
-    """The source model and what is cut from it, loaded once and only when a row needs it."""
-
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
-        self._model: PreTrainedModel | None = None
-
-    def model(self) -> PreTrainedModel:
-        if self._model is None:
-            self._model = load_source_model(self._context)
-        return self._model
-
-    def baseline(self, name: str, *, target: Shape) -> PreTrainedModel:
-        """The source cut to `target`, its units chosen by a baseline's metric."""
-        model = self.model()
-        masks, selection = select(self._scores(name, target=target), source=Shape.of(model.config), target=target)
-        return compact(model, masks=masks, selection=selection)
-
-    def _scores(self, name: str, *, target: Shape) -> Scores:
-        context = self._context
-        measured = context.directory.prune / INITIAL_SCORES
-        if context.recipe.pruning.prune.initial_masks == name and measured.is_file():  # as mask learning measured it
-            return load_file(measured)
-        text = context.calibration_batches() if METRICS[name].reads_text else ()
-        evidence = Evidence(text=text, target=target, seed=context.recipe.seed)
-        with attention_within_documents(self.model(), on=context.document_rules.attention_within):
-            return metric_of(name).scores(self.model(), evidence=evidence)
-
-
 def _rows(context: RunContext) -> list[_Row]:
     """The models that exist, in the order of the table."""
-    recipe, run, source = context.recipe, context.directory, _Source(context)
+    recipe, run, source = context.recipe, context.directory, Source(context)
     source_fingerprint = _fingerprint(Path(recipe.model.source), recipe.model.revision)
-    rows = [_Row("source", "source", "source", Shape.of(context.config), 0, source_fingerprint, source.model)]
+    whole = Shape.of(context.config)
+    rows = [_Row("source", "source", "source", whole, 0, 0.0, source_fingerprint, source.model)]
+    learned: Learned | None = None
+    units: Callable[[], str | None] = lambda: None  # noqa: E731
 
     def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> _Row:
         def load() -> PreTrainedModel:
@@ -195,29 +177,54 @@ def _rows(context: RunContext) -> list[_Row]:
             return model
 
         shape = Shape.of(AutoConfig.from_pretrained(folder))
-        return _Row(name, label, group, shape, training_tokens, _fingerprint(folder, None), load)
+        mark = _fingerprint(folder, None)
+        return _Row(name, label, group, shape, training_tokens, flops, mark, load, units, learned)
 
-    tokens, made_by = 0, []
+    tokens, flops, made_by = 0, 0.0, []
+    shape, length = whole, recipe.data.sequence_length
     if recipe.prune is not None and run.is_complete("compact"):
         tokens += _tokens_of(recipe.prune, recipe)
-        made_by.append(MASKINGS[recipe.prune.masks].title)
-        cut = of_run("compact", made_by[0], "cut", run.compact, tokens)
-        for baseline in recipe.evaluation.baselines:
-            fingerprint = (
-                f"{source_fingerprint} {baseline} {cut.shape} seed={recipe.seed} "
-                f"calibration={recipe.prune.calibration_tokens}"
-            )
-            load = functools.partial(source.baseline, baseline, target=cut.shape)
-            rows.append(_Row(baseline, baseline, "cut", cut.shape, 0, fingerprint, load))
-        rows.append(cut)
+        shape = Shape.of(AutoConfig.from_pretrained(run.compact))
+        summary = run.prune / "summary.json"
+        learned = Learned.of(context, summary=read_json(summary) if summary.is_file() else {})
+        units = functools.partial(_units_of_run, run, source=whole, shape=shape)
+        flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
+        flops += training_flops(whole, tokens=tokens, sequence_length=length)
+        made_by.append(learned.title)
+        rows += [
+            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
+            for name, baseline in recipe.evaluation.by_name().items()
+        ]
+        rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
     if recipe.sparsify is not None and run.is_complete("sparsify"):
         manifest = read_manifest(run.sparse)
         made_by.append(f"{manifest['criterion']} {manifest['pattern']}")
         rows.append(of_run("sparse", ", ".join(made_by), "sparse", run.sparse, tokens))
     if run.is_complete("pretrain"):
-        tokens += _tokens_of(recipe.pretrain, recipe)
+        trained = _tokens_of(recipe.pretrain, recipe)
+        tokens += trained
+        flops += training_flops(shape, tokens=trained, sequence_length=length)
         rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model, tokens))
     return rows
+
+
+def _baseline(
+    context: RunContext, name: str, baseline: Baseline, *, source: Source, source_fingerprint: str, target: Shape
+) -> _Row:
+    wanted = made_from(context, metric=baseline.metric, target=target)
+    fingerprint = f"{source_fingerprint} {name} {json.dumps(wanted, sort_keys=True)}"
+    flops = choosing_flops(context, metric=baseline.metric, refitted=baseline.refitted, target=target)
+    load = functools.partial(source.cut, baseline, target=target)
+    units = functools.partial(source.digest, baseline, target=target)
+    return _Row(name, baseline.title, "cut", target, 0, flops, fingerprint, load, units)
+
+
+def _units_of_run(run: RunDirectory, *, source: Shape, shape: Shape) -> str | None:
+    """Hash of the units that the final masks keep; None where the masks are gone."""
+    path = run.prune / "masks.safetensors"
+    if not path.is_file():
+        return None
+    return Selection.of(Masks(**load_file(path)), source=source, target=shape).digest
 
 
 def _measure_speeds(context: RunContext, *, rows: list[_Row], results: dict[str, dict[str, Any]]) -> None:
@@ -268,14 +275,22 @@ def _earlier_results(run: RunDirectory, *, settings: dict[str, Any]) -> dict[str
     return {}
 
 
+def _facts(row: _Row) -> dict[str, Any]:
+    """What is known of a row without its model."""
+    facts: dict[str, Any] = {"label": row.label, "group": row.group, "training_tokens": row.training_tokens}
+    facts["flops"] = row.flops
+    if row.learned is not None:
+        facts |= {"started_by": row.learned.started_by, "changed_from_start": dict(row.learned.changed)}
+    return facts
+
+
 def _result(row: _Row, losses: dict[str, DomainLoss], outside: dict[str, DomainLoss] | None = None) -> dict[str, Any]:
     content = {
-        "label": row.label,
-        "group": row.group,
+        **_facts(row),
         "shape": row.shape.facts(),
         "parameters": row.shape.num_parameters(),
         "parameters_without_embeddings": row.shape.num_parameters(embeddings=False),
-        "training_tokens": row.training_tokens,
+        "units": row.units(),
         "domains": {domain: loss.to_json() for domain, loss in losses.items()},
         "mean": macro_mean(losses).to_json(),
         "speed": None,

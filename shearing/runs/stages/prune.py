@@ -22,8 +22,8 @@ from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
-from shearing.pruning.structured.importance.metric import Evidence, Scores
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.importance.metric import Scores
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
@@ -33,6 +33,7 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -42,9 +43,6 @@ from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
 from shearing.training.task import Task
-
-INITIAL_SCORES = "importance.safetensors"
-"""In the folder of the stage: what graded the initial masks."""
 
 
 @named(COMPONENT_NAMES)
@@ -157,27 +155,20 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
 
 def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
     """File with what grades the initial masks, measured once per run; None where they start open."""
-    name = context.recipe.pruning.prune.graded_by
+    name, wanted = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target
     if name is None:
         return None
-    path = context.directory.prune / INITIAL_SCORES
-    if path.is_file():
-        return path
-    target = context.recipe.pruning.target
-    evidence = Evidence(
-        text=context.calibration_batches() if METRICS[name].reads_text else (),
-        target=None if target.parameters is not None else resolve_target(target, source=model.config),
-        seed=context.recipe.seed,
-    )
-    metric = metric_of(name)
+    target = None if wanted.parameters is not None else resolve_target(wanted, source=model.config)
+    if kept_scores(context, metric=name, target=target) is not None:
+        return context.directory.prune / START_SCORES
+    evidence, metric = evidence_for(context, metric=name, target=target), metric_of(name)
     work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
     with (
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):
         scores = metric.scores(model, evidence=evidence, advance=advance)
-    write_tensors(path, scores)
-    return path
+    return keep_scores(context, scores, metric=name, target=target)
 
 
 def _refit(context: RunContext, *, model: MaskedModel, choice: MaskLearner | Removal) -> None:

@@ -1,4 +1,4 @@
-"""The source model of a run: how it is loaded, and the losses that it sets as reference."""
+"""The source model of a run: how it is loaded, and the losses that it sets as reference; and its teacher."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.reference import resolve_reference
+from shearing.errors import named
 from shearing.files.durable import read_json, write_json
 from shearing.models.loading import load_config, load_source, skeleton
+from shearing.objectives.teacher import teacher_precision
 from shearing.progress import activity
 from shearing.runs.context import RunContext
+from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
 
@@ -42,6 +45,25 @@ def load_source_model(context: RunContext) -> PreTrainedModel:
     """
     source = context.recipe.model
     return load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True)
+
+
+@named(TEACHER_NAMES)
+def load_teacher(context: RunContext) -> PreTrainedModel:
+    """The model that is listened to, whole, in the precision that the recipe has for it.
+
+    Raises:
+        ShearingError: see `load_source`.
+    """
+    recipe, teacher = context.recipe, context.recipe.teacher
+    assert recipe.distill is not None
+    assert teacher is not None
+    return load_source(
+        teacher.source,
+        revision=teacher.revision,
+        attn_implementation=teacher.attn_implementation,
+        device=context.device,
+        dtype=teacher_precision(recipe.distill, products=context.precision),
+    )
 
 
 def reference_losses(

@@ -16,10 +16,10 @@ from shearing.models.attention import drop_attention_mask, keep_attention_within
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
-from shearing.runs.planning.hardware import peak_flops, training_flops_per_token
+from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
-from shearing.runs.stages.source_model import load_source_model
+from shearing.runs.stages.source_model import load_teacher
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine, EngineParts, engine_of
@@ -69,6 +69,7 @@ def task_of(
     if training.compile:
         compile_layers(model)
     optimization = Optimization.of(settings, rates=recipe.learning_rates(stage))
+    beside_teacher = recipe.mixture.update != "constant" and recipe.mixture.reference == "teacher"
     return Task(
         name=stage,
         folder=context.directory.folder(stage),
@@ -80,7 +81,12 @@ def task_of(
             micro_batch_size=split.micro_batch_size,
             mixture_interval=recipe.mixture.interval if stage == "prune" else recipe.mixture.pretrain_interval,
         ),
-        objective=objective_of("language_model", parts=_parts(context, model=model)),
+        objective=processes.each(
+            lambda: objective_of(
+                "language_model" if recipe.distill is None else "distillation",
+                parts=_parts(context, model=model, height=optimization.rates.height_at),
+            )
+        ),
         engine=_engine(context, optimization=optimization, split=split),
         optimization=optimization,
         mixture=mixture,
@@ -102,7 +108,8 @@ def task_of(
                 context, stage=stage, model=model, advance=advance, objective=forward, processes=processes
             ),
         ),
-        average_weight=recipe.mixture.ema if recipe.mixture.losses == "training" else None,
+        average_weight=recipe.mixture.ema if recipe.mixture.losses == "training" and not beside_teacher else None,
+        teacher_reference=beside_teacher,
         moments=moments,
         before_first_step=before_first_step,
         kept=kept,
@@ -126,16 +133,25 @@ def _attend(model: PreTrainedModel, *, data: DataRecipe) -> None:
         drop_attention_mask(model, sequence_length=data.sequence_length)
 
 
-def _parts(context: RunContext, *, model: PreTrainedModel) -> Parts:
+def _parts(context: RunContext, *, model: PreTrainedModel, height: Callable[[int], float]) -> Parts:
     """What the stage has for its objective."""
     recipe = context.recipe
 
-    def source() -> PreTrainedModel:
-        whole = load_source_model(context)
+    def teacher() -> PreTrainedModel:
+        whole = load_teacher(context)
         _attend(whole, data=recipe.data)
+        if recipe.training.compile:
+            compile_layers(whole)
         return whole
 
-    return Parts(model=model, chunk_tokens=recipe.training.loss_chunk_tokens, source=source)
+    return Parts(
+        model=model,
+        chunk_tokens=recipe.training.loss_chunk_tokens,
+        domains=list(context.corpus.domains),
+        distill=recipe.distill,
+        teacher=teacher,
+        height=height,
+    )
 
 
 def _final_parameters(recipe: Recipe, *, stage: TrainingStage, model: PreTrainedModel) -> int:
@@ -155,6 +171,8 @@ def _compute(context: RunContext, *, shape: Shape) -> Compute:
     # Inside documents attention takes less than over whole rows, how much less depends on the text: it is left out.
     attended = data.sequence_length if data.attention == "full" else 0
     cost = training_flops_per_token(shape, sequence_length=attended)
+    if (teacher := context.teacher_shape) is not None:
+        cost += forward_flops_per_token(teacher, sequence_length=attended)
     return Compute(flops_per_token=cost, peak_flops=peak)
 
 

@@ -1,6 +1,6 @@
 """Metrics: figures of every step, read from the device every few steps, to metrics.jsonl, trackers and the display.
 
-Shapes: P processes, N steps read at once, M domains.
+Shapes: P processes, N steps read at once, M domains, K measures of the objective.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class Metrics(Callback):
             "seconds": seconds,
             "max_memory": max(peak for _, peak, _ in everywhere),
         }
-        for step, figures, domain_losses in zip(unread, values, of_domains, strict=True):
+        for step, figures, of_domain in zip(unread, values, of_domains, strict=True):
             self._skipped += int(figures["skipped"])
             line = step_line(step.known, figures | {"skipped": self._skipped})
-            run.log({**line, "domain_losses": domain_losses, **aside})
+            run.log({**line, **of_domain, **aside})
 
     @override
     def log(self, run: Run, line: Mapping[str, Any]) -> None:
@@ -150,11 +150,18 @@ class Metrics(Callback):
             step.figures["loss"] = total
             step.figures["loss_max"] = largest * self._task.processes.size
 
-    def _read_domains(self, unread: list[_Unread]) -> list[dict[str, float]]:
-        """Mean loss of each domain that a step had text of, in nats, over all processes."""
-        of_processes_PNM2 = self._task.processes.all_gather(torch.stack([step.domains for step in unread]))
-        domains = self._task.mixture.domains
-        return [
-            {domain: total / count for domain, (total, count) in zip(domains, step, strict=True) if count}
-            for step in of_processes_PNM2.sum(0).tolist()
-        ]
+    def _read_domains(self, unread: list[_Unread]) -> list[dict[str, dict[str, float]]]:
+        """Of each domain that a step had text of, over all processes: labels, mean loss, means of what is measured."""
+        of_processes_PNMK = self._task.processes.all_gather(torch.stack([step.domains for step in unread]))
+        domains, measures = self._task.mixture.domains, self._task.objective.measures
+        lines = []
+        for step in of_processes_PNMK.sum(0).tolist():
+            seen = {domain: sums for domain, sums in zip(domains, step, strict=True) if sums[1]}
+            line = {
+                "domain_tokens": {domain: int(sums[1]) for domain, sums in seen.items()},
+                "domain_losses": {domain: sums[0] / sums[1] for domain, sums in seen.items()},
+            }
+            for place, name in enumerate(measures, start=2):
+                line[f"domain_{name}"] = {domain: sums[place] / sums[1] for domain, sums in seen.items()}
+            lines.append(line)
+        return lines

@@ -1,4 +1,4 @@
-"""Mixture updates: domain weights that follow held-out losses, or averages of training losses."""
+"""Mixture updates: domain weights that follow held-out losses, or training losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from shearing.data.mixture.averages import LossAverages
+from shearing.data.mixture.averages import LossAverages, LossMeans
 from shearing.data.mixture.dynamic import DynamicMixture, State
 from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.stage import PREFETCHED_STEPS
@@ -22,12 +22,19 @@ class MixtureUpdates(Callback):
         self.rule: State = {} if task.dynamic is None else task.dynamic.state
         self._dynamic = task.dynamic
         self._averages = None if task.average_weight is None else LossAverages(weight=task.average_weight)
+        self._beside_teacher = LossMeans() if task.teacher_reference else None
 
     @override
     def log(self, run: Run, line: Mapping[str, Any]) -> None:
         """Take a step's losses into the averages."""
-        if self._averages is not None and "event" not in line:
+        if "event" in line:
+            return
+        if self._averages is not None:
             self._averages.add(line["domain_losses"])
+        if self._beside_teacher is not None:
+            self._beside_teacher.add(
+                line["domain_losses"], reference=line["domain_teacher_losses"], labels=line["domain_tokens"]
+            )
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
@@ -42,7 +49,7 @@ class MixtureUpdates(Callback):
         """What the rule remembers, and the averages."""
         return {
             "mixture_rule": self.rule,
-            "averages": None if self._averages is None else self._averages.state_dict(),
+            "averages": None if (kept := self._averages or self._beside_teacher) is None else kept.state_dict(),
         }
 
     @override
@@ -52,20 +59,32 @@ class MixtureUpdates(Callback):
         self.rule = state.get("mixture_rule", self.rule)
         if self._averages is not None:
             self._averages.load_state_dict(state["averages"])
+        if self._beside_teacher is not None:
+            self._beside_teacher.load_state_dict(state["averages"])
+
+    @property
+    def _measures(self) -> bool:
+        """Whether updates go by held-out losses."""
+        return self._averages is None and self._beside_teacher is None
 
     def _update(self, run: Run, dynamic: DynamicMixture) -> None:
         run.report()
         started = time.monotonic()
-        if self._averages is None:
-            losses = measure_held_out(run, name="held-out losses")
-        else:
+        reference = None
+        if self._beside_teacher is not None:
+            losses, reference = self._beside_teacher.losses, self._beside_teacher.reference
+            self._beside_teacher.clear()
+        elif self._averages is not None:
             losses = self._averages.losses
+        else:
+            losses = measure_held_out(run, name="held-out losses")
         parameters = self._parameters(run, dynamic)
         # On one process: whatever its arithmetic, all of them go on with the same weights.
         update = run.task.processes.on_main(
             lambda: dynamic.update(
                 run.prefetcher.weights,
                 losses=losses,
+                reference=reference,
                 parameters=parameters,
                 tokens=run.tokens,
                 state=self.rule,
@@ -78,7 +97,7 @@ class MixtureUpdates(Callback):
                 "step": run.step,
                 "event": "mixture",
                 "losses": losses,
-                "losses_from": "heldout" if self._averages is None else "training",
+                "losses_from": "heldout" if self._measures else "training",
                 "reference": update.reference,
                 "weights": update.weights,
                 "first_sample": first_sample,
@@ -91,5 +110,5 @@ class MixtureUpdates(Callback):
         masking = run.task.masking
         if masking is None:
             return dynamic.parameters
-        of = masking.settled_parameters if self._averages is None else masking.expected_parameters
+        of = masking.settled_parameters if self._measures else masking.expected_parameters
         return of(step=run.step)

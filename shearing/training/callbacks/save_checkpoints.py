@@ -24,6 +24,7 @@ _STATE = (
     "mixture_rule",
     "masks",
     "averages",
+    "objective",
     "random",
 )
 """What a state file holds, in its order; behind it, under `callbacks`, what a task's own callbacks keep."""

@@ -10,6 +10,7 @@ from shearing.training.callbacks.heldout_at_end import HeldOutAtEnd
 from shearing.training.callbacks.metrics import Metrics
 from shearing.training.callbacks.mixture_updates import MixtureUpdates
 from shearing.training.callbacks.non_finite import NonFiniteGuard
+from shearing.training.callbacks.objective_steps import ObjectiveSteps
 from shearing.training.callbacks.save_checkpoints import SaveCheckpoints
 from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.stage import Trained
@@ -20,6 +21,7 @@ from shearing.training.task import Callback, Task
 class StandardCallbacks:
     """Those of one run of a stage."""
 
+    objective: ObjectiveSteps
     metrics: Metrics
     non_finite: NonFiniteGuard
     mixture: MixtureUpdates
@@ -32,6 +34,7 @@ class StandardCallbacks:
         """Those of a task; `measure_end`: measure held-out losses after the last step."""
         checkpoints = SaveCheckpoints(task)
         return cls(
+            objective=ObjectiveSteps(task),
             metrics=Metrics(task),
             non_finite=NonFiniteGuard(most=task.schedule.max_skipped_steps, save=checkpoints.save),
             mixture=MixtureUpdates(task),
@@ -43,6 +46,7 @@ class StandardCallbacks:
     def around(self, others: tuple[Callback, ...]) -> tuple[Callback, ...]:
         """All callbacks of a run in their order, a task's own among them."""
         return (
+            self.objective,
             self.metrics,
             self.non_finite,
             self.mixture,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from shearing.data.mixture.averages import LossAverages
+from shearing.data.mixture.averages import LossAverages, LossMeans
 
 
 def test_a_domain_starts_at_its_first_loss_and_keeps_its_average_while_it_is_not_seen() -> None:
@@ -35,3 +35,17 @@ def test_a_state_goes_on_to_the_bit() -> None:
     for step in losses[7:]:
         second.add(step)
     assert second.losses == whole.losses
+
+
+def test_means_beside_a_reference_are_over_tokens_and_begin_anew() -> None:
+    means = LossMeans()
+    means.add({"a": 4.0, "b": 2.0}, reference={"a": 3.0, "b": 2.5}, labels={"a": 10.0, "b": 5.0})
+    means.add({"a": 2.0}, reference={"a": 2.0}, labels={"a": 30.0})
+    means.add({"a": math.nan}, reference={"a": 2.0}, labels={"a": 30.0})
+    again = LossMeans()
+    again.load_state_dict(json.loads(json.dumps(means.state_dict())))
+    for each in (means, again):
+        assert each.losses == {"a": 2.5, "b": 2.0}
+        assert each.reference == {"a": 2.25, "b": 2.5}
+    means.clear()
+    assert means.losses == means.reference == {}

@@ -112,7 +112,7 @@ def test_a_stage_with_the_recipes_defaults_ends_at_exactly_the_target(estimator,
     assert subject.selection().shape(SOURCE) == TARGET
     assert all(torch.equal(value, fixed[name]) for name, value in masks.tensors().items())
     for name, violation in subject.violations(step=chosen.total_steps).items():
-        assert violation.abs().max() < (0.02 if ramp else 0.01), name
+        assert violation.abs().max() < (0.05 if ramp else 0.01), name
 
 
 def test_noise_depends_on_seed_step_and_micro_batch_only():

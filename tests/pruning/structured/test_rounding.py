@@ -115,3 +115,18 @@ def test_a_target_that_is_the_source_leaves_everything() -> None:
     source = Shape.of(tiny_model("llama").config)
     masks = select_across_layers(random_scores(source, seed=0), source=source, target=source)
     assert masks.tensors() == {}
+
+
+def test_the_hash_of_a_selection_is_that_of_its_units():
+    source = Shape.of(tiny_model().config)
+    target = dataclasses.replace(source, num_hidden_layers=2, hidden_size=24, intermediate_size=16)
+    scores = random_scores(source, seed=1)
+    _, first = select(scores, source=source, target=target)
+    _, same = select({name: 3 * values + 1 for name, values in scores.items()}, source=source, target=target)
+    assert first.digest == same.digest
+    assert len(first.digest) == 8
+    others = {select(random_scores(source, seed=seed), source=source, target=target)[1].digest for seed in range(2, 9)}
+    assert len(others | {first.digest}) == 8
+    moved = first.hidden.clone()
+    moved[-1] = next(unit for unit in range(source.hidden_size) if unit not in moved)
+    assert dataclasses.replace(first, hidden=moved.sort().values).digest != first.digest

@@ -11,7 +11,15 @@ from transformers import LlamaConfig
 
 from shearing.models.families.llama import LLAMA
 from shearing.models.shape import Shape
-from shearing.runs.planning.hardware import GPUS, forward_flops_per_token, gpu_of, peak_flops, training_flops_per_token
+from shearing.pruning.structured.importance.metric import Cost
+from shearing.runs.planning.hardware import (
+    GPUS,
+    flops_of,
+    forward_flops_per_token,
+    gpu_of,
+    peak_flops,
+    training_flops_per_token,
+)
 
 SHAPE = Shape(
     family=LLAMA.of(LlamaConfig()),
@@ -101,3 +109,10 @@ def test_training_is_three_forward_passes_and_an_embedding_is_looked_up() -> Non
     assert training_flops_per_token(tied, sequence_length=0) == 6 * tied.num_parameters() == untied
     per_position = training_flops_per_token(SHAPE, sequence_length=1) - untied
     assert per_position == 6 * SHAPE.num_hidden_layers * 64
+
+
+def test_what_is_differentiated_costs_as_training_does() -> None:
+    trained = 10 * training_flops_per_token(SHAPE, sequence_length=32)
+    assert flops_of(Cost(forward_tokens=10, backward_tokens=10), SHAPE, sequence_length=32) == pytest.approx(trained)
+    read = 10 * forward_flops_per_token(SHAPE, sequence_length=32)
+    assert flops_of(Cost(forward_tokens=10, other_flops=7.0), SHAPE, sequence_length=32) == pytest.approx(read + 7.0)

@@ -19,9 +19,12 @@ from shearing.models.families import FAMILIES
 from shearing.models.families.llama import LLAMA
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import Origins, Parts, objective_of
+from shearing.objectives.recipe import DistillRecipe
+from shearing.objectives.registry import DIVERGENCES
 from shearing.runs.planning.memory import (
     Checkpointing,
+    Listening,
     Memory,
     Sharding,
     Workload,
@@ -44,6 +47,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
+TEACHER_LAYERS = 5
 WORKLOAD = Workload(
     micro_batch_size=4,
     micro_batches=1,
@@ -115,8 +119,8 @@ def check_saved(family: Callable[..., Any], *, attention: str, precision: str) -
     assert sum(counted.values()) * workload.tokens == (many - few) / 2
 
 
-def peak(workload: Workload, *, layers: int, tied: bool) -> int:
-    """Most bytes live at the same time in two steps of the torch engine."""
+def peak(workload: Workload, *, layers: int, tied: bool, distill: DistillRecipe | None = None) -> int:
+    """Most bytes live at the same time in two steps of the torch engine, and of its teacher."""
     optimization = Optimization(
         rates=LearningRates(
             schedule="cosine",
@@ -143,11 +147,21 @@ def peak(workload: Workload, *, layers: int, tied: bool) -> int:
         if workload.checkpointing != "none":
             checkpoint_activations(model, selective=workload.checkpointing == "selective")
         engine = TorchEngine(optimization, device=torch.device("cpu"), precision=precision)
-        objective = engine.prepare(LanguageModelLoss(model, chunk_tokens=workload.chunk_tokens))
+        parts = Parts(
+            model=model,
+            chunk_tokens=workload.chunk_tokens,
+            domains=["all"],
+            distill=distill,
+            teacher=lambda: model_of(layers=TEACHER_LAYERS, tied=tied),
+            height=lambda _: 1.0,
+        )
+        name = "language_model" if distill is None else "distillation"
+        objective = engine.prepare(objective_of(name, parts=parts)).train()
+        origins = Origins(domains=torch.zeros(workload.micro_batch_size, dtype=torch.int64))
         for step, index in itertools.product(range(2), range(workload.micro_batches)):
             tokens = torch.zeros(workload.micro_batch_size, workload.sequence_length + 1, dtype=torch.int64)
             with engine.autocast():
-                loss = objective(tokens).total
+                loss = objective(tokens, None, origins).total
             engine.backward(loss, last=index == workload.micro_batches - 1)
             if index == workload.micro_batches - 1:
                 engine.step(step=step)
@@ -184,10 +198,24 @@ def test_the_peak_is_foreseen_in_bf16() -> None:
     check_peak(dataclasses.replace(WORKLOAD, bf16=True, chunk_tokens=16), tolerance=0.15)
 
 
-def check_peak(workload: Workload, *, tolerance: float, tied: bool = True) -> None:
-    shape = Shape.of(model_of(layers=3, tied=tied).config)
-    expected = estimate(shape, workload=workload, sharding=Sharding()).total
-    assert expected == pytest.approx(peak(workload, layers=3, tied=tied), rel=tolerance)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_peak_with_a_teacher_is_foreseen(kind: str, temperature: float) -> None:
+    """That without, and the teacher's weights, last hidden states and one chunk."""
+    distill = DistillRecipe(kind=kind, temperature=temperature, domains="all")
+    check_peak(WORKLOAD, tolerance=0.03, distill=distill)
+
+
+def check_peak(
+    workload: Workload, *, tolerance: float, tied: bool = True, distill: DistillRecipe | None = None
+) -> None:
+    shape, listening = Shape.of(model_of(layers=3, tied=tied).config), None
+    if distill is not None:
+        teacher = Shape.of(model_of(layers=TEACHER_LAYERS, tied=tied).config)
+        buffers = 1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1)
+        listening = Listening(shape=teacher, bf16=False, buffers=buffers)
+    expected = estimate(shape, workload=workload, sharding=Sharding(), listening=listening).total
+    assert expected == pytest.approx(peak(workload, layers=3, tied=tied, distill=distill), rel=tolerance)
 
 
 BILLION = Shape(

@@ -61,6 +61,28 @@ def test_figures_of_sheared_llama(llama: str) -> None:
     assert (pretrain.workload.micro_batch_size, pretrain.workload.micro_batches) == (16, 2)
 
 
+def test_a_teacher_is_counted(llama: str) -> None:
+    plain, listening = (planned(sheared_llama(llama, f"distill={value}")) for value in ("null", "{weight: 0.5}"))
+    parameters, tokens, vocabulary = 6_738_415_616, 4096, 32000
+    for before, after in zip(plain.stages, listening.stages, strict=True):
+        # 2 FLOPs for each parameter and token of a forward pass, and 2 L d S for attention.
+        per_token = 2 * (parameters - vocabulary * 4096) + 2 * 32 * 4096 * 4096
+        assert after.teacher_flops == pytest.approx(per_token * after.tokens)
+        assert after.seconds - before.seconds == pytest.approx(after.teacher_flops / (8 * 0.4 * 989.4e12))
+        for zero_stage, memory in after.memory.items():
+            without = before.memory[zero_stage]
+            chunk = 1024 * vocabulary * (2 + 4 + 4)  # logits, log-probabilities, and what KL works with
+            states = 2 * after.workload.micro_batch_size * tokens * 4096
+            assert memory.teacher in (2 * parameters, 2 * parameters + states + chunk)
+            assert memory.total >= without.total + 2 * parameters
+            assert memory.total <= without.total + 2 * parameters + states + chunk
+    assert (plain.teacher, listening.teacher) == (None, listening.source)
+    twice = planned(sheared_llama(llama, "distill={skip_low_entropy: 0.1, temperature: 2.0, precision: fp32}"))
+    again = 2 * vocabulary * 4096
+    assert twice.stages[0].teacher_flops == pytest.approx((per_token + again) * twice.stages[0].tokens)
+    assert twice.stages[0].memory[0].teacher >= 4 * parameters
+
+
 def test_the_advice_fits(llama: str) -> None:
     made = planned(sheared_llama(llama, "training.engine=torch"))
     assert made.advice is not None

@@ -86,3 +86,13 @@ def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path,
     assert "choose another prune.initial_masks" in str(refused.value)
     assert "switch prune.compensate off" in str(refused.value)
     plan_of(tiny_recipe, "prune.initial_masks=activations", "prune.compensate=false")
+    given = ["prune.initial_masks=activations", "prune.compensate=false"]
+    with pytest.raises(ShearingError) as refused:
+        plan_of(
+            tiny_recipe,
+            *given,
+            "evaluation.baselines=[random, activations+refit, reconstruction, reconstruction+refit]",
+        )
+    assert refused.value.field == "evaluation.baselines"
+    assert refused.value.value == ["activations+refit", "reconstruction", "reconstruction+refit"]
+    assert refused.value.mend == "set evaluation.baselines=[random]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.refitting import refit_cost
-from shearing.runs.race.flops import FlopCount, steps_within
+from shearing.runs.race.flops import FlopCount, Flops, steps_within
 from shearing.runs.race.methods import Contender
 from shearing.runs.race.plan import Budget, RacePlan
+from shearing.runs.race.records import RaceFolder
 from shearing.runs.race.rows import Row, Steps
 from shearing.runs.race.summary import paired, summarise
 from shearing.runs.race.tables import markdown_tables
@@ -82,6 +84,24 @@ def test_flops_of_the_refit_by_hand() -> None:
     assert cost.other_flops == pytest.approx(sums + solutions)
 
 
+def test_what_rows_share_is_left_once(tmp_path: Path) -> None:
+    rows = [Row(contender=RIVAL, seed=seed, steps=steps) for seed in (0, 1) for steps in (5, 10)]
+    rows += [Row(contender=START, seed=0, steps=10)]
+    plan = replace(
+        _plan(dict.fromkeys(rows), contenders=[RIVAL, START]),
+        flops={
+            row: Flops(choosing=100, refit=10, masked=1 if row.contender == START else 0, training=2) for row in rows
+        },
+        choosing={contender: {"random": 100.0} for contender in (RIVAL, START)},
+    )
+    folder = RaceFolder(path=tmp_path)
+    # Two seeds of scores, two cuts and the start's own refit, the steps of all.
+    assert plan.left(rows, folder=folder) == 2 * 100 + 3 * 10 + 5 * 2 + 1
+    folder.scores("random", seed=0).parent.mkdir()
+    folder.scores("random", seed=0).touch()
+    assert plan.left(rows, folder=folder) == 100 + 3 * 10 + 5 * 2 + 1
+
+
 @pytest.mark.parametrize(("fixed", "budget", "steps"), [(0, 100, 10), (5, 100, 9), (0, 99, 9), (90, 100, None)])
 def test_steps_within_a_budget(fixed: float, budget: float, steps: int | None) -> None:
     assert steps_within(budget, cost=lambda number: fixed + 10.0 * number, least=2) == steps
@@ -128,6 +148,7 @@ def _plan(records: dict[Row, Any], *, contenders: list[Contender]) -> RacePlan:
         rows=list(records),
         recipes={},
         flops={},
+        choosing={},
         steps=Steps(tokens_per_step=32, mask_share=Fraction(1, 2)),
         source=SOURCE,
         target=TARGET,
@@ -158,6 +179,21 @@ def test_tables_say_differences_and_the_best_rival() -> None:
     assert "**" not in text
     assert "| learned masks, refitted (0 to 2 units changed) | 3 |" in text
     assert f"{to_start.mean():+.3f} ± {_standard_error(to_start):.3f} [-0.100, +0.100]" in text
+
+
+def test_text_of_no_domain_has_a_mean_of_its_own() -> None:
+    records = {}
+    for contender, mean in ((LEARNED, 4.0), (START, 4.5)):
+        records[Row(contender=contender, seed=0, steps=10)] = record = _record(4.0)
+        record["losses"]["final"] |= {"outside_mean": mean, "outside": {"plays": mean - 0.5, "code": mean + 0.5}}
+    results = summarise(_plan(records, contenders=[LEARNED, START]), equal=["tokens"], records=records)
+    table = results["budgets"][0]["equal_tokens"]
+    assert table["learned_minus_start"]["mean"] == 0
+    assert table["learned_minus_start_outside"]["mean"] == table["learned_minus_best_rival_outside"]["mean"] == -0.5
+    assert table["rows"][0]["outside"] == {"plays": 3.5, "code": 4.5}
+    lines = markdown_tables(results).splitlines()
+    assert "| units chosen by | a | b | plays | code | outside | - start |" in lines
+    assert "| learned masks, refitted | 3.000 | 5.000 | 3.500 | 4.500 | 4.000 | -0.500 |" in lines
 
 
 def test_a_rival_that_failed_a_seed_is_not_the_best() -> None:

@@ -27,9 +27,10 @@ from shearing.runs.race.methods import METHODS, RaceMethod, Ranking
 from shearing.runs.race.race import compare
 from shearing.runs.race.rows import RaceSettings
 from shearing.runs.recipe import Recipe
-from shearing.training.engines import torch_engine
+from shearing.training.engines import optimizer, torch_engine
 from tests.conftest import tiny_recipe_data
 from tests.repository import ROOT
+from tests.runs.stages.test_evaluate import outside_of
 
 TOKENS_PER_STEP = 32
 DEPTH = frozenset({"layers", "attention", "mlp"})
@@ -64,11 +65,11 @@ def _rows(output: Path) -> dict[str, dict[str, Any]]:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """The learning rates that steps really had and the tokens that were really dealt, in order."""
     found: dict[str, list[Any]] = {"rates": [], "samples": []}
-    set_rate, batch_of = torch_engine.set_learning_rate, Mixture.batch
+    set_rate, batch_of = optimizer.set_learning_rate, Mixture.batch
 
-    def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def set_learning_rate(of: torch.optim.Optimizer, rate: float) -> None:
         found["rates"].append(rate)
-        set_rate(optimizer, rate)
+        set_rate(of, rate)
 
     def batch(self: Mixture, **keywords: Any) -> Batch:
         result = batch_of(self, **keywords)
@@ -84,7 +85,7 @@ def test_all_rows_see_the_same_samples_at_the_same_rates(
     tiny_inputs: Path, tmp_path: Path, recorded: dict[str, list[Any]]
 ) -> None:
     seen = {}
-    for method in ("random", "scratch", "start", "learned", "paper"):
+    for method in ("random", "scratch", "start", "learned", "paper", "gradual"):
         for of_method in recorded.values():
             of_method.clear()
         _race(_settings(tiny_inputs, tmp_path / method, methods=(method,), refit="without"))
@@ -242,6 +243,21 @@ def test_sizes_by_layer_are_evaluated_and_not_trained(
     forms = {form["name"]: form for form in results["own_forms"]}
     assert forms["across-own-sizes"]["minus_uniform"]["seeds"] == [0]
     assert "across, sizes by layer, refitted" in (tmp_path / "results.md").read_text()
+
+
+def test_text_of_no_domain_judges_too(tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_inputs)
+    other = outside_of(recipe.data.corpus, tmp_path / "outside")
+    with_other = _recipe(tiny_inputs, evaluation={"outside": str(other)})
+    asked: dict[str, Any] = {"methods": ("random",), "refit": "without"}
+    _race(_settings(tiny_inputs, tmp_path / "without", recipe=recipe, **asked))
+    _race(_settings(tiny_inputs, tmp_path / "with", recipe=with_other, **asked))
+    (without,), (judged,) = _rows(tmp_path / "without").values(), _rows(tmp_path / "with").values()
+    for moment, losses in judged["losses"].items():
+        outside = losses["outside"]
+        assert losses["outside_mean"] == pytest.approx(np.mean(list(outside.values())))
+        assert losses["domains"] == without["losses"][moment]["domains"]
+    assert judged["fingerprint"] != without["fingerprint"]
 
 
 def test_models_are_kept_if_asked_for(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,18 +21,22 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.errors import ShearingError
 from shearing.evaluation.heldout import heldout_loss
+from shearing.files.tensors import read_header
 from shearing.models.cutting import compact
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.magnitude import Magnitude, magnitude_scores
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
+from shearing.pruning.structured.refitting import refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
+from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages import evaluate as stage
+from shearing.runs.stages.choices import START_SCORES, keep_scores
 from shearing.runs.stages.evaluate import evaluate
 from tests.conftest import tiny_recipe_data
 
@@ -49,6 +54,10 @@ def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
         source=Shape.of(source.config),
         target=resolve_target(recipe.target, source=source.config),
     )
+    directory.prune.mkdir(parents=True)
+    kept = {name: mask.clone() for name, mask in masks.tensors().items()}
+    save_file(kept, directory.prune / "masks.safetensors")
+    learned(recipe, hidden=0)
     model = compact(source, masks=masks, selection=selection)
     model.save_pretrained(directory.compact)
     directory.mark_complete("compact", {})
@@ -56,6 +65,17 @@ def recipe(tiny_inputs: Path, tmp_path: Path) -> Recipe:
     model.save_pretrained(directory.model)
     directory.mark_complete("pretrain", {})
     return recipe
+
+
+def learned(recipe: Recipe, *, hidden: int | str) -> None:
+    """Say that mask learning changed so many hidden dimensions."""
+    summary = {"changed_from_start": {"layers": 0, "hidden": hidden}}
+    (RunDirectory(recipe.run_dir).prune / "summary.json").write_text(json.dumps(summary))
+
+
+def with_baselines(recipe: Recipe, *names: str) -> Recipe:
+    evaluation = recipe.evaluation.model_copy(update={"baselines": list(names)})
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 def quiet(recipe: Recipe) -> RunContext:
@@ -91,7 +111,8 @@ def test_every_model_of_the_run_is_measured(recipe: Recipe) -> None:
     assert evaluation["models"]["final"]["training_tokens"] == (6 + 4) * 2 * 16
     assert losses(evaluation)["magnitude"] == losses(evaluation)["compact"]
     assert losses(evaluation)["compact"] != losses(evaluation)["final"]
-    assert "learned" in context.console.file.getvalue()  # type: ignore[attr-defined]
+    printed = context.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Mask learning changed none of the units chosen by reconstruction." in " ".join(printed.split())
     assert not list(recipe.run_dir.glob("*partial*"))
 
 
@@ -154,17 +175,85 @@ def test_pretraining_adds_a_row_and_keeps_the_others(recipe: Recipe, monkeypatch
     assert len(calls) == 1
 
 
-def test_scores_that_graded_the_start_serve_the_baseline_of_their_name_alone(recipe: Recipe) -> None:
-    evaluation = evaluate(quiet(recipe))
-    scores = magnitude_scores(load_source(recipe.model.source))
-    directory = RunDirectory(recipe.run_dir)
-    directory.prune.mkdir()
-    save_file(scores, directory.prune / "importance.safetensors")
-    directory.evaluation.unlink()
+def test_scores_that_graded_the_start_serve_the_baseline_of_the_metric_that_wrote_them(recipe: Recipe) -> None:
+    context = quiet(with_baselines(recipe, "activations", "reconstruction"))
+    target = resolve_target(recipe.target, source=context.config)
+    first = evaluate(context)
+    kept = magnitude_scores(load_source(recipe.model.source))
 
-    again = evaluate(quiet(recipe))
+    def again() -> dict[str, Any]:
+        context.directory.evaluation.unlink()
+        return evaluate(context)
 
-    assert losses(again)["activations"] == losses(evaluation)["activations"]
+    keep_scores(context, kept, metric="activations", target=target)
+    assert losses(again())["activations"] == losses(again())["compact"] != losses(first)["activations"]
+    assert losses(again())["reconstruction"] == losses(first)["reconstruction"]
+    keep_scores(context, kept, metric="activations", target=dataclasses.replace(target, intermediate_size=7))
+    assert losses(again()) == losses(first)
+    _, metadata = read_header(context.directory.prune / START_SCORES)
+    assert metadata["metric"] == "activations"
+    save_file(kept, context.directory.prune / START_SCORES)  # says nothing of where it is from
+    assert losses(again()) == losses(first)
+
+
+def test_a_row_says_what_its_model_kept_and_took(recipe: Recipe) -> None:
+    context = quiet(with_baselines(recipe, "magnitude", "random", "activations", "activations+refit"))
+    models = evaluate(context)["models"]
+
+    assert models["source"]["units"] is None
+    units = {name: model["units"] for name, model in models.items()}
+    assert units["magnitude"] == units["compact"] == units["final"]
+    assert units["activations"] == units["activations+refit"]
+    assert len(set(units.values())) == 4
+    assert losses({"models": models})["activations"] != losses({"models": models})["activations+refit"]
+    assert [models[name]["label"] for name in ("random", "activations+refit")] == ["chance", "activations, refitted"]
+
+    source, target = Shape.of(context.config), resolve_target(recipe.target, source=context.config)
+    flops = {name: model["flops"] for name, model in models.items()}
+    assert flops["source"] == flops["random"] == flops["magnitude"] == 0
+    forward = forward_flops_per_token(source, sequence_length=16)
+    text = 64  # tokens
+    assert flops["activations"] == pytest.approx(text * forward, rel=1e-9)
+    refit = refit_cost(source, target=target, text_tokens=text)
+    assert flops["activations+refit"] == pytest.approx(3 * text * forward + refit.other_flops, rel=1e-9)
+    pretrained = 4 * 2 * 16 * training_flops_per_token(target, sequence_length=16)
+    assert flops["final"] - flops["compact"] == pytest.approx(pretrained, rel=1e-9)
+    assert flops["compact"] > 6 * 2 * 16 * training_flops_per_token(source, sequence_length=16) + refit.other_flops
+
+
+def test_a_refit_leaves_the_source_to_the_rows_after_it(recipe: Recipe) -> None:
+    alone = evaluate(quiet(with_baselines(recipe, "magnitude")))
+    RunDirectory(recipe.run_dir).evaluation.unlink()
+    after = evaluate(quiet(with_baselines(recipe, "activations+refit", "magnitude")))
+    assert losses(after)["magnitude"] == losses(alone)["magnitude"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "prune", "label"),
+    [
+        (0, {}, "chosen by reconstruction, refitted, trained"),
+        (0, {"compensate": False}, "chosen by reconstruction, trained"),
+        (0, {"initial_masks": "magnitude"}, "chosen by weight magnitude, refitted, trained"),
+        (3, {}, "learned masks, started by reconstruction"),
+        ("open", {"initial_masks": "open"}, "learned masks, started open"),
+    ],
+)
+def test_a_model_is_called_learned_where_learning_changed_units(
+    recipe: Recipe, changed: int | str, prune: dict[str, Any], label: str
+) -> None:
+    learned(recipe, hidden=changed)
+    stage = recipe.pruning.prune.model_copy(update=prune)
+    models = evaluate(quiet(with_baselines(recipe).model_copy(update={"prune": stage})))["models"]
+    assert [models[name]["label"] for name in ("compact", "final")] == [label, f"{label}, pretrained"]
+    assert models["compact"]["changed_from_start"]["hidden"] == changed
+
+
+def test_labels_follow_the_run_without_measuring_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(quiet(recipe))
+    calls = count_measurements(monkeypatch)
+    learned(recipe, hidden=2)
+    assert evaluate(quiet(recipe))["models"]["compact"]["label"] == "learned masks, started by reconstruction"
+    assert not calls
 
 
 def test_speed_is_measured_on_source_and_result_only(recipe: Recipe) -> None:

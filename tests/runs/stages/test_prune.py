@@ -62,7 +62,7 @@ def test_both_importances_agree_on_layers_and_hidden_dimensions_and_not_on_units
         name: load_file(
             pruned(tiny_recipe, f"prune.initial_masks={name}", run_dir=tmp_path / name).path
             / "prune"
-            / "importance.safetensors"
+            / "start_scores.safetensors"
         )
         for name in ("activations", "reconstruction")
     }
@@ -72,7 +72,7 @@ def test_both_importances_agree_on_layers_and_hidden_dimensions_and_not_on_units
     assert not torch.equal(*ranks)
 
 
-@pytest.mark.parametrize("name", ["importance", "moments", "masks", "model"])
+@pytest.mark.parametrize("name", ["start_scores", "moments", "masks", "model"])
 def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):

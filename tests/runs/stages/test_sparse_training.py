@@ -150,7 +150,7 @@ def test_units_are_cut_weights_zeroed_and_the_rest_is_trained(tiny_inputs: Path,
     for name, mask in masks_of(found.sparse).items():
         assert torch.equal(weights(found.sparse)[name], cut[name] * mask)
     labels = [model["label"] for model in read_json(found.evaluation)["models"].values()]
-    assert labels[-2:] == ["learned masks, wanda 2:4", "learned masks, wanda 2:4, pretrained"]
+    assert labels[-2:] == [f"learned masks, started by reconstruction, wanda 2:4{end}" for end in ("", ", pretrained")]
 
 
 @pytest.mark.parametrize("dense", [False, True])

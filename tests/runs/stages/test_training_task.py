@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from shearing.objectives.registry import OBJECTIVES
+from shearing.objectives.distillation import Distillation
+from shearing.objectives.teacher import OnlineTeacher
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.stages.source_model import load_whole_or_skeleton
 from shearing.runs.stages.training_task import task_of
-from tests.objectives.teacher import TeachersLoss
 
 
 @pytest.mark.parametrize("attention", ["full", "documents"])
 def test_a_teacher_is_the_source_and_attends_as_the_model_does(
     attention: str, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "language_model", "tests.objectives.teacher:TeachersLoss")
-    recipe = load_recipe(tiny_recipe, overrides=[f"data.attention={attention}"])
+    held: list[OnlineTeacher] = []
+    begin = OnlineTeacher.__init__
+
+    def noted(self: OnlineTeacher, *arguments: Any, **keywords: Any) -> None:
+        begin(self, *arguments, **keywords)
+        held.append(self)
+
+    monkeypatch.setattr(OnlineTeacher, "__init__", noted)
+    recipe = load_recipe(tiny_recipe, overrides=[f"data.attention={attention}", "distill={precision: fp32}"])
     context = RunContext(recipe)
     model, source = (
         load_whole_or_skeleton(context, source=recipe.model.source, revision=None, whole=True) for _ in range(2)
@@ -29,8 +37,9 @@ def test_a_teacher_is_the_source_and_attends_as_the_model_does(
         model.get_input_embeddings().weight.zero_()
     mixture = context.initial_mixture()
     objective = task_of(context, stage="prune", model=model, mixture=mixture, masking=None, reference={}).objective
-    assert isinstance(objective, TeachersLoss)
-    kernels = {each.config._attn_implementation for each in (model, objective.teacher)}
+    assert isinstance(objective, Distillation)
+    (teacher,) = (each.model for each in held)
+    kernels = {each.config._attn_implementation for each in (model, teacher)}
     assert kernels == {"documents_sdpa" if attention == "documents" else "causal_sdpa"}
-    for found, weight in zip(objective.teacher.parameters(), source.parameters(), strict=True):
+    for found, weight in zip(teacher.parameters(), source.parameters(), strict=True):
         assert torch.equal(found, weight)

@@ -34,6 +34,7 @@ KEYS = [
     "mixture_rule",
     "masks",
     "averages",
+    "objective",
     "random",
 ]
 

@@ -31,12 +31,11 @@ DAMPING = 0.01
 """Share of its diagonal that is added to a second moment before it is inverted (SparseGPT, arXiv 2301.00774, adds 1 %
 of the mean), so that a unit is not said to be replaceable by a thin difference of others."""
 
-_ROUNDS = 16
+_BLOCK = 64
+"""Columns that go between two updates of the whole matrices."""
 
 
-def elimination_order(
-    weight: Tensor, moment: Tensor, *, rows: int, units: int, remove: int, at_once: int = 1
-) -> Tensor:
+def elimination_order(weight: Tensor, moment: Tensor, *, rows: int, units: int, remove: int) -> Tensor:
     """Scores of the units that a linear layer reads: how late each would go if the cheapest always went first.
 
     Taking the columns P of W away and refitting the columns that stay costs, with C = E[x xᵀ],
@@ -44,8 +43,8 @@ def elimination_order(
         tr( W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ )
 
     of the output's mean square (Optimal Brain Surgeon for blocks of columns, as in ZipLM, arXiv 2302.04089). After
-    each removal W and C⁻¹ are those of the refitted layer, so of two units that say the same, one goes early and the
-    other late.
+    each single unit W and C⁻¹ are those of the refitted layer, so of two units that say the same, one goes early and
+    the other late. A unit's cost may fall when another goes, so no cheaper bound finds the same order.
 
     Args:
         weight: [O, I], I = rows * units * (inputs of a unit); a unit's inputs are neighbours.
@@ -53,56 +52,96 @@ def elimination_order(
         rows: rows of units; all of them lose units equally fast.
         units: units in a row.
         remove: units of a row to remove; the rest is scored by its cost then.
-        at_once: units of a row that go between two updates of the costs.
 
     Returns:
         [rows, units] fp32 scores, higher goes later.
     """
-    lower, _ = next(damped_factors(moment.to(torch.float64, copy=True), damping=DAMPING, of="each"))
-    weight, inverse = weight.double(), torch.cholesky_inverse(lower)
-    width = weight.shape[1] // (rows * units)
+    left = _Refitted(weight.double(), moment, width=weight.shape[1] // (rows * units))
     scores = torch.full((rows, units), float("inf"), dtype=torch.float64, device=weight.device)
-    for first in range(0, remove, at_once):
-        count = min(at_once, remove - first)
+    for place in range(remove):
         owing = torch.ones(rows, dtype=torch.bool, device=weight.device)
         for _ in range(rows):
-            costs = _removal_costs(weight, inverse, width=width).view(rows, units)
-            costs = costs.masked_fill(scores.isfinite() | ~owing[:, None], float("inf"))
-            row = int(costs.min(dim=1).values.argmin())
-            cheapest = costs[row].argsort(stable=True)[:count]
-            scores[row, cheapest] = torch.arange(first, first + count, dtype=torch.float64, device=weight.device)
-            owing[row] = False
-            starts = (row * units + cheapest) * width
-            gone = (starts[:, None] + torch.arange(width, device=weight.device)).flatten()
-            weight, inverse = _without(weight, inverse, gone)
-    costs = _removal_costs(weight, inverse, width=width).view(rows, units).masked_fill(scores.isfinite(), -1.0)
+            costs = left.removal_costs().view(rows, units)
+            cheapest = costs.masked_fill(scores.isfinite() | ~owing[:, None], float("inf")).argmin().view(1)
+            scores.view(-1)[cheapest] = float(place)
+            owing[cheapest // units] = False
+            left.remove(cheapest)
+    costs = left.removal_costs().view(rows, units).masked_fill(scores.isfinite(), -1.0)
     ranks = costs.argsort(dim=1, stable=True).argsort(dim=1)
     return torch.where(scores.isfinite(), scores, ranks).float()
 
 
-def _removal_costs(weight: Tensor, inverse: Tensor, *, width: int) -> Tensor:
-    """tr(W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ) of every block of `width` neighbouring columns: [I / width]."""
-    if width == 1:
-        squares: Tensor = weight.square().sum(0)
-        return squares / inverse.diagonal()
-    blocks = inverse.shape[0] // width
-    of_block = torch.arange(blocks, device=inverse.device)
-    diagonal = inverse.view(blocks, width, blocks, width)[of_block, :, of_block, :]
-    columns = weight.view(-1, blocks, width).permute(1, 2, 0)
-    halves: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(diagonal), columns, upper=False)
-    return halves.square().sum((1, 2))
+class _Refitted:
+    """A linear layer while blocks P of its columns go and those that stay are refitted: C⁻¹ and G = Wᵀ W.
+
+    With L Lᵀ = (C⁻¹)_PP a block takes
+
+        C⁻¹ ← C⁻¹ - Uᵀ U,        U = L⁻¹ (C⁻¹)_P
+        W ← W - (L⁻¹ W_Pᵀ)ᵀ U,   so  G ← G - Uᵀ Y - Yᵀ U,   Y = V - ½ L⁻¹ (V_P)ᵀ U,   V = L⁻¹ G_P
+
+    with it. Costs need no more of both than the blocks on their diagonals, which are always up to date. The whole
+    matrices wait until `_BLOCK` columns have gone, as in SparseGPT's lazy batches (arXiv 2301.00774, section 3.3); what
+    a block reads of them is brought up to date as it is read.
+
+    Legend: I inputs; w inputs of a block; n columns gone since the last update of the whole matrices.
+
+    Args:
+        weight: W [O, I], fp64.
+        moment: C [I, I].
+        width: w.
+    """
+
+    def __init__(self, weight: Tensor, moment: Tensor, *, width: int) -> None:
+        lower, _ = next(damped_factors(moment.to(torch.float64, copy=True), damping=DAMPING, of="each"))
+        self._inverse_II, self._gram_II = torch.cholesky_inverse(lower), weight.T @ weight
+        self._inverses, self._grams = (
+            _diagonal_blocks(each, width=width) for each in (self._inverse_II, self._gram_II)
+        )
+        self._u_nI = weight.new_zeros(_BLOCK + width, weight.shape[1])
+        self._y_nI = torch.zeros_like(self._u_nI)
+        self._gone, self._width = 0, width
+
+    def removal_costs(self) -> Tensor:
+        """tr(W_P [(C⁻¹)_PP]⁻¹ W_Pᵀ) of every block: [I / w]; of those that went, 0."""
+        if self._width == 1:
+            return (self._grams / self._inverses).flatten()
+        lower, _ = torch.linalg.cholesky_ex(self._inverses)
+        return torch.cholesky_solve(self._grams, lower).diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, block: Tensor) -> None:
+        """Take a block, an index [1] on the device, and refit the others."""
+        width = self._width
+        columns = block * width + torch.arange(width, device=block.device)
+        u_nI, y_nI = self._u_nI[: self._gone], self._y_nI[: self._gone]
+        of_gone = u_nI[:, columns].T, y_nI[:, columns].T
+        inverse_wI = self._inverse_II[columns] - of_gone[0] @ u_nI
+        gram_wI = self._gram_II[columns] - of_gone[0] @ y_nI - of_gone[1] @ u_nI
+        lower, _ = torch.linalg.cholesky_ex(inverse_wI[:, columns])
+        u_wI, v_wI = (torch.linalg.solve_triangular(lower, each, upper=False) for each in (inverse_wI, gram_wI))
+        y_wI = v_wI - 0.5 * torch.linalg.solve_triangular(lower, v_wI[:, columns].T, upper=False) @ u_wI
+        self._u_nI[self._gone : self._gone + width] = u_wI
+        self._y_nI[self._gone : self._gone + width] = y_wI
+        self._gone += width
+        u, y = (each.view(width, -1, width).permute(1, 2, 0) for each in (u_wI, y_wI))
+        self._inverses -= u @ u.mT
+        self._grams -= u @ y.mT + y @ u.mT
+        self._inverses[block] = torch.eye(width, dtype=u.dtype, device=u.device)
+        self._grams[block] = 0.0
+        if self._gone >= _BLOCK:
+            self._update()
+
+    def _update(self) -> None:
+        u_nI, y_nI = self._u_nI[: self._gone], self._y_nI[: self._gone]
+        self._inverse_II.addmm_(u_nI.T, u_nI, alpha=-1.0)
+        self._gram_II.addmm_(u_nI.T, y_nI, alpha=-1.0).addmm_(y_nI.T, u_nI, alpha=-1.0)
+        self._gone = 0
 
 
-def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """Refitted weight and inverse moment after the columns `gone` went; theirs become zero and the identity."""
-    rows = torch.cholesky_solve(inverse[gone], torch.linalg.cholesky(inverse[gone][:, gone]))
-    weight = weight - weight[:, gone] @ rows
-    inverse = inverse - inverse[:, gone] @ rows
-    weight[:, gone] = 0.0
-    inverse[gone] = 0.0
-    inverse[:, gone] = 0.0
-    inverse[gone, gone] = 1.0
-    return weight, inverse
+def _diagonal_blocks(matrix_II: Tensor, *, width: int) -> Tensor:
+    """[I / w, w, w]."""
+    blocks = matrix_II.shape[0] // width
+    each = torch.arange(blocks, device=matrix_II.device)
+    return matrix_II.view(blocks, width, blocks, width)[each, :, each, :]
 
 
 class Reconstruction:
@@ -130,11 +169,12 @@ class Reconstruction:
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
         heads = K * G * source.head_dim
         flops = 2.0 * evidence.text_tokens * (heads**2 + m**2)
-        # Inverse of the moment: n^3 for the factor and its use; each column that goes: an update of C^-1 and of W.
-        flops += 2.0 * (heads**3 + m**3)
-        for name, inputs in (("kv_groups", G * source.head_dim), ("query_heads", K * source.head_dim)):
-            flops += 2.0 * goes[name] * inputs * heads * (heads + d)
-        flops += 2.0 * goes["intermediate"] * m * (m + d)
+        columns = {"kv_groups": G * source.head_dim, "query_heads": K * source.head_dim, "intermediate": 1}
+        for name, inputs in ((name, m if name == "intermediate" else heads) for name, count in goes.items() if count):
+            # Inverse of the moment: n^3 for the factor and its use; the Gram matrix of the weights.
+            flops += 2.0 * inputs**3 + 2.0 * inputs**2 * d
+            # Each column that goes: one update of C^-1 and two of G, and as it is read, of half a block on average.
+            flops += 6.0 * goes[name] * columns[name] * inputs * (inputs + _BLOCK / 2)
         return Cost(forward_tokens=evidence.text_tokens, other_flops=flops * source.num_hidden_layers)
 
     @torch.no_grad()
@@ -162,10 +202,7 @@ class Reconstruction:
                 for name, earlier in orders.items():
                     weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
                     rows, count = rows_of[name]
-                    at_once = max(1, goes[name] // _ROUNDS)
-                    order = elimination_order(
-                        weight, read.token_moment, rows=rows, units=count, remove=goes[name], at_once=at_once
-                    )
+                    order = elimination_order(weight, read.token_moment, rows=rows, units=count, remove=goes[name])
                     earlier.append(order.cpu())
                 advance(1)
         sizes = unit_sizes(source)

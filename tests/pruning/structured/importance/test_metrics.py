@@ -50,7 +50,8 @@ def test_every_metric_scores_every_unit_of_every_family(name: str, family: str) 
 def test_recipes_take_the_names_of_the_registry() -> None:
     assert get_args(PruneRecipe.model_fields["initial_masks"].annotation) == ("open", *complete_metrics())
     (each,) = get_args(EvaluationRecipe.model_fields["baselines"].annotation)
-    assert get_args(each) == complete_metrics()
+    names = get_args(get_args(each)[0])
+    assert names == (*complete_metrics(), *(f"{name}+refit" for name in complete_metrics()))
     assert {"random", "magnitude", "activations", "reconstruction"} <= set(complete_metrics())
     assert all(facts.gives <= EVERYTHING for facts in METRICS.values())
 

@@ -1,0 +1,293 @@
+"""What listening to a teacher brings: the same cut model trained on, with and without, at equal tokens and equal FLOPs.
+
+For every seed the recipe's mask learning and cutting are done once; each row then trains that model with one way of
+distilling, for as many tokens as plain cross-entropy (`ce`), and once more for as many FLOPs: 6 N_S a token for a
+student of N_S parameters, and 2 N_T more for a teacher of N_T. Losses are of the test split of the domains that are
+trained on, and of text of none (`evaluation.outside`). A row is a run and a file: an interrupted benchmark continues.
+
+    python benchmarks/distillation.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0] [--steps 30 190]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.writer import CorpusWriter
+from shearing.evaluation.environment import environment
+from shearing.evaluation.heldout import heldout_loss
+from shearing.files.durable import read_json, write_json
+from shearing.models.loading import load_config, load_source
+from shearing.models.shape import Shape
+from shearing.runs.context import RunContext
+from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
+from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.stages.compact import compact
+from shearing.runs.stages.pretrain import pretrain
+from shearing.runs.stages.prune import prune
+from shearing.training.device import resolve_device
+
+CE = "ce"
+ROWS: dict[str, dict[str, Any] | None] = {
+    CE: None,
+    "constant 0.5": {"weight": 0.5, "domains": "all"},
+    "constant 0.9": {"weight": 0.9, "domains": "all"},
+    "by domain 0.5": {"weight": 0.5, "domains": "auto"},
+    "by domain 0.9": {"weight": 0.9, "domains": "auto"},
+    "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
+    "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
+}
+"""Ways to train, by what `distill` is."""
+EQUAL = ("tokens", "flops")
+
+
+class Bench:
+    """One seed: the cut model, and rows that train it.
+
+    Args:
+        recipe: the recipe of the cut.
+        folder: of the seed.
+        steps: of continued pretraining by cross-entropy alone.
+        warmup: steps of its warm-up.
+        console: where progress goes.
+    """
+
+    def __init__(self, recipe: Recipe, *, folder: Path, steps: int, warmup: int, console: Console) -> None:
+        self.folder, self.steps, self.warmup, self.console = folder, steps, warmup, console
+        start = recipe.model_copy(update={"run_dir": folder / "start"})
+        context = RunContext(start, console=console)
+        for stage, function in (("prune", prune), ("compact", compact)):
+            if not context.directory.is_complete(stage):
+                function(context)
+        self.recipe, self.cut = recipe, context.directory.compact
+        self.teacher = Shape.of(context.config)
+        self.student = Shape.of(load_config(str(self.cut)))
+
+    def flops_ratio(self, row: str) -> float:
+        """FLOPs of a token over those of cross-entropy alone."""
+        length, settings = self.recipe.data.sequence_length, ROWS[row]
+        own = training_flops_per_token(self.student, sequence_length=length)
+        if settings is None:
+            return 1.0
+        again = 2.0 * self.teacher.vocab_size * self.teacher.hidden_size if settings.get("skip_low_entropy") else 0.0
+        return (own + forward_flops_per_token(self.teacher, sequence_length=length) + again) / own
+
+    def run(self, row: str, *, equal: str) -> dict[str, Any]:
+        """Losses by domain and seconds a step of a row, from its file if it is there."""
+        if row == CE:
+            equal = "tokens"
+        steps = self.steps if equal == "tokens" else max(1, round(self.steps / self.flops_ratio(row)))
+        folder = self.folder / f"{self.steps} steps" / f"{row}, equal {equal}"
+        result = folder / "row.json"
+        if not result.is_file():
+            self.console.rule(f"{row}, {steps} steps")
+            context = RunContext(self._recipe_of(row, steps=steps, run_dir=folder), console=self.console)
+            pretrain(context)
+            seconds = [line["seconds"] for line in _lines(context.directory.pretrain / "metrics.jsonl")]
+            model = load_source(str(context.directory.model), device=context.device, dtype=torch.float32)
+            inside = self._losses(model, corpus=context.corpus, context=context)
+            outside = {} if context.outside is None else self._losses(model, corpus=context.outside, context=context)
+            middle = statistics.median(seconds[1:] or seconds)
+            write_json(result, {"losses": inside, "outside": outside, "steps": steps, "seconds": middle})
+        return read_json(result)
+
+    def _losses(self, model: PreTrainedModel, *, corpus: Corpus, context: RunContext) -> dict[str, float]:
+        recipe = self.recipe
+        losses = heldout_loss(
+            model,
+            corpus,
+            split="test",
+            tokens_per_domain=recipe.evaluation.tokens_per_domain,
+            sequence_length=recipe.data.sequence_length,
+            micro_batch_size=recipe.evaluation.micro_batch_size,
+            precision=context.precision,
+        )
+        return {domain: loss.loss for domain, loss in losses.items()}
+
+    def _recipe_of(self, row: str, *, steps: int, run_dir: Path) -> Recipe:
+        settings = ROWS[row]
+        values = self.recipe.model_dump(mode="json")
+        values |= {"run_dir": str(run_dir), "target": None, "prune": None, "sparsify": None, "one_schedule": False}
+        values["model"]["source"] = str(self.cut)
+        values["pretrain"] |= {"duration": f"{steps} steps", "warmup": f"{min(self.warmup, steps)} steps"}
+        values["training"]["log_interval"] = 1
+        source = self.recipe.model
+        teacher = {"teacher": source.source, "revision": source.revision}
+        values["distill"] = None if settings is None else {**teacher, **settings}
+        return Recipe.model_validate(values)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "event" not in line]
+
+
+def summarise(results: dict[tuple[str, str], list[dict[str, Any]]], *, ratios: dict[str, float]) -> dict[str, Any]:
+    """Figures of each row, and the best row beside cross-entropy: the one of lowest loss inside, at equal tokens."""
+    rows: dict[str, Any] = {}
+    for (row, equal), of_seeds in results.items():
+        domains = {
+            domain: statistics.mean(each["losses"][domain] for each in of_seeds) for domain in of_seeds[0]["losses"]
+        }
+        means = [statistics.mean(each["losses"].values()) for each in of_seeds]
+        outside = [statistics.mean(each["outside"].values()) for each in of_seeds if each["outside"]]
+        rows[f"{row}, equal {equal}"] = {
+            "inside": statistics.mean(means),
+            "spread": statistics.stdev(means) if len(means) > 1 else None,
+            "outside": statistics.mean(outside) if outside else None,
+            "domains": domains,
+            "seconds": statistics.median(each["seconds"] for each in of_seeds),
+            "steps": of_seeds[0]["steps"],
+        }
+    plain = rows[f"{CE}, equal tokens"]
+    rivals = [row for row, equal in results if row != CE and equal == "tokens"]
+    best = min(rivals, key=lambda row: rows[f"{row}, equal tokens"]["inside"])
+    listening, short = rows[f"{best}, equal tokens"], rows.get(f"{best}, equal flops")
+    return {
+        "rows": rows,
+        "best": best,
+        "kd_minus_ce": listening["inside"] - plain["inside"],
+        "kd_minus_ce_outside": None if plain["outside"] is None else listening["outside"] - plain["outside"],
+        "kd_minus_ce_equal_flops": None if short is None else short["inside"] - plain["inside"],
+        "worst_domain": max(listening["domains"][name] - plain["domains"][name] for name in plain["domains"]),
+        "kd_step_over_its_flops": listening["seconds"] / plain["seconds"] / ratios[best],
+    }
+
+
+def print_table(figures: dict[str, Any], *, console: Console) -> None:
+    table = Table(title="held-out loss")
+    table.add_column("trained by")
+    rows = figures["rows"]
+    domains = list(next(iter(rows.values()))["domains"])
+    for name in ("steps", *domains, "inside", "outside", "s/step"):
+        table.add_column(name, justify="right")
+    for name, row in rows.items():
+        losses = [f"{row['domains'][domain]:.3f}" for domain in domains]
+        outside = "" if row["outside"] is None else f"{row['outside']:.3f}"
+        table.add_row(name, str(row["steps"]), *losses, f"{row['inside']:.3f}", outside, f"{row['seconds']:.2f}")
+    console.print(table)
+
+
+def quick_inputs(folder: Path) -> Path:
+    """A tiny model that was trained to count, text that counts with mistakes, and a recipe over them."""
+    vocabulary = {f"w{i}": i for i in range(64)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6}
+    sizes |= {"num_key_value_heads": 3, "head_dim": 16}
+    config = LlamaConfig(vocab_size=64, **sizes, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "random")
+    tokenizer.save_pretrained(folder / "random")
+    generator = np.random.default_rng(0)
+    for corpus, strides in (("corpus", {"up": 1, "down": 62}), ("outside", {"threes": 3})):
+        writer = CorpusWriter(
+            folder / corpus,
+            vocab_size=64,
+            separator_id=0,
+            tokenizer="words",
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        for name, stride in strides.items():
+            with writer.domain(name, sources=["counting"], inputs="counting") as domain:
+                for _ in range(300):
+                    first, slips = generator.integers(0, 63), generator.integers(0, 63, 100)
+                    counted = [(first + stride * i) % 63 for i in range(100)]
+                    tokens = [int(slips[i] if slips[i] % 8 == 0 else counted[i]) + 1 for i in range(100)]
+                    domain.add(" ".join(f"w{token}" for token in tokens), token_ids=tokens)
+        writer.finish()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"""
+name: quick
+run_dir: {folder / "run"}
+model: {{source: {folder / "random"}}}
+data: {{corpus: {folder / "corpus"}, sequence_length: 32}}
+mixture: {{update: constant, initial_weights: uniform}}
+pretrain: {{duration: 300 steps, batch_size: 16, micro_batch_size: 16, learning_rate: 3e-3}}
+evaluation: {{tokens_per_domain: 512, outside: {folder / "outside"}}}
+""")
+    pretrain(RunContext(load_recipe(recipe), console=Console(quiet=True)))
+    trained = recipe.read_text().replace(str(folder / "random"), str(folder / "run" / "model"))
+    recipe.write_text(
+        trained
+        + """
+target: {num_hidden_layers: 2, hidden_size: 36, intermediate_size: 48, num_attention_heads: 3}
+prune: {duration: 10 steps, batch_size: 8, micro_batch_size: 8, learning_rate: 1e-3, mask_learning_rate: 0.1,
+  sparsity_warmup: 0 steps, freeze: 50%, calibration_tokens: 2048}
+"""
+    )
+    return recipe
+
+
+def _benches(arguments: argparse.Namespace, *, recipe: Path, output: Path, console: Console) -> Iterator[Bench]:
+    for seed in arguments.seeds:
+        common = ["mixture.update=constant", "mixture.initial_weights=uniform", f"seed={seed}"]
+        loaded = load_recipe(recipe, overrides=[*arguments.overrides, *common])
+        for steps in arguments.steps:
+            yield Bench(
+                loaded,
+                folder=output / f"seed-{seed}",
+                steps=steps,
+                warmup=arguments.warmup,
+                console=console,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model that was trained to count")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, nargs="+", help="lengths to train for; the demo's step is of 1,024 tokens")
+    parser.add_argument("--warmup", type=int, default=8, help="steps")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--equal", nargs="+", choices=EQUAL, default=list(EQUAL))
+    parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    console = Console()
+    rows = list(dict.fromkeys([CE, *arguments.rows]))
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.quick:
+            arguments.steps = arguments.steps or [40]
+            recipe, output, shown = quick_inputs(Path(temporary)), Path(temporary) / "rows", Console(quiet=True)
+        else:
+            arguments.steps = arguments.steps or [30, 190]
+            recipe, output, shown = arguments.recipe, arguments.output, console
+        found: dict[int, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+        ratios: dict[str, float] = {}
+        for bench in _benches(arguments, recipe=recipe, output=output, console=shown):
+            ratios = {row: bench.flops_ratio(row) for row in rows}
+            of_length = found.setdefault(bench.steps, {})
+            for row in rows:
+                for equal in ("tokens",) if row == CE else arguments.equal:
+                    of_length.setdefault((row, equal), []).append(bench.run(row, equal=equal))
+    figures = {}
+    for steps, results in found.items():
+        figures[f"{steps} steps"] = summarise(results, ratios=ratios)
+        print_table(figures[f"{steps} steps"], console=console)
+    last = figures[f"{arguments.steps[-1]} steps"]
+    record = {name: value for name, value in last.items() if name != "rows"}
+    record |= {"lengths": figures, "flops_ratios": ratios, "seeds": arguments.seeds}
+    print(json.dumps({"benchmark": "distillation", **record, "versions": environment(resolve_device("auto"))}))
+
+
+if __name__ == "__main__":
+    main()

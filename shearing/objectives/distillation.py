@@ -1,0 +1,143 @@
+"""Distillation: the text's next tokens, and a teacher's distribution over them.
+
+Shapes: B sequences, S positions, T = S + 1 tokens of a row (S inputs and the last label), M domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import Self
+
+from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
+from shearing.models.anatomy import backbone, head_weight
+from shearing.objectives.distilled import distilled_loss, without_low_entropy
+from shearing.objectives.divergences import divergence_of
+from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.objective import Losses, Origins, Parts
+from shearing.objectives.recipe import DistillRecipe
+from shearing.objectives.teacher import OnlineTeacher, Teacher
+from shearing.objectives.trust import DomainTrust
+
+
+class Distillation(LanguageModelLoss):
+    """L_t of `distilled_loss`, whose weight a_t depends on step, domain and token.
+
+    Args:
+        model: see `Objective`.
+        teacher: what is listened to, no module of this one.
+        distill: how.
+        domains: names, in the order of `Origins.domains`.
+        height: see `Parts`.
+        chunk_tokens: tokens whose logits exist at the same time.
+    """
+
+    measures = ("teacher_losses", "divergences", "teacher_weights")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        teacher: Teacher,
+        distill: DistillRecipe,
+        domains: Sequence[str],
+        height: Callable[[int], float],
+        chunk_tokens: int,
+    ) -> None:
+        super().__init__(model, chunk_tokens=chunk_tokens)
+        device = head_weight(model).device
+        self.follows_domains = distill.domains == "auto"
+        # Plain attributes: an engine takes charge of modules, parameters and buffers.
+        self._teacher = teacher
+        self._distill = distill
+        self._height = height
+        self._weight = distill.weight
+        self._trust = DomainTrust(len(domains), margin=distill.margin, device=device)
+        self._factors_M = torch.tensor(_factors(distill, domains=domains), device=device)
+
+    @classmethod
+    def of(cls, parts: Parts) -> Self:
+        """See `Objective.of`."""
+        distill = parts.distill
+        assert distill is not None
+        teacher = OnlineTeacher(
+            parts.teacher(),
+            divergence=divergence_of(distill.kind, top_k=distill.top_k),
+            temperature=distill.temperature,
+            chunk_tokens=parts.chunk_tokens,
+        )
+        return cls(
+            parts.model,
+            teacher=teacher,
+            distill=distill,
+            domains=parts.domains,
+            height=parts.height,
+            chunk_tokens=parts.chunk_tokens,
+        )
+
+    def forward(self, tokens_BT: Tensor, documents: Documents | None = None, origins: Origins | None = None) -> Losses:
+        """See `Objective.forward`."""
+        if not self.training:
+            return super().forward(tokens_BT, documents)
+        assert origins is not None, "the weight depends on the domain"
+        inputs = Inputs(tokens_BT[:, :-1], documents)
+        labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
+        # Before the student: what the teacher computes on the way is gone when the student's activations come.
+        targets = self._teacher.targets(inputs)
+        hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
+        counted_BS = labels_BS != IGNORED_LABEL
+        weights_BS = (self._weight * self._factors_M)[origins.domains][:, None].expand(labels_BS.shape)
+        if self._distill.skip_low_entropy:
+            weights_BS = without_low_entropy(
+                weights_BS,
+                entropies_BS=targets.entropies().view(labels_BS.shape),
+                counted_BS=counted_BS,
+                share=self._distill.skip_low_entropy,
+            )
+        found = distilled_loss(
+            hidden_BSD,
+            head_weight(self.model),
+            labels_BS,
+            targets=targets,
+            weights_BS=weights_BS,
+            temperature=self._distill.temperature,
+            by_label=self._distill.by_label,
+            chunk_tokens=self.chunk_tokens,
+        )
+        measured_B3 = torch.stack([found.teacher_losses, found.divergences, found.weights], 2).sum(1)
+        return Losses(found.total, found.losses.sum(1), counted_BS.sum(1), measured_B3)
+
+    def begin_step(self, step: int) -> None:
+        """The step's weight."""
+        if self._distill.schedule == "learning_rate":
+            self._weight = self._distill.weight * self._height(step)
+
+    def end_step(self, domains: Tensor) -> None:
+        """With domains: auto, how far the teacher is trusted from now on."""
+        if self.follows_domains:
+            teacher_M = domains[:, 2 + self.measures.index("teacher_losses")]
+            self._trust.add(domains[:, 0], teacher_M=teacher_M, labels_M=domains[:, 1])
+            self._factors_M = self._trust.factors()
+
+    def memory(self) -> dict[str, Any]:
+        """With domains: auto, what trust is made of."""
+        return {"trust": self._trust.state()} if self.follows_domains else {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """See `Objective.recall`."""
+        if self.follows_domains:
+            self._trust.restore(memory["trust"])
+            self._factors_M = self._trust.factors()
+
+
+def _factors(distill: DistillRecipe, *, domains: Sequence[str]) -> list[float]:
+    """What the weight is multiplied by in each domain, at first."""
+    if isinstance(distill.domains, str):
+        return [1.0] * len(domains)
+    if isinstance(distill.domains, Mapping):
+        return [distill.domains.get(name, 0.0) for name in domains]
+    return [float(name in distill.domains) for name in domains]

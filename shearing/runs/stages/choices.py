@@ -1,0 +1,191 @@
+"""How the units of a model of a run were chosen: by what scores, at what cost, and what to call it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from shearing.data.corpus.corpus import whole_rows
+from shearing.files.tensors import read_header, write_tensors
+from shearing.models.attention import attention_within_documents
+from shearing.models.cutting import Selection, compact
+from shearing.models.masked import MaskedModel, Masks
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.metric import Evidence, Scores
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.learner import OPEN
+from shearing.pruning.structured.masking.facts import MASKINGS
+from shearing.pruning.structured.refitting import refit, refit_cost
+from shearing.pruning.structured.rounding import select
+from shearing.runs.context import RunContext
+from shearing.runs.planning.hardware import flops_of, training_flops_per_token
+from shearing.runs.stages.recipe import Baseline
+from shearing.runs.stages.source_model import load_source_model
+
+START_SCORES = "start_scores.safetensors"
+"""In the folder of mask learning: what graded the initial masks. Its metadata says which metric wrote it, from what."""
+
+_MADE_FROM = "made_from"
+
+
+def evidence_for(context: RunContext, *, metric: str, target: Shape | None) -> Evidence:
+    """What a metric goes by in a run."""
+    text = context.calibration_batches() if METRICS[metric].reads_text else ()
+    return Evidence(text=text, target=target, seed=context.recipe.seed)
+
+
+def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict[str, Any]:
+    """All that scores of a run depend on, beside the source model."""
+    recipe = context.recipe
+    return {
+        "metric": metric,
+        "target": None if target is None else target.facts(),
+        "seed": recipe.seed,
+        "corpus": context.corpus.fingerprint,
+        "initial_weights": context.initial_weights,
+        "sequence_length": recipe.data.sequence_length,
+        "calibration_tokens": recipe.pruning.prune.calibration_tokens,
+        "attention": recipe.data.attention,
+    }
+
+
+def kept_scores(context: RunContext, *, metric: str, target: Shape | None) -> Scores | None:
+    """The scores that graded the start of mask learning, if this metric wrote them from the same things."""
+    path = context.directory.prune / START_SCORES
+    if not path.is_file():
+        return None
+    _, metadata = read_header(path)
+    wanted = json.dumps(made_from(context, metric=metric, target=target), sort_keys=True)
+    return load_file(path) if metadata.get(_MADE_FROM) == wanted else None
+
+
+def keep_scores(context: RunContext, scores: Scores, *, metric: str, target: Shape | None) -> Path:
+    """Write the scores that grade the start of mask learning, for `kept_scores`."""
+    path = context.directory.prune / START_SCORES
+    made = json.dumps(made_from(context, metric=metric, target=target), sort_keys=True)
+    write_tensors(path, scores, metadata={"metric": metric, _MADE_FROM: made})
+    return path
+
+
+@dataclass
+class Source:
+    """The source model and what is cut from it without training; loaded only when it is needed."""
+
+    context: RunContext
+    _model: PreTrainedModel | None = None
+    _chosen: dict[str, tuple[Masks, Selection]] = field(default_factory=dict)
+
+    def model(self) -> PreTrainedModel:
+        """As it is."""
+        if self._model is None:
+            self._model = load_source_model(self.context)
+        return self._model
+
+    def cut(self, baseline: Baseline, *, target: Shape) -> PreTrainedModel:
+        """The source cut to `target`, its units chosen by a baseline's metric."""
+        masks, selection = self._choose(baseline.metric, target=target)
+        model = self.model()
+        if baseline.refitted:
+            self._model = None  # its weights change in place
+            masked = MaskedModel(model)
+            here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
+            with attention_within_documents(model, on=self.context.document_rules.attention_within):
+                refit(masked, masks=here, batches=self.context.calibration_batches())
+            model = masked.release()
+        return compact(model, masks=masks, selection=selection)
+
+    def digest(self, baseline: Baseline, *, target: Shape) -> str:
+        """See `Selection.digest`."""
+        return self._choose(baseline.metric, target=target)[1].digest
+
+    def _choose(self, metric: str, *, target: Shape) -> tuple[Masks, Selection]:
+        if metric not in self._chosen:
+            scores = self._scores(metric, target=target)
+            self._chosen[metric] = select(scores, source=Shape.of(self.context.config), target=target)
+        return self._chosen[metric]
+
+    def _scores(self, metric: str, *, target: Shape) -> Scores:
+        context = self.context
+        kept = kept_scores(context, metric=metric, target=target)
+        if kept is not None:
+            return kept
+        evidence = evidence_for(context, metric=metric, target=target)
+        with attention_within_documents(self.model(), on=context.document_rules.attention_within):
+            return metric_of(metric).scores(self.model(), evidence=evidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What mask learning of a run made of its start.
+
+    Attributes:
+        way: title of the way in which units went, see `MASKINGS`.
+        started_by: title of the metric that graded the start; `OPEN` if none did.
+        refitted: whether the weights that stay were refitted to the start.
+        changed: units changed from the start, by granularity; empty where the run does not say, see
+            `MaskLearner.summary`.
+    """
+
+    way: str
+    started_by: str
+    refitted: bool
+    changed: Mapping[str, int | str]
+
+    @classmethod
+    def of(cls, context: RunContext, *, summary: Mapping[str, Any]) -> Learned:
+        """Of a run.
+
+        Args:
+            context: of the run.
+            summary: content of prune/summary.json.
+        """
+        prune = context.recipe.pruning.prune
+        return cls(
+            way=MASKINGS[prune.masks].title,
+            started_by=OPEN if prune.graded_by is None else METRICS[prune.graded_by].title,
+            refitted=prune.refits(sequence_length=context.recipe.data.sequence_length),
+            changed=summary.get("changed_from_start", {}),
+        )
+
+    @property
+    def title(self) -> str:
+        """What tables call the model that was cut: learned only where learning had a part in which units stay."""
+        if self.started_by == OPEN:
+            return f"{self.way}, started open"
+        if self.changed and not any(self.changed.values()):
+            return f"chosen by {self.started_by}{', refitted' * self.refitted}, trained"
+        # Older runs do not say whether anything changed.
+        return f"{self.way if self.changed else 'masks'}, started by {self.started_by}"
+
+
+def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, target: Shape) -> float:
+    """What it takes to choose units by a metric, and to refit the weights that stay.
+
+    Args:
+        context: of the run.
+        metric: what chooses; None: nothing does, at no cost.
+        refitted: whether the weights that stay are refitted.
+        target: shape that is left.
+    """
+    prune, source = context.recipe.pruning.prune, Shape.of(context.config)
+    length = context.recipe.data.sequence_length
+    wanted = context.recipe.pruning.target.parameters is None
+    flops = 0.0
+    if metric is not None:
+        evidence = evidence_for(context, metric=metric, target=target if wanted else None)
+        flops += flops_of(metric_of(metric).cost(source, evidence=evidence), source, sequence_length=length)
+    if refitted:
+        tokens = whole_rows(prune.calibration_tokens, sequence_length=length) * length
+        flops += flops_of(refit_cost(source, target=target, text_tokens=tokens), source, sequence_length=length)
+    return flops
+
+
+def training_flops(shape: Shape, *, tokens: int, sequence_length: int) -> float:
+    """What training a model of this shape on so many tokens takes."""
+    return training_flops_per_token(shape, sequence_length=sequence_length) * tokens

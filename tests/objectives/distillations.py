@@ -1,0 +1,31 @@
+"""A distillation of a tiny model by another one, as tests need it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from shearing.objectives.distillation import Distillation
+from shearing.objectives.objective import Parts
+from shearing.objectives.recipe import DistillRecipe
+from tests.models.tiny import tiny_model
+
+DOMAINS = ("first", "second")
+
+
+def parts_of(*, teacher: PreTrainedModel | None = None, height: float = 1.0, **distill: Any) -> Parts:
+    """What a stage would have, with a teacher of other weights."""
+    return Parts(
+        model=tiny_model(),
+        chunk_tokens=8,
+        domains=DOMAINS,
+        distill=DistillRecipe.model_validate({"domains": "all", **distill}),
+        teacher=lambda: tiny_model(seed=1) if teacher is None else teacher,
+        height=lambda _: height,
+    )
+
+
+def tiny_distillation(**settings: Any) -> Distillation:
+    """The objective; arguments as of `parts_of`."""
+    return Distillation.of(parts_of(**settings))
