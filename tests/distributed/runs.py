@@ -67,13 +67,17 @@ def trajectory(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
     return [{name: line[name] for name in kept if name in line} for line in lines(run_dir, stage)]
 
 
-def difference(ours: Any, theirs: Any) -> float:
-    """Largest relative difference of two trajectories; infinite where they differ in form."""
+def difference(ours: Any, theirs: Any, *, floor: float = 1e-2) -> float:
+    """Largest relative difference of two trajectories; infinite where they differ in form.
+
+    What is below `floor` is compared in absolute terms: for multipliers, which start at 0 and may come back to it, that
+    is 1, as each is a sum of violations at their rate of 1.
+    """
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        return max((difference(ours[key], theirs[key]) for key in ours), default=0.0)
+        floors = {key: 1.0 if key.startswith("lambda") else floor for key in ours}
+        return max((difference(ours[key], theirs[key], floor=floors[key]) for key in ours), default=0.0)
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+        return max((difference(a, b, floor=floor) for a, b in zip(ours, theirs, strict=True)), default=0.0)
     if isinstance(ours, int | float) and isinstance(theirs, int | float):
-        # Multipliers start at 0: what is below 0.01 is compared in absolute terms.
-        return abs(ours - theirs) / max(abs(ours), abs(theirs), 1e-2)
+        return abs(ours - theirs) / max(abs(ours), abs(theirs), floor)
     return 0.0 if ours == theirs else float("inf")
