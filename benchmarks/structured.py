@@ -4,7 +4,7 @@ In full, three budgets of one recipe: all methods with and without the refit at 
 second, the best three and `start` at the third; who is best is read from the rows before. `learned` and `start` run at
 every budget. Rows are kept in the output folder, so an interrupted race goes on where it was.
 
-    python benchmarks/structured.py [--quick] [--recipe recipes/demo.yaml] [--output runs/structured] [key=value …]
+    python benchmarks/structured.py [--quick] [--recipe recipes/race-135m.yaml] [--output runs/structured] [key=value …]
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model that counts, one budget; two seeds of the best"
     )
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/race-135m.yaml"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--equal", nargs="+", choices=["tokens", "flops"], default=None)
     parser.add_argument("--output", type=Path, default=Path("runs/structured"))

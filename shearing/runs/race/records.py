@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from shearing.errors import ShearingError
 from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import read_json, write_json
 from shearing.runs.race.rows import Row
 from shearing.runs.recipe import Recipe
+from shearing.settings.document import section_of
 from shearing.settings.neutral import is_neutral, neutral_keys
 
 Record = dict[str, Any]
@@ -86,6 +89,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """What the figures of rows by this recipe depend on, by dotted keys; no place and nothing of the machine.
 
+    A key at its default is left out, so that a race goes on with a release that has more keys.
+
     Args:
         recipe: of a race or of one of its rows.
         model, corpus, outside: fingerprints; outside: None where no other text judges.
@@ -95,10 +100,23 @@ def settings_of(
     neutral = neutral_keys(Recipe)
     kept = {
         key: value
-        for key, value in recipe.flat().items()
+        for key, value in _given(recipe)
         if key in OF_JUDGING or not (key in PLACES or is_neutral(key, among=neutral))
     }
     return {**kept, "model": model, "corpus": corpus, "outside": outside, "split": split, "precision": precision}
+
+
+def _given(section: BaseModel, *, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys that are not at their defaults; of a section that may be absent, that it is there."""
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel) and section_of(field):
+            if field.default is None:
+                yield f"{prefix}{name}", "given"
+            yield from _given(value, prefix=f"{prefix}{name}.")
+        elif value != field.get_default(call_default_factory=True):
+            yield f"{prefix}{name}", plain[name]
 
 
 def fingerprint(row: Row, *, settings: Mapping[str, Any]) -> str:
