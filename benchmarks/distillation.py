@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=170)
     rows = list(dict.fromkeys([CE, *arguments.rows]))
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.quick:
