@@ -52,8 +52,11 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "constant 0.9": {"weight": 0.9, "domains": "all"},
     "by domain 0.5": {"weight": 0.5, "domains": "auto"},
     "by domain 0.9": {"weight": 0.9, "domains": "auto"},
+    "by domain 0.5, margin 1": {"weight": 0.5, "domains": "auto", "margin": 1.0},
+    "by domain 0.9, margin 2": {"weight": 0.9, "domains": "auto", "margin": 2.0},
     "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
     "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
+    "by domain and label 0.9": {"weight": 0.9, "domains": "auto", "by_label": True},
 }
 """Ways to train, by what `distill` is."""
 EQUAL = ("tokens", "flops")
