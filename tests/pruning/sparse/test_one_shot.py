@@ -6,7 +6,6 @@ import errno
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -36,11 +35,10 @@ from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
 from shearing.settings.neutral import neutral_keys
+from tests.forks import PROCESSES
 
 LAYERS = 4  # of the model of `tiny_inputs`
 SECONDS = 120.0
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["shearing.pruning.sparse.one_shot"])
 
 
 def shear(*arguments: str | Path) -> Result:
