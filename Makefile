@@ -14,9 +14,10 @@ demo: setup
 	$(BIN)/python -m data_tools.demo --output runs/demo-data
 	$(BIN)/shear run recipes/demo.yaml
 
-# One thread in each worker: the tests' models are so small that more threads only wait for each other.
+# One thread in each worker: the tests' models are so small that more threads only wait for each other. Workers keep
+# neighbouring tests, which share fixtures, and take over from each other at the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,11 +1,10 @@
 """Runs a program on several processes of this machine, as a launcher would, and tells what each of them said.
 
-A process costs a fork of a server that has imported everything, and talks to the others over gloo.
+A process costs a fork (see `tests.forks`), and talks to the others over gloo.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -16,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.distributed.preload"])
+from tests.forks import PROCESSES, write_to
+
 SECONDS = 240.0
 
 
@@ -75,11 +74,7 @@ def spawn(function: Callable[..., None], *arguments: Any, size: int, folder: Pat
 def _main(
     function: Callable[..., None], arguments: Sequence[Any], rank: int, size: int, port: int, output: Path
 ) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    write_to(output)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

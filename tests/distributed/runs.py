@@ -11,7 +11,7 @@ from shearing.runs.run_directory import Stage
 from shearing.runs.stages.run import run
 from tests.conftest import tiny_recipe_data
 
-STEPS = 20
+STEPS = 12
 
 
 def recipe(
@@ -22,6 +22,7 @@ def recipe(
     zero_stage: int = 2,
     micro_batch_size: int = 1,
     steps: int = STEPS,
+    checkpoint_interval: int = 4,
     estimator: str = "hard_concrete",
     **training: Any,
 ) -> Recipe:
@@ -34,7 +35,7 @@ def recipe(
             "duration": f"{steps} steps",
             "batch_size": "4 sequences",
             "micro_batch_size": micro_batch_size,
-            "checkpoint_interval": "4 steps",
+            "checkpoint_interval": f"{checkpoint_interval} steps",
             "weight_decay": 0.1,
             "epsilon": 1e-3,
         }

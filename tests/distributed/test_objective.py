@@ -14,6 +14,7 @@ from shearing.processes.processes import Processes
 from shearing.runs.recipe import Recipe
 from shearing.training.checkpoints.pieces import ShardedState
 from tests.distributed import runs
+from tests.distributed.conftest import Once
 from tests.distributed.harness import spawn
 from tests.models.tiny import VOCAB_SIZE, tiny_model
 from tests.objectives.distillations import parts_of
@@ -77,15 +78,15 @@ def _recipe(inputs: Path, run_dir: Path, **training: Any) -> Recipe:
     ],
 )
 def test_several_processes_learn_what_one_does(
-    size: int, training: dict[str, Any], tiny_inputs: Path, tmp_path: Path
+    size: int, training: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once
 ) -> None:
     if training:
         pytest.importorskip("deepspeed")
+    alone = once(lambda run_dir: _recipe(tiny_inputs, run_dir), ("prune",))
+    recipe = _recipe(tiny_inputs, tmp_path / "run", **training)
+    spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
     found = []
-    for processes, settings in ((1, {}), (size, training)):
-        run_dir = tmp_path / f"run-{processes}"
-        recipe = _recipe(tiny_inputs, run_dir, **settings)
-        spawn(runs.train, recipe, ("prune",), size=processes, folder=tmp_path / f"out-{processes}")
+    for run_dir in (alone, tmp_path / "run"):
         names = ("loss", "domain_losses", "domain_teacher_losses", "domain_divergences", "domain_teacher_weights")
         names = (*names, "losses", "reference", "weights")
         lines = runs.lines(run_dir, "prune")

@@ -14,6 +14,7 @@ from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from tests.distributed import runs
+from tests.distributed.conftest import Once
 from tests.distributed.harness import spawn
 
 pytestmark = pytest.mark.slow
@@ -34,15 +35,17 @@ def recipe(inputs: Path, *, run_dir: Path, lora: dict[str, Any] | None = None, *
     [{}, {"engine": "deepspeed", "zero_stage": 2}, {"engine": "deepspeed", "zero_stage": 3}, {"lora": {"rank": 4}}],
     ids=["torch", "ZeRO-2", "ZeRO-3", "adapters"],
 )
-def test_two_processes_train_as_one_does(settings: dict[str, Any], tiny_inputs: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does(
+    settings: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once
+) -> None:
     if "engine" in settings:
         pytest.importorskip("deepspeed")
     lora = settings.get("lora")
     if lora is not None:
         pytest.importorskip("peft")
-    one, two = RunDirectory(tmp_path / "one"), RunDirectory(tmp_path / "two")
-    spawn(runs.train, recipe(tiny_inputs, run_dir=one.path, lora=lora), STAGES, size=1, folder=tmp_path / "out-1")
-    spawn(runs.train, recipe(tiny_inputs, run_dir=two.path, **settings), STAGES, size=2, folder=tmp_path / "out-2")
+    one = RunDirectory(once(lambda run_dir: recipe(tiny_inputs, run_dir=run_dir, lora=lora), STAGES))
+    two = RunDirectory(tmp_path / "run")
+    spawn(runs.train, recipe(tiny_inputs, run_dir=two.path, **settings), STAGES, size=2, folder=tmp_path / "out")
     assert runs.difference(runs.trajectory(two.path, "pretrain"), runs.trajectory(one.path, "pretrain")) < 1e-5
     assert differences(two.model) == []
     expected, found = (load_file(run.model / "model.safetensors") for run in (one, two))

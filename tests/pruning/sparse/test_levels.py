@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +18,7 @@ from typer.testing import CliRunner, Result
 from shearing.cli.frame import app
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
+from tests.forks import start_shear
 
 SEARCH = ("search.population=4", "search.offspring=4", "search.generations=2", "search.fitness_samples=4")
 TEXT = ("--samples", "6", "--seqlen", "16")
@@ -149,15 +147,15 @@ def test_hardware_restricts_the_levels(tiny_inputs: Path, tmp_path: Path) -> Non
 
 def test_killed_and_continued_finds_the_same(allocation: Path, tiny_inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "found.json"
-    command = [sys.executable, "-m", "shearing", *map(str, msp(tiny_inputs, output))]
     state = tmp_path / "found.json.partial" / "search.json"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        deadline = time.monotonic() + SECONDS
-        while not state.exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.kill()
-    assert process.returncode in (-signal.SIGKILL, 0)
+    process = start_shear(msp(tiny_inputs, output), output=tmp_path / "said.txt")
+    deadline = time.monotonic() + SECONDS
+    while not state.exists() and process.exitcode is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.join(SECONDS)
+    assert process.exitcode in (-signal.SIGKILL, 0)
     if not output.exists():
         run(*msp(tiny_inputs, output))
     found, expected = (json.loads(path.read_text()) for path in (output, allocation))

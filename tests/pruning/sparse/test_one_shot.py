@@ -6,7 +6,6 @@ import errno
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -36,11 +35,10 @@ from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
 from shearing.settings.neutral import neutral_keys
+from tests.forks import PROCESSES
 
 LAYERS = 4  # of the model of `tiny_inputs`
 SECONDS = 120.0
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["shearing.pruning.sparse.one_shot"])
 
 
 def shear(*arguments: str | Path) -> Result:
@@ -302,7 +300,7 @@ def _run(recipe: SparsifyRecipe, *, kill_at: Path | None = None) -> int:
         if kill_at is not None and kill_at.exists():
             process.kill()
             process.join(SECONDS)
-        process.join(0)
+        time.sleep(0.0005)  # short beside a write to disk, and the core is left to the run
     assert process.exitcode is not None
     return process.exitcode
 

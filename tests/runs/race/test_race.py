@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,10 +28,11 @@ from shearing.runs.race.rows import RaceSettings
 from shearing.runs.recipe import Recipe
 from shearing.training.engines import optimizer, torch_engine
 from tests.conftest import tiny_recipe_data
-from tests.repository import ROOT
+from tests.forks import start_shear
 from tests.runs.stages.test_evaluate import outside_of
 
 TOKENS_PER_STEP = 32
+SECONDS = 240.0
 DEPTH = frozenset({"layers", "attention", "mlp"})
 
 
@@ -281,18 +280,24 @@ def test_models_are_kept_if_asked_for(tiny_inputs: Path, tmp_path: Path) -> None
     assert (tmp_path / "models" / "random-seed0-10steps" / "model.safetensors").is_file()
 
 
-def _command(recipe: Path, output: Path) -> list[str]:
+def _start(recipe: Path, output: Path, *, said: Path) -> BaseProcess:
     options = ["--methods", "activations,start", "--refit", "with", "--tokens", "640", "--equal", "tokens"]
-    return [sys.executable, "-m", "shearing", "compare", str(recipe), *options, "-o", str(output)]
+    return start_shear(["compare", recipe, *options, "-o", output], output=said)
 
 
 @pytest.mark.slow
 def test_a_killed_race_goes_on_to_the_same_rows(tiny_inputs: Path, tmp_path: Path) -> None:
     often = {"checkpoint_interval": "2 steps"}
-    path = tmp_path / "recipe.yaml"
+    path, said = tmp_path / "recipe.yaml", tmp_path / "said.txt"
     path.write_text(yaml.safe_dump(_recipe(tiny_inputs, prune=often, pretrain=often).model_dump(mode="json")))
-    subprocess.run(_command(path, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
-    killed = tmp_path / "killed"
+
+    def finish(output: Path) -> dict[str, dict[str, Any]]:
+        process = _start(path, output, said=said)
+        process.join(SECONDS)
+        assert process.exitcode == 0, said.read_text()
+        return _rows(output)
+
+    whole, killed = finish(tmp_path / "whole"), tmp_path / "killed"
     moments = (
         "scores/activations*.safetensors",
         "work/activations*/pretrain/checkpoints/step-*/manifest.json",
@@ -300,17 +305,17 @@ def test_a_killed_race_goes_on_to_the_same_rows(tiny_inputs: Path, tmp_path: Pat
         "work/start*/prune/checkpoints/step-*/manifest.json",
         "work/start*/compact/complete.json",
     )
+    kills = 0
     for number, moment in enumerate(moments):
-        process = subprocess.Popen(
-            _command(path, killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while not any(killed.glob(moment)) and process.poll() is None:
+        process = _start(path, killed, said=said)
+        while not any(killed.glob(moment)) and process.exitcode is None:
             time.sleep(0.005)
-        process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
-        process.wait()
-    subprocess.run(_command(path, killed), cwd=ROOT, check=True, capture_output=True)
-    assert _rows(killed) == _rows(tmp_path / "whole")
-    assert len(_rows(killed)) == 2
+        (process.terminate if number % 2 else process.kill)()
+        process.join(SECONDS)
+        kills += process.exitcode != 0
+    assert kills > 2
+    assert finish(killed) == whole
+    assert len(whole) == 2
 
 
 NO_SIZES = dict.fromkeys(

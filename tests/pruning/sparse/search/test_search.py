@@ -5,7 +5,6 @@ Legend: U units, V levels.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from fractions import Fraction
@@ -41,9 +40,9 @@ from shearing.pruning.sparse.search.fitness import Fitness
 from shearing.pruning.sparse.search.genome import Genome, Space
 from shearing.pruning.sparse.search.msp import Msp
 from shearing.pruning.sparse.search.population import first_population
+from tests.forks import PROCESSES
 from tests.models.tiny import tiny_ids, tiny_model
 
-PROCESSES = multiprocessing.get_context("spawn")
 QUARTERS = [KeptOf(kept, 4) for kept in range(1, 5)]
 EIGHTHS = [KeptOf(kept, 8) for kept in range(1, 9)]
 # Nine levels need two planes, and rows' masks of falling sparsity come in another form than groups.
