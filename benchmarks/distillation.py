@@ -52,6 +52,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "by domain 0.9": {"weight": 0.9, "domains": "auto"},
     "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
     "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
+    "by domain 0.5, streams too": {"weight": 0.5, "domains": "auto", "hidden": {}},
 }
 """Ways to train, by what `distill` is."""
 EQUAL = ("tokens", "flops")
