@@ -59,11 +59,7 @@ def test_a_teacher_is_not_shared_out(kind: str, tmp_path: Path) -> None:
 
 
 def _recipe(inputs: Path, run_dir: Path, **training: Any) -> Recipe:
-    values = runs.recipe(inputs, run_dir=run_dir, steps=8, **training).model_dump(mode="json")
-    values["distill"] = {"weight": 0.6, "domains": "auto", "margin": 0.05, "skip_low_entropy": 0.2}
-    values["distill"]["hidden"] = {"weight": 0.2, "decay": "75%"}
-    values["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "2 steps"}
-    return Recipe.model_validate(values)
+    return runs.recipe(inputs, run_dir=run_dir, steps=8, listening=True, **training)
 
 
 @pytest.mark.slow
