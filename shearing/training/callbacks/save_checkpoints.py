@@ -50,6 +50,12 @@ class SaveCheckpoints(Callback):
         )
 
     @override
+    def start(self, run: Run) -> None:
+        """Save a stage of no steps: its start is what it leaves."""
+        if run.ends and not run.step and self.newest() is None:
+            self.save(run)
+
+    @override
     def after_step(self, run: Run, result: StepResult) -> None:
         """Save if it is time to."""
         stable = run.step == run.task.optimization.rates.stable_steps
