@@ -80,15 +80,6 @@ class Distillation(LanguageModelLoss):
             temperature=distill.temperature,
             chunk_tokens=parts.chunk_tokens,
         )
-        hidden = None
-        if distill.hidden is not None:
-            assert parts.correspondence is not None
-            hidden = HiddenMatching(
-                parts.model,
-                teacher=teacher.model,
-                correspondence=parts.correspondence,
-                layers=None if isinstance(distill.hidden.layers, str) else distill.hidden.layers,
-            )
         return cls(
             parts.model,
             teacher=teacher,
@@ -96,7 +87,7 @@ class Distillation(LanguageModelLoss):
             domains=parts.domains,
             height=parts.height,
             chunk_tokens=parts.chunk_tokens,
-            hidden=hidden,
+            hidden=_matching(parts, distill=distill, teacher=teacher),
             hidden_steps=parts.hidden_steps,
         )
 
@@ -178,6 +169,20 @@ class Distillation(LanguageModelLoss):
         if self.follows_domains:
             self._trust.restore(memory["trust"])
             self._factors_M = self._trust.factors()
+
+
+def _matching(parts: Parts, *, distill: DistillRecipe, teacher: Teacher) -> HiddenMatching | None:
+    """What compares residual streams, if that is wanted: only a model that runs has one."""
+    if distill.hidden is None:
+        return None
+    assert isinstance(teacher, OnlineTeacher)
+    assert parts.correspondence is not None
+    return HiddenMatching(
+        parts.model,
+        teacher=teacher.model,
+        correspondence=parts.correspondence,
+        layers=None if isinstance(distill.hidden.layers, str) else distill.hidden.layers,
+    )
 
 
 def _factors(distill: DistillRecipe, *, domains: Sequence[str]) -> list[float]:
