@@ -9,6 +9,7 @@ from pydantic import Field
 
 from shearing.errors import ShearingError, key, nearest_name
 from shearing.objectives.registry import DIVERGENCES, DivergenceName
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
 
@@ -45,6 +46,11 @@ class DistillRecipe(Section):
     revision: str | None = Field(None, description="Hub revision of the teacher; only for hub names.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Of the teacher's weights and products; auto: bf16 where training.precision is."
+    )
+    placement: Neutral[Literal["replicate", "offload"]] = Field(
+        "replicate",
+        description="Where the teacher's weights are. replicate: on the device of each process; offload: those of its "
+        "layers in host memory, from which each comes when it runs.",
     )
     kind: DivergenceName = Field(
         "forward_kl", description="; ".join(f"{name}: {facts.summary}" for name, facts in DIVERGENCES.items()) + "."

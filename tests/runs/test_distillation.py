@@ -139,6 +139,16 @@ def test_listening_brings_the_student_nearer_to_the_teacher(tiny_inputs: Path, t
     assert all(losses[0.0][domain].loss < losses[1.0][domain].loss for domain in losses[0.0])
 
 
+def test_a_teacher_in_host_memory_says_the_same(tiny_inputs: Path, tmp_path: Path) -> None:
+    losses = []
+    for placement in ("replicate", "offload"):
+        recipe = _recipe(tiny_inputs, tmp_path / placement, placement=placement, hidden={})
+        recipe = recipe.model_copy(update={"target": None, "prune": None})
+        pretrain(_quiet(recipe))
+        losses.append(_lines(recipe.run_dir, "pretrain"))
+    assert losses[0] == losses[1]
+
+
 def test_matching_draws_the_cut_model_to_the_teachers_stream(tiny_inputs: Path, tmp_path: Path) -> None:
     """Each layer and dimension to its own: to any others it would not come nearer than it begins."""
     errors: dict[float, tuple[float, float]] = {}

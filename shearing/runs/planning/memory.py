@@ -79,7 +79,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """A teacher, whole on every process.
+    """A teacher, which every process runs for itself.
 
     Attributes:
         shape: its sizes.
@@ -87,17 +87,30 @@ class Listening:
         buffers: tensors [C, V] in fp32 beside its logits: its log-probabilities, those that its divergence works with,
             and the student's at a temperature that is not 1.
         matched_layers: layers behind which its residual stream is compared with the student's.
+        offloaded: its layers' weights are in host memory, but for the one that runs.
     """
 
     shape: Shape
     bf16: bool
     buffers: int
     matched_layers: int = 0
+    offloaded: bool = False
 
     @property
     def number_bytes(self) -> int:
         """Bytes of a weight, a hidden state or a logit."""
         return _BF16 if self.bf16 else _FP32
+
+    @property
+    def host(self) -> int:
+        """Bytes of its weights in host memory."""
+        layers = self.shape.num_hidden_layers * sum(self.shape.layer_parameters())
+        return self.number_bytes * layers if self.offloaded else 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its weights on the device while the student computes."""
+        return self.number_bytes * self.shape.num_parameters() - self.host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +182,7 @@ def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening:
             sharding=sharding,
             weight_bytes=weight_bytes,
             teacher=0 if listening is None else _teacher(listening, shape, workload=workload, phase=phase.name),
+            host=0 if listening is None else listening.host,
         )
         for phase in phases
     )
@@ -182,8 +196,8 @@ def _teacher(listening: Listening, student: Shape, *, workload: Workload, phase:
     compared. Their differences are kept, and after the loss the gradients that come of them wait for their layers.
     """
     shape, rows = listening.shape, min(workload.chunk_tokens, workload.tokens)
-    weights = listening.number_bytes * shape.num_parameters()
-    stream, matched = workload.tokens * student.hidden_size, listening.matched_layers
+    weights, matched = listening.weights, listening.matched_layers
+    stream = workload.tokens * student.hidden_size
     if phase != LOSS:
         # The last layer's has been added to the gradient that comes from above.
         waiting = matched if phase == FINAL_NORM else max(matched - 1, 0) if phase.endswith("last layer") else 0
@@ -445,18 +459,17 @@ def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
 
 
-def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int) -> Memory:
-    """What one process holds of a moment."""
+def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int, host: int) -> Memory:
+    """What one process holds of a moment, beside what a teacher has on its device and in host memory."""
     stage, total = sharding.zero_stage, shape.num_parameters()
     share = sharding.share(total)
     offload_optimizer = stage > 0 and sharding.offload_optimizer
     offload_parameters = stage == 3 and sharding.offload_parameters
-    host = 0
 
     weights = weight_bytes * (total if stage < 3 else min(total, _ZERO_LIVE_PARAMETERS))
     if stage == 3:
         idle = weight_bytes * share
-        weights, host = (weights, idle) if offload_parameters else (weights + idle, 0)
+        weights, host = (weights, host + idle) if offload_parameters else (weights + idle, host)
 
     # From stage 2 on, gradients go where the optimiser's state is.
     accumulated = phase.accumulated if stage < 2 else sharding.share(phase.accumulated)

@@ -277,6 +277,7 @@ def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> List
         shape=shape,
         bf16=teacher_precision(distill, products=precision) == torch.bfloat16,
         buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
+        offloaded=distill.placement == "offload",
     )
 
 

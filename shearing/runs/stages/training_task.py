@@ -157,8 +157,8 @@ def _parts(
     def teacher() -> PreTrainedModel:
         whole = load_teacher(context)
         _attend(whole, data=recipe.data)
-        if recipe.training.compile:
-            compile_layers(whole)
+        if recipe.training.compile and recipe.distill is not None and recipe.distill.placement == "replicate":
+            compile_layers(whole)  # compiled code would hold on to weights that come and go
         return whole
 
     return Parts(
