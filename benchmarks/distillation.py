@@ -56,6 +56,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "by domain 0.9, margin 2": {"weight": 0.9, "domains": "auto", "margin": 2.0},
     "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
     "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
+    "by domain 0.5, streams too": {"weight": 0.5, "domains": "auto", "hidden": {}},
     "by domain and label 0.9": {"weight": 0.9, "domains": "auto", "by_label": True},
 }
 """Ways to train, by what `distill` is."""

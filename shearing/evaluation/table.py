@@ -20,7 +20,7 @@ from shearing.settings.quantities import format_parameters, format_tokens
 
 Evaluation = Mapping[str, Any]
 
-_WIDTH, _CELL = 78, 8
+_WIDTH, _CELL, _LABELS = 78, 8, 24
 """Characters of a terminal of 100 columns that are left for models, and of a cell."""
 
 _UNITS = {
@@ -92,11 +92,16 @@ class ComparisonTable:
             names = "\n".join(f"{letter}  {name}" for letter, name in zip(headings, self.models, strict=True))
             caption = f"{names}\n{caption}"
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), caption=escape(caption), caption_justify="left")
-        table.add_column("", no_wrap=True)
+        # Figures are what is read: headings of sections fold before a figure loses a digit.
+        table.add_column("", max_width=_LABELS, overflow="fold")
         for model in headings:
             # Headings wrap between words and never inside one.
             table.add_column(
-                escape(model), justify="right", min_width=max(map(len, model.split()), default=0), max_width=13
+                escape(model),
+                justify="right",
+                min_width=max(map(len, model.split()), default=0),
+                max_width=13,
+                no_wrap=headings is not self.models,
             )
         for index, section in enumerate(self.sections):
             if index > 0:

@@ -241,15 +241,21 @@ class MaskedModel(nn.Module):
     """A Hugging Face causal language model whose writes are masked; the model is changed in place.
 
     The parameters stay the model's own, under the same names below `model.`; `release` undoes the change.
+
+    Attributes:
+        model: the model.
+        masks: those of `set_masks`.
     """
 
     model: PreTrainedModel
+    masks: Masks
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         family = anatomy_of(model)
         shape = Shape.of(model.config)
         self.model = model
+        self.masks = Masks()
         self._head_dim = shape.head_dim
         self._hidden_size = shape.hidden_size  # not read from a weight, whose shape is 0 while it is sharded
         self._query_heads_per_group = shape.query_heads_per_group
@@ -287,7 +293,7 @@ class MaskedModel(nn.Module):
 
         The tensors may require gradients. No value is read on the host.
         """
-        masks = masks or Masks()
+        self.masks = masks = masks or Masks()
         hidden = masks.hidden
         self._embedding.hidden = hidden
         inside = None if hidden is None else (hidden > 0).to(torch.float32)

@@ -6,6 +6,7 @@ Shapes: B sequences, S positions, T = S + 1 tokens of a row (S inputs and the la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.distilled import distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
+from shearing.objectives.hidden import HiddenMatching
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import Losses, Origins, Parts
 from shearing.objectives.recipe import DistillRecipe
@@ -25,7 +27,7 @@ from shearing.objectives.trust import DomainTrust
 
 
 class Distillation(LanguageModelLoss):
-    """L_t of `distilled_loss`, whose weight a_t depends on step, domain and token.
+    """L_t of `distilled_loss`, whose weight a_t depends on step, domain and token; and e_t of `hidden`, if wanted.
 
     Args:
         model: see `Objective`.
@@ -34,9 +36,11 @@ class Distillation(LanguageModelLoss):
         domains: names, in the order of `Origins.domains`.
         height: see `Parts`.
         chunk_tokens: tokens whose logits exist at the same time.
+        hidden: what compares residual streams, with `distill.hidden`; None: nothing does.
+        hidden_steps: see `Parts`.
     """
 
-    measures = ("teacher_losses", "divergences", "teacher_weights")
+    measures: tuple[str, ...] = ("teacher_losses", "divergences", "teacher_weights")
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class Distillation(LanguageModelLoss):
         domains: Sequence[str],
         height: Callable[[int], float],
         chunk_tokens: int,
+        hidden: HiddenMatching | None = None,
+        hidden_steps: int = 0,
     ) -> None:
         super().__init__(model, chunk_tokens=chunk_tokens)
         device = head_weight(model).device
@@ -58,6 +64,10 @@ class Distillation(LanguageModelLoss):
         self._weight = distill.weight
         self._trust = DomainTrust(len(domains), margin=distill.margin, device=device)
         self._factors_M = torch.tensor(_factors(distill, domains=domains), device=device)
+        self._hidden, self._hidden_steps = hidden, hidden_steps
+        self._hidden_weight = 0.0 if distill.hidden is None else distill.hidden.weight
+        if hidden is not None:
+            self.measures = (*self.measures, "hidden_errors")
 
     @classmethod
     def of(cls, parts: Parts) -> Self:
@@ -77,6 +87,8 @@ class Distillation(LanguageModelLoss):
             domains=parts.domains,
             height=parts.height,
             chunk_tokens=parts.chunk_tokens,
+            hidden=_matching(parts, distill=distill, teacher=teacher),
+            hidden_steps=parts.hidden_steps,
         )
 
     def forward(self, tokens_BT: Tensor, documents: Documents | None = None, origins: Origins | None = None) -> Losses:
@@ -87,8 +99,10 @@ class Distillation(LanguageModelLoss):
         inputs = Inputs(tokens_BT[:, :-1], documents)
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
         # Before the student: what the teacher computes on the way is gone when the student's activations come.
-        targets = self._teacher.targets(inputs)
-        hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
+        with self._heard(of_teacher=True) as taught:
+            targets = self._teacher.targets(inputs)
+        with self._heard(of_teacher=False) as own:
+            hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         counted_BS = labels_BS != IGNORED_LABEL
         weights_BS = (self._weight * self._factors_M)[origins.domains][:, None].expand(labels_BS.shape)
         if self._distill.skip_low_entropy:
@@ -108,13 +122,36 @@ class Distillation(LanguageModelLoss):
             by_label=self._distill.by_label,
             chunk_tokens=self.chunk_tokens,
         )
-        measured_B3 = torch.stack([found.teacher_losses, found.divergences, found.weights], 2).sum(1)
-        return Losses(found.total, found.losses.sum(1), counted_BS.sum(1), measured_B3)
+        measured_BK = torch.stack([found.teacher_losses, found.divergences, found.weights], 2).sum(1)
+        losses = Losses(found.total, found.losses.sum(1), counted_BS.sum(1), measured_BK)
+        if self._hidden is None:
+            return losses
+        errors_B = self._hidden_errors(own, taught=taught, counted_BS=counted_BS)
+        apart = (self._factors_M[origins.domains] * errors_B).sum()
+        total = losses.total + self._hidden_weight * apart
+        return losses._replace(total=total, measured=torch.column_stack([measured_BK, errors_B.detach()]))
+
+    def _heard(self, *, of_teacher: bool) -> AbstractContextManager[list[Tensor]]:
+        """The states that are compared, of the forward pass inside; none where nothing is."""
+        if self._hidden is None:
+            return nullcontext([])
+        return self._hidden.of_teacher() if of_teacher else self._hidden.of_student()
+
+    def _hidden_errors(self, own: list[Tensor], *, taught: list[Tensor], counted_BS: Tensor) -> Tensor:
+        """[B], sums over the tokens that count; measured to the end, with gradient as long as they weigh something."""
+        assert self._hidden is not None
+        if not own:  # none of the layers was kept
+            return torch.zeros(len(counted_BS), device=counted_BS.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._hidden_weight > 0):
+            return (self._hidden.errors(own, teacher=taught) * counted_BS).sum(1)
 
     def begin_step(self, step: int) -> None:
-        """The step's weight."""
+        """The step's weights."""
         if self._distill.schedule == "learning_rate":
             self._weight = self._distill.weight * self._height(step)
+        if self._distill.hidden is not None:
+            left = max(0.0, 1.0 - step / self._hidden_steps) if self._hidden_steps else 0.0
+            self._hidden_weight = self._distill.hidden.weight * left
 
     def end_step(self, domains: Tensor) -> None:
         """With domains: auto, how far the teacher is trusted from now on."""
@@ -132,6 +169,20 @@ class Distillation(LanguageModelLoss):
         if self.follows_domains:
             self._trust.restore(memory["trust"])
             self._factors_M = self._trust.factors()
+
+
+def _matching(parts: Parts, *, distill: DistillRecipe, teacher: Teacher) -> HiddenMatching | None:
+    """What compares residual streams, if that is wanted: only a model that runs has one."""
+    if distill.hidden is None:
+        return None
+    assert isinstance(teacher, OnlineTeacher)
+    assert parts.correspondence is not None
+    return HiddenMatching(
+        parts.model,
+        teacher=teacher.model,
+        correspondence=parts.correspondence,
+        layers=None if isinstance(distill.hidden.layers, str) else distill.hidden.layers,
+    )
 
 
 def _factors(distill: DistillRecipe, *, domains: Sequence[str]) -> list[float]:

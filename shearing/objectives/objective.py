@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import Documents
+from shearing.models.correspondence import Correspondence
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import OBJECTIVES
 
@@ -62,6 +63,8 @@ class Parts:
         teacher: loads the model that is listened to, whole, as it is stored and not as it is trained, on the stage's
             device, attending as `model` does.
         height: of the learning rate of the step that follows so many done ones: 1 at its peak, 0 at the end of a decay.
+        correspondence: of `model` to the source model; None: not known.
+        hidden_steps: from the stage's start until streams are no longer matched (`HiddenRecipe.decay`).
     """
 
     model: PreTrainedModel
@@ -70,6 +73,8 @@ class Parts:
     distill: DistillRecipe | None
     teacher: Callable[[], PreTrainedModel]
     height: Callable[[int], float]
+    correspondence: Correspondence | None = None
+    hidden_steps: int = 0
 
 
 class Objective(nn.Module, ABC):
@@ -92,7 +97,7 @@ class Objective(nn.Module, ABC):
         model: Hugging Face model, or one masked in place; its parameters appear under `model.`.
     """
 
-    measures: ClassVar[tuple[str, ...]] = ()
+    measures: tuple[str, ...] = ()
     follows_domains: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:

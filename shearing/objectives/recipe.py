@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from shearing.errors import ShearingError, key, nearest_name
 from shearing.objectives.registry import DIVERGENCES, DivergenceName
+from shearing.settings.neutral import Neutral
+from shearing.settings.quantities import Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
 
 SOURCE = "source"
 """The teacher that is the source model itself."""
+
+
+class HiddenRecipe(Section):
+    """Activation matching: the residual stream is drawn to the teacher's too, behind the layers that both have."""
+
+    weight: Positive = Field(
+        0.2,
+        description="At first, of the mean squared error over the teacher's mean square, mean over layers; it is added "
+        "to the loss, in each domain as far as the teacher is listened to.",
+    )
+    decay: Duration = Field(
+        Duration(fraction=1.0), description="From a stage's start until the weight, which falls linearly, is 0."
+    )
+    layers: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
+        "all", description="Of the source, from 0, those behind which streams are compared, as far as they are kept."
+    )
 
 
 class DistillRecipe(Section):
@@ -28,6 +46,11 @@ class DistillRecipe(Section):
     revision: str | None = Field(None, description="Hub revision of the teacher; only for hub names.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Of the teacher's weights and products; auto: bf16 where training.precision is."
+    )
+    placement: Neutral[Literal["replicate", "offload"]] = Field(
+        "replicate",
+        description="Where the teacher's weights are. replicate: on the device of each process; offload: those of its "
+        "layers in host memory, from which each comes when it runs.",
     )
     kind: DivergenceName = Field(
         "forward_kl", description="; ".join(f"{name}: {facts.summary}" for name, facts in DIVERGENCES.items()) + "."
@@ -54,6 +77,7 @@ class DistillRecipe(Section):
     by_label: bool = Field(
         False, description="Whether a token's weight is multiplied by the probability that the teacher gives its label."
     )
+    hidden: HiddenRecipe | None = None
 
     @property
     def named_domains(self) -> Sequence[str]:
@@ -72,6 +96,10 @@ def distill_contradictions(distill: DistillRecipe) -> Iterator[ShearingError]:
         )
     if not isinstance(distill.domains, str) and not distill.domains:
         yield ShearingError("domains", value=distill.domains, allowed="at least one domain", mend="write all or auto")
+    if distill.hidden is not None and not distill.hidden.layers:
+        yield ShearingError(
+            "layers", value=[], allowed="at least one layer", mend="write all, or leave the section out"
+        )
 
 
 def require_domains(distill: DistillRecipe, *, domains: Sequence[str]) -> None:

@@ -162,6 +162,15 @@ def _require_past(before: Recipe, recipe: Recipe) -> None:
                 + ", ".join(sorted(allowed)),
                 mend="leave it as it was, or start a run of its own",
             )
+    hidden, length = None if recipe.distill is None else recipe.distill.hidden, recipe.data.sequence_length
+    steps = [each.pretrain.total_steps(sequence_length=length) for each in (before, recipe)]
+    if hidden is not None and hidden.decay.fraction is not None and steps[0] != steps[1]:
+        raise ShearingError(
+            "distill.hidden.decay",
+            value=str(hidden.decay),
+            allowed="steps or tokens in a run that is extended: the weight fell as in one of its own length",
+            mend=f"start with distill.hidden.decay='{recipe.pretrain.total_steps(sequence_length=length)} steps', say",
+        )
 
 
 def _put_together(run: RunDirectory, recipe: Recipe, *, checkpoint: Path, to: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from shearing.data.recipe import DataRecipe, MixtureRecipe
 from shearing.models.recipe import ModelRecipe, TargetRecipe
-from shearing.objectives.recipe import DistillRecipe
+from shearing.objectives.recipe import DistillRecipe, HiddenRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
@@ -48,7 +48,10 @@ COMPONENT_NAMES: Mapping[str, str] = {
 }
 """What components call, by the keys of a run."""
 
-DISTILL_NAMES: Mapping[str, str] = _in("distill", DistillRecipe.model_fields)
+DISTILL_NAMES: Mapping[str, str] = {
+    **_in("distill.hidden", HiddenRecipe.model_fields),
+    **_in("distill", DistillRecipe.model_fields),
+}
 """Keys of distillation by the keys of a run; other sections have keys of the same names."""
 
 TEACHER_NAMES: Mapping[str, str] = {

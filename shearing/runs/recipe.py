@@ -312,6 +312,13 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="both sections, target (the shape to reach) and prune (how masks are learned), or neither",
             mend=f"add {absent}, or remove {there} to prune no units",
         )
+    if recipe.distill is not None and recipe.distill.hidden is not None and recipe.training.compile:
+        yield ShearingError(
+            "training.compile",
+            value=True,
+            allowed="false with distill.hidden, which listens to layers where a compiled one cannot be heard",
+            mend="set training.compile=false, or leave distill.hidden out",
+        )
     if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
         yield ShearingError(
             "pretrain.lora",

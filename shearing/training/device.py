@@ -1,12 +1,13 @@
-"""Where and how layers are computed: device, precision, activation checkpointing, compilation."""
+"""Where and how layers are computed: device, precision, offloading, activation checkpointing, compilation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -75,6 +76,44 @@ def checkpoint_activations(model: PreTrainedModel, *, selective: bool) -> None:
     # Newer releases of transformers call it so and warn about the old name; older ones have the old name alone.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
+
+
+def offload_layers(model: PreTrainedModel, *, device: torch.device) -> None:
+    """Keep the weights of decoder layers in host memory: a layer's are on the device while it runs, and no longer.
+
+    What is outside of the layers (embedding, final norm, head) goes to the device and stays. For models that are not
+    trained: a backward pass would find the weights gone.
+
+    Args:
+        model: on the CPU, changed in place.
+        device: where it is to run.
+    """
+    layers = decoder_layers(model)
+    inside = {id(tensor) for tensor in _tensors(layers)}
+    for tensor in _tensors(model):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    for layer in layers:
+        tensors = _tensors(layer)
+        # Page-locked memory is read by the GPU itself, beside its work.
+        host = [tensor.data.pin_memory() if device.type == "cuda" else tensor.data for tensor in tensors]
+        layer.register_forward_pre_hook(partial(_fetch, tensors, host, device))
+        layer.register_forward_hook(partial(_release, tensors, host), always_call=True)
+        _release(tensors, host)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _fetch(tensors: Sequence[Tensor], host: Sequence[Tensor], device: torch.device, *_: Any) -> None:
+    for tensor, kept in zip(tensors, host, strict=True):
+        tensor.data = torch.empty_like(kept, device=device).copy_(kept, non_blocking=True)
+
+
+def _release(tensors: Sequence[Tensor], host: Sequence[Tensor], *_: Any) -> None:
+    for tensor, kept in zip(tensors, host, strict=True):
+        tensor.data = kept
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -93,6 +93,35 @@ def test_debug_shows_the_traceback(tiny_recipe: Path) -> None:
     assert isinstance(result.exception, ShearingError)
 
 
+def test_a_source_is_trained_on_the_text_and_teaches_another_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Two commands; the second one listens to what the first has made, and chooses its units in the source."""
+    first = yaml.safe_load(tiny_recipe.read_text())
+    first |= {"run_dir": str(tmp_path / "corrected"), "target": None, "prune": None}
+    first["pretrain"] |= {"duration": "30 steps", "learning_rate": 1e-2}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(first))
+    result = shear("run", tmp_path / "first.yaml")
+    assert result.exit_code == 0, result.output
+    corrected = tmp_path / "corrected" / "model"
+    models = read_json(tmp_path / "corrected" / "evaluation.json")["models"]
+    before, after = (models[name]["mean"]["loss"] for name in ("source", "final"))
+    assert after < before - 0.5
+    assert models["final"]["flops"] > 6 * models["final"]["parameters_without_embeddings"] * 30 * 2 * 16
+
+    said = [f"distill={{teacher: {corrected}, weight: 0.5, domains: all, hidden: {{}}}}"]
+    result = shear("run", tiny_recipe, *said)
+    assert result.exit_code == 0, result.output
+    for stage in ("prune", "pretrain"):
+        line = json.loads((tmp_path / "run" / stage / "metrics.jsonl").read_text().splitlines()[0])
+        taught = line["domain_teacher_losses"].values()
+        assert max(taught) < before - 0.2
+        assert line["domain_hidden_errors"]
+    again = read_json(tmp_path / "run" / "evaluation.json")["models"]
+    assert again["source"]["domains"] == models["source"]["domains"]
+    # It may be what is cut as well.
+    whole = shear("config", "check", tiny_recipe, f"model.source={corrected}", "distill={hidden: {}}", "run_dir=other")
+    assert whole.exit_code == 0, whole.output
+
+
 BUDGET = [
     "prune.estimator=hard_concrete",
     "target.num_hidden_layers=null",

@@ -12,6 +12,14 @@ from shearing.runs.stages.run import run
 from tests.conftest import tiny_recipe_data
 
 STEPS = 12
+LISTENING = {
+    "weight": 0.6,
+    "domains": "auto",
+    "margin": 0.05,
+    "skip_low_entropy": 0.2,
+    "hidden": {"weight": 0.2, "decay": "75%"},
+}
+"""To the source, with all that a step may have to know of the steps before it."""
 
 
 def recipe(
@@ -24,9 +32,10 @@ def recipe(
     steps: int = STEPS,
     checkpoint_interval: int = 4,
     estimator: str = "hard_concrete",
+    listening: bool = False,
     **training: Any,
 ) -> Recipe:
-    """Four sequences a step in two draws of the masks, and domain weights that move."""
+    """Four sequences a step in two draws of the masks, and domain weights that move; a teacher, if `listening`."""
     data = tiny_recipe_data(inputs, run_dir=run_dir)
     for stage in ("prune", "pretrain"):
         # A large epsilon: with the usual one AdamW turns the sign of gradients near zero, which is rounding, into
@@ -40,6 +49,9 @@ def recipe(
             "epsilon": 1e-3,
         }
     data["prune"] |= {"mask_draws": 2, "freeze": "6 steps", "estimator": estimator, "mask_learning_rate": 0.1}
+    if listening:
+        data["distill"] = LISTENING
+        data["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "2 steps"}
     data["training"] |= {
         "engine": engine,
         "deepspeed": {
@@ -62,9 +74,11 @@ def lines(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def trajectory(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
+def trajectory(run_dir: Path, stage: Stage, *, listening: bool = False) -> list[dict[str, Any]]:
     """What every step computed, without times."""
-    kept = ("step", "loss", "grad_norm", "skipped", "expected", "lambda_1", "lambda_2", "weights", "losses")
+    kept = ["step", "loss", "grad_norm", "skipped", "expected", "lambda_1", "lambda_2", "weights", "losses"]
+    if listening:
+        kept += ["domain_teacher_losses", "domain_divergences", "domain_teacher_weights", "domain_hidden_errors"]
     return [{name: line[name] for name in kept if name in line} for line in lines(run_dir, stage)]
 
 

@@ -60,10 +60,7 @@ def test_a_teacher_is_not_shared_out(kind: str, tmp_path: Path) -> None:
 
 
 def _recipe(inputs: Path, run_dir: Path, **training: Any) -> Recipe:
-    values = runs.recipe(inputs, run_dir=run_dir, steps=8, **training).model_dump(mode="json")
-    values["distill"] = {"weight": 0.6, "domains": "auto", "margin": 0.05, "skip_low_entropy": 0.2}
-    values["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "2 steps"}
-    return Recipe.model_validate(values)
+    return runs.recipe(inputs, run_dir=run_dir, steps=8, listening=True, **training)
 
 
 @pytest.mark.slow
@@ -88,7 +85,7 @@ def test_several_processes_learn_what_one_does(
     found = []
     for run_dir in (alone, tmp_path / "run"):
         names = ("loss", "domain_losses", "domain_teacher_losses", "domain_divergences", "domain_teacher_weights")
-        names = (*names, "losses", "reference", "weights")
+        names = (*names, "domain_hidden_errors", "losses", "reference", "weights")
         lines = runs.lines(run_dir, "prune")
         found.append([{name: line[name] for name in names if name in line} for line in lines])
     assert runs.difference(*found) < 1e-3

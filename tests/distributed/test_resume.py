@@ -27,6 +27,8 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "torch, 4 processes": (4, {}),
     "ZeRO-2, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 2}),
     "ZeRO-3, 4 processes": (4, {"engine": "deepspeed", "zero_stage": 3}),
+    "torch, 2 processes, listening": (2, {"listening": True}),
+    "ZeRO-2, 2 processes, listening": (2, {"engine": "deepspeed", "zero_stage": 2, "listening": True}),
 }
 
 
@@ -125,6 +127,43 @@ def test_killed_and_continued_is_the_uninterrupted_run(
         assert not reached or all(codes), f"a process ended well though others were killed: {codes}\n{group.said()}"
     spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
     _assert_bit_for_bit(run_dir, uninterrupted(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("torch, 2 processes, listening", (1, {})),
+        ("ZeRO-2, 2 processes, listening", (4, {})),
+    ],
+    ids=["torch on 2, then on 1", "ZeRO-2 on 2, then torch on 4"],
+)
+def test_a_run_that_listens_is_killed_and_continued(
+    name: str,
+    other: tuple[int, dict[str, Any]],
+    tiny_inputs: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    """The teacher is loaded anew; its trust, and its losses since the last update, are in the checkpoint."""
+    size, recipe = _recipe(tiny_inputs, tmp_path, name)
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    group = start(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out-killed")
+    assert _when(group, lambda: _steps(run_dir) >= 6)  # two steps after a checkpoint, where trust has moved
+    group.processes[1].kill()
+    assert all(group.wait(seconds=90)), group.said()
+    assert _steps(run_dir) < STEPS
+    shutil.copytree(run_dir, elsewhere / "run")
+    spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
+    expected = uninterrupted(name)
+    _assert_bit_for_bit(run_dir, expected)
+    trust = {str(line.get("domain_teacher_weights")) for line in runs.lines(run_dir, "prune") if "event" not in line}
+    assert len(trust) > STEPS // 2, "trust moves"
+
+    size, settings = other
+    recipe = runs.recipe(tiny_inputs, run_dir=elsewhere / "run", steps=STEPS, listening=True, **settings)
+    spawn(runs.train, recipe, ("prune",), size=size, folder=elsewhere / "out")
+    ours, theirs = (runs.trajectory(folder, "prune", listening=True) for folder in (elsewhere / "run", expected))
+    assert runs.difference(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -68,6 +68,7 @@ def test_both_stages_listen_and_are_continued_bit_for_bit(
 ) -> None:
     """Trust by domain and the mixture's reference are of the steps before: both have to be in checkpoints."""
     settings = {"mixture": MIXTURE, "teacher": teacher, "domains": "auto", "margin": 2.0, "skip_low_entropy": 0.2}
+    settings["hidden"] = {"decay": "75%"}
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, **settings) for name in ("whole", "parts"))
     for stage, function in (("prune", prune), ("pretrain", pretrain)):
         function(_quiet(whole))
@@ -81,6 +82,7 @@ def test_both_stages_listen_and_are_continued_bit_for_bit(
         steps = [line for line in lines if "event" not in line]
         weights = [set(line["domain_teacher_weights"].values()) for line in steps]
         assert len(set.union(*weights)) > 3, "trust moves"
+        assert all(value > 0.01 for line in steps for value in line["domain_hidden_errors"].values())
         # The reference of an update is the teacher's mean loss of the text since the last one, and so are the losses.
         for update in (line for line in lines if "event" in line):
             since = [line for line in steps if update["step"] - 2 < line["step"] <= update["step"]]
@@ -137,6 +139,40 @@ def test_listening_brings_the_student_nearer_to_the_teacher(tiny_inputs: Path, t
     assert all(losses[0.0][domain].loss < losses[1.0][domain].loss for domain in losses[0.0])
 
 
+def test_a_teacher_in_host_memory_says_the_same(tiny_inputs: Path, tmp_path: Path) -> None:
+    losses = []
+    for placement in ("replicate", "offload"):
+        recipe = _recipe(tiny_inputs, tmp_path / placement, placement=placement, hidden={})
+        recipe = recipe.model_copy(update={"target": None, "prune": None})
+        pretrain(_quiet(recipe))
+        losses.append(_lines(recipe.run_dir, "pretrain"))
+    assert losses[0] == losses[1]
+
+
+def test_matching_draws_the_cut_model_to_the_teachers_stream(tiny_inputs: Path, tmp_path: Path) -> None:
+    """Each layer and dimension to its own: to any others it would not come nearer than it begins."""
+    errors: dict[float, tuple[float, float]] = {}
+    for weight in (1e-6, 2.0):
+        run_dir = tmp_path / f"{weight}"
+        recipe = _recipe(tiny_inputs, run_dir, weight=0.0, domains="all", hidden={"weight": weight})
+        longer = {"duration": "24 steps", "learning_rate": 1e-2, "optimizer": "fresh"}
+        recipe = Recipe.model_validate(recipe.model_dump() | {"pretrain": recipe.pretrain.model_dump() | longer})
+        if errors:
+            shutil.copytree(tmp_path / f"{1e-6}", run_dir, ignore=shutil.ignore_patterns("pretrain"))
+        else:
+            prune(_quiet(recipe))
+            compact(_quiet(recipe))
+        pretrain(_quiet(recipe))
+        lines = [line for line in _lines(run_dir, "pretrain") if "event" not in line]
+        first, last = (
+            [value for line in some for value in line["domain_hidden_errors"].values()]
+            for some in (lines[:4], lines[-4:])
+        )
+        errors[weight] = (sum(first) / len(first), sum(last) / len(last))
+    assert errors[2.0][1] < 0.7 * errors[2.0][0]
+    assert errors[2.0][1] < 0.7 * errors[1e-6][1]
+
+
 def _copy(inputs: Path, folder: Path) -> Path:
     shutil.copytree(inputs / "model", folder)
     return folder
@@ -182,12 +218,25 @@ def test_a_teacher_of_no_use_is_refused_before_work_starts(
     assert raised.value.field.startswith("distill.teacher")
 
 
+def test_streams_are_matched_with_the_source_or_what_came_of_it(
+    teacher: str, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    preflight(_quiet(_recipe(tiny_inputs, tmp_path / "run", teacher=teacher, hidden={})))
+    folder = _copy(tiny_inputs, tmp_path / "teacher")
+    _config(folder, num_hidden_layers=3)
+    preflight(_quiet(_recipe(tiny_inputs, tmp_path / "run", teacher=str(folder))))
+    with pytest.raises(ShearingError, match="3 layers") as raised:
+        preflight(_quiet(_recipe(tiny_inputs, tmp_path / "run", teacher=str(folder), hidden={})))
+    assert raised.value.field == "distill.hidden"
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
         ({"domains": ["letters", "digit"]}, "distill.domains"),
         ({"domains": {"digit": 0.5}}, "distill.domains"),
         ({"kind": "top_k", "top_k": 64}, "distill.top_k"),
+        ({"hidden": {"layers": [0, 4]}}, "distill.hidden.layers"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -206,6 +255,8 @@ def test_settings_that_do_not_fit_are_refused(
         ({"distill": {"domains": []}}, "distill.domains"),
         ({"distill": {"revision": "main"}}, "distill.revision"),
         ({"distill": {"kind": "cosine"}}, "distill.kind"),
+        ({"distill": {"hidden": {"layers": []}}}, "distill.hidden.layers"),
+        ({"distill": {"hidden": {}}, "training": {"compile": True}}, "training.compile"),
     ],
 )
 def test_contradictions_are_found_in_the_recipe(

@@ -158,6 +158,20 @@ def test_what_would_be_no_extension_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_weight_that_falls_with_the_length_of_the_run_is_refused(trained: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "old")
+    old = RunDirectory(tmp_path / "old")
+    recipe = load_recipe(old.recipe)
+    for decay, refused in (("50%", True), ("6 steps", False)):
+        distill = {"hidden": {"decay": decay}}
+        old.recipe.write_text(Recipe.model_validate(recipe.model_dump() | {"distill": distill}).to_yaml())
+        if refused:
+            with pytest.raises(ShearingError, match=r"distill\.hidden\.decay"):
+                extend(old, to=tmp_path / "new", decay=Duration(steps=4))
+        else:
+            assert extend(old, to=tmp_path / "new", decay=Duration(steps=4)).step == 8
+
+
 def test_folders_that_cannot_be_are_refused(trained: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ShearingError, match="NEW_DIR"):
         extend(trained, to=trained.path, decay=Duration(steps=1))

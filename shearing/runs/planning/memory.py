@@ -28,6 +28,9 @@ CHECKPOINT_BYTES_PER_PARAMETER = 12
 LOSS = "loss"
 """The moment at which logits exist."""
 
+FINAL_NORM = "backward, final norm"
+"""The first moment after it."""
+
 _FP32 = 4
 _BF16 = 2
 _MOMENTS = 2 * _FP32
@@ -76,23 +79,38 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """A teacher, whole on every process.
+    """A teacher, which every process runs for itself.
 
     Attributes:
         shape: its sizes.
         bf16: its weights and products are bf16 instead of fp32.
         buffers: tensors [C, V] in fp32 beside its logits: its log-probabilities, those that its divergence works with,
             and the student's at a temperature that is not 1.
+        matched_layers: layers behind which its residual stream is compared with the student's.
+        offloaded: its layers' weights are in host memory, but for the one that runs.
     """
 
     shape: Shape
     bf16: bool
     buffers: int
+    matched_layers: int = 0
+    offloaded: bool = False
 
     @property
     def number_bytes(self) -> int:
         """Bytes of a weight, a hidden state or a logit."""
         return _BF16 if self.bf16 else _FP32
+
+    @property
+    def host(self) -> int:
+        """Bytes of its weights in host memory."""
+        layers = self.shape.num_hidden_layers * sum(self.shape.layer_parameters())
+        return self.number_bytes * layers if self.offloaded else 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its weights on the device while the student computes."""
+        return self.number_bytes * self.shape.num_parameters() - self.host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,24 +181,30 @@ def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening:
             shape=shape,
             sharding=sharding,
             weight_bytes=weight_bytes,
-            teacher=0 if listening is None else _teacher(listening, workload=workload, phase=phase.name),
+            teacher=0 if listening is None else _teacher(listening, shape, workload=workload, phase=phase.name),
+            host=0 if listening is None else listening.host,
         )
         for phase in phases
     )
     return max(moments, key=lambda memory: memory.total)
 
 
-def _teacher(listening: Listening, *, workload: Workload, phase: str) -> int:
+def _teacher(listening: Listening, student: Shape, *, workload: Workload, phase: str) -> int:
     """Bytes that a teacher adds at a moment: its weights always, its last hidden states and a chunk during the loss.
 
-    What its layers compute on the way is gone before the student's activations come.
+    What its layers compute on the way is gone before the student's activations come, but for the streams that are
+    compared. Their differences are kept, and after the loss the gradients that come of them wait for their layers.
     """
     shape, rows = listening.shape, min(workload.chunk_tokens, workload.tokens)
-    weights = listening.number_bytes * shape.num_parameters()
+    weights, matched = listening.weights, listening.matched_layers
+    stream = workload.tokens * student.hidden_size
     if phase != LOSS:
-        return weights
-    states = listening.number_bytes * workload.tokens * shape.hidden_size
-    return weights + states + rows * shape.vocab_size * (listening.number_bytes + _FP32 * listening.buffers)
+        # The last layer's has been added to the gradient that comes from above.
+        waiting = matched if phase == FINAL_NORM else max(matched - 1, 0) if phase.endswith("last layer") else 0
+        return weights + _FP32 * waiting * stream
+    states = listening.number_bytes * (workload.tokens * shape.hidden_size + matched * stream)
+    chunk = rows * shape.vocab_size * (listening.number_bytes + _FP32 * listening.buffers)
+    return weights + states + _FP32 * matched * stream + chunk
 
 
 def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
@@ -327,7 +351,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
         loose=_FP32 * head,
     )
     yield _Phase(
-        name="backward, final norm",
+        name=FINAL_NORM,
         # Gradients of the norm's two ways to its input, of the mean, and two factors of the square's.
         activations=layers * kept + outside + final_norm + stream + 3 * tokens * _FP32 * d,
         copies=copies_behind,
@@ -435,18 +459,17 @@ def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
 
 
-def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int) -> Memory:
-    """What one process holds of a moment."""
+def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int, host: int) -> Memory:
+    """What one process holds of a moment, beside what a teacher has on its device and in host memory."""
     stage, total = sharding.zero_stage, shape.num_parameters()
     share = sharding.share(total)
     offload_optimizer = stage > 0 and sharding.offload_optimizer
     offload_parameters = stage == 3 and sharding.offload_parameters
-    host = 0
 
     weights = weight_bytes * (total if stage < 3 else min(total, _ZERO_LIVE_PARAMETERS))
     if stage == 3:
         idle = weight_bytes * share
-        weights, host = (weights, idle) if offload_parameters else (weights + idle, 0)
+        weights, host = (weights, host + idle) if offload_parameters else (weights + idle, host)
 
     # From stage 2 on, gradients go where the optimiser's state is.
     accumulated = phase.accumulated if stage < 2 else sharding.share(phase.accumulated)

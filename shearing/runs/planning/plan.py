@@ -277,7 +277,17 @@ def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> List
         shape=shape,
         bf16=teacher_precision(distill, products=precision) == torch.bfloat16,
         buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
+        offloaded=distill.placement == "offload",
     )
+
+
+def _matched_layers(recipe: Recipe, *, shape: Shape) -> int:
+    """Layers behind which a model of this shape is compared with its teacher; at most, of some that are named."""
+    hidden = None if recipe.distill is None else recipe.distill.hidden
+    if hidden is None:
+        return 0
+    named_layers = shape.num_hidden_layers if isinstance(hidden.layers, str) else len(set(hidden.layers))
+    return min(named_layers, shape.num_hidden_layers)
 
 
 def _stand_in(source: Shape, *, parameters: int) -> Shape:
@@ -321,6 +331,8 @@ def _stage_plan(
     flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
     heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
     heldout_flops = None if heldout is None else forward_flops_per_token(shape, sequence_length=length) * heldout
+    if listening is not None:
+        listening = dataclasses.replace(listening, matched_layers=_matched_layers(recipe, shape=shape))
     teacher_flops = 0.0 if listening is None else _teacher_flops_per_token(recipe, shape=listening.shape)
     teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)

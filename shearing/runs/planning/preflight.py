@@ -202,6 +202,7 @@ def _require_teacher(context: RunContext) -> None:
             allowed=f"fewer than the vocabulary's {config.vocab_size} tokens",
             mend="lower it, or set distill.kind=forward_kl, which keeps all",
         )
+    _require_matchable(context)
     if recipe.teacher == recipe.model:
         return  # what there is to check of the source model is checked where it is loaded
     with named(TEACHER_NAMES):
@@ -214,6 +215,37 @@ def _require_teacher(context: RunContext) -> None:
             )
         if Path(recipe.teacher.source).is_dir():  # of the hub's, when it is loaded
             require_finite(Path(recipe.teacher.source))
+
+
+def _require_matchable(context: RunContext) -> None:
+    """Where residual streams are matched, the teacher's is that of the source.
+
+    Raises:
+        ShearingError: it is of another family, depth or width, or has no such layer.
+    """
+    distill, source, teacher = context.recipe.distill, Shape.of(context.config), context.teacher_shape
+    if distill is None or distill.hidden is None or teacher is None:
+        return
+    if _stream(teacher) != _stream(source):
+        raise ShearingError(
+            "distill.hidden",
+            value=f"with the teacher {distill.teacher}: {_stream(teacher)}",
+            allowed=f"a teacher whose residual stream is the source model's ({_stream(source)}): the source itself, or "
+            "what was trained on from it",
+            mend="leave distill.hidden out, or distill.teacher",
+        )
+    layers = distill.hidden.layers
+    if not isinstance(layers, str) and (beyond := [layer for layer in layers if layer >= source.num_hidden_layers]):
+        raise ShearingError(
+            "distill.hidden.layers",
+            value=beyond,
+            allowed=f"layers of the source model: 0 to {source.num_hidden_layers - 1}",
+            mend="leave them out, or write all",
+        )
+
+
+def _stream(shape: Shape) -> str:
+    return f"{shape.family.model_type}, {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}"
 
 
 def _teacher_in_words(context: RunContext) -> str:

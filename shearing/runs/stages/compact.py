@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -45,9 +45,7 @@ def compact(context: RunContext) -> dict[str, Any]:
     run.read_complete("prune")
     config = copy.deepcopy(context.config)
     source = Shape.of(config)
-    masks = Masks(**_masks(load_file(run.prune / "masks.safetensors")))
-    target = _target(recipe, masks, source=source, config=config)
-    selection = Selection.of(masks, source=source, target=target)
+    masks, target, selection = kept_units(context)
 
     config.use_cache = False
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -90,6 +88,27 @@ def compact(context: RunContext) -> dict[str, Any]:
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"
     )
     return shape
+
+
+class KeptUnits(NamedTuple):
+    """What mask learning has left: its final masks, the shape they have, the units they keep."""
+
+    masks: Masks
+    shape: Shape
+    selection: Selection
+
+
+@named(COMPONENT_NAMES)
+def kept_units(context: RunContext) -> KeptUnits:
+    """Read what the `prune` stage of a run chose.
+
+    Raises:
+        ShearingError: its masks have no uniform shape.
+    """
+    source = Shape.of(context.config)
+    masks = Masks(**_masks(load_file(context.directory.prune / "masks.safetensors")))
+    shape = _target(context.recipe, masks, source=source, config=context.config)
+    return KeptUnits(masks, shape, Selection.of(masks, source=source, target=shape))
 
 
 def _generation_config(recipe: Recipe, *, fallback: Any) -> Any:

@@ -12,11 +12,14 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
+from shearing.models.correspondence import Correspondence
+from shearing.models.shape import Shape
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
@@ -86,6 +89,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         moments=None if learned is None else processes.each(lambda: _moments(context)),
         # Adapters leave the weights as they are, and their own products are masked.
         kept=None if start.masks is None or lora is not None else partial(start.kept, prefix=PARAMETER_PREFIX),
+        correspondence=partial(_correspondence, context),
     )
 
     seed_random(recipe.seed)
@@ -108,6 +112,13 @@ def pretrain(context: RunContext) -> dict[str, Any]:
 def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
     """The source model, whose own losses may be the reference: the one to be trained, or the dense one before it."""
     return model if start.source == context.recipe.model.source else load_source_model(context)
+
+
+def _correspondence(context: RunContext) -> Correspondence:
+    """Of what is trained, the cut model or the source itself, to the source."""
+    if "compact" in context.recipe.stages:
+        return Correspondence.of_cut(kept_units(context).selection)
+    return Correspondence.of_source(num_layers=Shape.of(context.config).num_hidden_layers)
 
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:

@@ -20,6 +20,7 @@ from shearing.files.durable import write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
+from shearing.models.correspondence import Correspondence
 from shearing.models.cutting import compact_moments
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
@@ -89,6 +90,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         masking=masking,
         reference=reference,
         before_first_step=partial(_refit, context, model=masking.model, choice=choice),
+        correspondence=lambda: Correspondence.of_masked(masking.model),
     )
 
     seed_random(recipe.seed)

@@ -18,6 +18,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
+from shearing.training.device import offload_layers
 
 
 def load_whole_or_skeleton(context: RunContext, *, source: str, revision: str | None, whole: bool) -> PreTrainedModel:
@@ -57,13 +58,17 @@ def load_teacher(context: RunContext) -> PreTrainedModel:
     recipe, teacher = context.recipe, context.recipe.teacher
     assert recipe.distill is not None
     assert teacher is not None
-    return load_source(
+    offloaded = recipe.distill.placement == "offload"
+    model = load_source(
         teacher.source,
         revision=teacher.revision,
         attn_implementation=teacher.attn_implementation,
-        device=context.device,
+        device="cpu" if offloaded else context.device,
         dtype=teacher_precision(recipe.distill, products=context.precision),
     )
+    if offloaded:
+        offload_layers(model, device=context.device)
+    return model
 
 
 def reference_losses(

@@ -13,6 +13,7 @@ from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.recipe import DataRecipe
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
+from shearing.models.correspondence import Correspondence
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
@@ -41,6 +42,7 @@ def task_of(
     moments: SavedState | None = None,
     before_first_step: Callable[[], None] | None = None,
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+    correspondence: Callable[[], Correspondence] | None = None,
 ) -> Task:
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
 
@@ -55,6 +57,7 @@ def task_of(
         moments: AdamW state to start from, under the names of the objective; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model, whose zeros stay; see `Task`.
+        correspondence: says what of the source the model has; asked where streams are matched.
 
     Raises:
         ShearingError: the processes cannot share a batch equally, or an engine that is not installed.
@@ -84,7 +87,13 @@ def task_of(
         objective=processes.each(
             lambda: objective_of(
                 "language_model" if recipe.distill is None else "distillation",
-                parts=_parts(context, model=model, height=optimization.rates.height_at),
+                parts=_parts(
+                    context,
+                    stage=stage,
+                    model=model,
+                    height=optimization.rates.height_at,
+                    correspondence=correspondence,
+                ),
             )
         ),
         engine=_engine(context, optimization=optimization, split=split),
@@ -133,15 +142,23 @@ def _attend(model: PreTrainedModel, *, data: DataRecipe) -> None:
         drop_attention_mask(model, sequence_length=data.sequence_length)
 
 
-def _parts(context: RunContext, *, model: PreTrainedModel, height: Callable[[int], float]) -> Parts:
+def _parts(
+    context: RunContext,
+    *,
+    stage: TrainingStage,
+    model: PreTrainedModel,
+    height: Callable[[int], float],
+    correspondence: Callable[[], Correspondence] | None,
+) -> Parts:
     """What the stage has for its objective."""
     recipe = context.recipe
+    hidden = None if recipe.distill is None else recipe.distill.hidden
 
     def teacher() -> PreTrainedModel:
         whole = load_teacher(context)
         _attend(whole, data=recipe.data)
-        if recipe.training.compile:
-            compile_layers(whole)
+        if recipe.training.compile and recipe.distill is not None and recipe.distill.placement == "replicate":
+            compile_layers(whole)  # compiled code would hold on to weights that come and go
         return whole
 
     return Parts(
@@ -151,6 +168,10 @@ def _parts(context: RunContext, *, model: PreTrainedModel, height: Callable[[int
         distill=recipe.distill,
         teacher=teacher,
         height=height,
+        correspondence=None if hidden is None or correspondence is None else correspondence(),
+        hidden_steps=0
+        if hidden is None
+        else recipe.training_stages[stage].in_steps(hidden.decay, sequence_length=recipe.data.sequence_length),
     )
 
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedModel, Qwen3Config
 
 from shearing.models.attention import drop_attention_mask
+from shearing.models.correspondence import Correspondence
 from shearing.models.families import FAMILIES
 from shearing.models.families.llama import LLAMA
 from shearing.models.masked import MaskedModel, Masks
@@ -154,6 +155,8 @@ def peak(workload: Workload, *, layers: int, tied: bool, distill: DistillRecipe 
             distill=distill,
             teacher=lambda: model_of(layers=TEACHER_LAYERS, tied=tied),
             height=lambda _: 1.0,
+            correspondence=Correspondence.of_source(num_layers=layers),
+            hidden_steps=100,
         )
         name = "language_model" if distill is None else "distillation"
         objective = engine.prepare(objective_of(name, parts=parts)).train()
@@ -206,6 +209,13 @@ def test_the_peak_with_a_teacher_is_foreseen(kind: str, temperature: float) -> N
     check_peak(WORKLOAD, tolerance=0.03, distill=distill)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_peak_with_matched_streams_is_foreseen(checkpointing: Checkpointing) -> None:
+    """The teacher's streams as well, their differences from the student's, and what waits in the backward pass."""
+    distill = DistillRecipe.model_validate({"domains": "all", "hidden": {}})
+    check_peak(dataclasses.replace(WORKLOAD, checkpointing=checkpointing), tolerance=0.03, distill=distill)
+
+
 def check_peak(
     workload: Workload, *, tolerance: float, tied: bool = True, distill: DistillRecipe | None = None
 ) -> None:
@@ -213,7 +223,8 @@ def check_peak(
     if distill is not None:
         teacher = Shape.of(model_of(layers=TEACHER_LAYERS, tied=tied).config)
         buffers = 1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1)
-        listening = Listening(shape=teacher, bf16=False, buffers=buffers)
+        matched = 0 if distill.hidden is None else 3
+        listening = Listening(shape=teacher, bf16=False, buffers=buffers, matched_layers=matched)
     expected = estimate(shape, workload=workload, sharding=Sharding(), listening=listening).total
     assert expected == pytest.approx(peak(workload, layers=3, tied=tied, distill=distill), rel=tolerance)
 

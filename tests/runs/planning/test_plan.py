@@ -83,6 +83,30 @@ def test_a_teacher_is_counted(llama: str) -> None:
     assert twice.stages[0].memory[0].teacher >= 4 * parameters
 
 
+def test_a_teacher_in_host_memory_is_counted_there(llama: str) -> None:
+    kept, away = (planned(sheared_llama(llama, f"distill={{placement: {name}}}")) for name in ("replicate", "offload"))
+    layers = 2 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
+    for before, after in zip(kept.stages, away.stages, strict=True):
+        for zero_stage, memory in after.memory.items():
+            assert memory.teacher == before.memory[zero_stage].teacher - layers
+            assert memory.host == before.memory[zero_stage].host + layers
+
+
+def test_matched_streams_are_counted(llama: str) -> None:
+    """As many as a stage's model has layers, or as are named: each a bf16 state of the teacher and a difference."""
+    found = {}
+    for layers in (None, "all", [0, 9]):
+        hidden = "null" if layers is None else f"{{layers: {layers}}}"
+        found[str(layers)] = planned(sheared_llama(llama, f"distill={{hidden: {hidden}}}", "training.engine=torch"))
+    plain = found["None"]
+    for name, counts in (("all", {"prune": 32, "pretrain": 24}), ("[0, 9]", {"prune": 2, "pretrain": 2})):
+        for before, after in zip(plain.stages, found[name].stages, strict=True):
+            assert after.listening.matched_layers == counts[after.stage]
+            stream = after.workload.tokens * after.shape.hidden_size
+            more = after.memory[0].total - before.memory[0].total
+            assert 0 <= more <= (2 + 4) * counts[after.stage] * stream
+
+
 def test_the_advice_fits(llama: str) -> None:
     made = planned(sheared_llama(llama, "training.engine=torch"))
     assert made.advice is not None
