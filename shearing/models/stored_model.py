@@ -17,6 +17,7 @@ from shearing.errors import ShearingError
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.saving import write_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -210,7 +211,7 @@ def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) 
     dtype = getattr(load_config(name, revision=revision), "dtype", None) or torch.float32
     model = load_source(name, revision=revision, dtype=dtype)
     try:
-        model.save_pretrained(beside)
+        write_model(model, beside)
         for path in (path for pattern in TEXT_FILES for path in folder.glob(pattern)):
             if not (beside / path.name).exists() and path.name not in OURS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, beside / path.name)

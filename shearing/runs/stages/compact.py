@@ -14,6 +14,7 @@ from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, write_json
 from shearing.models.cutting import Selection, compact as cut
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.saving import write_model
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
@@ -78,7 +79,8 @@ def compact(context: RunContext) -> dict[str, Any]:
         if folder.exists():
             shutil.rmtree(folder)
     beside.mkdir(parents=True)
-    small.save_pretrained(beside)
+    write_model(small, beside)
+    small.generation_config.save_pretrained(beside)
     context.tokenizer.save_pretrained(beside)
     write_json(beside / "shape.json", shape)
     beside.rename(run.compact)

@@ -12,6 +12,7 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
+from shearing.models.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
@@ -152,7 +153,7 @@ def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, reco
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            model.save_pretrained(beside)
+            write_model(model, beside)
             for path in start.companions():
                 shutil.copyfile(path, beside / path.name)
             if start.masks is not None:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import shearing
@@ -180,13 +180,12 @@ def test_a_model_without_safetensors_is_converted(
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
-    def half_written(_: PreTrainedModel, target: Path) -> None:
-        target.mkdir(parents=True)
-        (target / "model.safetensors").write_bytes(bytes(100))
+    def half_written(_: object, target: Path, **__: object) -> None:
+        target.write_bytes(bytes(100))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(PreTrainedModel, "save_pretrained", half_written)
+        full.setattr(tensor_files, "save_file", half_written)
         with pytest.raises(ShearingError, match=r"output = .* GB free"):
             sparse(tmp_path / "inputs", tmp_path / "sparse")
     assert not list(tmp_path.rglob("*.writing"))
