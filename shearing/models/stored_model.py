@@ -16,6 +16,7 @@ from torch import Tensor
 from shearing.errors import ShearingError
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
+from shearing.models.companions import companions, copy_companions, folder_of
 from shearing.models.loading import load_config, load_source, skeleton
 from shearing.models.saving import write_model
 
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
 
 STORED = frozenset({".safetensors", ".bin", ".gguf"})
 WEIGHT_FILES = ("*.safetensors",)
-TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-OURS = frozenset(
-    {
-        "sparsity.json",
-        "masks.safetensors",
-        "allocation.json",
-        "evaluation.json",
-        "semi_structured.json",
-        "shape.json",
-        "complete.json",
-    }
-)
-"""Files of this project beside a model, which are not the model's."""
 
 _NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
 _BEGINNING = 4096
@@ -107,8 +95,8 @@ class Source:
         return sum((self.folder / name).stat().st_size for name in self.weight_files())
 
     def other_files(self) -> list[str]:
-        """Names of config, tokenizer, chat template and the like."""
-        return sorted({path.name for pattern in TEXT_FILES for path in self.folder.glob(pattern)} - OURS)
+        """Config, tokenizer, chat templates and the like, as paths from the folder."""
+        return ["config.json", *companions(self.folder)]
 
 
 def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
@@ -132,7 +120,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
             allowed="dense weights in fp32, bf16 or fp16",
             mend="prune the model before it is quantised",
         )
-    folder = _folder_of(name, revision=revision)
+    folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
     needed = set(skeleton(config).state_dict())
     if getattr(config, "tie_word_embeddings", False):
         needed.discard(f"{anatomy_of(config).head}.weight")
@@ -179,14 +167,6 @@ def dtype_of(source: Source, name: str) -> torch.dtype:
     return DTYPES[source.entries[name].dtype]
 
 
-def _folder_of(name: str, *, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHT_FILES, *TEXT_FILES]))
-
-
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
     index = folder / "model.safetensors.index.json"
     names = (
@@ -212,9 +192,7 @@ def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) 
     model = load_source(name, revision=revision, dtype=dtype)
     try:
         write_model(model, beside)
-        for path in (path for pattern in TEXT_FILES for path in folder.glob(pattern)):
-            if not (beside / path.name).exists() and path.name not in OURS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, beside / path.name)
+        copy_companions(folder, to=beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

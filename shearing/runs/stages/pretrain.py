@@ -12,6 +12,7 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
+from shearing.models.companions import copy_companions
 from shearing.models.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
@@ -154,8 +155,7 @@ def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, reco
     try:
         with full_disk_said(lambda: no_space(run.path)):
             write_model(model, beside)
-            for path in start.companions():
-                shutil.copyfile(path, beside / path.name)
+            copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside, source=start.folder, record=record)
     except BaseException:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.models.stored_model import OURS, TEXT_FILES
+from shearing.models.companions import folder_of
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside
@@ -52,7 +52,7 @@ class Start:
         for stage, made in (("compact", run.compact), ("sparsify", run.sparse)):
             if stage in recipe.stages:
                 source, revision = str(made), None
-        folder = Path(source) if Path(source).is_dir() else _fetched(source, revision=revision)
+        folder = folder_of(source, revision=revision, also=[MASKS])
         return cls(source, revision, folder, masks_beside(folder))
 
     def kept(self, *, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -91,15 +91,3 @@ class Start:
         for name, weight in state.whole(WEIGHT):
             model.get_parameter(name.removeprefix(PARAMETER_PREFIX)).copy_(weight)
         return model if adapted is None else merge_adapters(adapted, masks=self.kept())
-
-    def companions(self) -> list[Path]:
-        """Tokenizer, generation config, chat template and the like; not the config, which goes with the weights."""
-        found = {path for pattern in TEXT_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        of_weights = {path for path in found if path.name == "config.json" or ".safetensors" in path.name}
-        return sorted(path for path in found - of_weights if path.name not in OURS)
-
-
-def _fetched(name: str, *, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, MASKS]))

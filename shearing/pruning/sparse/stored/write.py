@@ -112,6 +112,7 @@ def copy_files(source: Source, beside: Path, *, advance: Callable[[int], None] =
         if name == "config.json":
             _copy_config(source.folder / name, beside / name)
         else:
+            (beside / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, beside / name)
     for name in source.weight_files():
         shutil.copyfile(source.folder / name, beside / name)
