@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError, key
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import ParameterCount
 from shearing.settings.section import Section
 
@@ -18,6 +19,11 @@ class ModelRecipe(Section):
     source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
     revision: str | None = Field(None, description="Hub revision; only for hub names.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    save_dtype: Neutral[Literal["source", "fp32", "bf16", "fp16"]] = Field(
+        "source",
+        description="Of the weights in model/, the final model; source: as the source's are stored. "
+        "Stages hand over fp32 to each other.",
+    )
 
 
 class TargetRecipe(Section):

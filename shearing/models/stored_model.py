@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +162,24 @@ def _require_finite(tensor: Tensor, *, name: str, folder: Path) -> None:
             allowed="finite weights",
             mend="the checkpoint holds NaN or infinity: fetch or convert it again",
         )
+
+
+def dtype_of_weights(name: str, *, config: PretrainedConfig) -> torch.dtype:
+    """Dtype that most of a model's weights are stored in; what its config says where they are not here to be seen.
+
+    Args:
+        name: folder or hub name.
+        config: the model's.
+
+    Returns:
+        fp32, bf16 or fp16; fp32 for weights of more.
+    """
+    elements: Counter[torch.dtype | None] = Counter()
+    for path in sorted(Path(name).glob("model*.safetensors")):
+        for entry in read_header(path)[0].values():
+            elements[DTYPES.get(entry.dtype)] += math.prod(entry.shape)
+    said = elements.most_common(1)[0][0] if elements else getattr(config, "dtype", None)
+    return said if said in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def dtype_of(source: Source, name: str) -> torch.dtype:

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError, named
@@ -13,7 +14,8 @@ from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
 from shearing.models.companions import copy_companions
-from shearing.models.saving import write_model
+from shearing.models.saving import DTYPES, write_model
+from shearing.models.stored_model import dtype_of_weights
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
@@ -121,7 +123,7 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
         "adapters": None if lora is None else lora.model_dump(mode="json"),
         "versions": environment(context.device),
     }
-    _save_model(model, run=run, start=start, record=record)
+    _save_model(model, run=run, start=start, record=record, dtype=_dtype(context))
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
@@ -146,7 +148,17 @@ def _moments(context: RunContext) -> SavedMoments | None:
     )
 
 
-def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any]) -> None:
+def _dtype(context: RunContext) -> torch.dtype:
+    """Of the final model, which nothing is trained on from."""
+    model = context.recipe.model
+    if model.save_dtype == "source":
+        return dtype_of_weights(model.source, config=context.config)
+    return DTYPES[model.save_dtype]
+
+
+def _save_model(
+    model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained."""
     beside = run.path / ".model.partial"
     for folder in (beside, run.model):
@@ -154,7 +166,7 @@ def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, reco
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            write_model(model, beside)
+            write_model(model, beside, dtype=dtype)
             copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside, source=start.folder, record=record)
