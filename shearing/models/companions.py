@@ -34,7 +34,6 @@ _OF_THE_WEIGHTS = ("config.json", "params.json", "*.index.json")
 OURS = frozenset(
     {
         "sparsity.json",
-        "masks.safetensors",
         "allocation.json",
         "evaluation.json",
         "semi_structured.json",

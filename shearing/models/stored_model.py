@@ -20,7 +20,7 @@ from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
 from shearing.models.companions import companions, copy_companions, folder_of
 from shearing.models.loading import load_config, load_source, skeleton
-from shearing.models.saving import write_model
+from shearing.models.saving import INDEX, WEIGHTS, write_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,8 +97,9 @@ class Source:
         return sum((self.folder / name).stat().st_size for name in self.weight_files())
 
     def other_files(self) -> list[str]:
-        """Config, tokenizer, chat templates and the like, as paths from the folder."""
-        return ["config.json", *companions(self.folder)]
+        """Config, index of the weights, tokenizer, chat templates and the like, as paths from the folder."""
+        of_weights = [name for name in ("config.json", INDEX) if (self.folder / name).is_file()]
+        return [*of_weights, *companions(self.folder)]
 
 
 def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
@@ -188,11 +189,11 @@ def dtype_of(source: Source, name: str) -> torch.dtype:
 
 
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     names = (
         sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if index.is_file()
-        else [path.name for path in folder.glob("model.safetensors")]
+        else [path.name for path in folder.glob(WEIGHTS)]
     )
     files: dict[str, str] = {}
     entries: dict[str, Entry] = {}

@@ -14,14 +14,13 @@ from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
 from shearing.models.companions import copy_companions
-from shearing.models.saving import DTYPES, write_model
-from shearing.models.stored_model import dtype_of_weights
+from shearing.models.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.pretrain_start import Start
+from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -116,14 +115,14 @@ def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> Pre
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
     run, lora = context.directory, context.recipe.pretrain.lora
-    model = start.trained(ShardedState(trained.checkpoint), lora=lora)
+    model = start.merged(start.restored(ShardedState(trained.checkpoint), lora=lora))
     record = {
         "steps": complete["steps"],
         "tokens": complete["tokens"],
         "adapters": None if lora is None else lora.model_dump(mode="json"),
         "versions": environment(context.device),
     }
-    _save_model(model, run=run, start=start, record=record, dtype=_dtype(context))
+    _save_model(model, run=run, start=start, record=record, dtype=result_dtype(context))
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
@@ -146,14 +145,6 @@ def _moments(context: RunContext) -> SavedMoments | None:
             for kind, of_kind in read_moments(run.moments).items()
         }
     )
-
-
-def _dtype(context: RunContext) -> torch.dtype:
-    """Of the final model, which nothing is trained on from."""
-    model = context.recipe.model
-    if model.save_dtype == "source":
-        return dtype_of_weights(model.source, config=context.config)
-    return DTYPES[model.save_dtype]
 
 
 def _save_model(

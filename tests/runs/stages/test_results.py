@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from shearing.files.tensors import read_header
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.check import differences
 from shearing.runs.recipe import Recipe
@@ -134,3 +136,12 @@ def test_everybody_who_may_read_the_folder_may_read_the_files(directory: RunDire
     files = [path for path in directory.path.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert not [path for path in files if path.stat().st_mode != usual]
+
+
+def test_nothing_but_weights_is_called_so(directory: RunDirectory) -> None:
+    for folder in results(directory):
+        with init_empty_weights():
+            parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
+        for path in folder.rglob("*.safetensors"):
+            for name, entry in read_header(path)[0].items():
+                assert entry.shape == tuple(parameters[name].shape), f"{path}: {name}"

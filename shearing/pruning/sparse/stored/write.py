@@ -2,7 +2,7 @@
 
 OUTPUT/config.json, tokenizer…     as in the source; config.json in the spellings of transformers 4 and 5
 OUTPUT/*.safetensors               as in the source, byte for byte but for the pruned matrices
-OUTPUT/masks.safetensors           see `masks`
+OUTPUT/masks.packed                see `masks`
 OUTPUT/sparsity.json               the manifest
 OUTPUT/allocation.json             the level of every matrix, and why; allocation.png where levels differ
 """
