@@ -8,6 +8,8 @@ from shearing.models.shape import Shape
 
 TENSOR_PARALLEL = (2, 4, 8)
 """GPUs that servers usually share a model out over."""
+BLOCK = 32
+"""Inputs of a row that the plainest quantised kinds store together: without such multiples there are none."""
 K_QUANT_BLOCK = 256
 """Inputs of a row that llama.cpp's k-quants store together."""
 TWO_OF_FOUR = 64
