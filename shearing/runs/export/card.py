@@ -25,8 +25,8 @@ OF_SOURCE = "README.source.md"
 """The source's own card, which is of another model."""
 
 _LICENCE = ("license", "license_name", "license_link", "language")
-_PLACES = ("run_dir", "corpus", "outside", "cache")
-"""Keys whose values say where something is on the machine that trained."""
+_PLACES = ("run_dir", "corpus", "outside")
+"""Keys that say where something is on the machine that trained, and nothing else."""
 
 
 def write_card(folder: Path, *, origin: Origin, shape: Shape, dtype: str, versions: Mapping[str, Any]) -> None:
@@ -79,10 +79,9 @@ def _front(head: Mapping[str, Any], *, context: RunContext, sparse: bool) -> str
 
 def _what(origin: Origin, *, shape: Shape, dtype: str) -> Iterator[str]:
     assert origin.context is not None
-    source = origin.context.recipe.model
-    named = source.source if not Path(source.source).exists() else Path(source.source).name
+    source = _without_places(origin.context.recipe.model.source)
     at = "" if origin.step is None else f" It is the state after step {origin.step:,} of {_total(origin):,}."
-    yield f"{format_parameters(shape.num_parameters())} parameters in {dtype}, made of `{named}` with shearing.{at}"
+    yield f"{format_parameters(shape.num_parameters())} parameters in {dtype}, made of `{source}` with shearing.{at}"
     yield "## Shape"
     rows = ["| model | parameters | without embeddings | shape |", "|---|---:|---:|---|"]
     try:
@@ -112,7 +111,7 @@ def _method(origin: Origin) -> Iterator[str]:
             f"{', low-rank adapters merged' if stage.lora is not None else ''}."
         )
     if recipe.distill is not None:
-        lines.append(f"- Training listened to a teacher: {recipe.distill.teacher}.")
+        lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
     yield "## Method"
     yield "\n".join(lines) or "No units were cut, no weights zeroed, and nothing was trained."
 
@@ -153,12 +152,14 @@ def _again(recipe: Recipe, *, versions: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_places(given: Any) -> Any:
-    if not isinstance(given, dict):
-        return given
-    kept = {name: _without_places(value) for name, value in given.items() if name not in _PLACES}
-    if isinstance(source := kept.get("source"), str) and Path(source).exists():
-        kept["source"] = Path(source).name
-    return kept
+    """Of settings, those that mean something elsewhere; of files and folders, their names."""
+    if isinstance(given, dict):
+        return {name: _without_places(value) for name, value in given.items() if name not in _PLACES}
+    if isinstance(given, list):
+        return [_without_places(value) for value in given]
+    if isinstance(given, str) and (Path(given).is_absolute() or Path(given).exists()):
+        return Path(given).name
+    return given
 
 
 def _licence(head: Mapping[str, Any], *, files: list[str]) -> Iterator[str]:

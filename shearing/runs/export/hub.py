@@ -14,7 +14,7 @@ def require_repository_name(name: str) -> None:
         ShearingError: no hub has such a name.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

@@ -105,8 +105,8 @@ def _of_run(run: RunDirectory) -> Origin:
     for folder in (run.model, run.sparse, run.compact):
         if (folder / "config.json").is_file():
             start = Start(str(folder), None, folder, masks_beside(folder))
-            step = _total(context) if folder == run.model else None
-            return Origin(title=str(folder), start=start, step=step, context=context)
+            last = _total(context) if folder == run.model else None
+            return Origin(title=str(folder), start=start, step=last, context=context)
     raise ShearingError(
         "model",
         value=str(run.path),

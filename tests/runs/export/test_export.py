@@ -219,6 +219,14 @@ def test_the_card_says_what_is_known_and_nothing_of_this_machine(dense: RunDirec
     assert "the state after step 2 of 4" in (half.folder / "README.md").read_text()
 
 
+def test_the_card_of_a_sparse_model_with_adapters(adapted: RunDirectory, tmp_path: Path) -> None:
+    made = export(str(step(adapted, 2)), output=tmp_path / "out", console=QUIET)
+    card = (made.folder / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["sparse"]
+    assert "- Zeros: criterion magnitude, pattern 2:4; kept while training." in card
+    assert "schedule cosine, low-rank adapters merged." in card
+
+
 def test_a_dry_run_pushes_nothing(dense: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("the hub was asked"))
     result = shear("export", dense.path, "-o", tmp_path / "out", "--push", "me/small", "--dry-run")
