@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(VERSION_4 is None, reason="make test-transformer
 
 TOKENS, TEXT = torch.arange(40).view(2, 20) % 11, "abc 019"
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch, transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,10 +39,9 @@ for folder in folders:
     assert not any(report.values()), report
     with torch.no_grad():
         logits[folder] = model.eval()(torch.tensor(tokens)).logits.contiguous()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except OSError:
+    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         continue
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     print(json.dumps([folder, type(tokenizer).__name__, tokenizer(text)["input_ids"]]))
 save_file(logits, sys.argv[1])
 """
@@ -74,7 +73,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 def test_models_of_every_family_and_kind_of_rope(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    models = {family: tiny_model(family, tied=tied) for tied, family in enumerate(CONFIGS)}
+    models = {family: tiny_model(family, tied=bool(index % 2)) for index, family in enumerate(CONFIGS)}
     models |= {
         name: AutoModelForCausalLM.from_config(config(**json.loads(json.dumps(CASES[name][0])))) for name in CASES
     }
