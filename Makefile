@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := .venv-llmcompressor
+TRANSFORMERS4 := .transformers4
 # The first Python that is new enough; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint docs compare-llmcompressor setup clean
+.PHONY: demo test lint docs compare-llmcompressor test-transformers4 setup clean
 
 demo: setup
 	$(BIN)/python -m data_tools.demo --output runs/demo-data
@@ -37,6 +38,12 @@ compare-llmcompressor:
 	$(COMPARISON)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' llmcompressor==0.14.0.1
 	OMP_NUM_THREADS=1 $(COMPARISON)/bin/python -m pytest tests/pruning/sparse/test_llmcompressor.py
 
+# Optional: results opened by transformers 4, in a folder of its own beside the torch of .venv.
+test-transformers4: setup
+	@test -d $(TRANSFORMERS4)/transformers || $(BIN)/python -m pip install --disable-pip-version-check --no-warn-conflicts \
+		--target $(TRANSFORMERS4) transformers==4.57.6
+	SHEARING_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_transformers4.py
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -48,4 +55,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPARISON) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(COMPARISON) $(TRANSFORMERS4) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
-from shearing.files.durable import flush_folder
+from shearing.files.durable import flush_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -119,6 +119,8 @@ def save_model(source: StoredModel, *, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from shearing.models.saving import write_model
+
     metadata = source.metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {
@@ -158,8 +160,12 @@ def save_model(source: StoredModel, *, folder: Path) -> None:
     partial = folder.with_name(f".partial-{folder.name}")
     if partial.exists():
         shutil.rmtree(partial)
-    model.save_pretrained(partial)
+    write_model(model, partial)
+    model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    # As models of today say it: the class that transformers 5 saves is one that 4 does not know.
+    said = read_json(partial / "tokenizer_config.json")
+    write_json(partial / "tokenizer_config.json", {**said, "tokenizer_class": "PreTrainedTokenizerFast"})
 
     # A tokenizer that splits numbers otherwise after a reload would spoil every count made with it.
     reloaded = AutoTokenizer.from_pretrained(partial)

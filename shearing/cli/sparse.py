@@ -1,4 +1,4 @@
-"""`shear sparsify | allocate | export`: one-shot sparsity of one model, without a run."""
+"""`shear sparsify | allocate`: one-shot sparsity of one model, without a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from shearing.cli.frame import app
 from shearing.cli.keys import with_keys
-from shearing.errors import ShearingError, named
+from shearing.errors import named
 from shearing.pruning.sparse.recipe import SparsifyRecipe, load_sparsify_recipe, recipe_of_options
 
 SparseModel = Annotated[
@@ -75,46 +75,6 @@ def allocate(model: SparseModel = None, overrides: SparseOverrides = None, **opt
 
     with named(_names(model)):
         run(recipe)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sparse model: a folder, or a hub name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the exported model.")],
-    semi_structured: Annotated[
-        bool, typer.Option("--semi-structured", help="For GPUs that multiply 2:4 matrices faster.")
-    ] = False,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens at a time at which a layer has to be faster; may be repeated: 1, 64, 2048 if unset."),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="auto, bf16 or fp16; auto: as stored, bf16 for fp32.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="auto, cusparselt or cutlass; auto: the better for each layer.")
-    ] = "auto",
-    margin: Annotated[float, typer.Option(help="Share that a layer has to be faster by.")] = 0.05,
-    revision: Annotated[str | None, typer.Option(help="Hub revision; only for hub names.")] = None,
-) -> None:
-    """Time a model's 2:4 layers on the GPU here and write which of them to convert. 2:4 is 2 kept of 4."""
-    if not semi_structured:
-        raise ShearingError(
-            "--semi-structured",
-            value=False,
-            allowed="the one kind of export there is; every other model that is written here is ready for use",
-            mend="add --semi-structured",
-        )
-    from shearing.pruning.sparse.semi_structured.export import BATCHES, export as run
-
-    with named(_names(model)):
-        run(
-            model,
-            output=output,
-            batches=batch or BATCHES,
-            precision=precision,
-            backend=backend,
-            margin=margin,
-            revision=revision,
-        )
 
 
 def _sparsify_recipe(model: str | None, *, options: dict[str, Any], overrides: Sequence[str] | None) -> SparsifyRecipe:

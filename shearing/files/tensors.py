@@ -85,8 +85,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[s
         OSError, SafetensorError: the file cannot be written; `full_disk.is_disk_full` tells why. Nothing is left of it.
     """
     beside = path.with_name(f".{path.name}.writing")
+    beside.unlink(missing_ok=True)
+    beside.touch()
+    mode = beside.stat().st_mode  # by the umask; safetensors puts a file in its place that is for the owner alone
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        beside.chmod(mode)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
     except BaseException:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from shearing.errors import ShearingError, key
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import ParameterCount
 from shearing.settings.section import Section
 
@@ -18,6 +19,11 @@ class ModelRecipe(Section):
     source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
     revision: str | None = Field(None, description="Hub revision; only for hub names.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    save_dtype: Neutral[Literal["source", "fp32", "bf16", "fp16"]] = Field(
+        "source",
+        description="Of the weights in model/, the final model; source: as the source's are stored. "
+        "Stages hand over fp32 to each other.",
+    )
 
 
 class TargetRecipe(Section):
@@ -36,11 +42,14 @@ class TargetRecipe(Section):
         description="With `parameters`: project the learned sizes onto one size for all layers, "
         "the only kind of result that an ordinary config can hold.",
     )
+    multiple_of: int = Field(
+        1, ge=1, description="With `uniform`: hidden_size and intermediate_size are multiples of it; 64 suits most."
+    )
 
 
 def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
     """A budget and sizes at once, neither of them, or `uniform` without a budget."""
-    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform"))
+    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform", "multiple_of"))
     given = [name for name in sizes if getattr(target, name) is not None]
     if target.parameters is not None and given:
         yield ShearingError(
@@ -62,4 +71,11 @@ def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
             value=True,
             allowed=f"true only with {key('parameters')}: sizes by name are the same in every layer anyway",
             mend=f"remove {key('uniform')}",
+        )
+    if target.multiple_of > 1 and not target.uniform:
+        yield ShearingError(
+            "multiple_of",
+            value=target.multiple_of,
+            allowed=f"1 without {key('uniform')}: sizes by name are what they are, and without it there is no one size",
+            mend=f"set {key('uniform')}=true with {key('parameters')}, or remove {key('multiple_of')}",
         )

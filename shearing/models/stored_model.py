@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from torch import Tensor
 from shearing.errors import ShearingError
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
+from shearing.models.companions import companions, copy_companions, folder_of
 from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.saving import INDEX, WEIGHTS, write_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,19 +28,6 @@ if TYPE_CHECKING:
 
 STORED = frozenset({".safetensors", ".bin", ".gguf"})
 WEIGHT_FILES = ("*.safetensors",)
-TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-OURS = frozenset(
-    {
-        "sparsity.json",
-        "masks.safetensors",
-        "allocation.json",
-        "evaluation.json",
-        "semi_structured.json",
-        "shape.json",
-        "complete.json",
-    }
-)
-"""Files of this project beside a model, which are not the model's."""
 
 _NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
 _BEGINNING = 4096
@@ -106,8 +97,9 @@ class Source:
         return sum((self.folder / name).stat().st_size for name in self.weight_files())
 
     def other_files(self) -> list[str]:
-        """Names of config, tokenizer, chat template and the like."""
-        return sorted({path.name for pattern in TEXT_FILES for path in self.folder.glob(pattern)} - OURS)
+        """Config, index of the weights, tokenizer, chat templates and the like, as paths from the folder."""
+        of_weights = [name for name in ("config.json", INDEX) if (self.folder / name).is_file()]
+        return [*of_weights, *companions(self.folder)]
 
 
 def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
@@ -131,7 +123,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
             allowed="dense weights in fp32, bf16 or fp16",
             mend="prune the model before it is quantised",
         )
-    folder = _folder_of(name, revision=revision)
+    folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
     needed = set(skeleton(config).state_dict())
     if getattr(config, "tie_word_embeddings", False):
         needed.discard(f"{anatomy_of(config).head}.weight")
@@ -173,25 +165,35 @@ def _require_finite(tensor: Tensor, *, name: str, folder: Path) -> None:
         )
 
 
+def dtype_of_weights(name: str, *, config: PretrainedConfig) -> torch.dtype:
+    """Dtype that most of a model's weights are stored in; what its config says where they are not here to be seen.
+
+    Args:
+        name: folder or hub name.
+        config: the model's.
+
+    Returns:
+        fp32, bf16 or fp16; fp32 for weights of more.
+    """
+    elements: Counter[torch.dtype | None] = Counter()
+    for path in sorted(Path(name).glob("model*.safetensors")):
+        for entry in read_header(path)[0].values():
+            elements[DTYPES.get(entry.dtype)] += math.prod(entry.shape)
+    said = elements.most_common(1)[0][0] if elements else getattr(config, "dtype", None)
+    return said if said in (torch.bfloat16, torch.float16) else torch.float32
+
+
 def dtype_of(source: Source, name: str) -> torch.dtype:
     """Dtype in which a tensor is stored."""
     return DTYPES[source.entries[name].dtype]
 
 
-def _folder_of(name: str, *, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHT_FILES, *TEXT_FILES]))
-
-
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     names = (
         sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if index.is_file()
-        else [path.name for path in folder.glob("model.safetensors")]
+        else [path.name for path in folder.glob(WEIGHTS)]
     )
     files: dict[str, str] = {}
     entries: dict[str, Entry] = {}
@@ -210,10 +212,8 @@ def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) 
     dtype = getattr(load_config(name, revision=revision), "dtype", None) or torch.float32
     model = load_source(name, revision=revision, dtype=dtype)
     try:
-        model.save_pretrained(beside)
-        for path in (path for pattern in TEXT_FILES for path in folder.glob(pattern)):
-            if not (beside / path.name).exists() and path.name not in OURS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, beside / path.name)
+        write_model(model, beside)
+        copy_companions(folder, to=beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -21,12 +21,14 @@ _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = r"(?P<number>\d[\d_,]*(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?P<multiple>(?:[kKmMbBtT](?![a-zA-Z]))?)"
 _COUNT = re.compile(_NUMBER)
 _COUNT_OF = re.compile(_NUMBER + r"\s*(?P<unit>[a-z]+)")
+_BYTES = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<multiple>[kKmMgGtT])?[bB])?")
 _PERCENT = re.compile(r"(?P<percent>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*%")
 
 _Quantity = TypeVar("_Quantity")
 
 DURATION_FORMS = "'640 steps', '0.4B tokens', '20%' of the stage, or a number of steps"
 BATCH_SIZE_FORMS = "'32 sequences', '131072 tokens', or a number of sequences"
+BYTES_FORMS = "'5 GB', '500 MB', or a number of bytes"
 PARAMETER_COUNT_FORMS = "'64M', '1.3B', or a number of parameters"
 
 
@@ -206,6 +208,18 @@ def parse_parameter_count(value: object) -> int:
 
 
 ParameterCount = Annotated[int, BeforeValidator(parse_parameter_count), Field(gt=0)]
+
+
+def parse_bytes(value: str) -> int:
+    """Read a size of a file: "5 GB", "500MB", "1000000"; K, M, G and T are powers of a thousand.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = _BYTES.fullmatch(value.strip())
+    if found is None:
+        raise ValueError(f"{value!r} is no size; write {BYTES_FORMS}")
+    return int(Decimal(found["number"]) * 1000 ** " KMGT".index((found["multiple"] or " ").upper()))
 
 
 def format_count(count: int) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
@@ -237,7 +236,7 @@ def _with_failing_trackers(patch: pytest.MonkeyPatch) -> None:
 
 SURROUNDINGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "full disk": _on_full_disk,
-    "full disk while converting": lambda patch: patch.setattr(PreTrainedModel, "save_pretrained", _full),
+    "full disk while converting": _on_full_disk,
     "no GPU": _without_gpu,
     "second of one GPU": _as_second_on_one_gpu,
     "one of two": _as_one_of_two,

@@ -234,8 +234,8 @@ def test_a_run_makes_everything_it_promises(finished_run: tuple[Path, Result]) -
         assert file.stat().st_size > 0
     for folder in (run.compact, run.model):
         config = AutoModelForCausalLM.from_pretrained(folder).config
-        sizes = {name: getattr(config, name) for name in recipe.target.model_dump(exclude={"parameters", "uniform"})}
-        assert sizes == recipe.target.model_dump(exclude={"parameters", "uniform"})
+        wanted = recipe.target.model_dump(exclude={"parameters", "uniform", "multiple_of"})
+        assert {name: getattr(config, name) for name in wanted} == wanted
         assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"]
     for shown in (run.model, run.report, run.evaluation):
         assert str(shown) in result.stdout.replace("\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shearing.errors import ShearingError
-from shearing.files.tensors import overwrite, read_header, read_tensors, write_in_turn
+from shearing.files.tensors import overwrite, read_header, read_tensors, write_in_turn, write_tensors
 from shearing.pruning.sparse.stored.masks import mask_shapes, read_masks, write_masks
 
 
@@ -24,6 +25,19 @@ def test_overwriting_leaves_the_rest(tmp_path: Path) -> None:
     assert torch.equal(found["b"], tensors["b"])
     assert read_header(path)[1] == {"format": "pt"}
     assert torch.equal(read_tensors(path, ["b"])["b"], tensors["b"])
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o027, 0o077])
+def test_who_may_read_a_file_is_as_the_umask_says(umask: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    (tmp_path / ".model.safetensors.writing").touch(mode=0o600)  # left by a kill
+    before = os.umask(umask)
+    try:
+        write_tensors(path, {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_writing_in_turn(tmp_path: Path) -> None:

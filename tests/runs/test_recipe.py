@@ -127,6 +127,7 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("prune.granularities=[layers, sublayers]", "remove one of the two"),
         ("target.parameters=64M", "either a budget or sizes by name"),
         ("target.uniform=true", "true only with target.parameters"),
+        ("target.multiple_of=64", "1 without target.uniform"),
         ("prune.batch_size=1000 tokens", "'768 tokens' or '1024 tokens'"),
         ("prune.micro_batch_size=3", "a divisor of the batch of 4 sequences"),
         ("prune.duration=20%", "in steps or tokens"),

@@ -70,6 +70,7 @@ def test_neutral_keys_of_a_run() -> None:
         "name",
         "run_dir",
         "resume",
+        "model.save_dtype",
         *(f"prune.{name}" for name in stage),
         *(f"pretrain.{name}" for name in stage),
         "sparsify.micro_batch_size",

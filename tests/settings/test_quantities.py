@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from shearing.errors import ShearingError
-from shearing.settings.quantities import BatchSize, Duration, ParameterCount, format_count
+from shearing.settings.quantities import BatchSize, Duration, ParameterCount, format_count, parse_bytes
 
 counts = st.integers(min_value=1, max_value=10**15)
 
@@ -99,3 +99,15 @@ def test_no_parameter_counts(text: object) -> None:
 def test_a_duration_has_one_unit(arguments: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"a duration|a fraction"):
         Duration(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5 GB", 5_000_000_000), ("500MB", 500_000_000), ("1.5 kb", 1_500), ("12000", 12_000), ("7B", 7), ("2 T", None)],
+)
+def test_sizes_of_files(text: str, count: int | None) -> None:
+    if count is None:
+        with pytest.raises(ValueError, match="is no size"):
+            parse_bytes(text)
+    else:
+        assert parse_bytes(text) == count

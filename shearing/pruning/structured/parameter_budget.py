@@ -30,11 +30,13 @@ class ParameterBudget:
         uniform: end in one size for all layers, which an ordinary config can hold; otherwise the result is masks
             alone and cannot be exported.
         accepts: whether the exported config takes a shape.
+        multiple_of: hidden and intermediate size of a uniform result are multiples of it, where they are pruned.
     """
 
     parameters: int
     uniform: bool
     accepts: Callable[[Shape], bool]
+    multiple_of: int = 1
 
 
 def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:
@@ -125,7 +127,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     """The ordinary shape nearest to per-layer sizes: means over the layers that are kept, then within the budget.
 
     The number of layers, KV groups and query heads are rounded means, the hidden size is the nearest one that the
-    config accepts, and the intermediate size takes what the budget leaves.
+    config accepts, and the intermediate size takes what the budget leaves; both are multiples of what the budget says.
 
     Raises:
         ShearingError: no shape near these sizes fits the budget.
@@ -143,7 +145,9 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     width = int(masks["hidden"].sum()) if "hidden" in masks else source.hidden_size
     units = mean("intermediate", mlp, source.intermediate_size)
     widths = sorted(
-        range(1, source.hidden_size + 1) if "hidden" in masks else [source.hidden_size],
+        range(budget.multiple_of, source.hidden_size + 1, budget.multiple_of)
+        if "hidden" in masks
+        else [source.hidden_size],
         key=lambda value: (abs(value - width), value),
     )
     for hidden_size in widths:
@@ -162,13 +166,15 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
             continue
         one = dataclasses.replace(shape, intermediate_size=1).num_parameters()
         two = dataclasses.replace(shape, intermediate_size=2).num_parameters()
-        room = 1 + (budget.parameters - one) // (two - one)
+        room = min(1 + (budget.parameters - one) // (two - one), source.intermediate_size)
+        room -= room % budget.multiple_of
         # Within a factor of two of what was learned; otherwise this width is not near the learned sizes.
-        if units / 2 <= room:
-            return dataclasses.replace(shape, intermediate_size=min(room, source.intermediate_size))
+        if room > 0 and units / 2 <= room:
+            return dataclasses.replace(shape, intermediate_size=room)
     raise ShearingError(
         "parameters",
         value=budget.parameters,
         allowed="a budget that some uniform shape near the learned sizes meets",
-        mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})",
+        mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})"
+        + (f", or lower {key('multiple_of')}" if budget.multiple_of > 1 else ""),
     )

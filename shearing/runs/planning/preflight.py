@@ -18,6 +18,7 @@ from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_tokenizer, skeleton
+from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.models.stored_model import require_finite
 from shearing.objectives.recipe import require_domains
@@ -112,7 +113,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=list(_doubts(recipe)),
+        doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -311,6 +312,18 @@ def _doubts(recipe: Recipe) -> Iterator[str]:
         per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
         settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
         yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
+
+
+def _odd_sizes(recipe: Recipe, *, source: Shape) -> Iterator[str]:
+    """Widths by name that other programs will not like, where the source's are better."""
+    for name in ("hidden_size", "intermediate_size"):
+        size = None if recipe.target is None else getattr(recipe.target, name)
+        if size is not None and size % BLOCK and not getattr(source, name) % BLOCK:
+            near = max(BLOCK, round(size / BLOCK) * BLOCK)
+            yield (
+                f"target.{name} = {size} is no multiple of {BLOCK}, by which quantisers store and GPUs multiply; "
+                f"{near} is, and 64 or 256 suit more of them (docs/compatibility.md)"
+            )
 
 
 def _zeros(recipe: Recipe, *, config: PretrainedConfig, target: Shape | None) -> str | None:

@@ -18,6 +18,7 @@ from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import Selection, compact
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.saving import write_model
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.progress import activity
 from shearing.pruning.structured.granularities import as_masks, granularities_of
@@ -170,7 +171,7 @@ def cut_of(row: Row, *, context: RunContext, folder: RaceFolder) -> Path:
         model, facts = _cut_by_scores(row, context=context, folder=folder)
     else:
         model, facts = _from_chance(context), {"units": None, "seconds": {"choosing": 0.0, "refit": 0.0}}
-    model.save_pretrained(place)
+    write_model(model, place)
     flush_tree(place)
     write_json(place / FACTS, {**facts, "losses": losses_of(load_model(place, context=context), context=context)})
     return place

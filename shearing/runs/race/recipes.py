@@ -42,6 +42,7 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         f"name={row.name}",
         f"seed={row.seed}",
         "resume=auto",
+        "model.save_dtype=fp32",  # judged as it was trained: rows start from models in different dtypes
         "mixture.update=constant",
         "mixture.initial_weights=uniform",
         f"prune.compensate={str(row.contender.refitted).lower()}",

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, write_json
+from shearing.models.companions import copy_companions, folder_of
 from shearing.models.cutting import Selection, compact as cut
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.saving import write_model
 from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
@@ -27,7 +29,7 @@ LARGEST_DIFFERENCE = 1e-4
 
 @named(COMPONENT_NAMES)
 def compact(context: RunContext) -> dict[str, Any]:
-    """Writes run_dir/compact: model, tokenizer, generation config and chat template, and shape.json.
+    """Writes run_dir/compact: the model, what lies beside the source, as tokenizer and licence, and shape.json.
 
     The folder appears as a whole or not at all. Before it does, the cut model's logits are compared with those of
     the masked model.
@@ -62,7 +64,6 @@ def compact(context: RunContext) -> dict[str, Any]:
             mend="the weights of prune/ may hold NaN, or this family's anatomy is declared wrongly: please report it",
         )
     small.config.use_cache = True
-    small.generation_config = _generation_config(recipe, fallback=model.generation_config)
 
     shape = {
         "source": {**source.sizes(), "parameters": source.num_parameters()},
@@ -76,8 +77,8 @@ def compact(context: RunContext) -> dict[str, Any]:
         if folder.exists():
             shutil.rmtree(folder)
     beside.mkdir(parents=True)
-    small.save_pretrained(beside)
-    context.tokenizer.save_pretrained(beside)
+    write_model(small, beside)
+    copy_companions(folder_of(recipe.model.source, revision=recipe.model.revision), to=beside)
     write_json(beside / "shape.json", shape)
     beside.rename(run.compact)
     flush_folder(run.path)
@@ -109,13 +110,6 @@ def kept_units(context: RunContext) -> KeptUnits:
     masks = Masks(**_masks(load_file(context.directory.prune / "masks.safetensors")))
     shape = _target(context.recipe, masks, source=source, config=context.config)
     return KeptUnits(masks, shape, Selection.of(masks, source=source, target=shape))
-
-
-def _generation_config(recipe: Recipe, *, fallback: Any) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(recipe.model.source, revision=recipe.model.revision or "main")
-    except OSError:  # a source without one
-        return fallback
 
 
 def _masks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

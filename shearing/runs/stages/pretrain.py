@@ -6,13 +6,16 @@ import shutil
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
+from shearing.models.companions import copy_companions
 from shearing.models.correspondence import Correspondence
+from shearing.models.saving import write_model
 from shearing.models.shape import Shape
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
@@ -20,7 +23,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
-from shearing.runs.stages.pretrain_start import Start
+from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
@@ -123,14 +126,14 @@ def _correspondence(context: RunContext) -> Correspondence:
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
     run, lora = context.directory, context.recipe.pretrain.lora
-    model = start.trained(ShardedState(trained.checkpoint), lora=lora)
+    model = start.merged(start.restored(ShardedState(trained.checkpoint), lora=lora))
     record = {
         "steps": complete["steps"],
         "tokens": complete["tokens"],
         "adapters": None if lora is None else lora.model_dump(mode="json"),
         "versions": environment(context.device),
     }
-    _save_model(model, run=run, start=start, record=record)
+    _save_model(model, run=run, start=start, record=record, dtype=result_dtype(context))
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
@@ -155,7 +158,9 @@ def _moments(context: RunContext) -> SavedMoments | None:
     )
 
 
-def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any]) -> None:
+def _save_model(
+    model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained."""
     beside = run.path / ".model.partial"
     for folder in (beside, run.model):
@@ -163,9 +168,8 @@ def _save_model(model: PreTrainedModel, *, run: RunDirectory, start: Start, reco
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            model.save_pretrained(beside)
-            for path in start.companions():
-                shutil.copyfile(path, beside / path.name)
+            write_model(model, beside, dtype=dtype)
+            copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside, source=start.folder, record=record)
     except BaseException:

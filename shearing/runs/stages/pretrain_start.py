@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.models.stored_model import OURS, TEXT_FILES
+from shearing.models.companions import folder_of
+from shearing.models.saving import DTYPES
+from shearing.models.stored_model import dtype_of_weights
 from shearing.objectives.objective import PARAMETER_PREFIX
-from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, read_masks
+from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
@@ -52,7 +54,7 @@ class Start:
         for stage, made in (("compact", run.compact), ("sparsify", run.sparse)):
             if stage in recipe.stages:
                 source, revision = str(made), None
-        folder = Path(source) if Path(source).is_dir() else _fetched(source, revision=revision)
+        folder = folder_of(source, revision=revision, also=[FILE_NAME, EARLIER_NAME])
         return cls(source, revision, folder, masks_beside(folder))
 
     def kept(self, *, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -78,28 +80,29 @@ class Start:
         )
 
     @torch.no_grad()
-    def trained(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel:
-        """The model with the weights of a checkpoint, fp32 on the CPU; adapters are merged into it.
-
-        Raises:
-            ShearingError: a weight that a mask drops is not 0 after merging.
-        """
+    def restored(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel | PeftModel:
+        """The model with the weights of a checkpoint as training has it, fp32 on the CPU; adapters are beside it."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self.source, revision=self.revision, dtype=torch.float32
         )
         adapted = None if lora is None else self.adapt(model, lora=lora, seed=0)
         for name, weight in state.whole(WEIGHT):
             model.get_parameter(name.removeprefix(PARAMETER_PREFIX)).copy_(weight)
-        return model if adapted is None else merge_adapters(adapted, masks=self.kept())
+        return model if adapted is None else adapted
 
-    def companions(self) -> list[Path]:
-        """Tokenizer, generation config, chat template and the like; not the config, which goes with the weights."""
-        found = {path for pattern in TEXT_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        of_weights = {path for path in found if path.name == "config.json" or ".safetensors" in path.name}
-        return sorted(path for path in found - of_weights if path.name not in OURS)
+    @torch.no_grad()
+    def merged(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+        """The plain model of what `restored` gave, which is not to be used afterwards.
+
+        Raises:
+            ShearingError: a weight that a mask drops is not 0 after merging.
+        """
+        return model if isinstance(model, PreTrainedModel) else merge_adapters(model, masks=self.kept())
 
 
-def _fetched(name: str, *, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, MASKS]))
+def result_dtype(context: RunContext) -> torch.dtype:
+    """Of the final model's weights, from which nothing is trained on."""
+    model = context.recipe.model
+    if model.save_dtype == "source":
+        return dtype_of_weights(model.source, config=context.config)
+    return DTYPES[model.save_dtype]

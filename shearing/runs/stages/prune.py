@@ -219,6 +219,7 @@ def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | No
         target = ParameterBudget(
             parameters=wanted.parameters,
             uniform=wanted.uniform,
+            multiple_of=wanted.multiple_of,
             accepts=lambda shape: export_error(shape, source=model.config) is None,
         )
     per_step = settings.tokens_per_step(sequence_length=recipe.data.sequence_length)

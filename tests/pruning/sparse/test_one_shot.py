@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import shearing
@@ -33,7 +33,8 @@ from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
-from shearing.pruning.sparse.stored.masks import FILE_NAME, pack, read_masks, unpack
+from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, pack, read_masks, unpack
+from shearing.pruning.sparse.stored.trained import masks_beside, write_trained
 from shearing.settings.neutral import neutral_keys
 from tests.forks import PROCESSES
 
@@ -178,13 +179,12 @@ def test_a_model_without_safetensors_is_converted(
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
-    def half_written(_: PreTrainedModel, target: Path) -> None:
-        target.mkdir(parents=True)
-        (target / "model.safetensors").write_bytes(bytes(100))
+    def half_written(_: object, target: Path, **__: object) -> None:
+        target.write_bytes(bytes(100))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(PreTrainedModel, "save_pretrained", half_written)
+        full.setattr(tensor_files, "save_file", half_written)
         with pytest.raises(ShearingError, match=r"output = .* GB free"):
             sparse(tmp_path / "inputs", tmp_path / "sparse")
     assert not list(tmp_path.rglob("*.writing"))
@@ -441,6 +441,24 @@ def test_check_names_what_is_missing_or_cut_short(copied: Path) -> None:
     assert any("bytes are missing at its end" in line for line in differences(copied))
     (copied / FILE_NAME).unlink()
     assert f"{FILE_NAME}: missing" in differences(copied)
+
+
+def test_a_folder_of_an_earlier_version_opens_and_what_is_trained_of_it_has_the_new_name(
+    copied: Path, wanda: Path, tmp_path: Path
+) -> None:
+    (copied / FILE_NAME).rename(copied / EARLIER_NAME)
+    manifest = (copied / "sparsity.json").read_text()
+    (copied / "sparsity.json").write_text(manifest.replace(FILE_NAME, EARLIER_NAME))
+    assert differences(copied) == []
+    assert masks_beside(copied) == copied / EARLIER_NAME
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    shutil.copyfile(copied / "model.safetensors", trained / "model.safetensors")
+    write_trained(trained, source=copied, record={})
+    assert differences(trained) == []
+    assert masks_beside(trained) == trained / FILE_NAME
+    assert (trained / FILE_NAME).read_bytes() == (wanda / FILE_NAME).read_bytes()
+    assert read_manifest(trained)["files"].keys() == {"model.safetensors", FILE_NAME}
 
 
 def test_check_needs_a_sparse_model(tiny_inputs: Path) -> None:

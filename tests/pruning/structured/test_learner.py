@@ -416,6 +416,24 @@ def test_a_budget_is_kept_and_only_a_uniform_result_has_a_shape(uniform):
             subject.selection()
 
 
+@pytest.mark.parametrize("multiple_of", [1, 2, 4, 6, 8])
+def test_widths_of_a_budget_are_multiples_and_the_largest_that_fit(multiple_of):
+    budget = ParameterBudget(12_000, uniform=True, accepts=lambda shape: True, multiple_of=multiple_of)
+    subject = learner(target=budget, scores=random_scores(SOURCE, seed=0), **SHALLOW)
+    left = int(count_parameters(subject.fix_final_masks(), source=SOURCE))
+    shape = subject.selection().shape(SOURCE)
+    assert shape.hidden_size % multiple_of == shape.intermediate_size % multiple_of == 0
+    assert shape.num_parameters() == left <= 12_000
+    wider = dataclasses.replace(shape, intermediate_size=shape.intermediate_size + multiple_of)
+    assert wider.num_parameters() > 12_000 or wider.intermediate_size > SOURCE.intermediate_size
+
+
+def test_a_multiple_that_no_width_is_of_is_refused():
+    budget = ParameterBudget(12_000, uniform=True, accepts=lambda shape: True, multiple_of=1000)
+    with pytest.raises(ShearingError, match="or lower multiple_of"):
+        learner(target=budget, scores=random_scores(SOURCE, seed=0), **SHALLOW).fix_final_masks()
+
+
 def test_an_impossible_budget_is_refused():
     budget = ParameterBudget(10, uniform=False, accepts=lambda shape: True)
     with pytest.raises(ShearingError, match=r"^parameters = "):

@@ -96,3 +96,13 @@ def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path,
     assert refused.value.field == "evaluation.baselines"
     assert refused.value.value == ["activations+refit", "reconstruction", "reconstruction+refit"]
     assert refused.value.mend == "set evaluation.baselines=[random]"
+
+
+def test_an_odd_width_by_name_is_doubtful_where_the_sources_is_not(tiny_recipe: Path) -> None:
+    # Of the source 32 and 48; the latter is no multiple of 32 itself.
+    _, plan, said = plan_of(tiny_recipe, "target.hidden_size=20", "target.intermediate_size=24")
+    (doubt,) = [each for each in plan.doubts if "no multiple" in each]
+    assert doubt.startswith("target.hidden_size = 20 is no multiple of 32")
+    assert "; 32 is, and" in doubt
+    assert "doubtful: target.hidden_size = 20" in said
+    assert not [each for each in plan_of(tiny_recipe, "target.hidden_size=32")[1].doubts if "no multiple" in each]

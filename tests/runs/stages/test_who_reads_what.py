@@ -91,7 +91,7 @@ def test_one_shot_sparsity(
         values = {"criterion": "wanda", "pattern": "2:4", "samples": 8, "seqlen": 16, "device": "cpu", **settings}
         values |= {"model": str(tiny_inputs / "model"), "calibration": [str(calibration)], "output": str(output)}
         sparsify(SparsifyRecipe.model_validate(values), console=Console(file=io.StringIO()))
-        return (output / "masks.safetensors").read_bytes()
+        return (output / "masks.packed").read_bytes()
 
     found = masks(corpus, tmp_path / "sparse", evaluate=str(corpus), evaluate_tokens=64)
     assert saw() == (split == "test")

@@ -12,7 +12,7 @@ from shearing.errors import ShearingError
 from shearing.files.tensors import read_header, read_tensors
 from shearing.pruning.sparse.patterns import pattern_of
 from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, reached_budget, read_manifest
-from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, read_masks
+from shearing.pruning.sparse.stored.masks import mask_shapes, masks_file, read_masks
 
 
 def bytes_to_check(folder: Path) -> int:
@@ -67,18 +67,19 @@ def _budgets(manifest: dict[str, Any]) -> Iterator[str]:
 
 def _matrices(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     described: dict[str, Any] = manifest["matrices"]
+    masks = masks_file(folder)
     files: dict[str, str] = {}
     try:
         for name in manifest["files"]:
-            if name != MASKS and (folder / name).is_file():
+            if name != masks.name and (folder / name).is_file():
                 files |= dict.fromkeys(read_header(folder / name)[0], name)
-        shapes = mask_shapes(folder / MASKS)
+        shapes = mask_shapes(masks)
     except ShearingError as error:
         yield f"{error.field}: {error.value}"
         return
     yield from (f"{name}: no mask" for name in described if name not in shapes)
     yield from (f"{name}: a mask, but the manifest does not know it" for name in shapes if name not in described)
-    for name, mask in read_masks(folder / MASKS):
+    for name, mask in read_masks(masks):
         if name not in described:
             continue
         weight = read_tensors(folder / files[name], [name])[name] if name in files else None

@@ -1,7 +1,8 @@
 """Masks on disk: which weights are kept, one bit each, so that later training can enforce them.
 
-masks.safetensors holds, under the name of each pruned weight, a uint8 tensor: the mask row by row, eight weights in a
-byte, the first in its highest bit (`numpy.packbits`), 1 where kept. Shapes are in the file's metadata.
+masks.packed holds, under the name of each pruned weight, a uint8 tensor: the mask row by row, eight weights in a byte,
+the first in its highest bit (`numpy.packbits`), 1 where kept. Shapes are in its metadata. The file has the format
+of safetensors and another suffix, because servers take every `*.safetensors` in a model's folder for weights.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from torch import Tensor
 from shearing.errors import ShearingError
 from shearing.files.tensors import read_header, read_tensors, write_in_turn
 
-FILE_NAME = "masks.safetensors"
+FILE_NAME = "masks.packed"
+EARLIER_NAME = "masks.safetensors"
 FORMAT = "shearing masks 1"
+
+
+def masks_file(folder: Path) -> Path:
+    """Where the masks beside a model are, or would be; those of earlier versions have another name."""
+    earlier = folder / EARLIER_NAME
+    return earlier if earlier.is_file() and not (folder / FILE_NAME).is_file() else folder / FILE_NAME
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from shearing.errors import ShearingError
 from shearing.files.durable import write_json
 from shearing.files.tensors import read_header, read_tensors
 from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, read_manifest
-from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, read_masks
+from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, masks_file, read_masks
 
 
 def masks_beside(folder: Path) -> Path | None:
@@ -23,7 +23,8 @@ def masks_beside(folder: Path) -> Path | None:
     Raises:
         ShearingError: masks without a manifest, or a manifest without masks.
     """
-    found = [name for name in (MANIFEST, MASKS) if (folder / name).is_file()]
+    masks = masks_file(folder)
+    found = [path.name for path in (folder / MANIFEST, masks) if path.is_file()]
     if len(found) == 1:
         absent = MASKS if found == [MANIFEST] else MANIFEST
         raise ShearingError(
@@ -32,7 +33,7 @@ def masks_beside(folder: Path) -> Path | None:
             allowed="a sparse model with both, or a model with neither, whose zeros are weights like all others",
             mend=f"put {absent} back, or remove {found[0]} to let every weight be trained",
         )
-    return folder / MASKS if found else None
+    return masks if found else None
 
 
 def require_masks_fit(masks: Path, *, model: nn.Module) -> None:
@@ -67,21 +68,23 @@ def require_zeros(masks: Path, *, model: nn.Module) -> None:
             )
 
 
-def write_trained(target: Path, *, source: Path, record: Mapping[str, Any]) -> None:
-    """Put masks and manifest of a sparse model beside the same model after training.
+def write_trained(target: Path, *, source: Path, record: Mapping[str, Any] | None) -> None:
+    """Put masks and manifest of a sparse model beside the same model after training, or in another dtype.
 
     Args:
         target: folder of the trained model, with its weights.
         source: folder of the sparse model that training began with.
-        record: JSON-able; what the manifest says of this training, after those before it.
+        record: JSON-able; what the manifest says of this training, after those before it; None: there was none, the
+            model was only written anew.
     """
-    shutil.copyfile(source / MASKS, target / MASKS)
+    shutil.copyfile(masks_file(source), target / MASKS)
     manifest = read_manifest(source)
-    weights = sorted(path.name for path in target.glob("*.safetensors") if path.name != MASKS)
+    weights = sorted(path.name for path in target.glob("*.safetensors"))
     files = {tensor: name for name in weights for tensor in read_header(target / name)[0]}
     for name, about in manifest["matrices"].items():
         about["nonzero"] = int(read_tensors(target / files[name], [name])[name].count_nonzero())
-    manifest["trained"] = [*manifest.get("trained", []), dict(record)]
+    if record is not None:
+        manifest["trained"] = [*manifest.get("trained", []), dict(record)]
     manifest["files"] = file_entries(target, names=[*weights, MASKS])
     write_json(target / MANIFEST, manifest)
 

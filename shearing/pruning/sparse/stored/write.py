@@ -1,8 +1,8 @@
 """The sparse model on disk: the source's own files with zeros in them, masks as bits, and a manifest of what was done.
 
-OUTPUT/config.json, tokenizer…     as in the source
+OUTPUT/config.json, tokenizer…     as in the source; config.json in the spellings of transformers 4 and 5
 OUTPUT/*.safetensors               as in the source, byte for byte but for the pruned matrices
-OUTPUT/masks.safetensors           see `masks`
+OUTPUT/masks.packed                see `masks`
 OUTPUT/sparsity.json               the manifest
 OUTPUT/allocation.json             the level of every matrix, and why; allocation.png where levels differ
 """
@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from shearing.files.durable import flush_folder, flush_tree, write_json
+from shearing.files.durable import flush_folder, flush_tree, read_json, write_json
 from shearing.files.tensors import overwrite
 from shearing.models.shape import Shape
+from shearing.models.spellings import in_both_spellings
 from shearing.models.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.sparse.allocation.file import FILE_NAME as ALLOCATION, StoredAllocation
@@ -108,10 +109,24 @@ def copy_files(source: Source, beside: Path, *, advance: Callable[[int], None] =
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for name in source.other_files():
-        shutil.copyfile(source.folder / name, beside / name)
+        if name == "config.json":
+            _copy_config(source.folder / name, beside / name)
+        else:
+            (beside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, beside / name)
     for name in source.weight_files():
         shutil.copyfile(source.folder / name, beside / name)
         advance((beside / name).stat().st_size)
+
+
+def _copy_config(path: Path, copy: Path) -> None:
+    """Byte for byte, unless the source's lacks what a reader of another version looks for."""
+    content = read_json(path)
+    complete = in_both_spellings(content)
+    if complete == content:
+        shutil.copyfile(path, copy)
+    else:
+        write_json(copy, complete)
 
 
 def _packed(pruned_layers: PrunedLayers, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

@@ -287,9 +287,12 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_wants_the_kind_named(model: Path, tmp_path: Path) -> None:
-    result = shear("export", model, "-o", tmp_path / "out")
+    result = shear("export", model, "--batch", "64", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "add --semi-structured" in result.stderr
+    result = shear("export", model, "--semi-structured", "--dtype", "bf16", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--dtype" in result.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,105 @@
+"""A model written as a Hugging Face folder that any reader opens: config, and weights in safetensors files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shearing.errors import ShearingError, key
+from shearing.files.durable import write_json
+from shearing.files.tensors import write_tensors
+from shearing.models.spellings import in_both_spellings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Largest file of weights, as the hub's tools have it."""
+
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""In which weights can be written, by the names of settings."""
+
+
+def write_model(
+    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write config.json and the weights, each once where they are tied, under the names that transformers reads.
+
+    One shard is copied at a time. Nothing else is written: tokenizer and the like are the source's own files.
+
+    Args:
+        model: whole, on any device; it stays as it is.
+        folder: made if it is not there.
+        dtype: of the weights in the files; as they are if None.
+        shard_bytes: a file has at most as many, unless a single tensor has more.
+
+    Raises:
+        ShearingError: a weight is too large for the dtype.
+        OSError, SafetensorError: see `write_tensors`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(model)
+    dtypes = {name: dtype or of.dtype if of.is_floating_point() else of.dtype for name, of in tensors.items()}
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()}
+    shards = _shards(sizes, shard_bytes=shard_bytes)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        stored = {name: _stored(tensors[name], name=name, dtype=dtypes[name]) for name in names}
+        write_tensors(folder / file, stored, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))},
+        )
+    write_json(folder / "config.json", _config_content(model, dtype=dtype or model.dtype))
+
+
+def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    return dict(sorted(in_both_spellings(json.loads(config.to_json_string(use_diff=True))).items()))
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _stored(tensor: Tensor, *, name: str, dtype: torch.dtype) -> Tensor:
+    stored = tensor.detach().cpu().to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(stored).all()):
+        raise ShearingError(
+            "save_dtype",
+            value=f"fp16, with {float(tensor.detach().abs().max()):g} in {name}",
+            allowed=f"weights of at most {torch.finfo(dtype).max:g} in fp16",
+            mend=f"set {key('save_dtype')}=bf16 or fp32, and run the same command again",
+        )
+    return stored
+
+
+def _shards(sizes: Mapping[str, int], *, shard_bytes: int) -> Sequence[Sequence[str]]:
+    def filled() -> Iterator[list[str]]:
+        names: list[str] = []
+        size = 0
+        for name, of_tensor in sizes.items():
+            if names and size + of_tensor > shard_bytes:
+                yield names
+                names, size = [], 0
+            names.append(name)
+            size += of_tensor
+        yield names
+
+    return list(filled())

@@ -1,0 +1,178 @@
+"""The model card of an export: what is known of how the model was made, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shearing.errors import ShearingError
+from shearing.evaluation.table import comparison_table
+from shearing.files.durable import read_json
+from shearing.models.shape import Shape
+from shearing.runs.context import RunContext
+from shearing.runs.export.origin import Origin
+from shearing.runs.planning.summary import shape_cells
+from shearing.runs.recipe import Recipe
+from shearing.runs.stages.choices import Learned
+from shearing.settings.quantities import format_parameters, format_tokens
+
+CARD = "README.md"
+OF_SOURCE = "README.source.md"
+"""The source's own card, which is of another model."""
+
+_LICENCE = ("license", "license_name", "license_link", "language")
+_PLACES = ("run_dir", "corpus", "outside")
+"""Keys that say where something is on the machine that trained, and nothing else."""
+
+
+def write_card(folder: Path, *, origin: Origin, shape: Shape, dtype: str, versions: Mapping[str, Any]) -> None:
+    """Write README.md into an export of a run; the source's own stays beside it under another name.
+
+    Args:
+        folder: of the export, with the source's files.
+        origin: of a run.
+        shape: the model's.
+        dtype: its weights', in the words of settings.
+        versions: of what trained and wrote it.
+    """
+    assert origin.context is not None
+    of_source = folder / CARD
+    head = _head(of_source.read_text(encoding="utf-8")) if of_source.is_file() else {}
+    licences = sorted(path.name for path in folder.iterdir() if path.name.upper().startswith(("LICEN", "NOTICE")))
+    if of_source.is_file():
+        of_source.rename(folder / OF_SOURCE)
+    parts = [
+        _front(head, context=origin.context, sparse=origin.start.masks is not None),
+        f"# {origin.context.recipe.name}",
+        *_what(origin, shape=shape, dtype=dtype),
+        *_method(origin),
+        *_data(origin),
+        *_measured(origin),
+        *_again(origin.context.recipe, versions=versions),
+        *_licence(head, files=licences),
+    ]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _head(card: str) -> dict[str, Any]:
+    """What the front matter of a source's card says of its licence and languages."""
+    start, _, rest = card.partition("---\n")
+    try:
+        said = yaml.safe_load(rest.partition("\n---")[0]) if not start.strip() else None
+    except yaml.YAMLError:
+        said = None
+    return {name: said[name] for name in _LICENCE if name in said} if isinstance(said, dict) else {}
+
+
+def _front(head: Mapping[str, Any], *, context: RunContext, sparse: bool) -> str:
+    source = context.recipe.model.source
+    said: dict[str, Any] = {**head, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if not Path(source).exists():
+        said["base_model"] = source
+    said["tags"] = ["pruned"] * (context.recipe.prune is not None) + ["sparse"] * sparse
+    return f"---\n{yaml.safe_dump(said, sort_keys=False)}---"
+
+
+def _what(origin: Origin, *, shape: Shape, dtype: str) -> Iterator[str]:
+    assert origin.context is not None
+    source = _without_places(origin.context.recipe.model.source)
+    at = "" if origin.step is None else f" It is the state after step {origin.step:,} of {_total(origin):,}."
+    yield f"{format_parameters(shape.num_parameters())} parameters in {dtype}, made of `{source}` with shearing.{at}"
+    yield "## Shape"
+    rows = ["| model | parameters | without embeddings | shape |", "|---|---:|---:|---|"]
+    try:
+        rows.append(f"| source | {' | '.join(shape_cells(Shape.of(origin.context.config)))} |")
+    except ShearingError:
+        rows.append("| source | | | its files are no longer where they were |")
+    yield "\n".join([*rows, f"| this model | {' | '.join(shape_cells(shape))} |"])
+
+
+def _method(origin: Origin) -> Iterator[str]:
+    assert origin.context is not None
+    recipe, run = origin.context.recipe, origin.context.directory
+    lines = []
+    if recipe.prune is not None:
+        summary = run.prune / "summary.json"
+        learned = Learned.of(origin.context, summary=read_json(summary) if summary.is_file() else {})
+        lines.append(f"- Units: {learned.title}; cut to one size for all layers.")
+    if recipe.sparsify is not None:
+        asked = recipe.sparsify.model_dump(mode="json", include={"criterion", "pattern", "sparsity"}, exclude_none=True)
+        lines.append(f"- Zeros: {', '.join(f'{name} {value}' for name, value in asked.items())}; kept while training.")
+    if origin.step is not None:
+        stage = recipe.pretrain
+        tokens = origin.step * stage.tokens_per_step(sequence_length=recipe.data.sequence_length)
+        lines.append(
+            f"- Continued pretraining: {format_tokens(tokens)} tokens in {origin.step:,} steps, learning rate "
+            f"{stage.learning_rate:g}, schedule {stage.schedule}"
+            f"{', low-rank adapters merged' if stage.lora is not None else ''}."
+        )
+    if recipe.distill is not None:
+        lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
+    yield "## Method"
+    yield "\n".join(lines) or "No units were cut, no weights zeroed, and nothing was trained."
+
+
+def _data(origin: Origin) -> Iterator[str]:
+    assert origin.context is not None
+    recipe, run = origin.context.recipe, origin.context.directory
+    yield "## Data"
+    if origin.step != _total(origin) or not run.is_complete("pretrain"):
+        domains = ", ".join(recipe.data.domains or ())
+        yield f"Sequences of {recipe.data.sequence_length:,} tokens{f' of {domains}' if domains else ''}."
+        return
+    drawn: Mapping[str, int] = run.read_complete("pretrain")["samples"]
+    rows = ["| domain | tokens of continued pretraining |", "|---|---:|"]
+    rows += [f"| {name} | {count * recipe.data.sequence_length:,} |" for name, count in drawn.items()]
+    yield "\n".join(rows)
+
+
+def _measured(origin: Origin) -> Iterator[str]:
+    assert origin.context is not None
+    run = origin.context.directory
+    yield "## Measured"
+    last = origin.step == _total(origin) and run.is_complete("evaluate")
+    evaluation = read_json(run.evaluation) if last else {"models": {}}
+    if "final" in evaluation["models"]:
+        yield f"The column of this model is `{evaluation['models']['final']['label']}`, as its run wrote it."
+        yield comparison_table(evaluation).markdown().strip()
+    else:
+        yield "This state was not measured."
+
+
+def _again(recipe: Recipe, *, versions: Mapping[str, Any]) -> Iterator[str]:
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    yield "## Made by"
+    yield "`shear run recipe.yaml`, with places of this machine left out:"
+    yield f"```yaml\n{yaml.safe_dump(_without_places(given), sort_keys=False)}```"
+    yield ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None) + "."
+
+
+def _without_places(given: Any) -> Any:
+    """Of settings, those that mean something elsewhere; of files and folders, their names."""
+    if isinstance(given, dict):
+        return {name: _without_places(value) for name, value in given.items() if name not in _PLACES}
+    if isinstance(given, list):
+        return [_without_places(value) for value in given]
+    if isinstance(given, str) and (Path(given).is_absolute() or Path(given).exists()):
+        return Path(given).name
+    return given
+
+
+def _licence(head: Mapping[str, Any], *, files: list[str]) -> Iterator[str]:
+    yield "## Licence"
+    said = f"The source's card says {json.dumps(head['license'])}. " if "license" in head else ""
+    yield said + (
+        f"The source's own terms are in {', '.join(files)}."
+        if files
+        else "No file beside the source has its terms; they hold for this model as well."
+    )
+
+
+def _total(origin: Origin) -> int:
+    assert origin.context is not None
+    recipe = origin.context.recipe
+    return recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)

@@ -1,0 +1,192 @@
+"""`shear export`: any state of a run, or a model, as a Hugging Face folder that has been opened and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+
+from shearing.errors import ShearingError, named
+from shearing.evaluation.environment import environment
+from shearing.files.durable import flush_folder, flush_tree, require_writable
+from shearing.files.full_disk import full_disk_said
+from shearing.models.companions import copy_companions
+from shearing.models.saving import DTYPES, SHARD_BYTES, write_model
+from shearing.models.serving import misfits
+from shearing.models.shape import Shape
+from shearing.pruning.sparse.stored.trained import write_trained
+from shearing.runs.export.card import write_card
+from shearing.runs.export.check import difference, logits_of, opened, require_same, round_weights
+from shearing.runs.export.hub import files_to_push, push, require_repository_name
+from shearing.runs.export.origin import Origin, open_origin
+from shearing.settings.quantities import format_parameters
+
+NAMES = {"model": "MODEL", "source": "MODEL", "save_dtype": "--dtype", "model.source": "MODEL"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A folder that was written.
+
+    Attributes:
+        folder: of the model.
+        shape: its sizes.
+        dtype: its weights', in the words of settings.
+        difference: of fp32 logits, relative: the folder's to those of training.
+        rounding: the share of it that comes from the dtype; 0 in fp32.
+        misfits: what about the sizes does not suit other programs, a sentence each.
+        address: of the commit on the hub; None: it was not pushed.
+    """
+
+    folder: Path
+    shape: Shape
+    dtype: str
+    difference: float
+    rounding: float
+    misfits: list[str]
+    address: str | None = None
+
+
+@named(NAMES)
+def export(
+    target: str,
+    *,
+    output: Path,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    revision: str | None = None,
+    repository: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> Exported:
+    """Write a model, open it with transformers alone, compare its logits with those of training, and perhaps push it.
+
+    Args:
+        target: a run, a checkpoint of its continued pretraining, a model's folder or a hub name; see `open_origin`.
+        output: folder to make; it appears as a whole, after everything was compared, or not at all.
+        dtype: fp32, bf16 or fp16, of the weights; the source's (of a run, `model.save_dtype`) if None.
+        shard_bytes: of the largest file of weights.
+        revision: of a hub name.
+        repository: of a hub, to push to; None: nothing is pushed.
+        private: whether a new repository is for its owners alone.
+        dry_run: say what would be pushed, and push nothing.
+        console: where results go; stdout if None.
+
+    Raises:
+        ShearingError: there is nothing of that kind, the folder is there, logits differ, or the hub refuses.
+    """
+    console = console or Console()
+    _require_options(output=output, dtype=dtype, shard_bytes=shard_bytes)
+    if repository is not None:
+        require_repository_name(repository)
+    transformers.utils.logging.disable_progress_bar()
+    origin = open_origin(target, revision=revision)
+    name = dtype or next(name for name, of in DTYPES.items() if of == origin.dtype())
+    beside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with full_disk_said(lambda: _no_room(output)):
+            made = _written(origin, beside, to=output, dtype=name, shard_bytes=shard_bytes)
+            flush_tree(beside)
+            beside.rename(output)
+            flush_folder(output.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _say(made, origin=origin, console=console)
+    if repository is None:
+        return made
+    if dry_run:
+        console.print(f"would be pushed to {repository}:", soft_wrap=True, highlight=False)
+        for line in files_to_push(output):
+            console.print(line, soft_wrap=True, highlight=False)
+        return made
+    message = f"{origin.name}{'' if origin.step is None else f', step {origin.step:,}'}, in {name}"
+    address = push(output, repository=repository, private=private, message=message)
+    console.print(f"pushed: {address}", soft_wrap=True, highlight=False)
+    return dataclasses.replace(made, address=address)
+
+
+def _written(origin: Origin, beside: Path, *, to: Path, dtype: str, shard_bytes: int) -> Exported:
+    start = origin.start
+    training = origin.model()
+    trained = logits_of(training)
+    model = start.merged(training)
+    if origin.lora is not None:
+        require_same(logits_of(model), expected=trained, what="adapters merged and beside the weights")
+    shape = Shape.of(model.config)
+    model.config.use_cache = True
+    write_model(model, beside, dtype=DTYPES[dtype], shard_bytes=shard_bytes)
+    copy_companions(start.folder, to=beside)
+    versions = environment(torch.device("cpu"))
+    if start.masks is not None:
+        write_trained(beside, source=start.folder, record=_record(origin))
+    if origin.context is not None:
+        write_card(beside, origin=origin, shape=shape, dtype=dtype, versions=versions)
+    round_weights(model, dtype=DTYPES[dtype])
+    rounded = logits_of(model)
+    del model, training
+    found = logits_of(opened(beside))
+    require_same(found, expected=rounded, what=f"{to} and what it was written from")
+    return Exported(
+        folder=to,
+        shape=shape,
+        dtype=dtype,
+        difference=difference(found, trained),
+        rounding=difference(rounded, trained),
+        misfits=misfits(shape),
+    )
+
+
+def _record(origin: Origin) -> dict[str, object] | None:
+    """What a sparse model's manifest says of the training between its masks and this state."""
+    if origin.checkpoint is None or origin.step is None or origin.context is None:
+        return None
+    recipe = origin.context.recipe
+    return {
+        "steps": origin.step,
+        "tokens": origin.step * recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length),
+        "adapters": None if origin.lora is None else origin.lora.model_dump(mode="json"),
+        "versions": environment(torch.device("cpu")),
+    }
+
+
+def _say(made: Exported, *, origin: Origin, console: Console) -> None:
+    parameters = format_parameters(made.shape.num_parameters())
+    console.print(f"{origin.title}: {parameters} parameters in {made.dtype}", soft_wrap=True, highlight=False)
+    rounding = f"; rounding to {made.dtype} moves them by {made.rounding:.1e}" if made.rounding else ""
+    console.print(f"opened with transformers: logits are those that were written{rounding}", highlight=False)
+    for misfit in made.misfits:
+        console.print(f"does not suit {misfit}", style="yellow", soft_wrap=True, highlight=False)
+    console.print(f"exported model: {made.folder}", soft_wrap=True, highlight=False)
+
+
+def _require_options(*, output: Path, dtype: str | None, shard_bytes: int) -> None:
+    if output.exists():
+        raise ShearingError(
+            "--output",
+            value=str(output),
+            allowed="a folder that does not exist yet",
+            mend="choose another folder, or remove what is there",
+        )
+    require_writable(output, field="--output")
+    if dtype is not None and dtype not in DTYPES:
+        raise ShearingError(
+            "--dtype", value=dtype, allowed=", ".join(DTYPES), mend="choose one of them, or leave it out"
+        )
+    if shard_bytes < 1:
+        raise ShearingError("--shard-size", value=shard_bytes, allowed="at least 1 byte", mend="write it as '5 GB'")
+
+
+def _no_room(output: Path) -> ShearingError:
+    return ShearingError(
+        "--output",
+        value=f"{output.parent}, with {shutil.disk_usage(output.parent).free / 1e9:.2f} GB free",
+        allowed="a disk with room for the model",
+        mend="free space and run the same command again, or choose a folder on another disk",
+    )
