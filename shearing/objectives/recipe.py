@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from shearing.errors import ShearingError, key, nearest_name
 from shearing.objectives.registry import DIVERGENCES, DivergenceName
+from shearing.settings.neutral import Neutral
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
 
 SOURCE = "source"
@@ -54,6 +56,22 @@ class DistillRecipe(Section):
     by_label: bool = Field(
         False, description="Whether a token's weight is multiplied by the probability that the teacher gives its label."
     )
+
+    cache: Path | None = Field(
+        None,
+        description="Folder of what the teacher says of rows, as `shear data teacher` writes it, for kind forward_kl "
+        "(draws) or top_k at temperature 1; unset: the teacher reads along.",
+    )
+    cache_missing: Neutral[Literal["refuse", "compute"]] = Field(
+        "refuse",
+        description="Rows that are not in the cache. refuse: there may be none, and the teacher is never loaded; "
+        "compute: it is, and is asked of these rows alone.",
+    )
+
+    @property
+    def listens_online(self) -> bool:
+        """Whether the teacher itself is there."""
+        return self.cache is None or self.cache_missing == "compute"
 
     @property
     def named_domains(self) -> Sequence[str]:
