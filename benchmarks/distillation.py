@@ -2,8 +2,9 @@
 
 For every seed the recipe's mask learning and cutting are done once; each row then trains that model with one way of
 distilling, for as many tokens as plain cross-entropy (`ce`), and once more for as many FLOPs: 6 N_S a token for a
-student of N_S parameters, and 2 N_T more for a teacher of N_T. Losses are of the test split of the domains that are
-trained on, and of text of none (`evaluation.outside`). A row is a run and a file: an interrupted benchmark continues.
+student of N_S parameters, and 2 N_T more for a teacher of N_T, but in the row `cached`, whose teacher was asked before.
+Losses are of the test split of the domains that are trained on, and of text of none (`evaluation.outside`). A row is a
+run and a file: an interrupted benchmark continues.
 
     python benchmarks/distillation.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0] [--steps 30 190]
 """
@@ -43,9 +44,11 @@ from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
+from shearing.runs.teacher_cache import Asked, write
 from shearing.training.device import resolve_device
 
 CE = "ce"
+CACHED = "cached by domain 0.5, margin 1"
 ROWS: dict[str, dict[str, Any] | None] = {
     CE: None,
     "constant 0.5": {"weight": 0.5, "domains": "all"},
@@ -53,6 +56,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "by domain 0.5": {"weight": 0.5, "domains": "auto", "margin": 0.5},
     "by domain 0.9": {"weight": 0.9, "domains": "auto", "margin": 0.5},
     "by domain 0.5, margin 1": {"weight": 0.5, "domains": "auto", "margin": 1.0},
+    CACHED: {"weight": 0.5, "domains": "auto", "margin": 1.0},
     "by domain 0.9, margin 2": {"weight": 0.9, "domains": "auto", "margin": 2.0},
     "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
     "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
@@ -89,14 +93,14 @@ class Bench:
         """FLOPs of a token over those of cross-entropy alone."""
         length, settings = self.recipe.data.sequence_length, ROWS[row]
         own = training_flops_per_token(self.student, sequence_length=length)
-        if settings is None:
+        if settings is None or row == CACHED:
             return 1.0
         again = 2.0 * self.teacher.vocab_size * self.teacher.hidden_size if settings.get("skip_low_entropy") else 0.0
         return (own + forward_flops_per_token(self.teacher, sequence_length=length) + again) / own
 
     def run(self, row: str, *, equal: str) -> dict[str, Any]:
         """Losses by domain and seconds a step of a row, from its file if it is there."""
-        if row == CE:
+        if row in (CE, CACHED):
             equal = "tokens"
         steps = self.steps if equal == "tokens" else max(1, round(self.steps / self.flops_ratio(row)))
         folder = self.folder / f"{self.steps} steps" / f"{row}, equal {equal}"
@@ -104,6 +108,8 @@ class Bench:
         if not result.is_file():
             self.console.rule(f"{row}, {steps} steps")
             context = RunContext(self._recipe_of(row, steps=steps, run_dir=folder), console=self.console)
+            if row == CACHED:
+                self._ask(context.recipe)
             pretrain(context)
             seconds = [line["seconds"] for line in _lines(context.directory.pretrain / "metrics.jsonl")]
             model = load_source(str(context.directory.model), device=context.device, dtype=torch.float32)
@@ -112,6 +118,23 @@ class Bench:
             middle = statistics.median(seconds[1:] or seconds)
             write_json(result, {"losses": inside, "outside": outside, "steps": steps, "seconds": middle})
         return read_json(result)
+
+    def _ask(self, recipe: Recipe) -> None:
+        """Keep what the teacher says of the rows that a row of the table reads."""
+        assert recipe.distill is not None
+        assert recipe.distill.cache is not None
+        asked = Asked(
+            model=recipe.distill.teacher,
+            revision=recipe.distill.revision,
+            corpus=recipe.data.corpus,
+            domains=recipe.data.domains,
+            output=recipe.distill.cache,
+            sequence_length=recipe.data.sequence_length,
+            attention=recipe.data.attention,
+            recipe=recipe,
+            training=recipe.training,
+        )
+        write(asked, console=self.console)
 
     def _losses(self, model: PreTrainedModel, *, corpus: Corpus, context: RunContext) -> dict[str, float]:
         recipe = self.recipe
@@ -136,6 +159,8 @@ class Bench:
         source = self.recipe.model
         teacher = {"teacher": source.source, "revision": source.revision}
         values["distill"] = None if settings is None else {**teacher, **settings}
+        if row == CACHED:
+            values["distill"]["cache"] = str(run_dir.with_name("teacher-cache"))
         return Recipe.model_validate(values)
 
 
@@ -171,8 +196,14 @@ def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
         }
     rivals = [row for row, equal in results if row != CE and equal == "tokens"]
     best = min(rivals, key=lambda row: rows[f"{row}, equal tokens"]["inside"])
-    listening, short, alone = (
-        rows.get(name) for name in (f"{best}, equal tokens", f"{best}, equal flops", f"{CE}, equal tokens")
+    listening, short, alone, cached = (
+        rows.get(name)
+        for name in (
+            f"{best}, equal tokens",
+            f"{best}, equal flops",
+            f"{CE}, equal tokens",
+            f"{CACHED}, equal tokens",
+        )
     )
     return {
         "rows": rows,
@@ -182,6 +213,7 @@ def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
         "kd_minus_ce_equal_flops": short and short["minus_ce"],
         "kd_minus_ce_equal_flops_outside": short and short["minus_ce_outside"],
         "worst_domain": max(listening["domains"][name] - alone["domains"][name] for name in alone["domains"]),
+        "cached_over_ce_time": cached and cached["seconds"] / alone["seconds"],
         "kd_step_over_its_flops": listening["seconds"] / alone["seconds"] / ratios[best],
     }
 
@@ -329,7 +361,7 @@ def main() -> None:
             ratios = {row: bench.flops_ratio(row) for row in rows}
             of_length = found.setdefault(bench.steps, {})
             for row in rows:
-                for equal in ("tokens",) if row == CE else arguments.equal:
+                for equal in ("tokens",) if row in (CE, CACHED) else arguments.equal:
                     of_length.setdefault((row, equal), {})[bench.seed] = bench.run(row, equal=equal)
     figures = {}
     for steps, results in found.items():

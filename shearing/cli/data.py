@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 from rich.console import Console
 
 from shearing.cli.frame import Overrides, RecipeFile, data, load, reference_loss
+from shearing.data.recipe import DataRecipe
 from shearing.errors import ShearingError
 from shearing.training.recipe import TrainingRecipe
 
@@ -155,6 +156,71 @@ def verify(
     Console().print(render(result), soft_wrap=True)
     if result.damages:
         raise typer.Exit(1)
+
+
+@data.command()
+def teacher(
+    corpus: CorpusFolder,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name of the teacher.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the cache.")] = Path("teacher-cache"),
+    sequence_length: Annotated[int | None, typer.Option(help="As in the recipe; 4096 if unset.")] = None,
+    attention: Annotated[str | None, typer.Option(help="full or documents, as in the recipe; full if unset.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of each token's distribution; 50 if unset.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep so many likeliest tokens and the rest's mass instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    domain: Annotated[list[str] | None, typer.Option(help="Of the corpus; may be repeated. Unset: all.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Only the first so many rows of each domain.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Only rows that this recipe will read, cut and attended to as it says.")
+    ] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 4,
+    revision: Annotated[str | None, typer.Option(help="Hub revision; only for hub names.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    verify_only: Annotated[bool, typer.Option("--verify", help="Read all of a cache instead.")] = False,
+) -> None:
+    """Keep what a teacher says of a corpus' rows, for distill.cache. The same command continues, on any processes."""
+    from shearing.runs.teacher_cache import Asked, verify as read_all, write
+
+    if verify_only:
+        damages = read_all(output, console=Console(stderr=True))
+        for damage in damages:
+            typer.echo(str(damage), err=True)
+        if damages:
+            raise typer.Exit(1)
+        Console().print(f"{output} is what was written", soft_wrap=True, highlight=False)
+        return
+    resolved = None if recipe is None else load(recipe, None)
+    if model is None:
+        raise ShearingError("--model", value=None, allowed="the teacher", mend="add --model FOLDER")
+    if draws is not None and top_k is not None:
+        raise ShearingError("--top-k", value=top_k, allowed="nothing beside --draws", mend="leave one of them out")
+    if attention is None:
+        attention = "full" if resolved is None else resolved.data.attention
+    if attention not in (allowed := get_args(DataRecipe.model_fields["attention"].annotation)):
+        raise ShearingError("--attention", value=attention, allowed=", ".join(allowed), mend="choose one of them")
+    if sequence_length is None:
+        sequence_length = 4096 if resolved is None else resolved.data.sequence_length
+    write(
+        Asked(
+            model=model,
+            revision=revision,
+            corpus=corpus,
+            output=output,
+            domains=domain or (None if resolved is None else resolved.data.domains),
+            sequence_length=sequence_length,
+            attention=cast("Literal['full', 'documents']", attention),
+            draws=50 if draws is None else draws,
+            top_k=top_k,
+            seed=seed,
+            rows=rows,
+            recipe=resolved,
+            micro_batch_size=micro_batch_size,
+            training=_training(device=device, precision=precision),
+        )
+    )
 
 
 @reference_loss.command("measure")

@@ -143,6 +143,37 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     return source
 
 
+def stored_fingerprint(name: str, *, revision: str | None) -> str:
+    """Hash of a model as it is stored: its config, and of its weights what tells two models apart at once.
+
+    Of a folder that is every weight file's size, and of each of its tensors the beginning; a copy has the same hash. Of
+    a name on the hub it is the name and the commit.
+
+    Args:
+        name: folder or hub name.
+        revision: of a hub name.
+
+    Raises:
+        ShearingError: no such model.
+    """
+    config = load_config(name, revision=revision)
+    if not Path(name).is_dir():
+        return f"{name}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
+    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in STORED):
+        digest.update(repr((path.name, path.stat().st_size)).encode())
+        begins = [0]
+        if path.suffix == ".safetensors":
+            entries, _ = read_header(path)
+            begins += sorted(entry.begin for entry in entries.values())
+        with path.open("rb") as file:
+            for begin in begins:
+                file.seek(begin)
+                digest.update(file.read(_BEGINNING))
+    return digest.hexdigest()[:32]
+
+
 def require_finite(folder: Path) -> None:
     """Check the stored weights of a model, one tensor at a time.
 

@@ -15,14 +15,17 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
+from shearing.data.mixture.origins import Origins
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.distilled import distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
 from shearing.objectives.hidden import HiddenMatching
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import Losses, Origins, Parts
+from shearing.objectives.objective import Losses, Parts
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.teacher import OnlineTeacher, Teacher
+from shearing.objectives.teacher_cache.cached_teacher import CachedTeacher
+from shearing.objectives.teacher_cache.observer import Observer
 from shearing.objectives.trust import DomainTrust
 
 
@@ -74,12 +77,7 @@ class Distillation(LanguageModelLoss):
         """See `Objective.of`."""
         distill = parts.distill
         assert distill is not None
-        teacher = OnlineTeacher(
-            parts.teacher(),
-            divergence=divergence_of(distill.kind, top_k=distill.top_k),
-            temperature=distill.temperature,
-            chunk_tokens=parts.chunk_tokens,
-        )
+        teacher = _teacher(parts, distill=distill)
         return cls(
             parts.model,
             teacher=teacher,
@@ -100,7 +98,7 @@ class Distillation(LanguageModelLoss):
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
         # Before the student: what the teacher computes on the way is gone when the student's activations come.
         with self._heard(of_teacher=True) as taught:
-            targets = self._teacher.targets(inputs)
+            targets = self._teacher.targets(inputs, following_BS=tokens_BT[:, 1:], origins=origins)
         with self._heard(of_teacher=False) as own:
             hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         counted_BS = labels_BS != IGNORED_LABEL
@@ -183,6 +181,21 @@ def _matching(parts: Parts, *, distill: DistillRecipe, teacher: Teacher) -> Hidd
         correspondence=parts.correspondence,
         layers=None if isinstance(distill.hidden.layers, str) else distill.hidden.layers,
     )
+
+
+def _teacher(parts: Parts, *, distill: DistillRecipe) -> Teacher:
+    """What is listened to: a model, or what is kept of it; the model is not loaded where that has to be enough."""
+    if parts.cache is None:
+        return OnlineTeacher(
+            parts.teacher(),
+            divergence=divergence_of(distill.kind, top_k=distill.top_k),
+            temperature=distill.temperature,
+            chunk_tokens=parts.chunk_tokens,
+        )
+    observer = None
+    if distill.listens_online:
+        observer = Observer(parts.teacher(), form=parts.cache.conditions.form, chunk_tokens=parts.chunk_tokens)
+    return CachedTeacher(parts.cache, domains=parts.domains, observer=observer)
 
 
 def _factors(distill: DistillRecipe, *, domains: Sequence[str]) -> list[float]:

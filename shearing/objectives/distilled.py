@@ -117,7 +117,7 @@ class _DistilledCrossEntropy:
             tempered_CV = self._scratch.take("tempered", like=logits_CV, dtype=dtype)
             tempered_CV.copy_(logits_CV).div_(self._temperature)
             tempered_CV.sub_(tempered_CV.logsumexp(-1, keepdim=True))
-        divergences_C, teacher_losses_C, toward_CV = self._targets.compare(tokens, tempered_CV, labels_C1)
+        divergences_C, teacher_losses_C, toward = self._targets.compare(tokens, tempered_CV, labels_C1)
         divergences_C, teacher_losses_C = divergences_C * valid_C, teacher_losses_C.to(dtype) * valid_C
         weights_C = self._weights_N[tokens].to(dtype) * valid_C
         if self._by_label:
@@ -128,8 +128,12 @@ class _DistilledCrossEntropy:
             return ChunkResult(mixed_C, figures_CK, None)
         # With respect to the logits: (1 - a) (q - onehot(label)) + a T dD/d(logits / T).
         grad_CV = log_CV if self._temperature == 1 else log_CV.exp_()  # probabilities, which `compare` has left
-        if self._temperature != 1:
-            toward_CV.mul_(self._temperature)
-        grad_CV.lerp_(toward_CV, weights_C[:, None])
+        if isinstance(toward, Tensor):
+            if self._temperature != 1:
+                toward.mul_(self._temperature)
+            grad_CV.lerp_(toward, weights_C[:, None])
+        else:
+            assert self._temperature == 1, "what is kept of a distribution is of one temperature"
+            toward.mix_into(grad_CV, weights_C)
         grad_CV.scatter_add_(1, labels_C1, (weights_C - 1)[:, None])
         return ChunkResult(mixed_C, figures_CK, self._scratch.counted(grad_CV, valid_C, dtype=logits_CV.dtype))

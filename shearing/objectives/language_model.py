@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
+from shearing.data.mixture.origins import Origins
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.cross_entropy import causal_lm_loss
-from shearing.objectives.objective import Losses, Objective, Origins, Parts
+from shearing.objectives.objective import Losses, Objective, Parts
 
 
 class LanguageModelLoss(Objective):

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from shearing.data.documents import Documents
+from shearing.data.mixture.origins import Origins
 from shearing.models.correspondence import Correspondence
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import OBJECTIVES
+from shearing.objectives.teacher_cache.cache import TeacherCache
 
 PARAMETER_PREFIX = "model."
 """What precedes a model's own parameter names in its objective, and so in an engine."""
@@ -41,17 +43,6 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origins:
-    """Where B rows come from.
-
-    Attributes:
-        domains: int64 [B] on the device, into the domains of the mixture.
-    """
-
-    domains: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a stage has to make an objective of.
 
@@ -60,6 +51,7 @@ class Parts:
         chunk_tokens: tokens whose logits exist at the same time.
         domains: names, in the order of `Origins.domains`.
         distill: how a teacher is listened to; None: not at all.
+        cache: what is kept of the teacher's distributions, None: nothing.
         teacher: loads the model that is listened to, whole, as it is stored and not as it is trained, on the stage's
             device, attending as `model` does.
         height: of the learning rate of the step that follows so many done ones: 1 at its peak, 0 at the end of a decay.
@@ -71,6 +63,7 @@ class Parts:
     chunk_tokens: int
     domains: Sequence[str]
     distill: DistillRecipe | None
+    cache: TeacherCache | None = None
     teacher: Callable[[], PreTrainedModel]
     height: Callable[[int], float]
     correspondence: Correspondence | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -79,6 +80,22 @@ class DistillRecipe(Section):
     )
     hidden: HiddenRecipe | None = None
 
+    cache: Path | None = Field(
+        None,
+        description="Folder of what the teacher says of rows, as `shear data teacher` writes it, for kind forward_kl "
+        "(draws) or top_k at temperature 1; unset: the teacher reads along.",
+    )
+    cache_missing: Neutral[Literal["refuse", "compute"]] = Field(
+        "refuse",
+        description="Rows that are not in the cache. refuse: there may be none, and the teacher is never loaded; "
+        "compute: it is, and is asked of these rows alone.",
+    )
+
+    @property
+    def listens_online(self) -> bool:
+        """Whether the teacher itself is there."""
+        return self.cache is None or self.cache_missing == "compute"
+
     @property
     def named_domains(self) -> Sequence[str]:
         """Domains that it calls by name."""
@@ -99,6 +116,13 @@ def distill_contradictions(distill: DistillRecipe) -> Iterator[ShearingError]:
     if distill.hidden is not None and not distill.hidden.layers:
         yield ShearingError(
             "layers", value=[], allowed="at least one layer", mend="write all, or leave the section out"
+        )
+    if distill.hidden is not None and distill.cache is not None:
+        yield ShearingError(
+            "hidden",
+            value="given",
+            allowed=f"nothing beside {key('cache')}: only a teacher that runs has a residual stream",
+            mend=f"leave the section out, or {key('cache')}",
         )
 
 

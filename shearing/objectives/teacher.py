@@ -1,7 +1,8 @@
 """What an objective listens to: targets for the tokens of a micro-batch, chunk by chunk.
 
 Where they come from is the teacher's business: `OnlineTeacher` is a model that reads the same tokens. One that has kept
-something of its distributions needs neither hidden states nor a head; it says the same three things of each token.
+something of its distributions (`teacher_cache`) needs neither hidden states nor a head; it says the same three things
+of each token.
 
 Shapes: B sequences, S positions, N = B * S tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.data.documents import Inputs
+from shearing.data.mixture.origins import Origins
 from shearing.models.anatomy import backbone, head_weight
 from shearing.objectives.chunked import Scratch, chunked_logits, sum_dtype
 from shearing.objectives.divergences import Divergence, inner
@@ -34,18 +36,35 @@ def teacher_precision(distill: DistillRecipe, *, products: torch.dtype) -> torch
     return torch.bfloat16 if distill.precision == "bf16" else torch.float32
 
 
+class SparseGradient(Protocol):
+    """A divergence's gradient that is a multiple of the student's probabilities q but at few tokens of each position.
+
+    It is never made: what is wanted of it can be done in place of q.
+    """
+
+    def mix_into(self, q_CV: Tensor, weights_C: Tensor) -> None:
+        """Put (1 - a) q + a g in place of q.
+
+        Args:
+            q_CV: the student's probabilities.
+            weights_C: a.
+        """
+        ...
+
+
 class Comparison(NamedTuple):
     """A chunk's distributions beside the teacher's.
 
     Attributes:
         divergences: [C], in nats, at the temperature of both.
         teacher_losses: [C], of the teacher by itself: -log p[label], at temperature 1, in nats.
-        gradient: [C, V], of the divergences with respect to what the student's softmax was taken of.
+        gradient: [C, V], of the divergences with respect to what the student's softmax was taken of; or sparse, at
+            temperature 1 alone.
     """
 
     divergences: Tensor
     teacher_losses: Tensor
-    gradient: Tensor
+    gradient: Tensor | SparseGradient
 
 
 class Targets(Protocol):
@@ -69,8 +88,14 @@ class Targets(Protocol):
 class Teacher(Protocol):
     """Anything with targets."""
 
-    def targets(self, inputs: Inputs) -> Targets:
-        """For the tokens of a micro-batch, [B, S]."""
+    def targets(self, inputs: Inputs, *, following_BS: Tensor, origins: Origins) -> Targets:
+        """For the tokens of a micro-batch, [B, S].
+
+        Args:
+            inputs: what the student reads.
+            following_BS: the token after each, whether it counts or not.
+            origins: of the rows.
+        """
         ...
 
 
@@ -91,8 +116,9 @@ class OnlineTeacher:
         self._divergence, self._temperature, self._chunk_tokens = divergence, temperature, chunk_tokens
 
     @torch.no_grad()
-    def targets(self, inputs: Inputs) -> Targets:
+    def targets(self, inputs: Inputs, *, following_BS: Tensor, origins: Origins) -> Targets:
         """See `Teacher.targets`."""
+        del following_BS, origins  # it reads the tokens themselves
         weight_VD = head_weight(self.model)
         with torch.autocast(weight_VD.device.type, enabled=False):
             hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state

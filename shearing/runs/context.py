@@ -22,9 +22,11 @@ from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config, load_tokenizer
 from shearing.models.shape import Shape
+from shearing.models.stored_model import stored_fingerprint
+from shearing.objectives.teacher_cache.cache import TeacherCache
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
-from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, TEACHER_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.training.device import resolve_device, resolve_precision
@@ -97,6 +99,31 @@ class RunContext:
     def teacher_shape(self) -> Shape | None:
         """Its sizes."""
         return None if self.teacher_config is None else Shape.of(self.teacher_config)
+
+    @cached_property
+    @named(DISTILL_NAMES)
+    def teacher_cache(self) -> TeacherCache | None:
+        """What is kept of the teacher's distributions, checked against what the run reads; None: nothing.
+
+        Raises:
+            ShearingError: it is of another corpus, teacher, length or document rule, of another form, or damaged.
+        """
+        distill, teacher, data = self.recipe.distill, self.recipe.teacher, self.recipe.data
+        if distill is None or distill.cache is None or teacher is None:
+            return None
+        cache = TeacherCache.open(distill.cache)
+        with named(TEACHER_NAMES):
+            fingerprint = stored_fingerprint(teacher.source, revision=teacher.revision)
+        cache.require_serves(kind=distill.kind, top_k=distill.top_k, temperature=distill.temperature)
+        cache.require_made_for(
+            corpus=self.corpus,
+            teacher=fingerprint,
+            called=teacher.source,
+            vocab_size=self.config.vocab_size,
+            sequence_length=data.sequence_length,
+            attention=data.attention,
+        )
+        return cache
 
     @cached_property
     @named({"source": "model.source"})

@@ -125,6 +125,11 @@ class Recipe(Section):
         return self.model.model_copy(update=own)
 
     @property
+    def listens_online(self) -> bool:
+        """Whether the model that is listened to reads along, instead of being read about."""
+        return self.distill is not None and self.distill.listens_online
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """All stages of this run, in order."""
         pruning: tuple[Stage, ...] = () if self.prune is None else ("prune", "compact")

@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shearing.data.documents import sent
+from shearing.data.mixture.origins import Origins
 from shearing.data.mixture.sampler import Batch
-from shearing.objectives.objective import Losses, Origins
+from shearing.objectives.objective import Losses
 from shearing.training.callbacks.standard import StandardCallbacks
 from shearing.training.stage import Interrupted, Trained
 from shearing.training.start import start
@@ -58,6 +59,7 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
         num_valid = schedule.sequences_per_step * (tokens_BT.shape[1] - 1)
     offset = task.processes.rank * tokens_BT.shape[0]
     total = torch.zeros((), device=device)
+    places_B2 = torch.stack([batch.domain_ids, batch.rows], 1)
     of_rows: list[Tensor] = []
     micro_batches = tokens_BT.split(size)
     for index, micro_BT in enumerate(micro_batches):
@@ -66,8 +68,9 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
             task.masking.draw(step=step, sequence=offset + first, of=schedule.sequences_per_step)
         positions_BT = None if batch.positions is None else batch.positions[first : first + size]
         documents = task.mixture.documents.documents(positions_BT, device=device)
+        origins = Origins(domains=domain_ids_B[first : first + size], places=places_B2[first : first + size])
         with task.engine.autocast():
-            losses: Losses = model(micro_BT, documents, Origins(domains=domain_ids_B[first : first + size]))
+            losses: Losses = model(micro_BT, documents, origins)
             loss = losses.total / num_valid
         task.engine.backward(loss, last=index + 1 == len(micro_batches))
         total += loss.detach()

@@ -54,12 +54,14 @@ class Batch:
     """Consecutive samples of the sequence: tokens int64 [B, S + 1], domain_ids int64 [B] into `Mixture.domains`.
 
     Attributes:
+        rows: int64 [B], of the domains.
         positions: int64 [B, S + 1], see `Corpus.row_positions`; None unless the mixture was asked for them.
         num_labels: labels that count in the whole step that this batch is part of; None: all of them.
     """
 
     tokens: Tensor
     domain_ids: Tensor
+    rows: Tensor
     first_sample: int
     positions: Tensor | None = None
     num_labels: int | None = None
@@ -215,7 +217,7 @@ class Mixture:
 
     def batch(self, *, first_sample: int, num_sequences: int) -> Batch:
         """Samples first_sample … first_sample + num_sequences - 1; any slice at any time, forward is fast."""
-        domain_ids, rows = self._dealt(first_sample, num_sequences)
+        domain_ids, rows = self.dealt(first_sample=first_sample, num_sequences=num_sequences)
         chosen = [(self.domains[i], row) for i, row in zip(domain_ids.tolist(), rows.tolist(), strict=True)]
         tokens = self.corpus.rows(chosen, sequence_length=self.sequence_length)
         positions = None
@@ -226,6 +228,7 @@ class Mixture:
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(domain_ids),
+            torch.from_numpy(rows),
             first_sample,
             positions=positions,
         )
@@ -237,7 +240,7 @@ class Mixture:
         """
         if self.documents.loss_across:
             return None
-        domain_ids, rows = self._dealt(first_sample, num_sequences)
+        domain_ids, rows = self.dealt(first_sample=first_sample, num_sequences=num_sequences)
         begin = sum(
             self.corpus.labels_that_begin_documents(
                 self.domains[domain], rows[domain_ids == domain], sequence_length=self.sequence_length
@@ -246,8 +249,8 @@ class Mixture:
         )
         return num_sequences * self.sequence_length - begin
 
-    def _dealt(self, first_sample: int, num_sequences: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Domain and row of consecutive samples, both [B]."""
+    def dealt(self, *, first_sample: int, num_sequences: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Domain and row of consecutive samples, both [B], under the weights announced so far; no token is read."""
         if first_sample < 0 or num_sequences < 1:
             raise ValueError(f"no samples {first_sample} + {num_sequences}")
         end = first_sample + num_sequences

@@ -265,9 +265,9 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
 
 
 def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> Listening | None:
-    """The teacher as every process holds it; None: there is none."""
+    """The teacher as every process holds it; None: there is none, or what it says is read from a cache."""
     distill, teacher = recipe.distill, recipe.teacher
-    if distill is None or teacher is None:
+    if distill is None or teacher is None or not recipe.listens_online:
         return None
     shape = source
     if teacher != recipe.model:

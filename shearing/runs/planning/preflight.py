@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from torch import nn
 
 from shearing.data.corpus.corpus import Corpus
@@ -32,6 +33,7 @@ from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
+from shearing.runs.planning.rows import rows_read
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
@@ -97,6 +99,8 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     weights = attempt(lambda: context.initial_weights)
     if recipe.distill is not None:
         attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
+        if set(recipe.training_stages) & set(stages):
+            attempt(lambda: _require_cached(context))
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
         raise _together(found)
@@ -214,7 +218,8 @@ def _require_teacher(context: RunContext) -> None:
                 "the same tokens under the same numbers",
                 "choose a teacher of the same tokenizer, or leave distill.teacher out for the source model",
             )
-        if Path(recipe.teacher.source).is_dir():  # of the hub's, when it is loaded
+        # Of the hub's, when it is loaded; of one that is not loaded, when the cache was written.
+        if Path(recipe.teacher.source).is_dir() and recipe.listens_online:
             require_finite(Path(recipe.teacher.source))
 
 
@@ -249,13 +254,41 @@ def _stream(shape: Shape) -> str:
     return f"{shape.family.model_type}, {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}"
 
 
+def _require_cached(context: RunContext) -> None:
+    """All rows that are known to be read are in the cache, where it has to be enough.
+
+    Raises:
+        ShearingError: they are not, or there is no such cache; see `RunContext.teacher_cache`.
+    """
+    recipe, cache = context.recipe, context.teacher_cache
+    if cache is None or recipe.listens_online:
+        return
+    length = recipe.data.sequence_length
+    sizes = {domain: context.corpus.train_rows(domain, sequence_length=length) for domain in context.corpus.domains}
+    if all(cache.num_rows(domain) == size for domain, size in sizes.items()):
+        return
+    wanted = rows_read(context)
+    if wanted is None:
+        return  # which rows are read depends on losses: one that is missing is said when it is
+    missing = {domain: len(np.setdiff1d(rows, cache.rows(domain))) for domain, rows in wanted.items()}
+    if any(missing.values()):
+        raise ShearingError(
+            "distill.cache",
+            value=f"{cache.path} without "
+            + ", ".join(f"{count:,} rows of {domain}" for domain, count in missing.items() if count),
+            allowed="all rows that this run reads, with distill.cache_missing=refuse",
+            mend=f"write them: shear data teacher {recipe.data.corpus} --model {cache.name} --recipe RECIPE "
+            f"-o {cache.path}; or set distill.cache_missing=compute, which loads the teacher",
+        )
+
+
 def _teacher_in_words(context: RunContext) -> str:
     distill, shape = context.recipe.distill, context.teacher_shape
     assert distill is not None
     assert shape is not None
     return (
         f"{distill.teacher}, {shape.num_parameters():,} parameters; {distill.kind} weighs {distill.weight:g} of the "
-        f"loss at most"
+        f"loss at most" + ("" if distill.cache is None else f"; what it says is read from {distill.cache}")
     )
 
 

@@ -166,6 +166,7 @@ def _parts(
         chunk_tokens=recipe.training.loss_chunk_tokens,
         domains=list(context.corpus.domains),
         distill=recipe.distill,
+        cache=context.teacher_cache,
         teacher=teacher,
         height=height,
         correspondence=None if hidden is None or correspondence is None else correspondence(),
@@ -192,7 +193,7 @@ def _compute(context: RunContext, *, shape: Shape) -> Compute:
     # Inside documents attention takes less than over whole rows, how much less depends on the text: it is left out.
     attended = data.sequence_length if data.attention == "full" else 0
     cost = training_flops_per_token(shape, sequence_length=attended)
-    if (teacher := context.teacher_shape) is not None:
+    if (teacher := context.teacher_shape) is not None and context.recipe.listens_online:
         cost += forward_flops_per_token(teacher, sequence_length=attended)
     return Compute(flops_per_token=cost, peak_flops=peak)
 

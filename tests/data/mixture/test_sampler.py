@@ -178,6 +178,9 @@ def test_ids_name_the_domain_and_seeds_the_order(corpus: Corpus) -> None:
     assert batch.tokens.dtype == batch.domain_ids.dtype == torch.int64
     for tokens, domain in zip(batch.tokens, batch.domain_ids, strict=True):
         assert set((tokens[tokens > 0] // 100).tolist()) == {int(domain)}
+    for tokens, domain, row in zip(batch.tokens, batch.domain_ids, batch.rows.tolist(), strict=True):
+        read = corpus.row(corpus.domains[int(domain)], row, sequence_length=SEQUENCE_LENGTH)
+        assert torch.equal(tokens, torch.from_numpy(read))
     other = mixture(corpus, [1.0, 2.0, 1.0], seed=1).batch(first_sample=0, num_sequences=40)
     assert torch.equal(other.domain_ids, batch.domain_ids)
     assert not torch.equal(other.tokens, batch.tokens)
