@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 
 from shearing.cli.frame import Overrides, RecipeFile, app, config, load
 from shearing.errors import ShearingError
+from shearing.processes.launcher import launcher_guard
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.quantities import DURATION_FORMS, Duration
@@ -200,6 +201,7 @@ def _duration(text: str, *, field: str) -> Duration:
 
 
 def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage] | None) -> None:
+    launcher_guard()
     # The recipe first: what is wrong with it should not wait for torch.
     try:
         recipe = load(path, overrides)
