@@ -108,6 +108,11 @@ class PretrainRecipe(StageRecipe):
     )
     lora: LoraRecipe | None = None
 
+    @property
+    def carries(self) -> bool:
+        """Whether the optimiser's state of mask learning is used; adapters have none."""
+        return self.optimizer == "carried" and self.lora is None
+
 
 class DeepSpeedRecipe(Section):
     """ZeRO: what of the training state is shared out among the processes."""

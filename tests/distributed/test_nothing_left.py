@@ -1,0 +1,63 @@
+"""A stage leaves no engine, optimiser, model or weight in memory, whichever engine it had."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from shearing.runs.recipe import Recipe
+from shearing.runs.stages.run import run
+from tests.distributed import runs
+from tests.distributed.harness import spawn
+
+pytestmark = pytest.mark.slow
+
+FEW = 500
+"""Elements; the smallest matrix of the model has 512, all of it 31,000."""
+
+
+def _alive() -> list[object]:
+    gc.collect()
+    return gc.get_objects()
+
+
+def _kinds() -> tuple[type, ...]:
+    from deepspeed.runtime.engine import DeepSpeedEngine as Theirs
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from transformers import LlamaForCausalLM
+
+    from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
+    from shearing.training.engines.torch_engine import TorchEngine
+
+    zero = (Theirs, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    return (TorchEngine, DeepSpeedEngine, torch.optim.Optimizer, LlamaForCausalLM, *zero)
+
+
+def _learn_masks(recipes: Sequence[Recipe]) -> None:
+    kinds = _kinds()
+    for recipe in recipes:
+        before = {id(each) for each in _alive() if isinstance(each, torch.Tensor)}
+        run(recipe, stages=("prune",))
+        alive = _alive()
+        engine = f"{recipe.training.engine}, ZeRO-{recipe.training.deepspeed.zero_stage}"
+        assert not [type(each).__name__ for each in alive if isinstance(each, kinds)], engine
+        tensors = [each for each in alive if isinstance(each, torch.Tensor) and id(each) not in before]
+        left = [(tuple(each.shape), type(each).__name__) for each in tensors if each.numel() > FEW]
+        assert not left, f"{engine}: {left}"
+        assert sum(each.numel() for each in tensors) < 4 * FEW, engine
+        del alive, tensors
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_after_a_stage_nothing_of_it_is_alive(size: int, tiny_inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    engines = {"torch": {}} | {f"zero-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}
+    recipes = [
+        runs.recipe(tiny_inputs, run_dir=tmp_path / name, steps=8, **settings) for name, settings in engines.items()
+    ]
+    spawn(_learn_masks, recipes, size=size, folder=tmp_path / "out")
