@@ -144,6 +144,9 @@ class TrainingRecipe(Section):
     )
     compile: Neutral[bool] = Field(False, description="torch.compile every decoder layer.")
     device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
+    memory_check: Neutral[Literal["refuse", "warn"]] = Field(
+        "refuse", description="What to do where the plan says that a GPU cannot hold the run."
+    )
     loss_chunk_tokens: Neutral[int] = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: Neutral[int] = Field(

@@ -96,6 +96,25 @@ def test_a_launcher_does_what_one_process_does(launcher: str, tiny_inputs: Path,
     _assert_same(tmp_path / "run", alone)
 
 
+def test_the_program_starts_its_processes_itself(tiny_inputs: Path, tmp_path: Path, alone: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m shearing prune --gpus 2 {_recipe(tiny_inputs, tmp_path, 'run')}"
+    said = _run(command, folder=tmp_path)
+    assert said.count("prune took") == 1
+    _assert_same(tmp_path / "run", alone)
+    wrong = subprocess.run(
+        ["bash", "-c", f"{command} data.domains=[nowhere] run_dir=other"],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert wrong.returncode == 2, wrong.stderr
+    assert wrong.stderr.count("to mend:") == 1, wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of the long run in two processes."""

@@ -50,6 +50,7 @@ class Plan:
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
         doubts: what keys say against each other, a sentence each.
+        notes: what is to be said of the GPUs, a sentence each.
         disk, free: bytes that the rest of the run needs at most, and bytes that there are.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     largest: Mapping[str, float]
     training: Sequence[TrainingPlan]
     doubts: Sequence[str]
+    notes: Sequence[str]
     disk: int
     free: int
 
@@ -87,6 +89,7 @@ def render(plan: Plan) -> RenderableType:
     domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))]
     parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, "", *domains, "", disk]
     parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]
+    parts += map(Text, plan.notes)
     if not plan.uniform:
         parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
     return Group(*parts)

@@ -120,7 +120,8 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
     """All that is checked before the first expensive step; the folder is locked afterwards."""
     recipe, directory = context.recipe, context.directory
     _require_stages_before(recipe, stages=stages, directory=directory)
-    preflight(context, stages=stages)
+    for note in preflight(context, stages=stages).notes:
+        context.console.print(note, style="yellow", soft_wrap=True, highlight=False)
     lock.enter_context(directory.locked())
     require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
