@@ -38,6 +38,11 @@ class StageRecipe(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
     gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
     checkpoint_interval: Neutral[Duration] = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
+    checkpoint_minutes: Neutral[Positive | None] = Field(
+        30.0,
+        description="A checkpoint is written sooner where the last is about to be older than this; looked at whenever "
+        "metrics are read (training.log_interval). null: by checkpoint_interval alone.",
+    )
     keep_last: Neutral[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
     keep_every: Neutral[Duration | None] = Field(
         None, description="Checkpoints at multiples of this are kept for good."

@@ -271,6 +271,26 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     )
 
 
+def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
+    """FLOPs of the held-out losses that the mixture follows, as a share of each stage's training FLOPs; None: unknown.
+
+    A forward pass takes a third of a training step's FLOPs per token, whatever the model.
+
+    Args:
+        recipe: of the run.
+
+    Raises:
+        ShearingError: a batch in tokens that is no whole number of sequences.
+    """
+    shares: dict[TrainingStage, float | None] = {}
+    for stage, settings in recipe.training_stages.items():
+        length = recipe.data.sequence_length
+        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
+        tokens = _heldout_tokens(recipe, stage=stage, steps=steps)
+        shares[stage] = None if tokens is None or not steps else tokens / (3 * steps * per_step)
+    return shares
+
+
 def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> Listening | None:
     """The teacher as every process holds it; None: there is none."""
     distill, teacher = recipe.distill, recipe.teacher

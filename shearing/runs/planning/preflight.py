@@ -32,6 +32,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
+from shearing.runs.planning.plan import heldout_shares
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
@@ -434,15 +435,29 @@ def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
 def _training(
     recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float], largest: Mapping[str, float]
 ) -> Iterator[TrainingPlan]:
-    length = recipe.data.sequence_length
+    length, mixture = recipe.data.sequence_length, recipe.mixture
+    shares = heldout_shares(recipe)
     for stage, settings in recipe.training_stages.items():
+        interval = "interval" if stage == "prune" else "pretrain_interval"
+        lower = (
+            f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
+            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now {mixture.heldout_tokens:,})"
+        )
         steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
         rows = steps * per_step // length
         passes, most_passes = (
             {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
             for each in (weights, largest)
         )
-        yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes, most_passes=most_passes)
+        yield TrainingPlan(
+            stage=stage,
+            steps=steps,
+            tokens_per_step=per_step,
+            heldout_share=shares[stage],
+            lower=lower,
+            passes=passes,
+            most_passes=most_passes,
+        )
 
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:
