@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,12 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss
-from shearing.files.durable import read_json, write_json
+from shearing.files.durable import read_json, write_json, write_text
 from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
+from shearing.runs.race.summary import paired
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
@@ -50,8 +52,11 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "constant 0.9": {"weight": 0.9, "domains": "all"},
     "by domain 0.5": {"weight": 0.5, "domains": "auto"},
     "by domain 0.9": {"weight": 0.9, "domains": "auto"},
+    "by domain 0.5, margin 1": {"weight": 0.5, "domains": "auto", "margin": 1.0},
+    "by domain 0.9, margin 2": {"weight": 0.9, "domains": "auto", "margin": 2.0},
     "by domain and entropy 0.9": {"weight": 0.9, "domains": "auto", "skip_low_entropy": 0.15},
     "by label 0.9": {"weight": 0.9, "domains": "all", "by_label": True},
+    "by domain and label 0.9": {"weight": 0.9, "domains": "auto", "by_label": True},
 }
 """Ways to train, by what `distill` is."""
 EQUAL = ("tokens", "flops")
@@ -75,7 +80,7 @@ class Bench:
         for stage, function in (("prune", prune), ("compact", compact)):
             if not context.directory.is_complete(stage):
                 function(context)
-        self.recipe, self.cut = recipe, context.directory.compact
+        self.recipe, self.seed, self.cut = recipe, recipe.seed, context.directory.compact
         self.teacher = Shape.of(context.config)
         self.student = Shape.of(load_config(str(self.cut)))
 
@@ -138,50 +143,96 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "event" not in line]
 
 
-def summarise(results: dict[tuple[str, str], list[dict[str, Any]]], *, ratios: dict[str, float]) -> dict[str, Any]:
-    """Figures of each row, and the best row beside cross-entropy: the one of lowest loss inside, at equal tokens."""
+Results = dict[tuple[str, str], dict[int, dict[str, Any]]]
+"""(row, what is equal) -> seed -> content of its file."""
+
+
+def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
+    """Figures of each row with its paired differences to cross-entropy, and the best row beside it.
+
+    The best is the one of lowest loss inside, at equal tokens. Spreads are standard errors of the mean.
+    """
+    plain = results[CE, "tokens"]
     rows: dict[str, Any] = {}
     for (row, equal), of_seeds in results.items():
         domains = {
-            domain: statistics.mean(each["losses"][domain] for each in of_seeds) for domain in of_seeds[0]["losses"]
+            domain: statistics.mean(each["losses"][domain] for each in of_seeds.values())
+            for domain in next(iter(of_seeds.values()))["losses"]
         }
-        means = [statistics.mean(each["losses"].values()) for each in of_seeds]
-        outside = [statistics.mean(each["outside"].values()) for each in of_seeds if each["outside"]]
         rows[f"{row}, equal {equal}"] = {
-            "inside": statistics.mean(means),
-            "spread": statistics.stdev(means) if len(means) > 1 else None,
-            "outside": statistics.mean(outside) if outside else None,
+            "steps": next(iter(of_seeds.values()))["steps"],
             "domains": domains,
-            "seconds": statistics.median(each["seconds"] for each in of_seeds),
-            "steps": of_seeds[0]["steps"],
+            "inside": statistics.mean(_means(of_seeds, "losses").values()),
+            "minus_ce": paired(_means(of_seeds, "losses"), _means(plain, "losses")),
+            "outside": statistics.mean(outside) if (outside := _means(of_seeds, "outside").values()) else None,
+            "minus_ce_outside": paired(_means(of_seeds, "outside"), _means(plain, "outside")),
+            "seconds": statistics.median(each["seconds"] for each in of_seeds.values()),
         }
-    plain = rows[f"{CE}, equal tokens"]
     rivals = [row for row, equal in results if row != CE and equal == "tokens"]
     best = min(rivals, key=lambda row: rows[f"{row}, equal tokens"]["inside"])
-    listening, short = rows[f"{best}, equal tokens"], rows.get(f"{best}, equal flops")
+    listening, short, alone = (
+        rows.get(name) for name in (f"{best}, equal tokens", f"{best}, equal flops", f"{CE}, equal tokens")
+    )
     return {
         "rows": rows,
         "best": best,
-        "kd_minus_ce": listening["inside"] - plain["inside"],
-        "kd_minus_ce_outside": None if plain["outside"] is None else listening["outside"] - plain["outside"],
-        "kd_minus_ce_equal_flops": None if short is None else short["inside"] - plain["inside"],
-        "worst_domain": max(listening["domains"][name] - plain["domains"][name] for name in plain["domains"]),
-        "kd_step_over_its_flops": listening["seconds"] / plain["seconds"] / ratios[best],
+        "kd_minus_ce": listening["minus_ce"],
+        "kd_minus_ce_outside": listening["minus_ce_outside"],
+        "kd_minus_ce_equal_flops": short and short["minus_ce"],
+        "kd_minus_ce_equal_flops_outside": short and short["minus_ce_outside"],
+        "worst_domain": max(listening["domains"][name] - alone["domains"][name] for name in alone["domains"]),
+        "kd_step_over_its_flops": listening["seconds"] / alone["seconds"] / ratios[best],
     }
 
 
-def print_table(figures: dict[str, Any], *, console: Console) -> None:
-    table = Table(title="held-out loss")
-    table.add_column("trained by")
+def _means(of_seeds: dict[int, dict[str, Any]], kind: str) -> dict[int, float]:
+    """Mean loss over the domains of a kind, `losses` or `outside`, by seed; empty where there are none."""
+    return {seed: statistics.mean(each[kind].values()) for seed, each in of_seeds.items() if each[kind]}
+
+
+def table_of(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of one length."""
     rows = figures["rows"]
     domains = list(next(iter(rows.values()))["domains"])
-    for name in ("steps", *domains, "inside", "outside", "s/step"):
-        table.add_column(name, justify="right")
-    for name, row in rows.items():
-        losses = [f"{row['domains'][domain]:.3f}" for domain in domains]
-        outside = "" if row["outside"] is None else f"{row['outside']:.3f}"
-        table.add_row(name, str(row["steps"]), *losses, f"{row['inside']:.3f}", outside, f"{row['seconds']:.2f}")
+    head = ["trained by", "steps", *domains, "mean", "- ce", "outside", "- ce", "s/step"]
+    cells = [
+        [
+            name,
+            str(row["steps"]),
+            *(f"{row['domains'][domain]:.3f}" for domain in domains),
+            f"{row['inside']:.3f}",
+            _difference(row["minus_ce"]),
+            "–" if row["outside"] is None else f"{row['outside']:.3f}",
+            _difference(row["minus_ce_outside"]),
+            f"{row['seconds']:.2f}",
+        ]
+        for name, row in rows.items()
+    ]
+    return head, cells
+
+
+def _difference(gains: dict[str, Any] | None) -> str:
+    if gains is None:
+        return "–"
+    return f"{gains['mean']:+.3f}" + ("" if gains["spread"] is None else f" ± {gains['spread']:.3f}")
+
+
+def print_table(figures: dict[str, Any], *, console: Console) -> None:
+    """Of one length."""
+    table = Table(title="loss on test text, nats per token; differences are paired, ± standard error")
+    head, cells = table_of(figures)
+    for name in head:
+        table.add_column(name, justify="left" if name == head[0] else "right")
+    for row in cells:
+        table.add_row(*row)
     console.print(table)
+
+
+def markdown_of(figures: dict[str, Any]) -> str:
+    """The same for documents."""
+    head, cells = table_of(figures)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *cells))
 
 
 def quick_inputs(folder: Path) -> Path:
@@ -262,7 +313,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=170)
     rows = list(dict.fromkeys([CE, *arguments.rows]))
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.quick:
@@ -271,18 +322,20 @@ def main() -> None:
         else:
             arguments.steps = arguments.steps or [30, 190]
             recipe, output, shown = arguments.recipe, arguments.output, console
-        found: dict[int, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+        found: dict[int, Results] = {}
         ratios: dict[str, float] = {}
         for bench in _benches(arguments, recipe=recipe, output=output, console=shown):
             ratios = {row: bench.flops_ratio(row) for row in rows}
             of_length = found.setdefault(bench.steps, {})
             for row in rows:
                 for equal in ("tokens",) if row == CE else arguments.equal:
-                    of_length.setdefault((row, equal), []).append(bench.run(row, equal=equal))
+                    of_length.setdefault((row, equal), {})[bench.seed] = bench.run(row, equal=equal)
     figures = {}
     for steps, results in found.items():
         figures[f"{steps} steps"] = summarise(results, ratios=ratios)
         print_table(figures[f"{steps} steps"], console=console)
+        if not arguments.quick:
+            write_text(output / f"{steps} steps.md", markdown_of(figures[f"{steps} steps"]))
     last = figures[f"{arguments.steps[-1]} steps"]
     record = {name: value for name, value in last.items() if name != "rows"}
     record |= {"lengths": figures, "flops_ratios": ratios, "seeds": arguments.seeds}

@@ -69,6 +69,9 @@ DEMO = [
     "pretrain.warmup=8 steps",
     "pretrain.learning_rate=1e-3",
     "mixture.pretrain_interval=8 steps",
+    "mixture.losses=heldout",
+    "mixture.reference=source",
+    "distill=null",
     "evaluation.tokens_per_domain=6144",
 ]
 QUICK = ["mixture.pretrain_interval=5 steps", "mixture.heldout_tokens=256"]

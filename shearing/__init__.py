@@ -2,7 +2,7 @@
 
 import shearing
 
-recipe = shearing.load_recipe("recipes/demo.yaml", overrides=["prune.duration=200 steps"])
+recipe = shearing.load_recipe("recipes/demo.yaml", overrides=["pretrain.duration=200 steps"])
 shearing.run(recipe)
 """
 

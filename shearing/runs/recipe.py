@@ -323,11 +323,13 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
 
 def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Recipe) -> Iterator[ShearingError]:
     sequence_length = recipe.data.sequence_length
-    if stage.duration.fraction is not None or 0 in (stage.duration.steps, stage.duration.tokens):
+    least = 0 if isinstance(stage, PruneRecipe) else 1
+    given = stage.duration.steps if stage.duration.tokens is None else stage.duration.tokens
+    if given is None or given < least:
         yield ShearingError(
             f"{name}.duration",
             value=str(stage.duration),
-            allowed="at least one step, in steps or tokens",
+            allowed=f"at least {('no', 'one')[least]} step, in steps or tokens",
             mend="write it as '3200 steps' or '0.4B tokens'",
         )
         return
@@ -353,7 +355,7 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     ):
         if 0 in (duration.steps, duration.tokens, duration.fraction):
             yield ShearingError(field, value=str(duration), allowed="more than 0", mend="write a longer interval")
-    if isinstance(stage, PruneRecipe) and length(stage.sparsity_warmup) + length(stage.freeze) > steps:
+    if isinstance(stage, PruneRecipe) and steps and length(stage.sparsity_warmup) + length(stage.freeze) > steps:
         yield ShearingError(
             f"{name}.sparsity_warmup",
             value=str(stage.sparsity_warmup),

@@ -15,7 +15,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.prune import prune
 from tests.distributed import runs
-from tests.distributed.harness import spawn
+from tests.distributed.harness import start
 
 pytestmark = pytest.mark.slow
 
@@ -64,4 +64,5 @@ def test_after_a_stage_nothing_of_it_is_alive(tiny_inputs: Path, tmp_path: Path)
     recipes = [
         runs.recipe(tiny_inputs, run_dir=tmp_path / name, steps=8, **settings) for name, settings in engines.items()
     ]
-    spawn(_learn_masks, recipes, size=2, folder=tmp_path / "out")
+    group = start(_learn_masks, recipes, size=2, folder=tmp_path / "out")
+    assert group.wait(seconds=540) == [0, 0], group.said()  # five stages, where a test usually has one

@@ -32,6 +32,10 @@ else:
 class PruneRecipe(StageRecipe):
     """Mask learning (Sheared LLaMA, section 2.1)."""
 
+    duration: Duration = Field(
+        description="Length of the stage: '3200 steps' or '0.4B tokens'; 0: nothing is trained before the cut, which "
+        "is of what initial_masks grades, refitted."
+    )
     granularities: list[GranularityName] = Field(
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
         description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
@@ -149,6 +153,9 @@ def masking_contradictions(prune: PruneRecipe, *, budget: bool, tokens_per_step:
         budget: whether the target is a number of parameters.
         tokens_per_step: of a global batch.
     """
+    if not prune.duration.in_steps(tokens_per_step=tokens_per_step):
+        yield from _cut_at_once_contradictions(prune, budget=budget)
+        return
     if budget and not MASKINGS[prune.masks].budgets:
         yield ShearingError(
             "masks",
@@ -181,6 +188,25 @@ def masking_contradictions(prune: PruneRecipe, *, budget: bool, tokens_per_step:
             value=str(prune.saliency_window),
             allowed=f"at most the steps before {key('freeze')} = {prune.freeze}",
             mend=f"shorten it, or {key('freeze')}",
+        )
+
+
+def _cut_at_once_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[ShearingError]:
+    """What a stage of no steps cannot do: its start is its end."""
+    if prune.graded_by is None or budget:
+        lacking = "a target in sizes" if budget else f"{key('masks')}=learned with graded {key('initial_masks')}"
+        yield ShearingError(
+            "duration",
+            value=str(prune.duration),
+            allowed=f"at least one step, or 0 with {lacking}: units are then chosen by their scores alone",
+            mend=f"write a longer {key('duration')}, or give {lacking}",
+        )
+    elif prune.sparsity_warmup.steps or prune.sparsity_warmup.tokens:
+        yield ShearingError(
+            "sparsity_warmup",
+            value=str(prune.sparsity_warmup),
+            allowed=f"0 with {key('duration')} = 0: there is no step to ramp in",
+            mend=f"set {key('sparsity_warmup')}=0",
         )
 
 

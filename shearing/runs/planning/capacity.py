@@ -111,8 +111,8 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         teacher = 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
         yield _Need(what=f"loading for {each.stage}", memory=_fp32(each.shape) + teacher, certain=_is_known(made, each))
         step = each.memory[made.choice.zero_stage].total
-        # Adapters and compiled layers take less than is counted.
-        certain = _is_known(made, each) and not recipe.training.compile
+        # Adapters, compiled layers and a stage of no steps take less than is counted.
+        certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
         certain = certain and not (made.adapters and each.stage == "pretrain")
         yield _Need(what=f"a step of {each.stage}", memory=step, certain=certain)
     if "evaluate" in stages:

@@ -21,6 +21,7 @@ from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.progress import activity
 from shearing.pruning.structured.granularities import as_masks, granularities_of
+from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, with_biases
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit
@@ -105,6 +106,9 @@ def choose(contender: Contender, *, scores: Scores, source: Shape, target: Shape
 def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> dict[str, Any]:
     """What a method's own sizes by layer are worth, of as many parameters as the target has, before any training.
 
+    Without a refit, a method that folds means into biases has them (FLAP, arXiv 2312.11983), in a model that is given
+    biases where it had none; they are not among the parameters.
+
     Returns:
         `parameters`, `losses` and `seconds`.
     """
@@ -113,8 +117,16 @@ def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> d
     source, target = Shape.of(model.config), target_of(context)
     masks = select_across_layers(scores, source=source, target=target)
     started = time.perf_counter()
-    masked = _refitted(model, masks=masks, context=context) if row.contender.refitted else MaskedModel(model)
-    seconds["refit"] = round(time.perf_counter() - started, 3) if row.contender.refitted else 0.0
+    if row.contender.refitted:
+        masked = _refitted(model, masks=masks, context=context)
+    elif row.contender.folds_means:
+        masked = MaskedModel(with_biases(model))
+        with attention_within_documents(masked.model, on=context.document_rules.attention_within):
+            fold_means(masked, masks=masks, batches=context.calibration_batches())
+    else:
+        masked = MaskedModel(model)
+    adapted = row.contender.refitted or row.contender.folds_means
+    seconds["refit"] = round(time.perf_counter() - started, 3) if adapted else 0.0
     masked.set_masks(masks)
     return {
         "parameters": _parameters_of(masks, source=source, target=target),

@@ -142,6 +142,12 @@ class Contender:
         return f"{self.method}{rest}{own}{'-refitted' if self.refitted else ''}"
 
     @property
+    def folds_means(self) -> bool:
+        """Whether biases hold the mean of what goes: part of a method's own form, without a refit."""
+        how = self.facts.how
+        return self.own_sizes and not self.refitted and isinstance(how, Ranking) and METRICS[how.metric].folds_means
+
+    @property
     def title(self) -> str:
         """In tables; says what is another metric's choice, and what is our reading of a method."""
         parts = [self.facts.title]
@@ -149,6 +155,7 @@ class Contender:
             gives = METRICS[self.facts.how.metric].gives
             parts = [f"{_in_words(gives)} by {self.facts.title}, rest by {METRICS[self.rest_by].title}"]
         parts += ["sizes by layer"] if self.own_sizes else []
+        parts += ["means as biases"] if self.folds_means else []
         parts += ["refitted"] if self.refitted else []
         parts += ["our reading of it"] if self.facts.reconstructed else []
         return ", ".join(parts)

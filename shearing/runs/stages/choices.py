@@ -24,7 +24,7 @@ from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.refitting import refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.planning.hardware import flops_of, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
 from shearing.runs.stages.recipe import Baseline
 from shearing.runs.stages.source_model import load_source_model
 
@@ -126,16 +126,20 @@ class Learned:
 
     Attributes:
         way: title of the way in which units went, see `MASKINGS`.
+        learns: whether that way learns masks.
         started_by: title of the metric that graded the start; `OPEN` if none did.
         refitted: whether the weights that stay were refitted to the start.
         changed: units changed from the start, by granularity; empty where the run does not say, see
             `MaskLearner.summary`.
+        tokens: trained on before the cut.
     """
 
     way: str
+    learns: bool
     started_by: str
     refitted: bool
     changed: Mapping[str, int | str]
+    tokens: int
 
     @classmethod
     def of(cls, context: RunContext, *, summary: Mapping[str, Any]) -> Learned:
@@ -148,18 +152,23 @@ class Learned:
         prune = context.recipe.pruning.prune
         return cls(
             way=MASKINGS[prune.masks].title,
+            learns=prune.masks == "learned",
             started_by=OPEN if prune.graded_by is None else METRICS[prune.graded_by].title,
             refitted=prune.refits(sequence_length=context.recipe.data.sequence_length),
             changed=summary.get("changed_from_start", {}),
+            tokens=prune.total_steps(sequence_length=context.recipe.data.sequence_length)
+            * prune.tokens_per_step(sequence_length=context.recipe.data.sequence_length),
         )
 
     @property
     def title(self) -> str:
         """What tables call the model that was cut: learned only where learning had a part in which units stay."""
+        if not self.learns:
+            return self.way
         if self.started_by == OPEN:
             return f"{self.way}, started open"
         if self.changed and not any(self.changed.values()):
-            return f"chosen by {self.started_by}{', refitted' * self.refitted}, trained"
+            return f"chosen by {self.started_by}{', refitted' * self.refitted}{', trained' * bool(self.tokens)}"
         # Older runs do not say whether anything changed.
         return f"{self.way if self.changed else 'masks'}, started by {self.started_by}"
 
@@ -186,6 +195,9 @@ def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, t
     return flops
 
 
-def training_flops(shape: Shape, *, tokens: int, sequence_length: int) -> float:
-    """What training a model of this shape on so many tokens takes."""
-    return training_flops_per_token(shape, sequence_length=sequence_length) * tokens
+def training_flops(shape: Shape, *, teacher: Shape | None, tokens: int, sequence_length: int) -> float:
+    """What training a model of this shape on so many tokens takes, and what its teacher, if any, has to compute."""
+    of_token = training_flops_per_token(shape, sequence_length=sequence_length)
+    if teacher is not None:
+        of_token += forward_flops_per_token(teacher, sequence_length=sequence_length)
+    return of_token * tokens

@@ -189,7 +189,7 @@ def _rows(context: RunContext) -> list[_Row]:
         learned = Learned.of(context, summary=read_json(summary) if summary.is_file() else {})
         units = functools.partial(_units_of_run, run, source=whole, shape=shape)
         flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
-        flops += training_flops(whole, tokens=tokens, sequence_length=length)
+        flops += training_flops(whole, teacher=context.teacher_shape, tokens=tokens, sequence_length=length)
         made_by.append(learned.title)
         rows += [
             _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
@@ -203,7 +203,7 @@ def _rows(context: RunContext) -> list[_Row]:
     if run.is_complete("pretrain"):
         trained = _tokens_of(recipe.pretrain, recipe)
         tokens += trained
-        flops += training_flops(shape, tokens=trained, sequence_length=length)
+        flops += training_flops(shape, teacher=context.teacher_shape, tokens=trained, sequence_length=length)
         rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model, tokens))
     return rows
 
@@ -279,7 +279,7 @@ def _facts(row: _Row) -> dict[str, Any]:
     """What is known of a row without its model."""
     facts: dict[str, Any] = {"label": row.label, "group": row.group, "training_tokens": row.training_tokens}
     facts["flops"] = row.flops
-    if row.learned is not None:
+    if row.learned is not None and row.learned.tokens:
         facts |= {"started_by": row.learned.started_by, "changed_from_start": dict(row.learned.changed)}
     return facts
 

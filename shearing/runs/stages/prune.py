@@ -1,4 +1,7 @@
-"""Mask learning: masks, multipliers and weights trained together, ending at exactly the target shape."""
+"""Mask learning: masks, multipliers and weights trained together, ending at exactly the target shape.
+
+Of a stage without steps, the start is what stays: graded, refitted, and cut at once.
+"""
 
 from __future__ import annotations
 

@@ -58,8 +58,10 @@ class SaveCheckpoints(Callback):
 
     @override
     def start(self, run: Run) -> None:
-        """From here on work can be lost."""
+        """From here on work can be lost; a stage of no steps is saved, as its start is what it leaves."""
         self._saved = self._asked = time.monotonic()
+        if run.ends and not run.step and self.newest() is None:
+            self.save(run)
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 
 from shearing.models.shape import Shape
+from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.refitting import refit_cost
 from shearing.runs.race.flops import FlopCount, Flops, steps_within
 from shearing.runs.race.methods import Contender
 from shearing.runs.race.plan import Budget, RacePlan
-from shearing.runs.race.records import RaceFolder
+from shearing.runs.race.records import RaceFolder, settings_of
 from shearing.runs.race.rows import Row, Steps
 from shearing.runs.race.summary import paired, summarise
 from shearing.runs.race.tables import markdown_tables
-from shearing.runs.recipe import Recipe
+from shearing.runs.recipe import Recipe, load_recipe
 from tests.conftest import tiny_recipe_data
 from tests.models.tiny import tiny_model
+from tests.repository import RECIPES
 
 START = Contender(method="start", refitted=True)
 FROZEN = Contender(method="start", refitted=False)
@@ -206,3 +208,15 @@ def test_a_rival_that_failed_a_seed_is_not_the_best() -> None:
     results = summarise(_plan(records, contenders=[LEARNED, START, RIVAL]), equal=["tokens"], records=records)
     assert results["budgets"][0]["equal_tokens"]["best_rival"] == "start-refitted"
     assert "1 (1 failed)" in markdown_tables(results)
+
+
+def test_a_key_at_its_default_is_no_part_of_a_race() -> None:
+    """So that keys of later releases do not make another race of it; a section that is there is said."""
+    common = {"model": "m", "corpus": "c", "outside": None, "split": "test", "precision": "float32"}
+    recipe = load_recipe(RECIPES / "race-135m.yaml")
+    given = settings_of(recipe, **common)
+    assert given["pretrain.learning_rate"] == 3e-4
+    assert given["prune"] == given["target"] == "given"
+    assert not given.keys() & {"prune.temperature", "prune.estimator", "mixture.step_size", "distill", "data.corpus"}
+    distilled = settings_of(recipe.model_copy(update={"distill": DistillRecipe()}), **common)
+    assert distilled == {**given, "distill": "given"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -243,6 +244,21 @@ def test_sizes_by_layer_are_evaluated_and_not_trained(
     forms = {form["name"]: form for form in results["own_forms"]}
     assert forms["across-own-sizes"]["minus_uniform"]["seeds"] == [0]
     assert "across, sizes by layer, refitted" in (tmp_path / "results.md").read_text()
+
+
+def test_the_own_form_of_fluctuation_has_means_as_biases(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for folds in (True, False):
+        monkeypatch.setitem(METRICS, "fluctuation", replace(METRICS["fluctuation"], folds_means=folds))
+        output = tmp_path / str(folds)
+        _race(_settings(tiny_inputs, output, methods=("fluctuation",), refit="without"))
+        rows = _rows(output)
+        [own] = [row for name, row in rows.items() if "own-sizes" in name]
+        assert ("means as biases" in own["title"]) == folds
+        losses.append(own["losses"]["after_cutting"]["mean"])
+    assert losses[0] != losses[1]
 
 
 def test_text_of_no_domain_judges_too(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class MetricFacts:
         across_layers: how its scores of heads and units compare across layers, in a few words; empty: only inside a
             row. Those that compare are raced in their own form too (`rounding.select_across_layers`), which no
             ordinary config holds, so it is evaluated and not trained.
+        folds_means: whether its method gives every write a bias that holds the mean of what goes (`fold_means`): part
+            of its own form, without a refit.
     """
 
     home: str
@@ -48,6 +50,7 @@ class MetricFacts:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     gives: frozenset[str] = EVERYTHING
     across_layers: str = ""
+    folds_means: bool = False
 
 
 _HEADS_AND_UNITS = frozenset({"kv_groups", "query_heads", "intermediate"})
@@ -103,6 +106,7 @@ METRICS: dict[str, MetricFacts] = {
         source="arXiv 2312.11983",
         gives=_HEADS_AND_UNITS,
         across_layers="standard deviations from the mean of a layer (AL-AM)",
+        folds_means=True,
     ),
     "wanda": MetricFacts(
         home=f"{_HERE}.inputs.wanda:StructuredWanda",

@@ -1,0 +1,69 @@
+"""A recipe whose `prune` has no steps: units are chosen by their scores and the rest refitted, all at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shearing
+from shearing.errors import ShearingError
+from shearing.files.durable import read_json
+from shearing.models.shape import Shape
+from shearing.runs.context import RunContext
+from shearing.runs.stages.choices import Source
+from shearing.runs.stages.recipe import Baseline
+
+AT_ONCE = "prune.duration=0 steps"
+
+
+def test_what_is_cut_at_once_is_the_refitted_baseline(tiny_recipe: Path) -> None:
+    """What a run cuts is bit for bit what the baseline of its metric is, and training starts there."""
+    recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE])
+    shearing.run(recipe)
+    context = RunContext(recipe)
+    run = context.directory
+    cut = AutoModelForCausalLM.from_pretrained(run.compact)
+    shape = Shape.of(cut.config)
+    wanted = Source(context).cut(Baseline(metric="reconstruction", refitted=True), target=shape)
+    for (name, have), want in zip(cut.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(have, want, rtol=0, atol=0, msg=name)
+    summary = read_json(run.prune / "summary.json")
+    assert summary["steps"] == summary["tokens"] == 0
+    assert not any(summary["changed_from_start"].values())
+    lines = [json.loads(line) for line in run.metrics("pretrain").read_text().splitlines()]
+    steps = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert (run.path / "report.html").is_file()
+    models = read_json(run.evaluation)["models"]
+    assert models["compact"]["label"] == "chosen by reconstruction, refitted"
+    assert models["final"]["label"] == "chosen by reconstruction, refitted, pretrained"
+    assert "changed_from_start" not in models["compact"]
+
+
+def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
+    finals = []
+    for optimizer in ("carried", "fresh"):
+        run_dir = tiny_recipe.parent / optimizer
+        overrides = [AT_ONCE, f"run_dir={run_dir}", f"pretrain.optimizer={optimizer}"]
+        shearing.run(shearing.load_recipe(tiny_recipe, overrides=overrides))
+        finals.append(AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict())
+    for name, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prune.initial_masks=open", "graded prune.initial_masks"),
+        ("prune.masks=staged", "prune.masks=learned"),
+        ("prune.sparsity_warmup=2 steps", r"prune\.sparsity_warmup"),
+        ("pretrain.duration=0 steps", r"pretrain\.duration"),
+    ],
+)
+def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said: str) -> None:
+    with pytest.raises(ShearingError, match=said):
+        shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, override])
