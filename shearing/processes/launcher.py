@@ -55,11 +55,11 @@ class Ancestor:
         program = _last(self.command[0]) if self.command else "a process"
         if not self.in_python:
             return program
-        for word, following in zip(self.command[1:], [*self.command[2:], ""], strict=True):
+        for word, following in zip(self.command[1:], [*self.command[2:], ""], strict=False):
             if not word.startswith("-"):
                 return _last(word)
             if word in ("-m", "-c"):
-                return following if word == "-m" else program
+                return (following if word == "-m" else "") or program
         return program
 
     @property

@@ -7,6 +7,7 @@ command continues the run. Nothing heavy is imported here: this runs on login no
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -314,8 +315,7 @@ def run_here(arguments: Sequence[str], *, processes: int) -> int:
     Returns:
         Exit code: 75 where a signal has stopped them, else that of the process that failed first; 0 if none did.
     """
-    # Late, and after this: torch's launcher would repeat at length what the processes say themselves.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.disable()  # this process only waits, and its launcher would repeat what the others say themselves
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -34,6 +34,8 @@ def _chain(*commands: str) -> list[Ancestor]:
         (f"{PYTHON} -u -m deepspeed.launcher.launch --module shearing run", "deepspeed.launcher.launch", True),
         (f"{PYTHON} /env/bin/shear run --gpus 8", "shear", False),
         (f"{PYTHON} -c pass torchrun", "python3", False),
+        (PYTHON, "python3", False),
+        (f"{PYTHON} -m", "python3", False),
         ("bash torchrun.sh", "bash", False),
         ("/usr/sbin/sshd -D", "sshd", False),
         ("", "a process", False),

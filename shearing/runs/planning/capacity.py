@@ -90,7 +90,8 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
         f"tight: {_in_words(need)} of {there}, and about a tenth goes to CUDA's context, workspaces and fragmentation"
         for need in tight
     ]
-    notes += _idle(recipe, stages=stages, processes=processes, devices=devices)
+    if made.stages:  # nothing else is shared out
+        notes += _idle(recipe, stages=stages, processes=processes, devices=devices)
     unfit = None
     if refused:
         unfit = ShearingError(

@@ -46,6 +46,11 @@ def test_what_fits_needs_no_word(source: str) -> None:
     assert _found(sheared_llama(source, *ZERO_2), processes=8, gigabytes=80) == Capacity(unfit=None, notes=[])
 
 
+def test_an_evaluation_leaves_the_others_idle_without_a_word(source: str) -> None:
+    devices = Devices(name="A100", memory=80 * 10**9, count=8)
+    assert capacity(sheared_llama(source), stages=["evaluate"], processes=1, devices=devices).notes == []
+
+
 def test_the_main_process_has_to_hold_the_whole_model_at_first(source: str) -> None:
     found = _found(sheared_llama(source, "training.engine=deepspeed"), processes=8, gigabytes=24)
     assert found.unfit is not None
