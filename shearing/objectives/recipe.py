@@ -44,7 +44,7 @@ class DistillRecipe(Section):
         "for those that are left out.",
     )
     margin: Positive = Field(
-        0.5, description="auto: nats below the model's loss at which the teacher has its whole weight; it falls to 0."
+        1.0, description="auto: nats below the model's loss at which the teacher has its whole weight; it falls to 0."
     )
     skip_low_entropy: BelowOne = Field(
         0.0,
