@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -50,13 +52,27 @@ def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[i
 
 
 def max_memory() -> int:
-    """Peak memory of this process in bytes: the GPU's where there is one, else resident memory."""
+    """Peak memory of this process in bytes since `reset_max_memory`: the GPU's where there is one, else resident."""
     import torch  # late: a bar needs none
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_max_memory() -> None:
+    """Begin a new peak at what is held now; the peak of resident memory stays where the system has no such thing."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def clock(seconds: float | None) -> str:

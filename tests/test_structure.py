@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     "shearing.cli",
     "shearing.errors",
     "shearing.files.durable",
+    "shearing.processes.launcher",
     "shearing.progress",
     "shearing.runs.recipe",
     "shearing.runs.run_directory",

@@ -15,6 +15,7 @@ from rich.syntax import Syntax
 
 from shearing.cli.frame import Overrides, RecipeFile, app, config, load
 from shearing.errors import ShearingError
+from shearing.processes.launcher import launcher_guard
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.quantities import DURATION_FORMS, Duration
@@ -24,34 +25,40 @@ def _slurm(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="With --slurm")
 
 
+Gpus = Annotated[
+    str | None,
+    typer.Option(help="Processes to start here, one on each GPU: a number, or all. Unset: one, or as a launcher says."),
+]
+
+
 @app.command("run")
-def run_all(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def run_all(recipe: RecipeFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
     """Run all stages: prune, compact, sparsify, pretrain, eval, report. An interrupted run continues."""
-    _run(recipe, overrides, stages=None)
+    _run(recipe, overrides, command="run", stages=None, gpus=gpus)
 
 
 @app.command()
-def prune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def prune(recipe: RecipeFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
     """Learn the masks."""
-    _run(recipe, overrides, stages=["prune"])
+    _run(recipe, overrides, command="prune", stages=["prune"], gpus=gpus)
 
 
 @app.command()
 def compact(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Cut the model to the learned shape."""
-    _run(recipe, overrides, stages=["compact"])
+    _run(recipe, overrides, command="compact", stages=["compact"])
 
 
 @app.command()
-def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def pretrain(recipe: RecipeFile, overrides: Overrides = None, gpus: Gpus = None) -> None:
     """Train the cut or sparse model on, or the source itself."""
-    _run(recipe, overrides, stages=["pretrain"])
+    _run(recipe, overrides, command="pretrain", stages=["pretrain"], gpus=gpus)
 
 
 @app.command("eval")
 def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Measure every model of the run so far and its baselines."""
-    _run(recipe, overrides, stages=["evaluate"])
+    _run(recipe, overrides, command="eval", stages=["evaluate"])
 
 
 @app.command()
@@ -183,7 +190,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from shearing.runs.planning.summary import render
 
     # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
-    Console().print(render(preflight(RunContext(resolved), stages=["prune"])))
+    Console().print(render(preflight(RunContext(resolved), stages=["prune"], starts=False)))
 
 
 @config.command()
@@ -199,7 +206,15 @@ def _duration(text: str, *, field: str) -> Duration:
         raise ShearingError(field, value=text, allowed=DURATION_FORMS, mend=str(error)) from None
 
 
-def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage] | None) -> None:
+def _run(
+    path: Path,
+    overrides: Sequence[str] | None,
+    *,
+    command: str,
+    stages: Sequence[Stage] | None,
+    gpus: str | None = None,
+) -> None:
+    launcher_guard()
     # The recipe first: what is wrong with it should not wait for torch.
     try:
         recipe = load(path, overrides)
@@ -209,6 +224,13 @@ def _run(path: Path, overrides: Sequence[str] | None, *, stages: Sequence[Stage]
         # The first process of the host says it; a launcher would kill that one as soon as this one has ended.
         time.sleep(2)
         raise typer.Exit(2) from None
+    if gpus is not None:
+        from shearing.runs import launch as launching
+
+        processes = launching.processes_here(recipe, wanted=gpus, stages=stages)
+        if processes > 1:
+            code = launching.run_here([command, str(path), *(overrides or ())], processes=processes)
+            raise typer.Exit(code)
     # Before torch: its C++ warnings of a lost connection come with a page of frames, ahead of our own message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from shearing.runs.stages.run import run

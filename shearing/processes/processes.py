@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from typing_extensions import Self
 
 from shearing.errors import ShearingError, key, named
+from shearing.processes.launcher import launcher_guard
 from shearing.processes.watch import Watch, exit_code
 
 Value = TypeVar("Value")
@@ -78,6 +79,7 @@ class Processes:
         rank, size, local_rank = _environment()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         processes = cls(rank=rank, size=size)
+        guard = launcher_guard()
         if size == 1:
             if on_gpu:
                 said(_take_gpu)(local_rank)
@@ -87,6 +89,7 @@ class Processes:
         # The watch is first: what fails from here on, on whatever host, ends all.
         watch = said(Watch.start)(rank=rank, size=size, meeting=meeting, seconds=timeout, tells=tells)
         processes._watch = watch
+        guard.tell_through(watch.lose_launcher)
         try:
             if on_gpu:
                 said(_take_gpu)(local_rank)

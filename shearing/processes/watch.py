@@ -25,6 +25,7 @@ import torch
 from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
+from shearing.processes.launcher import CONTINUES
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -43,8 +44,6 @@ _REMINDER = 60.0
 """Seconds between two lines about the processes that have not come."""
 
 _FAILURE = "failure"
-
-_CONTINUES = "all processes of the run end here; the same command continues from the last checkpoint"
 
 
 class Watch:
@@ -142,6 +141,18 @@ class Watch:
         self._publish(text, code=code)
         self._end(code)
 
+    def lose_launcher(self, reason: str) -> NoReturn:
+        """Tell all processes that this one's launcher is gone, and end it.
+
+        Args:
+            reason: which launcher, and of which process.
+        """
+        # In a thread: the store may be out of reach as well, and this process is to end within seconds.
+        telling = threading.Thread(target=partial(self._publish, reason, code=1), daemon=True)
+        telling.start()
+        telling.join(timeout=3 * INTERVAL)
+        self._end_with(text=reason, code=1)
+
     def _fail_for_a_peer(self, error: BaseException) -> NoReturn:
         """The main process knows who is gone and tells the others, unless it is itself the one."""
         since = self._clock
@@ -217,7 +228,7 @@ class Watch:
     def _print(self, text: str, *, main_is_lost: bool = False) -> None:
         # The main process's host has lost the one that tells; the next one is at hand there, or tells anyway.
         if self._tells or (main_is_lost and self._rank == 1):
-            print(f"error: {text}\n{_CONTINUES}", file=sys.stderr, flush=True)
+            print(f"error: {text}\n{CONTINUES}", file=sys.stderr, flush=True)
 
     def _end_with(self, *, text: str, code: int, main_is_lost: bool = False) -> NoReturn:
         self._ending.acquire()

@@ -7,6 +7,8 @@ command continues the run. Nothing heavy is imported here: this runs on login no
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from shearing.errors import ShearingError
 from shearing.runs.recipe import Recipe, split_batch
+from shearing.runs.run_directory import Stage
 
 GPUS_PER_NODE = 8
 """What a node has unless the user says otherwise."""
@@ -266,6 +269,69 @@ def commands(recipe: Path, *, overrides: Sequence[str], nodes: int, processes: i
         "# A Slurm job that runs on until the run is complete; --submit submits it, --help tells the rest.",
     ]
     return "\n\n".join(parts) + f"\nshear launch --slurm --nodes {nodes} --gpus-per-node {processes} {arguments}\n"
+
+
+def processes_here(recipe: Recipe, *, wanted: str, stages: Sequence[Stage] | None) -> int:
+    """How many processes to start on this machine.
+
+    Args:
+        recipe: of the run.
+        wanted: a number, or `all`: one for each GPU.
+        stages: those that are to run; None: all.
+
+    Raises:
+        ShearingError: no such number, more than there are GPUs, a launcher has started this process already, or
+            processes that cannot share a batch equally.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ShearingError(
+            "--gpus",
+            value=wanted,
+            allowed="without a launcher: this process was started by one (WORLD_SIZE is set)",
+            mend="leave --gpus out, or the launcher",
+        )
+    here, on_gpus = gpus_here(), recipe.training.device != "cpu"
+    processes = here if wanted == "all" else int(wanted) if wanted.isascii() and wanted.isdigit() else 0
+    if processes < 1 or (on_gpus and processes > here):
+        raise ShearingError(
+            "--gpus",
+            value=wanted,
+            allowed=f"all, or 1 to {here}, the GPUs of this machine" if on_gpus else "all, or a number from 1",
+            mend="several machines: see shear launch; without GPUs: add training.device=cpu",
+        )
+    for stage in recipe.training_stages:
+        if stages is None or stage in stages:
+            split_batch(recipe, stage=stage, num_processes=processes)
+    return processes
+
+
+def run_here(arguments: Sequence[str], *, processes: int) -> int:
+    """Run `shear ARGUMENTS` on several processes of this machine, by torchrun's own launcher, and wait for them.
+
+    Args:
+        arguments: of the program.
+        processes: how many.
+
+    Returns:
+        Exit code: 75 where a signal has stopped them, else that of the process that failed first; 0 if none did.
+    """
+    logging.disable()  # this process only waits, and its launcher would repeat what the others say themselves
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which warns of it
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from shearing.training.stage import INTERRUPTED_EXIT_CODE
+
+    options = ["--standalone", f"--nproc-per-node={processes}", "-m", "shearing"]
+    try:
+        run(parse_args([*options, *arguments]))
+    except SignalException:
+        return INTERRUPTED_EXIT_CODE
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # a signal, as shells count
+    return 0
 
 
 def job_name(recipe: Recipe) -> str:

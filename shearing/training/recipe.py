@@ -38,6 +38,11 @@ class StageRecipe(Section):
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
     gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
     checkpoint_interval: Neutral[Duration] = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
+    checkpoint_minutes: Neutral[Positive | None] = Field(
+        30.0,
+        description="A checkpoint is written sooner where the last is about to be older than this; looked at whenever "
+        "metrics are read (training.log_interval). null: by checkpoint_interval alone.",
+    )
     keep_last: Neutral[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
     keep_every: Neutral[Duration | None] = Field(
         None, description="Checkpoints at multiples of this are kept for good."
@@ -108,6 +113,11 @@ class PretrainRecipe(StageRecipe):
     )
     lora: LoraRecipe | None = None
 
+    @property
+    def carries(self) -> bool:
+        """Whether the optimiser's state of mask learning is used; adapters have none."""
+        return self.optimizer == "carried" and self.lora is None
+
 
 class DeepSpeedRecipe(Section):
     """ZeRO: what of the training state is shared out among the processes."""
@@ -139,6 +149,9 @@ class TrainingRecipe(Section):
     )
     compile: Neutral[bool] = Field(False, description="torch.compile every decoder layer.")
     device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
+    memory_check: Neutral[Literal["refuse", "warn"]] = Field(
+        "refuse", description="What to do where the plan says that a GPU cannot hold the run."
+    )
     loss_chunk_tokens: Neutral[int] = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: Neutral[int] = Field(

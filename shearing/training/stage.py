@@ -33,6 +33,7 @@ class Schedule:
         sequences_per_step: global batch.
         micro_batch_size: sequences per forward pass of one process; divides its share of the batch.
         checkpoint_interval, keep_last, keep_every: how often, how many stay, and which stay for good (None: none).
+        checkpoint_seconds: age of the last checkpoint at which another one is due; None: whatever its age.
         mixture_interval: steps between two updates of the domain weights.
         log_interval: steps between two reads of metrics from the device.
         max_skipped_steps: non-finite steps in a row that stop the run.
@@ -42,6 +43,7 @@ class Schedule:
     sequences_per_step: int
     micro_batch_size: int
     checkpoint_interval: int
+    checkpoint_seconds: float | None
     keep_last: int
     keep_every: int | None
     mixture_interval: int
@@ -79,6 +81,7 @@ class Schedule:
             sequences_per_step=tokens_per_step // sequence_length,
             micro_batch_size=micro_batch_size,
             checkpoint_interval=interval(stage.checkpoint_interval),
+            checkpoint_seconds=None if stage.checkpoint_minutes is None else 60 * stage.checkpoint_minutes,
             keep_last=stage.keep_last,
             keep_every=None if stage.keep_every is None else interval(stage.keep_every),
             mixture_interval=interval(mixture_interval),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from rich.console import Console
 
 from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.processes.processes import AgreedEnd
 from shearing.training.callbacks.standard import StandardCallbacks
+from shearing.training.engines.engine import Engine
 from shearing.training.metrics import Display
 from shearing.training.stage import PREFETCHED_STEPS
 from shearing.training.task import Run, Task
@@ -26,6 +29,7 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
     processes, engine, schedule = task.processes, task.engine, task.schedule
     every = callbacks.around(task.callbacks)
     with ExitStack() as opened:
+        opened.push(partial(_close, engine))
         for callback in every:
             opened.callback(callback.close)
             callback.open()
@@ -64,3 +68,9 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             callback.start(run)
         opened.enter_context(display)
         yield run
+
+
+def _close(engine: Engine, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """Last of all; not after an error of this process alone: closing waits for a device that may wait for others."""
+    if error is None or isinstance(error, AgreedEnd):
+        engine.close()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import Stage
 from shearing.runs.stages.run import run
+from shearing.training.metrics import TIMING_FIELDS
 from tests.conftest import tiny_recipe_data
 
 STEPS = 12
@@ -80,6 +84,16 @@ def trajectory(run_dir: Path, stage: Stage, *, listening: bool = False) -> list[
     if listening:
         kept += ["domain_teacher_losses", "domain_divergences", "domain_teacher_weights", "domain_hidden_errors"]
     return [{name: line[name] for name in kept if name in line} for line in lines(run_dir, stage)]
+
+
+def contents(run_dir: Path, stage: Stage) -> Iterator[tuple[str, Any]]:
+    """Everything that a stage leaves, bit for bit, without times."""
+    found = lines(run_dir, stage)
+    yield "metrics", [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in found]
+    for path in sorted((run_dir / stage).rglob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            tensors = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+        yield str(path.relative_to(run_dir)), tensors
 
 
 def difference(ours: Any, theirs: Any, *, floor: float = 1e-2) -> float:

@@ -1,4 +1,4 @@
-"""Every launcher starts the same run: the commands are those that `shear launch` prints."""
+"""Every launcher starts the same run, by the commands that `shear launch` prints, and takes it along when killed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from shearing.runs.launch import commands
+from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.distributed import runs
+from tests.distributed.harness import spawn
 from tests.repository import ROOT
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
+LONG = 100
+"""Steps of a run that is still at work a second after its launcher was killed."""
 TOLERANCE = 1e-5
 PROGRAMS = Path(sys.executable).parent
 
@@ -42,17 +50,27 @@ def _run(command: str, *, folder: Path) -> str:
         env=_environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
-def _recipe(inputs: Path, folder: Path, name: str) -> Path:
+def _recipe(inputs: Path, folder: Path, name: str, *, steps: int = STEPS) -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(runs.recipe(inputs, run_dir=folder / name, steps=STEPS).to_yaml())
+    path.write_text(runs.recipe(inputs, run_dir=folder / name, steps=steps).to_yaml())
     return path
+
+
+def _command(launcher: str, recipe: Path) -> str:
+    """What `shear launch` prints for two processes, for mask learning alone; of `shearing`, its own start of them."""
+    if launcher == "shearing":
+        return f"{shlex.quote(sys.executable)} -m shearing prune --gpus 2 {recipe}"
+    if shutil.which(launcher, path=str(PROGRAMS)) is None:
+        pytest.skip(f"{launcher} is not installed")
+    printed = commands(recipe, overrides=[], nodes=1, processes=2)
+    return next(line for line in printed.splitlines() if line.startswith(launcher)).replace(" run ", " prune ")
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +94,92 @@ def _assert_same(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
 def test_a_launcher_does_what_one_process_does(launcher: str, tiny_inputs: Path, tmp_path: Path, alone: Path) -> None:
-    if shutil.which(launcher, path=str(PROGRAMS)) is None:
-        pytest.skip(f"{launcher} is not installed")
     recipe = _recipe(tiny_inputs, tmp_path, "run")
-    printed = commands(recipe, overrides=[], nodes=1, processes=2)
-    command = next(line for line in printed.splitlines() if line.startswith(launcher))
-    said = _run(command.replace(" run ", " prune "), folder=tmp_path)
+    said = _run(_command(launcher, recipe), folder=tmp_path)
     print(said)
     assert said.count("prune took") == 1
     _assert_same(tmp_path / "run", alone)
+
+
+def test_the_program_starts_its_processes_itself(tiny_inputs: Path, tmp_path: Path, alone: Path) -> None:
+    command = _command("shearing", _recipe(tiny_inputs, tmp_path, "run"))
+    said = _run(command, folder=tmp_path)
+    assert said.count("prune took") == 1
+    _assert_same(tmp_path / "run", alone)
+    wrong = subprocess.run(
+        ["bash", "-c", f"{command} data.domains=[nowhere] run_dir=other"],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert wrong.returncode == 2, wrong.stderr
+    assert wrong.stderr.count("to mend:") == 1, wrong.stderr
+    assert "exitcode" not in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of the long run in two processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = runs.recipe(tiny_inputs, run_dir=folder / "run", steps=LONG)
+    spawn(runs.train, recipe, ("prune",), size=2, folder=folder / "out")
+    return folder / "run"
+
+
+@contextmanager
+def _training(command: str, *, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A launcher whose processes have written a checkpoint, and where they print to; killed in the end."""
+    output, metrics = folder / "output.txt", folder / "run" / "prune" / "metrics.jsonl"
+    with (
+        output.open("w") as file,
+        subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=folder, env=_environment(), stdout=file, stderr=file
+        ) as launcher,
+    ):
+        try:
+            deadline = time.monotonic() + 180
+            while not metrics.exists() or metrics.read_text().count("grad_norm") < 6:
+                assert launcher.poll() is None, output.read_text()
+                assert time.monotonic() < deadline, output.read_text()
+                time.sleep(0.05)
+            yield launcher, output
+        finally:
+            launcher.kill()
+
+
+def test_the_program_stops_its_processes_in_order(tiny_inputs: Path, tmp_path: Path) -> None:
+    command = _command("shearing", _recipe(tiny_inputs, tmp_path, "run", steps=LONG))
+    with _training(command, folder=tmp_path) as (launcher, output):
+        launcher.terminate()
+        assert launcher.wait(timeout=60) == INTERRUPTED_EXIT_CODE, output.read_text()
+    assert output.read_text().count("the same command continues from there") == 1
+
+
+def _kill_while_training(command: str, *, folder: Path) -> tuple[str, list[psutil.Process]]:
+    """What a launcher that was killed and its processes have printed, and those of them that are left after 30 s."""
+    with _training(command, folder=folder) as (launcher, output):
+        below = psutil.Process(launcher.pid).children(recursive=True)
+    _, left = psutil.wait_procs(below, timeout=30)
+    for each in left:
+        each.kill()
+    return output.read_text(), left
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed", "shearing"])
+def test_a_launcher_that_is_killed_takes_its_processes_along_and_is_continued(
+    launcher: str, tiny_inputs: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    command = _command(launcher, _recipe(tiny_inputs, tmp_path, "run", steps=LONG))
+    said, left = _kill_while_training(command, folder=tmp_path)
+    assert not left, said
+    assert said.count(f"error: {launcher} (process") == 1, said
+    assert said.count("the same command continues") == 1, said
+    assert 0 < len(runs.lines(tmp_path / "run", "prune")) < LONG
+    assert "continuing prune from step" in _run(command, folder=tmp_path)
+    ours, theirs = (dict(runs.contents(run_dir, "prune")) for run_dir in (tmp_path / "run", uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for name, content in ours.items():
+        assert content == theirs[name], name

@@ -7,15 +7,13 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
 from shearing.runs.run_directory import RunDirectory
-from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.distributed import runs
 from tests.distributed.harness import Group, spawn, start
@@ -77,18 +75,8 @@ def _written(run_dir: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _files(run_dir: Path) -> Iterator[tuple[str, Any]]:
-    """Everything that the stage leaves, bit for bit, without times."""
-    lines = runs.lines(run_dir, "prune")
-    yield "metrics", [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
-    for path in sorted((run_dir / "prune").rglob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            tensors = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
-        yield str(path.relative_to(run_dir)), tensors
-
-
 def _assert_bit_for_bit(found: Path, expected: Path) -> None:
-    ours, theirs = dict(_files(found)), dict(_files(expected))
+    ours, theirs = dict(runs.contents(found, "prune")), dict(runs.contents(expected, "prune"))
     assert ours.keys() == theirs.keys()
     assert [line["step"] for line in ours["metrics"] if "event" not in line] == list(range(1, STEPS + 1))
     for name, content in ours.items():

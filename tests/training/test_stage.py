@@ -66,6 +66,7 @@ def test_schedule_is_that_of_the_sections() -> None:
         sequences_per_step=8,
         micro_batch_size=2,
         checkpoint_interval=20,
+        checkpoint_seconds=1800.0,
         keep_last=4,
         keep_every=50,
         mixture_interval=3,

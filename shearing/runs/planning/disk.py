@@ -46,8 +46,9 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
     for stage, settings in recipe.training_stages.items():
         parameters = source.num_parameters() if stage == "prune" else final
         total += checkpoint_bytes(settings, sequence_length=recipe.data.sequence_length, parameters=parameters)
-        # prune/ ends in its weights; the kept moments, compact/ and model/ are of the target's size.
-        total += parameters * _BYTES_OF_WEIGHT * (1 if isinstance(settings, PruneRecipe) else 4)
+        # prune/ ends in its weights; the moments that are carried, compact/ and model/ are of the target's size.
+        models = 1 if isinstance(settings, PruneRecipe) else 4 if recipe.pretrain.carries else 2
+        total += parameters * _BYTES_OF_WEIGHT * models
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
     return total

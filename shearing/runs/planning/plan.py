@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,9 @@ from shearing.training.stage import PREFETCHED_STEPS
 
 Fit = Literal["yes", "tight", "no", "?"]
 
-# CUDA's context, the workspaces of libraries and fragmentation want about a tenth of a GPU.
-_USABLE = 0.9
+USABLE = 0.9
+"""Share of a GPU: CUDA's context, the workspaces of libraries and fragmentation want about a tenth."""
+
 _CHECKPOINTING: Sequence[Checkpointing] = ("none", "selective", "full")
 _ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
 
@@ -97,7 +98,7 @@ class Hardware:
         """Whether a GPU can hold that."""
         if self.memory is None:
             return "?"
-        if memory.total <= _USABLE * self.memory:
+        if memory.total <= USABLE * self.memory:
             return "yes"
         return "tight" if memory.total <= self.memory else "no"
 
@@ -223,8 +224,13 @@ class RunPlan:
 
 
 @named(COMPONENT_NAMES)
-def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
+def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None = None) -> RunPlan:
     """What a recipe takes on given hardware.
+
+    Args:
+        recipe: of the run.
+        hardware: on what.
+        stages: of its training stages, those to plan; None: all.
 
     Raises:
         ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
@@ -240,11 +246,12 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
     shapes: dict[TrainingStage, Shape] = {"prune": source, "pretrain": target or source}
     precision = _precision(recipe, hardware=hardware)
     listening = _listening(recipe, source=source, precision=precision)
-    stages = [
+    planned = [
         _stage_plan(
             recipe, stage=stage, shape=shapes[stage], hardware=hardware, precision=precision, listening=listening
         )
         for stage in recipe.training_stages
+        if stages is None or stage in stages
     ]
     choice = Choice.of(recipe)
     return RunPlan(
@@ -259,9 +266,29 @@ def plan(recipe: Recipe, *, hardware: Hardware) -> RunPlan:
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.lora is not None,
         one_shot=recipe.sparsify is not None,
-        stages=stages,
-        advice=_advice(stages, choice=choice, hardware=hardware),
+        stages=planned,
+        advice=_advice(planned, choice=choice, hardware=hardware),
     )
+
+
+def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
+    """FLOPs of the held-out losses that the mixture follows, as a share of each stage's training FLOPs; None: unknown.
+
+    A forward pass takes a third of a training step's FLOPs per token, whatever the model.
+
+    Args:
+        recipe: of the run.
+
+    Raises:
+        ShearingError: a batch in tokens that is no whole number of sequences.
+    """
+    shares: dict[TrainingStage, float | None] = {}
+    for stage, settings in recipe.training_stages.items():
+        length = recipe.data.sequence_length
+        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
+        tokens = _heldout_tokens(recipe, stage=stage, steps=steps)
+        shares[stage] = None if tokens is None or not steps else tokens / (3 * steps * per_step)
+    return shares
 
 
 def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> Listening | None:
@@ -425,15 +452,26 @@ def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) 
     if not unfit:
         return None
     start = f"{' and '.join(unfit)} will not fit"
+    ways = _ways(stages, choice=choice, hardware=hardware)
+    if ways is not None:
+        return f"{start}; this would: {' and '.join(ways)}"
+    return f"{start}, whatever is shared out, offloaded or recomputed: it takes GPUs with more memory"
+
+
+def what_would_fit(plan: RunPlan) -> list[str] | None:
+    """Overrides, and the number of GPUs if it has to be another, with which all stages fit; None if nothing helps."""
+    return _ways(plan.stages, choice=plan.choice, hardware=plan.hardware)
+
+
+def _ways(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> list[str] | None:
     processes = hardware.processes
     while all(stage.sequences % processes == 0 for stage in stages):
         changes = _smallest_change(stages, choice=choice, hardware=dataclasses.replace(hardware, processes=processes))
         if changes is not None:
             ways = [" ".join(changes)] if changes else []
-            ways += [f"--gpus {processes}"] if processes > hardware.processes else []
-            return f"{start}; this would: {' and '.join(ways)}"
+            return ways + ([f"--gpus {processes}"] if processes > hardware.processes else [])
         processes *= 2
-    return f"{start}, whatever is shared out, offloaded or recomputed: it takes GPUs with more memory"
+    return None
 
 
 def _smallest_change(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> list[str] | None:

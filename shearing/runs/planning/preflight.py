@@ -32,7 +32,9 @@ from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
+from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
+from shearing.runs.planning.plan import heldout_shares
 from shearing.runs.planning.rows import rows_read
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
@@ -50,12 +52,21 @@ _Checked = TypeVar("_Checked")
 
 
 @named(COMPONENT_NAMES)
-def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> Plan:
+def preflight(
+    context: RunContext,
+    *,
+    stages: Sequence[Stage] | None = None,
+    devices: Devices | None = None,
+    starts: bool = True,
+) -> Plan:
     """Check that `stages` can run: model, target, corpus, tokenizer, hardware, disk, permission.
 
     Args:
         context: of the run; what is opened for a check is there for the stages.
         stages: the stages that are about to run; all of the recipe's if None.
+        devices: the GPUs that processes run on, one each; those of this machine if None.
+        starts: whether they run now, on the context's processes. Otherwise all GPUs are taken to be used, and what they
+            cannot hold is said, not refused.
 
     Raises:
         ShearingError: all that was found, together.
@@ -104,6 +115,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
     attempt(lambda: _require_reference(recipe, corpus=corpus))
     if found or weights is None:
         raise _together(found)
+    gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
     disk = max(0, run_bytes(recipe, source=source, target=target) - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights)
     plan = Plan(
@@ -118,6 +130,7 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
         doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
+        notes=gpus.notes,
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -129,6 +142,30 @@ def preflight(context: RunContext, *, stages: Sequence[Stage] | None = None) -> 
             mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
         )
     return plan
+
+
+def _capacity(context: RunContext, *, stages: Sequence[Stage], devices: Devices | None, starts: bool) -> Capacity:
+    """What GPUs cannot hold, refused where it is certain and the recipe does not want to try.
+
+    Raises:
+        ShearingError: they cannot.
+    """
+    if devices is None:
+        return Capacity(unfit=None, notes=[])
+    recipe = context.recipe
+    processes = context.processes.size if starts else max(context.processes.size, devices.count)
+    try:
+        chosen = stages if starts else recipe.stages
+        found = capacity(recipe, stages=chosen, processes=processes, devices=devices)
+    except ShearingError:
+        if starts:
+            raise
+        return Capacity(unfit=None, notes=[])  # processes that cannot share a batch: nobody has asked for so many
+    if found.unfit is None:
+        return found
+    if starts and recipe.training.memory_check == "refuse":
+        raise found.unfit
+    return Capacity(unfit=found.unfit, notes=[f"too large: {found.unfit.allowed}; {found.unfit.mend}", *found.notes])
 
 
 def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
@@ -476,15 +513,29 @@ def _require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
 def _training(
     recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float], largest: Mapping[str, float]
 ) -> Iterator[TrainingPlan]:
-    length = recipe.data.sequence_length
+    length, mixture = recipe.data.sequence_length, recipe.mixture
+    shares = heldout_shares(recipe)
     for stage, settings in recipe.training_stages.items():
+        interval = "interval" if stage == "prune" else "pretrain_interval"
+        lower = (
+            f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
+            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now {mixture.heldout_tokens:,})"
+        )
         steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
         rows = steps * per_step // length
         passes, most_passes = (
             {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
             for each in (weights, largest)
         )
-        yield TrainingPlan(stage=stage, steps=steps, tokens_per_step=per_step, passes=passes, most_passes=most_passes)
+        yield TrainingPlan(
+            stage=stage,
+            steps=steps,
+            tokens_per_step=per_step,
+            heldout_share=shares[stage],
+            lower=lower,
+            passes=passes,
+            most_passes=most_passes,
+        )
 
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:

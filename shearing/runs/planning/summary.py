@@ -16,6 +16,9 @@ WORTHWHILE_PASSES = 4
 """Passes over the same text up to which repeating it is nearly as good as new text (Muennighoff et al., arXiv
 2305.16264)."""
 
+WORTHWHILE_HELDOUT = 0.1
+"""Share of a stage's training FLOPs that losses on held-out text may take without a word."""
+
 NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary config can hold that"
 
 
@@ -23,13 +26,16 @@ NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary confi
 class TrainingPlan:
     """What a training stage will do: optimiser steps, tokens of one step, and passes over each domain.
 
-    `passes` assumes that the mixture stays at its initial weights, `most_passes` of each domain by itself that it has
-    the largest weight that the update rule can give it, all the time.
+    `heldout_share` is what held-out losses take, as a share of the training FLOPs (None: not known), `lower` how that
+    becomes less. `passes` assumes that the mixture stays at its initial weights, `most_passes` of each domain by itself
+    that it has the largest weight that the update rule can give it, all the time.
     """
 
     stage: Stage
     steps: int
     tokens_per_step: int
+    heldout_share: float | None
+    lower: str
     passes: Mapping[str, float]
     most_passes: Mapping[str, float]
 
@@ -50,6 +56,7 @@ class Plan:
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
         doubts: what keys say against each other, a sentence each.
+        notes: what is to be said of the GPUs, a sentence each.
         disk, free: bytes that the rest of the run needs at most, and bytes that there are.
     """
 
@@ -64,6 +71,7 @@ class Plan:
     largest: Mapping[str, float]
     training: Sequence[TrainingPlan]
     doubts: Sequence[str]
+    notes: Sequence[str]
     disk: int
     free: int
 
@@ -77,19 +85,31 @@ def render(plan: Plan) -> RenderableType:
     elif plan.budget is not None:
         open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
         shapes.add_row("target", f"{plan.budget:,} at most", "", open_sizes)
-    stages = Table("stage", "steps", "tokens a step", "tokens", box=None, pad_edge=False, header_style="bold")
+    columns = ("stage", "steps", "tokens a step", "tokens", "held-out losses")
+    stages = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for stage in plan.training:
-        total = stage.steps * stage.tokens_per_step
-        stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}")
+        total, share = stage.steps * stage.tokens_per_step, stage.heldout_share
+        extra = "n/a" if share is None else f"+{100 * share:.2g} % FLOPs"
+        stages.add_row(stage.stage, f"{stage.steps:,}", f"{stage.tokens_per_step:,}", f"{total:,}", extra)
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
     teacher: list[RenderableType] = [] if plan.teacher is None else [Text(f"teacher: {plan.teacher}"), ""]
     domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))]
-    parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, "", *domains, "", disk]
+    costly = list(map(Text, _costly(plan)))
+    parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, *costly, "", *domains, "", disk]
     parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]
+    parts += map(Text, plan.notes)
     if not plan.uniform:
         parts.append(Text(f"not exportable: {NOT_EXPORTABLE}; `shear prune` alone can run this recipe"))
     return Group(*parts)
+
+
+def _costly(plan: Plan) -> Iterator[str]:
+    """What to say of stages in which held-out losses take much of the time."""
+    for stage in plan.training:
+        if stage.heldout_share is not None and stage.heldout_share > WORTHWHILE_HELDOUT:
+            share = f"{100 * stage.heldout_share:.0f} %"
+            yield f"held-out losses add {share} to the training FLOPs of {stage.stage}; less: {stage.lower}"
 
 
 def _domains(plan: Plan) -> Table:

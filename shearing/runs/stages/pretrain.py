@@ -27,7 +27,7 @@ from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
-from shearing.training.checkpoints.pieces import SavedMoments, ShardedState, read_moments
+from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
@@ -141,21 +141,16 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
 def _moments(context: RunContext) -> SavedMoments | None:
     """AdamW state of mask learning for the parameters of the cut model; None to start from nothing, as adapters do."""
     run, settings = context.directory, context.recipe.pretrain
-    if settings.optimizer == "fresh" or settings.lora is not None:
+    if not settings.carries:
         return None
     if not run.moments.is_file():
         raise ShearingError(
             "pretrain.optimizer",
             value="carried",
-            allowed=f"a run with {run.moments}, which mask learning writes when it ends",
+            allowed=f"a run with {run.moments}, which mask learning writes when it ends, if the recipe says so then",
             mend="set pretrain.optimizer=fresh with a warm-up (pretrain.warmup=3%), or put the file back",
         )
-    return SavedMoments(
-        {
-            kind: {PARAMETER_PREFIX + name: value for name, value in of_kind.items()}
-            for kind, of_kind in read_moments(run.moments).items()
-        }
-    )
+    return SavedMoments(run.moments, prefix=PARAMETER_PREFIX)
 
 
 def _save_model(

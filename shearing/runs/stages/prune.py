@@ -113,11 +113,8 @@ def _finish(
     run, state = context.directory, ShardedState(trained.checkpoint)
     masks = choice.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
-    if isinstance(choice.target, Shape) or choice.target.uniform:
-        moments = {
-            kind: {name.removeprefix(PARAMETER_PREFIX): value for name, value in of_kind.items()}
-            for kind, of_kind in state.moments().items()
-        }
+    if context.recipe.pretrain.carries and (isinstance(choice.target, Shape) or choice.target.uniform):
+        moments = state.moments(prefix=PARAMETER_PREFIX)
         write_moments(run.moments, compact_moments(model, moments, selection=choice.selection()))
     # A tied weight appears once among the named parameters, as safetensors wants it.
     weights = {name.removeprefix(PARAMETER_PREFIX): weight for name, weight in state.whole(WEIGHT)}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import transformers
 from rich.console import Console
 
 from shearing.errors import ShearingError
 from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
+from shearing.progress import reset_max_memory
 from shearing.runs.context import RunContext
 from shearing.runs.continuation import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
@@ -106,6 +109,7 @@ def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
             else:
                 processes.on_main(partial(_alone, stage, context))
             console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
+            _clear()
         if "evaluate" in stages:
             processes.on_main(partial(_report, directory))
     _print_summary(directory, console=console)
@@ -116,7 +120,8 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
     """All that is checked before the first expensive step; the folder is locked afterwards."""
     recipe, directory = context.recipe, context.directory
     _require_stages_before(recipe, stages=stages, directory=directory)
-    preflight(context, stages=stages)
+    for note in preflight(context, stages=stages).notes:
+        context.console.print(note, style="yellow", soft_wrap=True, highlight=False)
     lock.enter_context(directory.locked())
     require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
@@ -127,6 +132,14 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
 def _alone(stage: Stage, context: RunContext) -> None:
     """A stage of the main process alone; what it returns stays there."""
     _function_of(stage)(context)
+
+
+def _clear() -> None:
+    """Free what a stage has left in circles of references, and begin a new peak of memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    reset_max_memory()
 
 
 def _report(directory: RunDirectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,17 @@ _STATE = (
 
 
 class SaveCheckpoints(Callback):
-    """Writes a checkpoint every few steps, before the decay of wsd, at the last step, and when the run stops."""
+    """Writes a checkpoint every few steps, before the decay of wsd, at the last step, and when the run stops.
+
+    And where the last one is about to be too old: the main process's clock decides, and tells the others when metrics
+    are read anyway.
+    """
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._files: Checkpoints
+        self._saved = self._asked = time.monotonic()
+        self._due = False
 
     @override
     def open(self) -> None:
@@ -51,7 +58,8 @@ class SaveCheckpoints(Callback):
 
     @override
     def start(self, run: Run) -> None:
-        """Save a stage of no steps: its start is what it leaves."""
+        """From here on work can be lost; a stage of no steps is saved, as its start is what it leaves."""
+        self._saved = self._asked = time.monotonic()
         if run.ends and not run.step and self.newest() is None:
             self.save(run)
 
@@ -59,14 +67,27 @@ class SaveCheckpoints(Callback):
     def after_step(self, run: Run, result: StepResult) -> None:
         """Save if it is time to."""
         stable = run.step == run.task.optimization.rates.stable_steps
-        if run.ends or run.stopping or stable or run.step % run.task.schedule.checkpoint_interval == 0:
+        if run.ends or run.stopping or stable or self._due or run.step % run.task.schedule.checkpoint_interval == 0:
             self.save(run)
+
+    @override
+    def tell(self) -> bool:
+        """Whether a checkpoint is due: the last would be too old if it waited as long again as since the last time."""
+        now, most = time.monotonic(), self._task.schedule.checkpoint_seconds
+        since, self._asked = now - self._asked, now
+        return most is not None and now - self._saved + since > most
+
+    @override
+    def hear(self, run: Run, told: Sequence[bool]) -> None:
+        """All go by the main process's clock."""
+        self._due = told[0]
 
     def save(self, run: Run) -> None:
         """Write a checkpoint of the steps done."""
         run.report()
         state = self._state(run)
         folder = self._files.save(step=run.step, write=partial(self._write, state=state))
+        self._saved, self._due = time.monotonic(), False
         for callback in run.callbacks:
             callback.after_save(run, folder)
 

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
@@ -166,11 +165,45 @@ class ShardedState:
             numel = int(torch.Size(shape).numel())
             yield name, self.read(kind, name, start=0, numel=numel).view(shape)
 
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state by kind and parameter, with its step count for each, as `write_moments` takes it."""
+    def moments(self, *, prefix: str = "") -> dict[str, Mapping[str, Tensor]]:
+        """AdamW's state by kind and parameter, with its step count for each; a tensor is read when it is asked for.
+
+        Args:
+            prefix: left out at the beginning of names.
+        """
         kinds = [kind for kind in MOMENTS if kind in self.kinds]
-        found = {kind: dict(self.whole(kind)) for kind in kinds}
-        return {**found, STEP: {name: torch.tensor(self.step) for name in self.shapes}}
+        names = [name.removeprefix(prefix) for name in self.shapes]
+        return {
+            **{kind: _Wholes(self, kind, names={each: prefix + each for each in names}) for kind in kinds},
+            STEP: {name: torch.tensor(self.step) for name in names},
+        }
+
+
+class _Wholes(Mapping[str, Tensor]):
+    """Whole tensors of one kind by name, each read when it is asked for.
+
+    Args:
+        state: where they are read from.
+        kind: of each parameter.
+        names: as they are asked for -> as the state calls them.
+    """
+
+    def __init__(self, state: SavedState, kind: str, *, names: Mapping[str, str]) -> None:
+        self._state, self._kind, self._names = state, kind, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole = self._names[name]
+        shape = self._state.shapes[whole]
+        return self._state.read(self._kind, whole, start=0, numel=int(torch.Size(shape).numel())).view(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def require_parameters(state: SavedState, *, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -192,21 +225,34 @@ def require_parameters(state: SavedState, *, shapes: Mapping[str, tuple[int, ...
 
 
 class SavedMoments:
-    """AdamW state of whole tensors in memory, as a `SavedState`.
+    """AdamW state that `write_moments` wrote, as a `SavedState`: a process reads what it holds, never the whole.
 
     Args:
-        moments: kind -> parameter -> tensor of its shape; and `step` -> parameter -> the count, the same for all.
+        path: the file.
+        prefix: what names of parameters begin with, beyond those in the file.
     """
 
-    def __init__(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._moments = {kind: moments[kind] for kind in MOMENTS}
+    def __init__(self, path: Path, *, prefix: str = "") -> None:
+        self._file, self._prefix = safe_open(path, framework="pt"), prefix
         self.kinds = frozenset(MOMENTS)
-        self.shapes = {name: tuple(value.shape) for name, value in moments[MOMENTS[0]].items()}
-        self.step = max((float(count) for count in moments[STEP].values()), default=0.0)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.step = 0.0
+        for tensor in self._file.keys():  # noqa: SIM118  not a dict
+            kind, name = tensor.split("/", 1)
+            if kind == MOMENTS[0]:
+                self.shapes[prefix + name] = tuple(self._file.get_slice(tensor).get_shape())
+            elif kind == STEP:
+                self.step = max(self.step, float(self._file.get_tensor(tensor)))
 
     def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
         """See `SavedState.read`."""
-        return self._moments[kind][name].reshape(-1)[start : start + numel]
+        if not numel:
+            return torch.empty(0)
+        row = int(torch.Size(self.shapes[name][1:]).numel())
+        first, last = start // row, -(-(start + numel) // row)
+        rows = self._file.get_slice(f"{kind}/{name.removeprefix(self._prefix)}")[first:last]
+        values: Tensor = rows.reshape(-1)[start - first * row :][:numel]
+        return values
 
 
 def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -214,12 +260,3 @@ def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> No
     write_tensors(
         path, {f"{kind}/{name}": value for kind, of_kind in moments.items() for name, value in of_kind.items()}
     )
-
-
-def read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
-    """What `write_moments` wrote, on the CPU."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for tensor, value in load_file(path).items():
-        kind, name = tensor.split("/", 1)
-        moments.setdefault(kind, {})[name] = value
-    return moments

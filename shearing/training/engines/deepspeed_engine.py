@@ -3,9 +3,9 @@
 DeepSpeed is driven directly. accelerate's wrapper would do the optimiser's step inside `backward` and, on a machine
 without a GPU, count one process (docs/distributed.md). Its checkpoints are not used either: see `checkpoints.pieces`.
 
-What is read of DeepSpeed's insides, to know which elements a process holds, is in `_pieces` alone. What comes back
-from a checkpoint is compared with what was saved, so a release that lays them out differently is refused and not
-trained with.
+What is read of DeepSpeed's insides is in two places: `_pieces` knows which elements a process holds, `_empty` what
+outlives an engine. What comes back from a checkpoint is compared with what was saved, so a release that lays its memory
+out differently is refused and not trained with.
 """
 
 from __future__ import annotations
@@ -199,6 +199,17 @@ class DeepSpeedEngine:
         # ZeRO hands out its master weights after this optimiser's own step, so what it hands out has the zeros.
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
+        if self._stage == 3:
+            _empty(self._parameters.values())
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        self._engine, self._parameters, self._zeros = None, {}, None
+
     # -- placement -------------------------------------------------------------------------------------------------
 
     def _place(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> dict[str, Tensor]:
@@ -316,6 +327,28 @@ class DeepSpeedEngine:
                 zero._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+@torch.no_grad()
+def _empty(parameters: Iterable[nn.Parameter]) -> None:
+    """Free what ZeRO-3 holds of parameters.
+
+    Two places of DeepSpeed 0.19.8 outlive the engine: a list of modules under way, in which every prepared model stays,
+    and a cache behind a method, of what each module lets go of at each step. Whatever else may keep modules alive, in
+    this release or another, keeps them without weights.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        vars(parameter).clear()  # this process's share of it among what is there
 
 
 def import_deepspeed() -> Any:

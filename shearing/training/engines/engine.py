@@ -134,6 +134,13 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of gradients, optimiser state and all else that was made in `prepare`; called once, last.
+
+        The prepared model is of no use afterwards: where an engine holds weights in its own memory, they go too.
+        """
+        ...
+
 
 def engine_of(name: str, *, parts: EngineParts) -> Engine:
     """The engine of a name.

@@ -40,6 +40,7 @@ class GradientSum:
     parameters: Sequence[nn.Parameter]
     armed: bool = False
     _buckets: list[_Bucket] = field(default_factory=list)
+    _hooks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         size = _BUCKET_ELEMENTS
@@ -50,7 +51,8 @@ class GradientSum:
             bucket = self._buckets[-1]
             bucket.parameters.append(parameter)
             size += parameter.numel()
-            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
+            hook = parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._ready(bucket))
+            self._hooks.append(hook)
         self._reset()
 
     def finish(self) -> None:
@@ -64,6 +66,12 @@ class GradientSum:
             for parameter, part in zip(bucket.parameters, bucket.flat.split(sizes), strict=True):
                 parameter.grad = part.view_as(parameter)
         self._reset()
+
+    def close(self) -> None:
+        """Let go of parameters and buckets."""
+        for hook in self._hooks:
+            hook.remove()
+        self.parameters, self._buckets, self._hooks = (), [], []
 
     def _ready(self, bucket: _Bucket) -> None:
         if not self.armed:

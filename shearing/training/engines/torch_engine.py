@@ -125,6 +125,17 @@ class TorchEngine:
         self._zeros.enforce()
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._sum is not None:
+            self._sum.close()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self._parameters:
+            self._optimizer.state.clear()
+            self._optimizer.param_groups.clear()
+        self._parameters, self._sum, self._zeros = {}, None, None
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
 

@@ -40,6 +40,14 @@ def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: lis
     assert run_bytes(recipe, source=source, target=target) == expected
 
 
+@pytest.mark.parametrize("override", ["pretrain.optimizer=fresh", "pretrain.lora={}"])
+def test_moments_that_nobody_reads_are_not_written(tiny_recipe: Path, override: str) -> None:
+    carried, fresh = load_recipe(tiny_recipe), load_recipe(tiny_recipe, overrides=[override])
+    source, target = _shapes(carried)
+    less = run_bytes(carried, source=source, target=target) - run_bytes(fresh, source=source, target=target)
+    assert less == 2 * 4 * target.num_parameters()
+
+
 def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     sparse = ["sparsify={criterion: magnitude, pattern: '2:4'}"]
     plain, recipe = load_recipe(tiny_recipe), load_recipe(tiny_recipe, overrides=sparse)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shearing.runs.planning.plan import Hardware, RunPlan, plan
+from shearing.runs.planning.plan import Hardware, RunPlan, heldout_shares, plan
 from shearing.runs.recipe import Recipe, load_recipe
 from tests.cli.test_cli import BUDGET, error_of, shear
 from tests.repository import RECIPES
@@ -55,6 +55,8 @@ def test_figures_of_sheared_llama(llama: str) -> None:
     assert prune.flops == pytest.approx(per_token * prune.tokens)
     # 63 updates and the losses at the end, of 7 domains with 500 sequences each; a third of a training step's FLOPs.
     assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * 500 * 4096)
+    assert heldout_shares(sheared_llama(llama))["prune"] == pytest.approx(prune.heldout_flops / prune.flops)
+    assert f"{prune.heldout_flops / prune.flops:.2f}" == "0.73"
     assert prune.seconds == pytest.approx((prune.flops + prune.heldout_flops) / (8 * 0.4 * 989.4e12))
     assert prune.disk == 12 * made.source.num_parameters() * 3
     assert (prune.workload.micro_batch_size, prune.workload.micro_batches) == (4, 1)

@@ -78,6 +78,17 @@ def test_what_is_repeated_often_is_said(tiny_recipe: Path) -> None:
     assert "arXiv 2305.16264" in said
 
 
+def test_what_held_out_losses_cost_is_said_with_what_makes_it_less(tiny_recipe: Path) -> None:
+    # Three readings of 64 tokens in two domains, forward only, beside six steps of 32 tokens.
+    _, plan, said = plan_of(tiny_recipe)
+    assert plan.training[0].heldout_share == pytest.approx(3 * 2 * 64 / 3 / (6 * 32))
+    assert "held-out losses add 67 % to the training FLOPs of prune; less: mixture.losses=training" in said
+    assert "a longer mixture.interval (now 3 steps), or a smaller mixture.heldout_tokens (now 64)" in said
+    _, plan, said = plan_of(tiny_recipe, "mixture.update=constant", "prune.duration=60 steps")
+    assert plan.training[1].heldout_share == 0
+    assert "held-out losses add" not in said
+
+
 def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
     attention = dataclasses.replace(LLAMA.attention, after=Norm("self_attn.after"))
     monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(LLAMA, attention=attention))

@@ -40,6 +40,8 @@ def test_a_fresh_optimizer_takes_another_way(tiny_recipe: Path, tmp_path: Path):
         tiny_recipe, overrides=[*common, "pretrain.optimizer=fresh", f"run_dir={tmp_path / 'fresh'}"]
     )
     fresh = run(fresh_recipe)
+    assert carried.moments.is_file()
+    assert not fresh.moments.exists()
     assert losses(fresh, "pretrain")[0] == pytest.approx(losses(carried, "pretrain")[0], rel=1e-6)
     assert abs(losses(fresh, "pretrain")[-1] - losses(carried, "pretrain")[-1]) > 1e-4
 

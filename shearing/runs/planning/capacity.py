@@ -1,0 +1,184 @@
+"""Whether the GPUs at hand can hold what a run puts on them, and whether some are left idle: said before loading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from shearing.errors import ShearingError
+from shearing.models.shape import Shape
+from shearing.runs.planning.hardware import gpu_of
+from shearing.runs.planning.plan import USABLE, Hardware, RunPlan, StagePlan, plan, what_would_fit
+from shearing.runs.planning.summary import gigabytes
+from shearing.runs.recipe import Recipe, split_batch
+from shearing.runs.run_directory import Stage
+
+_USUAL_MFU = 0.4  # for times, of which nothing is said here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """The GPUs of a machine.
+
+    Attributes:
+        name: what the driver calls them.
+        memory: bytes of one.
+        count: how many.
+    """
+
+    name: str
+    memory: int
+    count: int
+
+    @classmethod
+    def here(cls, device: torch.device) -> Devices | None:
+        """Those of this machine, of the kind of `device`; None where that is no GPU."""
+        if device.type != "cuda":
+            return None
+        properties = torch.cuda.get_device_properties(device)
+        return cls(name=properties.name, memory=properties.total_memory, count=torch.cuda.device_count())
+
+    def under(self, *, processes: int) -> Hardware:
+        """What to plan for, where each of so many processes has one."""
+        return Hardware(processes=processes, name=self.name, gpu=gpu_of(self.name), memory=self.memory, mfu=_USUAL_MFU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What is to be said of the GPUs.
+
+    Attributes:
+        unfit: why they cannot hold the run; None: they can.
+        notes: what else, a sentence each.
+    """
+
+    unfit: ShearingError | None
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """Bytes that a moment of the run wants of one GPU, and whether that much is sure."""
+
+    what: str
+    memory: int
+    certain: bool
+
+
+def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devices: Devices) -> Capacity:
+    """Compare what stages hold with what there is.
+
+    Args:
+        recipe: of the run.
+        stages: those that are about to run.
+        processes: of all hosts together, one on each GPU.
+        devices: of this machine; other hosts are taken to have the same.
+
+    Raises:
+        ShearingError: see `plan`.
+    """
+    made = plan(recipe, hardware=devices.under(processes=processes), stages=stages)
+    needs = list(_needs(recipe, made=made, stages=stages))
+    beyond = [need for need in needs if need.memory > devices.memory]
+    refused = [need for need in beyond if need.certain]
+    tight = [need for need in needs if USABLE * devices.memory < need.memory <= devices.memory]
+    there = gigabytes(devices.memory)
+    notes = [f"perhaps too large: {_in_words(need)} of {there}" for need in beyond if not need.certain]
+    notes += [
+        f"tight: {_in_words(need)} of {there}, and about a tenth goes to CUDA's context, workspaces and fragmentation"
+        for need in tight
+    ]
+    if made.stages:  # nothing else is shared out
+        notes += _idle(recipe, stages=stages, processes=processes, devices=devices)
+    unfit = None
+    if refused:
+        unfit = ShearingError(
+            "training.engine",
+            value=f"{recipe.training.engine} on {processes} x {devices.name}",
+            allowed=f"what fits into the {there} of one GPU: " + "; ".join(_in_words(need) for need in refused),
+            mend=f"{_mend(recipe, made=made, stages=stages, refused=refused, processes=processes, devices=devices)}; "
+            "training.memory_check=warn starts it all the same",
+        )
+    return Capacity(unfit=unfit, notes=notes)
+
+
+def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Iterator[_Need]:
+    """The moments at which a GPU holds most: loading, steps of the training stages, evaluation."""
+    for each in made.stages:
+        # Until the engine shares it out, the main process has the model in fp32, and the teacher beside it.
+        heard = each.listening
+        teacher = 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
+        yield _Need(what=f"loading for {each.stage}", memory=_fp32(each.shape) + teacher, certain=_is_known(made, each))
+        step = each.memory[made.choice.zero_stage].total
+        # Adapters, compiled layers and a stage of no steps take less than is counted.
+        certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
+        certain = certain and not (made.adapters and each.stage == "pretrain")
+        yield _Need(what=f"a step of {each.stage}", memory=step, certain=certain)
+    if "evaluate" in stages:
+        # The source and one other model in fp32, and the copies that autocast makes of the larger one's weights.
+        copies = _fp32(made.source) // 2 if made.precision == torch.bfloat16 else 0
+        memory = _fp32(made.source) + _fp32(made.target or made.source) + copies
+        # Nothing is lost where only the tables are missing: `shear eval` can be typed again for another device.
+        yield _Need(what="evaluation", memory=memory, certain=False)
+
+
+def _is_known(made: RunPlan, stage: StagePlan) -> bool:
+    """Whether the shape is, which a budget leaves open after mask learning."""
+    return made.budget is None or stage.stage == "prune"
+
+
+def _fp32(shape: Shape) -> int:
+    return 4 * shape.num_parameters()
+
+
+def _in_words(need: _Need) -> str:
+    return f"{need.what} takes {gigabytes(need.memory)}"
+
+
+def _idle(recipe: Recipe, *, stages: Collection[Stage], processes: int, devices: Devices) -> list[str]:
+    """What to say of GPUs that no process will use."""
+    if processes >= devices.count:
+        return []
+    most = _most_processes(recipe, stages=stages, devices=devices)
+    there = f"idle: {devices.count - processes} of this machine's {devices.count} GPUs"
+    return [f"{there}; --gpus {most} starts a process on each of {most}" if most > processes else there]
+
+
+def _most_processes(recipe: Recipe, *, stages: Collection[Stage], devices: Devices) -> int:
+    """As many processes as there are GPUs, or as can share the batches equally."""
+
+    def can_share(count: int) -> bool:
+        try:
+            for stage in recipe.training_stages:
+                if stage in stages:
+                    split_batch(recipe, stage=stage, num_processes=count)
+        except ShearingError:
+            return False
+        return True
+
+    return next(count for count in range(devices.count, 0, -1) if count == 1 or can_share(count))
+
+
+def _mend(
+    recipe: Recipe,
+    *,
+    made: RunPlan,
+    stages: Collection[Stage],
+    refused: list[_Need],
+    processes: int,
+    devices: Devices,
+) -> str:
+    """What to change, with the GPUs of this machine first."""
+    if any(need.what.startswith("loading") for need in refused):
+        return "take GPUs with more memory: the main process loads the whole model in fp32 onto its own"
+    most = max(processes, _most_processes(recipe, stages=stages, devices=devices))
+    if most > processes:
+        made = plan(recipe, hardware=devices.under(processes=most), stages=stages)
+    ways = what_would_fit(made)
+    if ways is None:
+        return "take GPUs with more memory, or more of them"
+    if most > processes and not any("--gpus" in way for way in ways):
+        ways.append(f"--gpus {most}")
+    return " and ".join(ways)

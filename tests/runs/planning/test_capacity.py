@@ -1,0 +1,121 @@
+"""What GPUs cannot hold is refused before it is loaded, with what to type instead; and idle ones are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shearing.errors import ShearingError
+from shearing.runs.context import RunContext
+from shearing.runs.planning.capacity import Capacity, Devices, capacity
+from shearing.runs.planning.preflight import preflight
+from shearing.runs.recipe import Recipe, load_recipe
+from tests.cli.test_cli import error_of, shear
+from tests.runs.planning.test_plan import LLAMA_2_7B, sheared_llama
+
+ZERO_2 = ("training.engine=deepspeed", "training.deepspeed.zero_stage=2")
+TINY = Devices(name="A100", memory=1000, count=2)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Override that makes a folder with nothing but Llama 2 7B's config the source."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    return f"model.source={tmp_path / 'llama'}"
+
+
+def _found(recipe: Recipe, *, processes: int, gigabytes: float, count: int = 8) -> Capacity:
+    devices = Devices(name="NVIDIA A100-SXM4-80GB", memory=int(gigabytes * 1e9), count=count)
+    return capacity(recipe, stages=recipe.stages, processes=processes, devices=devices)
+
+
+def test_a_7b_model_on_one_of_eight_gpus_is_refused_with_all_of_them_to_mend(source: str) -> None:
+    found = _found(sheared_llama(source, "training.engine=torch"), processes=1, gigabytes=80)
+    assert found.unfit is not None
+    assert "a step of prune takes 1" in found.unfit.allowed
+    assert "80.0 GB of one GPU" in found.unfit.allowed
+    assert "training.engine=deepspeed" in found.unfit.mend
+    assert "--gpus 8" in found.unfit.mend
+    assert "idle: 7 of this machine's 8 GPUs; --gpus 8 starts a process on each of 8" in found.notes
+
+
+def test_what_fits_needs_no_word(source: str) -> None:
+    assert _found(sheared_llama(source, *ZERO_2), processes=8, gigabytes=80) == Capacity(unfit=None, notes=[])
+
+
+def test_an_evaluation_leaves_the_others_idle_without_a_word(source: str) -> None:
+    devices = Devices(name="A100", memory=80 * 10**9, count=8)
+    assert capacity(sheared_llama(source), stages=["evaluate"], processes=1, devices=devices).notes == []
+
+
+def test_the_main_process_has_to_hold_the_whole_model_at_first(source: str) -> None:
+    found = _found(sheared_llama(source, "training.engine=deepspeed"), processes=8, gigabytes=24)
+    assert found.unfit is not None
+    assert "loading for prune takes 27.0 GB" in found.unfit.allowed
+    assert "the main process loads the whole model in fp32" in found.unfit.mend
+
+
+def test_what_is_tight_and_what_can_be_done_elsewhere_are_only_said(source: str) -> None:
+    found = _found(sheared_llama(source, *ZERO_2), processes=8, gigabytes=34)
+    assert found.unfit is None
+    tight, evaluation = (
+        next(note for note in found.notes if note.startswith(start)) for start in ("tight", "perhaps too large")
+    )
+    assert "a step of prune takes 32.7 GB of 34.0 GB" in tight
+    assert "evaluation takes 45." in evaluation
+
+
+@pytest.mark.parametrize("override", ["training.compile=true", "pretrain.lora={}"])
+def test_what_takes_less_than_is_counted_is_not_refused(source: str, override: str) -> None:
+    recipe = sheared_llama(source, "training.engine=torch", override)
+    stages = ["pretrain"]
+    devices = Devices(name="A100", memory=int(25e9), count=1)
+    found = capacity(recipe, stages=stages, processes=1, devices=devices)
+    assert found.unfit is None
+    assert any(note.startswith("perhaps too large: a step of pretrain") for note in found.notes)
+
+
+def test_preflight_refuses_unless_the_recipe_wants_to_try(tiny_recipe: Path) -> None:
+    with pytest.raises(ShearingError, match="loading for prune takes") as error:
+        preflight(RunContext(load_recipe(tiny_recipe)), devices=TINY)
+    assert error.value.field == "training.engine"
+    assert "training.memory_check=warn" in error.value.mend
+    tried = load_recipe(tiny_recipe, overrides=["training.memory_check=warn"])
+    assert preflight(RunContext(tried), devices=TINY).notes[0].startswith("too large: ")
+    # A recipe that is only looked at may be meant for another machine.
+    looked_at = preflight(RunContext(load_recipe(tiny_recipe)), devices=TINY, starts=False)
+    assert looked_at.notes[0].startswith("too large: ")
+    assert not any(note.startswith("idle") for note in looked_at.notes)
+
+
+def test_without_gpus_nothing_is_said(tiny_recipe: Path) -> None:
+    assert preflight(RunContext(load_recipe(tiny_recipe))).notes == []
+
+
+def test_a_run_says_what_it_leaves_idle(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Devices, "here", lambda _: Devices(name="A100", memory=80 * 10**9, count=3))
+    result = shear("prune", tiny_recipe)
+    assert result.exit_code == 0, result.output
+    # Two sequences a step: three processes cannot share them.
+    assert "idle: 2 of this machine's 3 GPUs; --gpus 2 starts a process on each of 2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus", "many"], "all, or a number from 1"),
+        (["--gpus", "0"], "all, or a number from 1"),
+        (["--gpus", "3"], "prune.batch_size"),
+        (["--gpus", "2", "training.device=auto"], "1 to 1, the GPUs of this machine"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be(arguments: list[str], expected: str, tiny_recipe: Path) -> None:
+    assert expected in error_of("prune", tiny_recipe, *arguments)
+
+
+def test_a_launcher_has_already_said_how_many(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "without a launcher" in error_of("prune", tiny_recipe, "--gpus", "1")
