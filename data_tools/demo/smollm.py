@@ -119,7 +119,7 @@ def save_model(source: StoredModel, *, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from shearing.models.saving import write_model
+    from shearing.models.stored.saving import write_model
 
     metadata = source.metadata
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -64,7 +64,7 @@ def export(
     two_of_four = {"--batch": batch, "--precision": precision, "--backend": backend, "--margin": margin}
     _require_unset(plain if semi_structured else two_of_four, semi_structured=semi_structured)
     if not semi_structured:
-        from shearing.models.saving import SHARD_BYTES
+        from shearing.models.stored.saving import SHARD_BYTES
         from shearing.runs.export.export import export as write
 
         write(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shearing.models.masked import MaskedModel, Masks
     from shearing.models.recipe import ModelRecipe, TargetRecipe
     from shearing.models.shape import Shape, config_for, resolve_target
-    from shearing.models.stored_model import open_source
+    from shearing.models.stored.stored_model import open_source
 
 __all__ = [
     "FAMILIES",

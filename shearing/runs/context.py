@@ -22,7 +22,7 @@ from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.models.loading import load_config, load_tokenizer
 from shearing.models.shape import Shape
-from shearing.models.stored_model import stored_fingerprint
+from shearing.models.stored.stored_model import stored_fingerprint
 from shearing.objectives.teacher_cache.cache import TeacherCache
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples

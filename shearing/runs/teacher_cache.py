@@ -20,7 +20,7 @@ from shearing.files.durable import locked, require_writable
 from shearing.files.full_disk import full_disk_said
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.loading import load_config, load_source, load_tokenizer
-from shearing.models.stored_model import stored_fingerprint
+from shearing.models.stored.stored_model import stored_fingerprint
 from shearing.objectives.teacher_cache.cache import Conditions, TeacherCache
 from shearing.objectives.teacher_cache.draws import MOST_DRAWS, Draws
 from shearing.objectives.teacher_cache.form import Form

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from shearing.models.saving import write_model
+from shearing.models.stored.saving import write_model
 from shearing.runs.recipe import load_recipe
 from shearing.runs.stages.run import run
 from tests.models.test_spellings import CASES, config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shearing.models.anatomy import anatomy_of
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Matrix, Place, places_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 
 
 @dataclass(frozen=True)

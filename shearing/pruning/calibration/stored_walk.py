@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import skeleton
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need

@@ -18,7 +18,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
-from shearing.models.stored_model import Source, dtype_of, open_source
+from shearing.models.stored.stored_model import Source, dtype_of, open_source
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration, load_calibration

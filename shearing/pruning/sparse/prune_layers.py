@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, places_of, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite

@@ -15,10 +15,10 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree, require_writable
 from shearing.files.full_disk import full_disk_said
-from shearing.models.companions import copy_companions
-from shearing.models.saving import DTYPES, SHARD_BYTES, write_model
 from shearing.models.serving import misfits
 from shearing.models.shape import Shape
+from shearing.models.stored.companions import copy_companions
+from shearing.models.stored.saving import DTYPES, SHARD_BYTES, write_model
 from shearing.pruning.sparse.stored.trained import write_trained
 from shearing.runs.export.card import write_card
 from shearing.runs.export.check import difference, logits_of, opened, require_same, round_weights

@@ -11,9 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.companions import folder_of
 from shearing.models.loading import load_config, load_source
-from shearing.models.stored_model import dtype_of_weights
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext

@@ -21,7 +21,7 @@ from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_tokenizer, skeleton
 from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
-from shearing.models.stored_model import require_finite
+from shearing.models.stored.stored_model import require_finite
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit

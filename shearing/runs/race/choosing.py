@@ -18,8 +18,8 @@ from shearing.files.tensors import write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import Selection, compact
 from shearing.models.masked import MaskedModel, Masks
-from shearing.models.saving import write_model
 from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.stored.saving import write_model
 from shearing.progress import activity
 from shearing.pruning.structured.granularities import as_masks, granularities_of
 from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, with_biases

@@ -12,11 +12,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, write_json
-from shearing.models.companions import copy_companions, folder_of
 from shearing.models.cutting import Selection, compact as cut
 from shearing.models.masked import MaskedModel, Masks
-from shearing.models.saving import write_model
 from shearing.models.shape import Shape, resolve_target
+from shearing.models.stored.companions import copy_companions, folder_of
+from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES

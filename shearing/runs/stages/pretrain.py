@@ -13,10 +13,10 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree
 from shearing.files.full_disk import full_disk_said
-from shearing.models.companions import copy_companions
 from shearing.models.correspondence import Correspondence
-from shearing.models.saving import write_model
 from shearing.models.shape import Shape
+from shearing.models.stored.companions import copy_companions
+from shearing.models.stored.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.models.companions import folder_of
-from shearing.models.saving import DTYPES
-from shearing.models.stored_model import dtype_of_weights
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.saving import DTYPES
+from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
 from shearing.pruning.sparse.stored.trained import masks_beside

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shearing.models.stored_model import Source, open_source
+from shearing.models.stored.stored_model import Source, open_source
 from shearing.pruning.calibration.dense_layers import dense_layers, dense_units
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need

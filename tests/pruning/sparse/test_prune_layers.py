@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.stored_model import open_source
+from shearing.models.stored.stored_model import open_source
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from shearing.errors import ShearingError
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration

@@ -12,7 +12,7 @@ from typing import Any
 
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.sparse.allocation.allocator import mean_density
 from shearing.pruning.sparse.patterns import Pattern, pattern_of

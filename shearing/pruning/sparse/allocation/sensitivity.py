@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from shearing.files.result_cache import Cached
 from shearing.models.anatomy import backbone, decoder_layers, head_weight
 from shearing.models.loading import load_source
-from shearing.models.stored_model import Source
+from shearing.models.stored.stored_model import Source
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix

@@ -22,7 +22,7 @@ from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree, locked, require_writable, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import overwrite
-from shearing.models.stored_model import Source, dtype_of, open_source
+from shearing.models.stored.stored_model import Source, dtype_of, open_source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES

@@ -21,8 +21,8 @@ from torch import Tensor
 from shearing.files.durable import flush_folder, flush_tree, read_json, write_json
 from shearing.files.tensors import overwrite
 from shearing.models.shape import Shape
-from shearing.models.spellings import in_both_spellings
-from shearing.models.stored_model import Source
+from shearing.models.stored.spellings import in_both_spellings
+from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.sparse.allocation.file import FILE_NAME as ALLOCATION, StoredAllocation
 from shearing.pruning.sparse.allocation.picture import FILE_NAME as PICTURE, draw_allocation

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.stored_model import open_source
+from shearing.models.stored.stored_model import open_source
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.files.result_cache import Cached, cache_folder
-from shearing.models.stored_model import Source, open_source
+from shearing.models.stored.stored_model import Source, open_source
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.stored_model import open_source
+from shearing.models.stored.stored_model import open_source
 from shearing.pruning.calibration.dense_layers import dense_layers
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute

@@ -18,9 +18,9 @@ from torch import Tensor
 from shearing.errors import ShearingError
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
-from shearing.models.companions import companions, copy_companions, folder_of
 from shearing.models.loading import load_config, load_source, skeleton
-from shearing.models.saving import INDEX, WEIGHTS, write_model
+from shearing.models.stored.companions import companions, copy_companions, folder_of
+from shearing.models.stored.saving import INDEX, WEIGHTS, write_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

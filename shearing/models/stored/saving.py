@@ -14,7 +14,7 @@ from torch import Tensor
 from shearing.errors import ShearingError, key
 from shearing.files.durable import write_json
 from shearing.files.tensors import write_tensors
-from shearing.models.spellings import in_both_spellings
+from shearing.models.stored.spellings import in_both_spellings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.saving import write_model
+from shearing.models.stored.saving import write_model
 from tests.models.tiny import CONFIGS, tiny_model
 
 

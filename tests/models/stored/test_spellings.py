@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from shearing.models.saving import write_model
-from shearing.models.spellings import in_both_spellings
+from shearing.models.stored.saving import write_model
+from shearing.models.stored.spellings import in_both_spellings
 
 LLAMA3 = {
     "rope_type": "llama3",

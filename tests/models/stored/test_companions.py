@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shearing.models.companions import FILES, companions, copy_companions, folder_of
+from shearing.models.stored.companions import FILES, companions, copy_companions, folder_of
 
 GO = {
     "tokenizer.json",
