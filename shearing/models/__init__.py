@@ -64,7 +64,7 @@ __getattr__ = late(
         "keep_attention_within_documents": "attention",
         "load_config": "loading",
         "load_source": "loading",
-        "open_source": "stored_model",
+        "open_source": "stored.stored_model",
         "resolve_target": "shape",
     },
 )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from shearing.models.stored.saving import write_model
 from shearing.runs.recipe import load_recipe
 from shearing.runs.stages.run import run
-from tests.models.test_spellings import CASES, config
+from tests.models.stored.test_spellings import CASES, config
 from tests.models.tiny import CONFIGS, tiny_model
 
 VERSION_4 = os.environ.get("SHEARING_TRANSFORMERS4")
