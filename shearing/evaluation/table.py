@@ -92,8 +92,9 @@ class ComparisonTable:
             names = "\n".join(f"{letter}  {name}" for letter, name in zip(headings, self.models, strict=True))
             caption = f"{names}\n{caption}"
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), caption=escape(caption), caption_justify="left")
-        # Figures are what is read: headings of sections fold before a figure loses a digit.
-        table.add_column("", max_width=_LABELS, overflow="fold")
+        # Many models: headings of sections fold before a figure loses a digit.
+        lettered = headings is not self.models
+        table.add_column("", no_wrap=not lettered, max_width=_LABELS if lettered else None, overflow="fold")
         for model in headings:
             # Headings wrap between words and never inside one.
             table.add_column(
@@ -101,7 +102,7 @@ class ComparisonTable:
                 justify="right",
                 min_width=max(map(len, model.split()), default=0),
                 max_width=13,
-                no_wrap=headings is not self.models,
+                no_wrap=lettered,
             )
         for index, section in enumerate(self.sections):
             if index > 0:

@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> Recipe:
     data = tiny_recipe_data(tmp_path, run_dir=tmp_path / "run")
     data["sparsify"] = {"criterion": "wanda", "pattern": "2:4"}
     data["pretrain"]["lora"] = {}
-    data["distill"] = {}
+    data["distill"] = {"hidden": {}}
     return Recipe.model_validate(data)
 
 

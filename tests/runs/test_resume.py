@@ -235,7 +235,7 @@ def test_training_of_a_sparse_model_killed_at_its_checkpoints(lora: bool, tiny_i
     assert kills
     _finish_all(recipe, stages=SPARSE)
     _assert_same("pretrain", whole=tmp_path / "whole", folder=tmp_path / "run")
-    for name in ("masks.safetensors", "model.safetensors"):
+    for name in ("masks.packed", "model.safetensors"):
         assert (directory.model / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
     assert differences(directory.model) == []
 

@@ -54,7 +54,7 @@ def test_a_mark_changes_neither_the_schema_nor_what_is_taken() -> None:
 
 
 def test_neutral_keys_of_a_run() -> None:
-    stage = ("micro_batch_size", "checkpoint_interval", "keep_last", "keep_every")
+    stage = ("micro_batch_size", "checkpoint_interval", "checkpoint_minutes", "keep_last", "keep_every")
     training = (
         "engine",
         "deepspeed",
@@ -65,6 +65,7 @@ def test_neutral_keys_of_a_run() -> None:
         "log_interval",
         "trackers",
         "timeout",
+        "memory_check",
     )
     assert neutral_keys(Recipe) == {
         "name",
@@ -75,6 +76,8 @@ def test_neutral_keys_of_a_run() -> None:
         *(f"pretrain.{name}" for name in stage),
         "sparsify.micro_batch_size",
         "sparsify.offload",
+        "distill.placement",
+        "distill.cache_missing",
         *(f"training.{name}" for name in training),
         "evaluation",
     }

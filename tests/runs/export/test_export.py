@@ -146,7 +146,7 @@ def test_a_folder_of_a_sparse_model_keeps_masks_and_a_true_manifest(adapted: Run
 def test_what_computes_something_else_is_refused(
     dense: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shearing.models import saving
+    from shearing.models.stored import saving
     from shearing.runs.export import export as exporting
 
     def damaged(model: Any, folder: Path, **settings: Any) -> None:
