@@ -20,8 +20,8 @@ from shearing.settings.quantities import format_parameters, format_tokens
 
 Evaluation = Mapping[str, Any]
 
-_WIDTH, _CELL, _LABELS = 78, 8, 24
-"""Characters of a terminal of 100 columns that are left for models, and of a cell."""
+_WIDTH, _CELL, _LABELS = 78, 8, 14
+"""Characters of a terminal of 100 columns that are left for models, of a cell, and of labels where there are many."""
 
 _UNITS = {
     "layers": "layers",
@@ -91,10 +91,15 @@ class ComparisonTable:
             headings = [chr(ord("a") + index) for index in range(len(self.models))]
             names = "\n".join(f"{letter}  {name}" for letter, name in zip(headings, self.models, strict=True))
             caption = f"{names}\n{caption}"
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), caption=escape(caption), caption_justify="left")
-        # Many models: headings of sections fold before a figure loses a digit.
+        # Many models: columns stand close, and labels fold before a figure loses a digit.
         lettered = headings is not self.models
-        table.add_column("", no_wrap=not lettered, max_width=_LABELS if lettered else None, overflow="fold")
+        table = Table(
+            box=None if lettered else box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0) if lettered else (0, 1),
+            caption=escape(caption),
+            caption_justify="left",
+        )
+        table.add_column("", no_wrap=not lettered, min_width=_LABELS if lettered else None, overflow="fold")
         for model in headings:
             # Headings wrap between words and never inside one.
             table.add_column(
@@ -106,6 +111,8 @@ class ComparisonTable:
             )
         for index, section in enumerate(self.sections):
             if index > 0:
+                if lettered:
+                    table.add_row()
                 table.add_row(f"[italic dim]{section.heading}[/]")
             for label, cells in section.rows:
                 texts = [f"[bold green]★ {cell.text}[/]" if cell.best else cell.text for cell in cells]

@@ -145,6 +145,22 @@ def test_what_each_model_kept_and_took_stands_above_its_losses(evaluation: dict[
     assert [cell.text for cell in rows[2][1]] == ["0", *["1.2e15"] * 4]
 
 
+def test_seven_models_fit_eighty_columns_with_every_figure(evaluation: dict[str, Any]) -> None:
+    models = evaluation["models"]
+    for name in ("magnitude", "reconstruction"):
+        models[name] = {**copy.deepcopy(models["random"]), "label": f"units chosen by {name}, refitted"}
+    table = comparison_table(evaluation)
+    assert len(table.models) == 7
+    output = io.StringIO()
+    Console(file=output, width=80).print(table.rich())
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for section in table.sections:
+        for label, cells in section.rows:
+            figures = " ".join(f"★ {cell.text}" if cell.best else cell.text for cell in cells)
+            assert any(" ".join(line.split()).endswith(figures) for line in lines), label
+
+
 def test_names_too_long_for_headings_stand_below_letters(evaluation: dict[str, Any]) -> None:
     models = evaluation["models"]
     for name in ("reconstruction", "reconstruction, refitted", "chosen by reconstruction, refitted, trained"):
