@@ -98,7 +98,8 @@ def plan(
 ) -> None:
     """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
     resolved = load(recipe, overrides)
-    from shearing.runs.planning.plan import Hardware, plan as make, render
+    from shearing.runs.planning.plan import Hardware, plan as make
+    from shearing.runs.planning.plan_tables import render
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
     Console().print(render(make(resolved, hardware=hardware)))

@@ -1,0 +1,121 @@
+"""The plan of a run as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shearing.runs.planning.hardware import GPUS
+from shearing.runs.planning.plan import RunPlan
+from shearing.runs.planning.summary import shape_cells
+
+
+def render(plan: RunPlan) -> RenderableType:
+    """The plan as tables for a terminal."""
+    hardware = plan.hardware
+    size = "" if hardware.memory is None else f" of {hardware.memory / 1e9:.0f} GB"
+    precision = "bf16" if plan.precision == torch.bfloat16 else "fp32"
+    title = Text(f"{plan.name} on {hardware.processes} x {hardware.name}{size}, {precision}")
+    parts: list[RenderableType] = [title, "", _shapes(plan), "", _stages(plan)]
+    parts += [Text(note, style="dim") for note in _notes(plan)]
+    parts += ["", Text(f"memory of one GPU in GB when it holds most ({_settings(plan)})"), _memory(plan)]
+    if hardware.memory is None:
+        parts.append(Text("whether it fits: give --memory GB, or --gpu with one of the names above"))
+    if any(hardware.fit(stage.memory[plan.choice.zero_stage]) == "tight" for stage in plan.stages):
+        parts.append(Text("tight: less than a tenth is left for CUDA's context, workspaces and fragmentation"))
+    if plan.advice is not None:
+        parts += ["", Text(plan.advice, style="bold")]
+    return Group(*parts)
+
+
+def _shapes(plan: RunPlan) -> Table:
+    table = _table("model", "parameters", "without embeddings", "shape")
+    table.add_row("source", *shape_cells(plan.source))
+    if plan.teacher is not None:
+        table.add_row("teacher", *shape_cells(plan.teacher))
+    if plan.target is None:
+        return table
+    if plan.budget is None:
+        table.add_row("target", *shape_cells(plan.target))
+    else:
+        about = f"to be learned; figures below are of the source with {plan.target.num_hidden_layers} layers"
+        table.add_row("target", f"{plan.budget:,} at most", "", about)
+    return table
+
+
+def _stages(plan: RunPlan) -> Table:
+    hours = f"hours at MFU {plan.hardware.mfu:g}"
+    teacher = [] if plan.teacher is None else ["teacher's FLOPs"]
+    table = _table("stage", "steps", "tokens", "FLOPs", *teacher, "held-out FLOPs", hours, "checkpoints", "staged")
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.steps:,}",
+            f"{stage.tokens / 1e9:,.2f}B",
+            f"{stage.flops:.2e}",
+            *([f"{stage.teacher_flops:.2e}"] if teacher else []),
+            "n/a" if stage.heldout_flops is None else f"{stage.heldout_flops:.2e}",
+            "n/a" if stage.seconds is None else f"{stage.seconds / 3600:,.1f}",
+            f"{stage.disk / 1e9:,.1f} GB",
+            f"{stage.memory[plan.choice.zero_stage].staging / 1e9:,.1f} GB",
+        )
+    return table
+
+
+def _notes(plan: RunPlan) -> Iterator[str]:
+    if plan.within_documents:
+        yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
+    yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
+    if plan.one_shot:
+        yield "sparsify: not in these figures; it holds one layer at a time on one GPU, and writes the model twice"
+    if plan.adapters:
+        yield "pretrain: at most; figures are those of training all weights, adapters take less memory and disk"
+    if any(stage.seconds is None for stage in plan.stages):
+        known = ", ".join(gpu.name for gpu in GPUS)
+        yield f"hours: no peak is known of {plan.hardware.name}; name a GPU with --gpu: {known}"
+    if any(stage.heldout_flops is None for stage in plan.stages):
+        yield "held-out losses are left out: neither data.domains nor the corpus says how many domains there are"
+
+
+def _settings(plan: RunPlan) -> str:
+    batches = ", ".join(f"{stage.stage} {stage.workload.micro_batch_size}" for stage in plan.stages)
+    return f"micro-batch: {batches} sequences; activation checkpointing: {plan.choice.checkpointing}"
+
+
+def _memory(plan: RunPlan) -> Table:
+    teacher = [] if plan.teacher is None else ["teacher"]
+    table = _table(
+        "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
+    )
+    host = any(memory.host for stage in plan.stages for memory in stage.memory.values())
+    if host:
+        table.add_column("in host memory", justify="right")
+    for stage in plan.stages:
+        for zero_stage, memory in stage.memory.items():
+            chosen = zero_stage == plan.choice.zero_stage
+            engine = "torch" if zero_stage == 0 else f"ZeRO-{zero_stage}"
+            held = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
+            held += [memory.teacher] if teacher else []
+            held.append(memory.total)
+            table.add_row(
+                stage.stage if zero_stage == 0 else "",
+                f"{engine} (chosen)" if chosen else engine,
+                *(f"{count / 1e9:,.1f}" for count in held),
+                plan.hardware.fit(memory),
+                memory.moment.partition(",")[0],
+                *([f"{memory.host / 1e9:,.1f}"] if host else []),
+                style="bold" if chosen else None,
+            )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        words = column in ("model", "shape", "stage", "engine", "fits", "when")
+        table.add_column(column, justify="left" if words else "right")
+    return table
