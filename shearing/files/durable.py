@@ -23,6 +23,25 @@ def existing_folder(path: Path) -> Path:
     return existing
 
 
+def require_new(path: Path, *, field: str) -> None:
+    """Check that there is nothing yet where a folder is to be made.
+
+    Args:
+        path: of the folder.
+        field: the setting that names it.
+
+    Raises:
+        ShearingError: there is something.
+    """
+    if path.exists():
+        raise ShearingError(
+            field,
+            value=str(path),
+            allowed="a folder that does not exist yet",
+            mend="choose another folder, or remove what is there",
+        )
+
+
 def require_writable(path: Path, *, field: str) -> None:
     """Check that files can be written below a folder, without writing any.
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -20,6 +22,21 @@ def is_disk_full(error: BaseException) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors wraps the operating system's error in its text.
     return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+
+
+def no_room_for_model(output: Path, *, field: str) -> ShearingError:
+    """The error about a disk on which a model's folder has no room.
+
+    Args:
+        output: the folder that was to be made.
+        field: the setting that names it.
+    """
+    return ShearingError(
+        field,
+        value=f"{output.parent}, with {shutil.disk_usage(output.parent).free / 1e9:.2f} GB free",
+        allowed="a disk with room for the model",
+        mend="free space and run the same command again, or choose a folder on another disk",
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.table import comparison_table
-from shearing.files.durable import locked, read_json, require_writable, write_json
+from shearing.files.durable import locked, read_json, require_new, require_writable, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.progress import activity, max_memory
 from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
@@ -129,14 +129,8 @@ def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console)
 
 
 def _require_place(output: Path) -> None:
-    if (output / MANIFEST).is_file() or not output.exists():
-        return
-    raise ShearingError(
-        "output",
-        value=str(output),
-        allowed="a folder that does not exist yet",
-        mend="choose another output, or remove what is there",
-    )
+    if not (output / MANIFEST).is_file():
+        require_new(output, field="output")
 
 
 def _continue_or_begin(partial: Path, job: Job) -> None:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
-from shearing.files.durable import flush_folder, flush_tree, require_writable
-from shearing.files.full_disk import full_disk_said
+from shearing.files.durable import flush_folder, flush_tree, require_new, require_writable
+from shearing.files.full_disk import full_disk_said, no_room_for_model
 from shearing.models.serving import misfits
 from shearing.models.shape import Shape
 from shearing.models.stored.companions import copy_companions
@@ -91,7 +91,7 @@ def export(
     beside = output.with_name(f".{output.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with full_disk_said(lambda: _no_room(output)):
+        with full_disk_said(lambda: no_room_for_model(output, field="--output")):
             made = _written(origin, beside, to=output, dtype=name, shard_bytes=shard_bytes)
             flush_tree(beside)
             beside.rename(output)
@@ -167,13 +167,7 @@ def _say(made: Exported, *, origin: Origin, console: Console) -> None:
 
 
 def _require_options(*, output: Path, dtype: str | None, shard_bytes: int) -> None:
-    if output.exists():
-        raise ShearingError(
-            "--output",
-            value=str(output),
-            allowed="a folder that does not exist yet",
-            mend="choose another folder, or remove what is there",
-        )
+    require_new(output, field="--output")
     require_writable(output, field="--output")
     if dtype is not None and dtype not in DTYPES:
         raise ShearingError(
@@ -181,12 +175,3 @@ def _require_options(*, output: Path, dtype: str | None, shard_bytes: int) -> No
         )
     if shard_bytes < 1:
         raise ShearingError("--shard-size", value=shard_bytes, allowed="at least 1 byte", mend="write it as '5 GB'")
-
-
-def _no_room(output: Path) -> ShearingError:
-    return ShearingError(
-        "--output",
-        value=f"{output.parent}, with {shutil.disk_usage(output.parent).free / 1e9:.2f} GB free",
-        allowed="a disk with room for the model",
-        mend="free space and run the same command again, or choose a folder on another disk",
-    )

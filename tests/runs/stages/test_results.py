@@ -21,6 +21,7 @@ from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.run import run
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
 from tests.conftest import tiny_recipe_data
+from tests.models.stored.test_spellings import LLAMA3
 
 BESIDE = {
     "tokenizer.json",
@@ -31,13 +32,6 @@ BESIDE = {
     "generation_config.json",
     "README.md",
     "LICENSE",
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }
 
 

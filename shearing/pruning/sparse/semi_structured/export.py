@@ -19,8 +19,8 @@ from rich.console import Console
 
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
-from shearing.files.durable import flush_folder, flush_tree, locked, require_writable, write_json
-from shearing.files.full_disk import full_disk_said
+from shearing.files.durable import flush_folder, flush_tree, locked, require_new, require_writable, write_json
+from shearing.files.full_disk import full_disk_said, no_room_for_model
 from shearing.files.tensors import overwrite
 from shearing.models.stored.stored_model import Source, dtype_of, open_source
 from shearing.progress import activity
@@ -122,11 +122,11 @@ def export(
     console = console or Console()
     _require_options(batches=batches, precision=precision, backend=backend, margin=margin)
     hardware = hardware or find_hardware(backend=backend)
-    _require_place(output)
+    require_new(output, field="--output")
     require_writable(output, field="--output")
     transformers.utils.logging.disable_progress_bar()
     partial = output.with_name(f"{output.name}.partial")
-    with locked(partial, field="--output"), full_disk_said(lambda: _no_room(output)):
+    with locked(partial, field="--output"), full_disk_said(lambda: no_room_for_model(output, field="--output")):
         try:
             source = open_source(model, revision=revision, converted=partial / "source")
             _require_room(output, source=source)
@@ -276,19 +276,9 @@ def _require_options(*, batches: Sequence[int], precision: str, backend: str, ma
         )
 
 
-def _require_place(output: Path) -> None:
-    if output.exists():
-        raise ShearingError(
-            "--output",
-            value=str(output),
-            allowed="a folder that does not exist yet",
-            mend="choose another folder, or remove what is there",
-        )
-
-
 def _require_room(output: Path, *, source: Source) -> None:
     if shutil.disk_usage(output.parent).free < source.weight_bytes():
-        raise _no_room(output)
+        raise no_room_for_model(output, field="--output")
 
 
 def _require_gain(verdicts: Mapping[str, Verdict], *, batches: Sequence[int]) -> None:
@@ -306,15 +296,6 @@ def _precision_of(source: Source, matrices: Sequence[Matrix], *, asked: str) -> 
     if asked != "auto":
         return asked
     return "fp16" if dtype_of(source, matrices[0].name) == torch.float16 else "bf16"
-
-
-def _no_room(output: Path) -> ShearingError:
-    return ShearingError(
-        "--output",
-        value=f"{output.parent}, with {shutil.disk_usage(output.parent).free / 1e9:.2f} GB free",
-        allowed="a disk with room for the model",
-        mend="free space and run the same command again, or choose a folder on another disk",
-    )
 
 
 def _module(matrix: Matrix) -> str:
