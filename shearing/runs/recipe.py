@@ -271,7 +271,8 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if recipe.prune is not None and not of_stages:
         per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
         budget = recipe.target is not None and recipe.target.parameters is not None
-        yield from _renamed(masking_contradictions(recipe.prune, budget=budget, tokens_per_step=per_step))
+        found = masking_contradictions(recipe.prune, budget=budget, tokens_per_step=per_step)
+        yield from _renamed(found, names={**COMPONENT_NAMES, "duration": "prune.duration"})
     read = {
         "evaluation.tokens_per_domain": recipe.evaluation.tokens_per_domain,
         "mixture.heldout_tokens": recipe.mixture.heldout_tokens,

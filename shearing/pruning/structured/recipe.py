@@ -194,12 +194,12 @@ def masking_contradictions(prune: PruneRecipe, *, budget: bool, tokens_per_step:
 def _cut_at_once_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[ShearingError]:
     """What a stage of no steps cannot do: its start is its end."""
     if prune.graded_by is None or budget:
-        lacking = "a target in sizes" if budget else f"{key('masks')}=learned with graded {key('initial_masks')}"
+        needed = "sizes by name" if budget else f"{key('masks')}=learned and {key('initial_masks')} other than open"
         yield ShearingError(
             "duration",
             value=str(prune.duration),
-            allowed=f"at least one step, or 0 with {lacking}: units are then chosen by their scores alone",
-            mend=f"write a longer {key('duration')}, or give {lacking}",
+            allowed=f"at least one step, or 0 with {needed}: units then go by their scores alone",
+            mend=f"write a longer {key('duration')}, or give {needed}",
         )
     elif prune.sparsity_warmup.steps or prune.sparsity_warmup.tokens:
         yield ShearingError(

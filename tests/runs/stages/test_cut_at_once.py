@@ -58,8 +58,8 @@ def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("prune.initial_masks=open", "graded prune.initial_masks"),
-        ("prune.masks=staged", "prune.masks=learned"),
+        ("prune.initial_masks=open", r"prune\.duration = '0 steps'\n.*prune\.initial_masks other than open"),
+        ("prune.masks=staged", r"prune\.duration = '0 steps'\n.*prune\.masks=learned"),
         ("prune.sparsity_warmup=2 steps", r"prune\.sparsity_warmup"),
         ("pretrain.duration=0 steps", r"pretrain\.duration"),
     ],
