@@ -3,8 +3,8 @@
 For every seed the recipe's mask learning and cutting are done once; each row then trains that model with one way of
 distilling, for as many tokens as plain cross-entropy (`ce`), and once more for as many FLOPs: 6 N_S a token for a
 student of N_S parameters, and 2 N_T more for a teacher of N_T, but in the row `cached`, whose teacher was asked before.
-Losses are of the test split of the domains that are trained on, and of text of none (`evaluation.outside`). A row is a
-run and a file: an interrupted benchmark continues.
+The validation split chooses the best row; the losses that judge are of the test split of the domains that are trained
+on, and of text of none (`evaluation.outside`). A row is a run and a file: an interrupted benchmark continues.
 
     python benchmarks/distillation.py [key=value …] [--quick] [--recipe recipes/demo.yaml] [--seeds 0] [--steps 30 190]
 """
@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.corpus.format import HeldOutSplit, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss
@@ -113,10 +113,18 @@ class Bench:
             pretrain(context)
             seconds = [line["seconds"] for line in _lines(context.directory.pretrain / "metrics.jsonl")]
             model = load_source(str(context.directory.model), device=context.device, dtype=torch.float32)
-            inside = self._losses(model, corpus=context.corpus, context=context)
-            outside = {} if context.outside is None else self._losses(model, corpus=context.outside, context=context)
-            middle = statistics.median(seconds[1:] or seconds)
-            write_json(result, {"losses": inside, "outside": outside, "steps": steps, "seconds": middle})
+            write_json(
+                result,
+                {
+                    "validation": self._losses(model, corpus=context.corpus, split="validation", context=context),
+                    "losses": self._losses(model, corpus=context.corpus, split="test", context=context),
+                    "outside": {}
+                    if context.outside is None
+                    else self._losses(model, corpus=context.outside, split="test", context=context),
+                    "steps": steps,
+                    "seconds": statistics.median(seconds[1:] or seconds),
+                },
+            )
         return read_json(result)
 
     def _ask(self, recipe: Recipe) -> None:
@@ -136,12 +144,14 @@ class Bench:
         )
         write(asked, console=self.console)
 
-    def _losses(self, model: PreTrainedModel, *, corpus: Corpus, context: RunContext) -> dict[str, float]:
+    def _losses(
+        self, model: PreTrainedModel, *, corpus: Corpus, split: HeldOutSplit, context: RunContext
+    ) -> dict[str, float]:
         recipe = self.recipe
         losses = heldout_loss(
             model,
             corpus,
-            split="test",
+            split=split,
             tokens_per_domain=recipe.evaluation.tokens_per_domain,
             sequence_length=recipe.data.sequence_length,
             micro_batch_size=recipe.evaluation.micro_batch_size,
@@ -176,7 +186,8 @@ Results = dict[tuple[str, str], dict[int, dict[str, Any]]]
 def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
     """Figures of each row with its paired differences to cross-entropy, and the best row beside it.
 
-    The best is the one of lowest loss inside, at equal tokens. Spreads are standard errors of the mean.
+    The best is the one of lowest loss on validation text, at equal tokens: test text judges, and chooses nothing.
+    Spreads are standard errors of the mean.
     """
     plain = results[CE, "tokens"]
     rows: dict[str, Any] = {}
@@ -188,6 +199,7 @@ def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
         rows[f"{row}, equal {equal}"] = {
             "steps": next(iter(of_seeds.values()))["steps"],
             "domains": domains,
+            "validation": statistics.mean(_means(of_seeds, "validation").values()),
             "inside": statistics.mean(_means(of_seeds, "losses").values()),
             "minus_ce": paired(_means(of_seeds, "losses"), _means(plain, "losses")),
             "outside": statistics.mean(outside) if (outside := _means(of_seeds, "outside").values()) else None,
@@ -195,7 +207,7 @@ def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
             "seconds": statistics.median(each["seconds"] for each in of_seeds.values()),
         }
     rivals = [row for row, equal in results if row != CE and equal == "tokens"]
-    best = min(rivals, key=lambda row: rows[f"{row}, equal tokens"]["inside"])
+    best = min(rivals, key=lambda row: rows[f"{row}, equal tokens"]["validation"])
     listening, short, alone, cached = (
         rows.get(name)
         for name in (
@@ -219,7 +231,7 @@ def summarise(results: Results, *, ratios: dict[str, float]) -> dict[str, Any]:
 
 
 def _means(of_seeds: dict[int, dict[str, Any]], kind: str) -> dict[int, float]:
-    """Mean loss over the domains of a kind, `losses` or `outside`, by seed; empty where there are none."""
+    """Mean over the domains of `validation`, `losses` or `outside`, by seed; empty where there are none."""
     return {seed: statistics.mean(each[kind].values()) for seed, each in of_seeds.items() if each[kind]}
 
 
@@ -227,11 +239,12 @@ def table_of(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of one length."""
     rows = figures["rows"]
     domains = list(next(iter(rows.values()))["domains"])
-    head = ["trained by", "steps", *domains, "mean", "- ce", "outside", "- ce", "s/step"]
+    head = ["trained by", "steps", "validation", *domains, "mean", "- ce", "outside", "- ce", "s/step"]
     cells = [
         [
             name,
             str(row["steps"]),
+            f"{row['validation']:.3f}",
             *(f"{row['domains'][domain]:.3f}" for domain in domains),
             f"{row['inside']:.3f}",
             _difference(row["minus_ce"]),
@@ -252,7 +265,9 @@ def _difference(gains: dict[str, Any] | None) -> str:
 
 def print_table(figures: dict[str, Any], *, console: Console) -> None:
     """Of one length."""
-    table = Table(title="loss on test text, nats per token; differences are paired, ± standard error")
+    table = Table(
+        title="loss, nats per token: mean of validation text, then test text; paired differences ± standard error"
+    )
     head, cells = table_of(figures)
     for name in head:
         table.add_column(name, justify="left" if name == head[0] else "right")
