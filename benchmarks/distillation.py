@@ -338,6 +338,7 @@ prune: {duration: 10 steps, batch_size: 8, micro_batch_size: 8, learning_rate: 1
 def _benches(arguments: argparse.Namespace, *, recipe: Path, output: Path, console: Console) -> Iterator[Bench]:
     for seed in arguments.seeds:
         common = ["mixture.update=constant", "mixture.initial_weights=uniform", f"seed={seed}"]
+        common += ["prune.validation_interval=null", "pretrain.validation_interval=null"]  # steps are timed
         loaded = load_recipe(recipe, overrides=[*arguments.overrides, *common])
         for steps in arguments.steps:
             yield Bench(

@@ -53,10 +53,14 @@ def test_figures_of_sheared_llama(llama: str) -> None:
     # 6 FLOPs for each parameter and token, and 6 L d S for attention.
     per_token = 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
     assert prune.flops == pytest.approx(per_token * prune.tokens)
-    # 63 updates and the losses at the end, of 7 domains with 500 sequences each; a third of a training step's FLOPs.
-    assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * 500 * 4096)
+    # 63 updates and the losses at the end, of 7 domains with as many sequences as take a tenth of the 50 steps between
+    # two updates; a third of a training step's FLOPs.
+    rows = 50 * 32 * 3 // (10 * 7)
+    assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * rows * 4096)
     assert heldout_shares(sheared_llama(llama))["prune"] == pytest.approx(prune.heldout_flops / prune.flops)
-    assert f"{prune.heldout_flops / prune.flops:.2f}" == "0.73"
+    assert f"{prune.heldout_flops / prune.flops:.3f}" == "0.099"
+    # The paper's 500 sequences.
+    assert f"{heldout_shares(sheared_llama(llama, 'mixture.heldout_tokens=2048000'))['prune']:.2f}" == "0.73"
     assert prune.seconds == pytest.approx((prune.flops + prune.heldout_flops) / (8 * 0.4 * 989.4e12))
     assert prune.disk == 12 * made.source.num_parameters() * 3
     assert (prune.workload.micro_batch_size, prune.workload.micro_batches) == (4, 1)
@@ -149,7 +153,12 @@ def test_checkpoints_kept_for_good_take_disk(llama: str) -> None:
 def test_averaged_training_losses_cost_no_held_out_passes(llama: str) -> None:
     usual, free = (planned(sheared_llama(llama, *more)).stages for more in ((), ("mixture.losses=training",)))
     assert free[0].flops == usual[0].flops
-    assert free[1].heldout_flops == 0 < (usual[1].heldout_flops or 0)
+    # Validation losses are looked at ten times; a twentieth at the most.
+    looks = 10 * 7 * 65_536 / free[1].tokens / 3
+    assert free[1].heldout_flops == pytest.approx(free[1].flops * looks)
+    assert free[1].heldout_flops <= 0.05 * free[1].flops
+    none = planned(sheared_llama(llama, "mixture.losses=training", "pretrain.validation_interval=null")).stages[1]
+    assert none.heldout_flops == 0 < (usual[1].heldout_flops or 0)
     assert 0 < (free[0].heldout_flops or 0) < (usual[0].heldout_flops or 0)  # the losses at the end
 
 
