@@ -29,6 +29,7 @@ from data_tools.preparation.sources import Input, find_inputs
 from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_tasks
 from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import load_tokenizer
+from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
@@ -86,7 +87,7 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
             allowed="a folder, as training maps it into memory",
             mend="name a folder",
         )
-    tokenizer_json, settings = _load_tokenizer(recipe)
+    tokenizer_json, settings = _load_tokenizer(recipe, console=console)
     found = {
         name: find_inputs(name, sources=sources, text_field=recipe.text_field)
         for name, sources in recipe.domains.items()
@@ -94,7 +95,7 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     for name, each in found.items():
         if each.passed_over:
             console.print(f"{name}: {each.passed_over} files with other endings are passed over", highlight=False)
-    _require_same_tokenizer(recipe.output, settings=settings)
+    _require_alike(recipe.output, settings=settings)
     inputs = {name: _identity(recipe, settings=settings, inputs=each.inputs) for name, each in found.items()}
     complete = {name: is_complete(recipe.output / name, inputs=inputs[name]) for name in inputs}
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
@@ -132,9 +133,16 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load_tokenizer(recipe: PreparationRecipe) -> tuple[str, DomainSettings]:
+def _load_tokenizer(recipe: PreparationRecipe, *, console: Console) -> tuple[str, DomainSettings]:
     """The tokenizer itself as text, and what manifests say of it and of the recipe."""
     loaded = load_tokenizer(recipe.tokenizer, separator_token=recipe.separator_token)
+    if loaded.notice:
+        console.print(loaded.notice, style="yellow", soft_wrap=True, highlight=False, markup=False)
+    bos = resolve_bos(recipe.bos, front=loaded.begin.front, named=loaded.begin.named)
+    if bos.token is not None:
+        console.print(
+            f"{loaded.backend.id_to_token(bos.token)} stands in front of each {bos.mode}", highlight=False, markup=False
+        )
     settings = DomainSettings(
         vocab_size=loaded.vocab_size,
         separator_id=loaded.separator_id,
@@ -143,11 +151,17 @@ def _load_tokenizer(recipe: PreparationRecipe) -> tuple[str, DomainSettings]:
         split_seed=recipe.split_seed,
         sizes=recipe.sizes,
         versions={package: version(package) for package in PACKAGES},
+        bos=bos,
     )
     return loaded.backend.to_str(), settings
 
 
-def _require_same_tokenizer(output: Path, *, settings: DomainSettings) -> None:
+def _require_alike(output: Path, *, settings: DomainSettings) -> None:
+    """Check that the domains which are there have the same tokenizer, and begin their texts alike.
+
+    Raises:
+        ShearingError: one does not.
+    """
     for name in domains_of(output):
         manifest = DomainManifest.read(output / name)
         if manifest.tokenizer_fingerprint != settings.tokenizer_fingerprint:
@@ -158,6 +172,13 @@ def _require_same_tokenizer(output: Path, *, settings: DomainSettings) -> None:
                 f"(fingerprint {manifest.tokenizer_fingerprint})",
                 mend="choose another output, or that tokenizer",
             )
+        if manifest.bos != settings.bos:
+            raise ShearingError(
+                "bos",
+                value=f"{settings.bos}",
+                allowed=f"as in the domains that are there: {manifest.bos}",
+                mend=f"choose another output, or bos={manifest.bos.mode}",
+            )
 
 
 def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Sequence[Input]) -> str:
@@ -165,6 +186,7 @@ def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Se
     parts = [
         [each.identity for each in inputs],
         [settings.tokenizer_fingerprint, settings.separator_id, settings.sizes.to_json(), settings.split_seed, FORMAT],
+        *([settings.bos.identity()] if settings.bos.identity() else []),
         [recipe.document_separator, recipe.max_document_bytes, recipe.documents_per_file],
         [recipe.duplicates, recipe.near_duplicates],
     ]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.corpus.format import require_domain_name
 from shearing.data.corpus.splits import SIZE_FORMS, SplitSize, SplitSizes
 from shearing.errors import CombinedShearingError, ShearingError
@@ -82,6 +83,11 @@ class PreparationRecipe(Section):
     )
     separator_token: str | None = Field(
         None, description="Token put after each document; unset: the tokenizer's end-of-sequence token."
+    )
+    bos: BosChoice = Field(
+        "auto",
+        description="The token that begins a text: auto: in front of each document, if the tokenizer puts one in front "
+        "of a text; document: in front of each in any case; row: in front of each row that is read; or none.",
     )
     validation: str = Field(
         "5%",

@@ -160,7 +160,12 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
 
     def _write(self, folder: Path, data: Iterator[Document], *, rank: int) -> Iterator[list[Document]]:
         tokenizer = _tokenizer(self.work.tokenizer)
-        writer = ShardWriter(folder, vocab_size=self.settings.vocab_size, separator_id=self.settings.separator_id)
+        writer = ShardWriter(
+            folder,
+            vocab_size=self.settings.vocab_size,
+            separator_id=self.settings.separator_id,
+            begin_id=self.settings.begin_id,
+        )
         parent = os.getppid() if multiprocess.parent_process() else None
         try:
             for batch, encodings in _read_ahead(data, tokenizer=tokenizer):

@@ -37,6 +37,9 @@ def prepare(
         str | None, _key(r"Divides .txt and .md files into documents; \n is a line break.")
     ] = None,
     separator_token: Annotated[str | None, _key("Token after each document; the tokenizer's own if unset.")] = None,
+    bos: Annotated[
+        str | None, _key("Token in front of texts: auto (the default, as the tokenizer does), document, row or none.")
+    ] = None,
     validation: Annotated[
         str | None, _key("Of each domain, for what steers: 5% of its tokens (the default), or '2M tokens'.")
     ] = None,
@@ -62,6 +65,7 @@ def prepare(
         "text_field": text_field,
         "document_separator": document_separator.replace(r"\n", "\n") if document_separator else None,
         "separator_token": separator_token,
+        "bos": bos,
         "validation": validation,
         "test": test,
         "split_seed": split_seed,

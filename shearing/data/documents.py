@@ -9,11 +9,13 @@ Legend: B rows, S positions, T = S + 1 tokens (S inputs and the last label), N s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shearing.data.corpus.bos import Bos
 
 IGNORED_LABEL = -100
 """The label of positions whose loss does not count."""
@@ -30,6 +32,10 @@ class DocumentRules:
 
     attention_within: bool = False
     loss_across: bool = True
+
+    def heeding(self, bos: Bos) -> DocumentRules:
+        """These rules for texts that begin so: a token in front of each document is certain, and counts in no loss."""
+        return replace(self, loss_across=False) if bos.mode == "document" else self
 
     @property
     def needs_positions(self) -> bool:

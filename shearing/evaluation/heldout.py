@@ -6,9 +6,10 @@ Shapes: B rows, T = S + 1 tokens (S inputs, S labels), d hidden size, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def heldout_loss(
         One `DomainLoss` per domain, in the order of the corpus.
     """
     causal_lm = model.model if isinstance(model, MaskedModel) else model
-    rules = rules or DocumentRules()
+    rules = (rules or DocumentRules()).heeding(corpus.bos)
     processes = processes or Processes()
     device = head_weight(causal_lm).device
     count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=causal_lm.config.vocab_size)
@@ -121,7 +122,7 @@ def heldout_loss(
                     micro_batch_size=micro_batch_size,
                 )
                 number, batch_BT, documents = -1, None, None
-                for number, (batch_BT, positions_BT) in enumerate(batches):
+                for number, (batch_BT, positions_BT, begins_B) in enumerate(batches):
                     tokens[index] += _num_labels(batch_BT, positions_BT, rules=rules)
                     documents = rules.documents(positions_BT, device=device)
                     if number % processes.size == processes.rank:
@@ -129,7 +130,11 @@ def heldout_loss(
                         loss_sums[index] += objective(batch_BT, documents).to(torch.float64)
                         if count_bytes is not None:
                             left_out = None if documents is None else documents.begins
-                            byte_sums[index] += count_bytes.count(batch_BT, leave_out_BS=left_out)
+                            byte_sums[index] += count_bytes.count(
+                                batch_BT,
+                                leave_out_BS=left_out,
+                                begins_B=None if begins_B is None else begins_B.to(device),
+                            )
                     if progress is not None:
                         progress(batch_BT[:, 1:].numel())
                 left_over = (number + 1) % processes.size
@@ -174,14 +179,19 @@ def _heldout_rows(
     sequence_length: int,
     tokens: int,
     micro_batch_size: int,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Held-out rows and their positions, both [B, T]; no positions where documents mean nothing."""
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Held-out rows and their positions, both [B, T], and whether a document begins where they do, bool [B].
+
+    No positions where documents mean nothing; the last only where the token in front of a row is no part of the text.
+    """
     settings = {"sequence_length": sequence_length, "tokens": tokens, "micro_batch_size": micro_batch_size}
-    rows = corpus.heldout_batches(domain, split=split, **settings)
+    positions: Iterable[Tensor | None] = repeat(None)
+    begins: Iterable[Tensor | None] = repeat(None)
     if rules.needs_positions:
-        yield from zip(rows, corpus.heldout_positions(domain, split=split, **settings), strict=True)
-    else:
-        yield from ((batch_BT, None) for batch_BT in rows)
+        positions = corpus.heldout_positions(domain, split=split, **settings)
+    if corpus.bos.mode == "row":
+        begins = corpus.heldout_begins(domain, split=split, **settings)
+    yield from zip(corpus.heldout_batches(domain, split=split, **settings), positions, begins, strict=False)
 
 
 def _num_labels(batch_BT: Tensor, positions_BT: Tensor | None, *, rules: DocumentRules) -> int:

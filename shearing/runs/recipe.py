@@ -488,6 +488,7 @@ def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:
             "revision": None if cut else recipe.model.revision,
             "output": run.sparse,
             "calibration": section.calibration or corpus,
+            "bos": recipe.data.bos if section.bos == "auto" else section.bos,
             "seed": recipe.seed,
             "device": recipe.training.device,
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.documents import DocumentRules
 from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
@@ -27,6 +28,7 @@ class Rows:
     """Held-out rows in memory, with the interface of a corpus."""
 
     rows: dict[str, Tensor]
+    bos = Bos()
 
     @property
     def domains(self) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import (
     FORMAT,
@@ -61,6 +62,12 @@ class DomainSettings:
     split_seed: int
     sizes: SplitSizes
     versions: Mapping[str, str]
+    bos: Bos = field(default_factory=Bos)
+
+    @property
+    def begin_id(self) -> int | None:
+        """Token that lies in front of each document."""
+        return self.bos.token if self.bos.mode == "document" else None
 
 
 def make_corpus_folder(path: Path) -> None:
@@ -219,6 +226,8 @@ def write_domain_folder(
         left_out=dict(sorted(counts.items())),
         versions=dict(sorted(settings.versions.items())),
         inputs=inputs,
+        bos_mode=settings.bos.mode,
+        bos_id=settings.bos.token,
     )
     write_json(folder / MANIFEST_NAME, asdict(manifest))
     return manifest

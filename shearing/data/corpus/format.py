@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from shearing.data.corpus.bos import Bos, BosMode
 from shearing.errors import ShearingError
 
 HeldOutSplit = Literal["validation", "test"]
@@ -100,6 +101,7 @@ class DomainManifest:
         left_out: documents that are not in here, by reason.
         versions: of the packages that made it.
         inputs: identifies sources and settings, so that the same preparation is not done twice.
+        bos_mode, bos_id: how its texts begin, see `Bos`; manifests of earlier versions say nothing: without a token.
     """
 
     domain: str
@@ -117,6 +119,8 @@ class DomainManifest:
     left_out: dict[str, int]
     versions: dict[str, str]
     inputs: str
+    bos_mode: BosMode = "none"
+    bos_id: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> DomainManifest:
@@ -143,6 +147,11 @@ class DomainManifest:
                 allowed="the manifest of a prepared domain",
                 mend="prepare the domain again",
             ) from error
+
+    @property
+    def bos(self) -> Bos:
+        """How texts begin."""
+        return Bos(self.bos_mode, self.bos_id)
 
     @property
     def train(self) -> SplitManifest:

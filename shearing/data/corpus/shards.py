@@ -67,10 +67,16 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a shard into an existing folder; memory does not grow with its length."""
+    """Writes a shard into an existing folder; memory does not grow with its length.
 
-    def __init__(self, folder: Path, *, vocab_size: int, separator_id: int) -> None:
+    Args:
+        separator_id: token put after every document.
+        begin_id: token put in front of every document, or None.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int, separator_id: int, begin_id: int | None = None) -> None:
         self.folder = folder
+        self.begin_id = begin_id
         self.vocab_size = vocab_size
         self.separator_id = separator_id
         self.dtype = token_dtype(vocab_size)
@@ -79,7 +85,7 @@ class ShardWriter:
         self._documents = (folder / DOCUMENTS_NAME).open("wb")
 
     def add(self, texts: Sequence[bytes], *, token_ids: Iterable[Sequence[int]]) -> None:
-        """Append documents; the separators are added here.
+        """Append documents; the tokens in front of them and behind them are added here.
 
         Args:
             texts: UTF-8.
@@ -90,6 +96,8 @@ class ShardWriter:
         """
         flat, ends = array("q"), []
         for ids in token_ids:
+            if self.begin_id is not None:
+                flat.append(self.begin_id)
             flat.fromlist(list(ids))
             flat.append(self.separator_id)
             ends.append(len(flat))

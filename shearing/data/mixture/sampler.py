@@ -179,7 +179,7 @@ class Mixture:
         self.corpus = corpus
         self.seed = seed
         self.sequence_length = sequence_length
-        self.documents = documents or DocumentRules()
+        self.documents = (documents or DocumentRules()).heeding(corpus.bos)
         self.domains = corpus.domains
         rows = [corpus.train_rows(name, sequence_length=sequence_length) for name in self.domains]
         self._sizes = np.array(rows, dtype=np.int64)

@@ -9,16 +9,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from shearing.data.corpus.bos import Bos, BosChoice, require_bos, resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
 from shearing.data.documents import Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError, named
+from shearing.models.tokenizer import begin_tokens
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def load_calibration(
     seqlen: int,
     seed: int,
     corpus: Corpus | None = None,
+    bos: BosChoice = "auto",
 ) -> Calibration:
     """Rows of the training split of a corpus, domains by their share of the tokens; or of text files.
 
@@ -60,15 +63,18 @@ def load_calibration(
         seqlen: tokens of a row.
         seed: of the draw; no row is drawn twice.
         corpus: the one at `paths`, with all its domains, where it is open already and known to fit the model.
+        bos: how texts begin; auto: as the tokenizer does.
 
     Raises:
-        ShearingError: no such text, tokens of another tokenizer, or too little of it.
+        ShearingError: no such text, tokens of another tokenizer, texts that begin otherwise, or too little of it.
     """
     if len(paths) == 1 and paths[0].is_dir():
-        corpus = corpus or _opened(paths[0], tokenizer=tokenizer, vocab_size=vocab_size)
+        corpus = corpus or _opened(paths[0], tokenizer=tokenizer, vocab_size=vocab_size, bos=bos)
         tokens = _of_corpus(corpus, samples=samples, seqlen=seqlen, seed=seed)
     else:
-        tokens = _of_files(paths, tokenizer=tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+        begin = begin_tokens(tokenizer)
+        begun = resolve_bos(bos, front=begin.front, named=begin.named)
+        tokens = _of_files(paths, tokenizer=tokenizer, bos=begun, samples=samples, seqlen=seqlen, seed=seed)
         if int(tokens.max()) >= vocab_size:
             raise ShearingError(
                 "calibration",
@@ -92,7 +98,7 @@ def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, devi
         yield Inputs(batch.tokens[:, :-1].to(device), mixture.documents.documents(batch.positions, device=device))
 
 
-def _opened(path: Path, *, tokenizer: Any, vocab_size: int) -> Corpus:
+def _opened(path: Path, *, tokenizer: Any, vocab_size: int, bos: BosChoice) -> Corpus:
     if not (path / INDEX_NAME).is_file():
         raise ShearingError(
             "calibration",
@@ -101,12 +107,15 @@ def _opened(path: Path, *, tokenizer: Any, vocab_size: int) -> Corpus:
             mend=f"give the folder that holds {INDEX_NAME}, or the files themselves",
         )
     with named({"corpus": "calibration"}):
-        return Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+        corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    begin = begin_tokens(tokenizer)
+    require_bos(corpus.bos, choice=bos, front=begin.front, named=begin.named, corpus=str(path))
+    return corpus
 
 
 def _of_corpus(corpus: Corpus, *, samples: int, seqlen: int, seed: int) -> Tensor:
     lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
-    rows = {name: (tokens - 1) // seqlen for name, tokens in lengths.items()}
+    rows = {name: (tokens - 1 + corpus.bos.in_row) // seqlen for name, tokens in lengths.items()}
     long_enough = [name for name, count in rows.items() if count > 0]
     _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(corpus.path))
     weights = {name: float(rows[name]) for name in long_enough}
@@ -115,7 +124,7 @@ def _of_corpus(corpus: Corpus, *, samples: int, seqlen: int, seed: int) -> Tenso
     return whole.tokens.contiguous()
 
 
-def _of_files(paths: Sequence[Path], *, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+def _of_files(paths: Sequence[Path], *, tokenizer: Any, bos: Bos, samples: int, seqlen: int, seed: int) -> Tensor:
     ids: list[int] = []
     for path in paths:
         try:
@@ -127,13 +136,17 @@ def _of_files(paths: Sequence[Path], *, tokenizer: Any, samples: int, seqlen: in
                 allowed="the folder of a prepared corpus, or plain text files in UTF-8",
                 mend=error.strerror or "check the path" if isinstance(error, OSError) else "convert the file to UTF-8",
             ) from error
+        if bos.mode == "document":
+            ids.append(cast("int", bos.token))
         ids += tokenizer.encode(text, add_special_tokens=False)
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-    rows = len(ids) // seqlen
+    length = seqlen - bos.in_row
+    rows = len(ids) // length
     _require_enough(rows, samples=samples, seqlen=seqlen, where=", ".join(map(str, paths)))
     drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return torch.tensor(ids[: rows * seqlen], dtype=torch.int64).view(rows, seqlen)[drawn]
+    chosen = torch.tensor(ids[: rows * length], dtype=torch.int64).view(rows, length)[drawn]
+    return chosen if not bos.in_row else torch.cat([torch.full((samples, 1), cast("int", bos.token)), chosen], dim=1)
 
 
 def _require_enough(rows: int, *, samples: int, seqlen: int, where: str) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
 from shearing.models.stored.stored_model import Source, dtype_of, open_source
+from shearing.models.tokenizer import load_tokenizer
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration, load_calibration
@@ -219,12 +219,13 @@ def _texts(
     more = recipe.search.fitness_samples if recipe.allocation == "msp" else 0
     text = load_calibration(
         recipe.calibration or [],
-        tokenizer=tokenizer or AutoTokenizer.from_pretrained(source.folder),
+        tokenizer=tokenizer or load_tokenizer(str(source.folder)),
         vocab_size=source.config.vocab_size,
         samples=recipe.samples + more,
         seqlen=seqlen,
         seed=recipe.seed,
         corpus=corpus,
+        bos=recipe.bos,
     )
     calibration = Calibration(text.tokens[: recipe.samples], text.source)
     return calibration, Calibration(text.tokens[recipe.samples :], text.source) if more else None

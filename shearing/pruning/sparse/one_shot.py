@@ -11,6 +11,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
@@ -58,7 +59,7 @@ def sparsify(
     _require_place(output)
     require_writable(output, field="output")
     job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus)
-    heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job)
+    heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job, bos=recipe.bos)
     if (output / MANIFEST).is_file():
         require_same(read_manifest(output)["settings"], job.settings, where=output)
         console.print(f"{output} holds that model already", soft_wrap=True, highlight=False)
@@ -147,12 +148,13 @@ def _no_room(partial: Path, *, job: Job) -> ShearingError:
     return no_room(partial, what=f"{disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more")
 
 
-def _heldout(path: Path, *, job: Job) -> Corpus:
+def _heldout(path: Path, *, job: Job, bos: BosChoice) -> Corpus:
     return open_heldout(
         path,
         tokenizer_folder=job.source.folder,
         vocab_size=job.source.config.vocab_size,
         sequence_length=job.seqlen,
+        bos=bos,
     )
 
 

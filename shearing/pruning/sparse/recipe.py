@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.pruning.sparse.allocation.facts import ALLOCATIONS, RULES, AllocationName, RuleName
 from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName, Group
@@ -158,6 +159,12 @@ class OneShotRecipe(AllocationKeys):
     samples: int = Field(128, ge=1, description="Sequences of calibration text.")
     seqlen: int | None = Field(
         None, ge=2, description="Tokens of a sequence. Unset: 2048, or what the model can read if that is less."
+    )
+    bos: Neutral[BosChoice] = Field(
+        "auto",
+        description="How texts begin: auto: with the token that the model's tokenizer puts in front of a text, if any; "
+        "document or row: with one in front of each; or none. A corpus that begins its texts otherwise is refused. "
+        "auto in a run: data.bos.",
     )
     damping: float = Field(
         0.01, gt=0.0, le=1.0, description="Share of its mean diagonal that is added to the inputs' second moment."

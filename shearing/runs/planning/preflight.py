@@ -18,10 +18,11 @@ from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.anatomy import anatomy_of
-from shearing.models.loading import load_tokenizer, skeleton
+from shearing.models.loading import require_weights, skeleton
 from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.models.stored.stored_model import require_finite
+from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
@@ -93,6 +94,7 @@ def preflight(
     config = attempt(lambda: context.config)
     if config is None:
         raise _together(found)
+    attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: _require_teacher(context))
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
@@ -216,7 +218,8 @@ def _require_teacher(context: RunContext) -> None:
     """The model that is listened to says something of the same tokens, and its weights can be had.
 
     Raises:
-        ShearingError: it has another vocabulary or tokenizer, reads too short a sequence, is quantised or not finite.
+        ShearingError: it has another vocabulary or tokenizer, reads too short a sequence, or its weights are not
+            those of its config, or not finite.
     """
     recipe, config = context.recipe, context.teacher_config
     if recipe.distill is None or config is None or recipe.teacher is None:
@@ -226,8 +229,6 @@ def _require_teacher(context: RunContext) -> None:
     def refuse(value: object, allowed: str, mend: str) -> ShearingError:
         return ShearingError("distill.teacher", value=f"{said}: {value}", allowed=allowed, mend=mend)
 
-    if getattr(config, "quantization_config", None):
-        raise refuse("quantised", "weights in fp32, bf16 or fp16", "name the model that it was quantised from")
     if config.vocab_size != context.config.vocab_size:
         raise refuse(
             f"a vocabulary of {config.vocab_size:,} tokens",
@@ -255,7 +256,10 @@ def _require_teacher(context: RunContext) -> None:
                 "the same tokens under the same numbers",
                 "choose a teacher of the same tokenizer, or leave distill.teacher out for the source model",
             )
-        # Of the hub's, when it is loaded; of one that is not loaded, when the cache was written.
+        # Of one that is not loaded, when the cache was written.
+        if recipe.listens_online:
+            require_weights(recipe.teacher.source, revision=recipe.teacher.revision)
+        # Of the hub's, when it is loaded.
         if Path(recipe.teacher.source).is_dir() and recipe.listens_online:
             require_finite(Path(recipe.teacher.source))
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import UNITS, Mixture, _deal_few, _deal_many, _in_units, permuted
 
@@ -22,6 +23,7 @@ class Numbered:
     """A corpus of rows that say which they are: domain and number."""
 
     fingerprint = "numbered"
+    bos = Bos()
 
     def __init__(self, rows: Sequence[int]) -> None:
         self.domains = [f"domain {i}" for i in range(len(rows))]

@@ -158,7 +158,7 @@ def test_paths_that_hold_nothing(prepared: Prepared, tmp_path: Path) -> None:
     fails([str(a), str(tmp_path / "*.jsonl")], "two of the domain's paths hold this file")
     fails("s4://bucket/file.jsonl", "URL that fsspec can open")
     fails(str(a), "did you mean </s>?", separator_token="<s>")
-    fails(str(a), "hub name of a Hugging Face tokenizer", tokenizer=tmp_path / "empty")
+    fails(str(a), "add the tokenizer's files", tokenizer=tmp_path / "empty")
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(ShearingError, match="how one file divides"):
         prepared({"a": str(tmp_path / "one.txt")})

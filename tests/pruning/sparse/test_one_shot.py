@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -171,13 +171,13 @@ def test_the_dtype_of_the_source_stays(tiny_inputs: Path, tmp_path: Path) -> Non
     assert pruned.model.layers[0].mlp.up_proj.weight.count_nonzero() == 48 * 32 // 2
 
 
-def test_a_model_without_safetensors_is_converted(
+def test_a_model_under_other_names_is_converted(
     tiny_inputs: Path, tmp_path: Path, wanda: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_inputs, tmp_path / "inputs")
     folder = tmp_path / "inputs" / "model"
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): of for name, of in tensors.items()}, folder / "model.safetensors")
 
     def half_written(_: object, target: Path, **__: object) -> None:
         target.write_bytes(bytes(100))
@@ -533,7 +533,6 @@ def test_more_bad_input(tiny_inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_inputs / "model", tmp_path / "nan")
     weights = load_file(tmp_path / "nan" / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
-    from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     message = error_of("sparsify", tmp_path / "nan", *arguments, tmp_path / "sparse")
