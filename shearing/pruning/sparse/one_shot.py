@@ -190,6 +190,8 @@ def _print_summary(manifest: dict[str, Any], *, seconds: float, console: Console
     table.add_row(
         "sparsity", f"{100 * reached['sparsity']:.2f} % of them, {100 * model['sparsity']:.2f} % of all parameters"
     )
+    if before := sum(about.get("zero_before", 0) for about in manifest["matrices"].values()):
+        table.add_row("zero before", f"{format_parameters(before)} of them, which stay zero and count as removed")
     spent = manifest["seconds"]
     table.add_row("time", f"{seconds:.1f} s; passes {spent['forward']:.1f} s, pruning itself {spent['metric']:.1f} s")
     table.add_row("peak memory", f"{max_memory() / 1e9:.2f} GB")

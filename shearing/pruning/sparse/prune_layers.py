@@ -23,7 +23,7 @@ from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
-from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction, prune_matrix
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers, PrunedMatrix
 
 
@@ -160,13 +160,16 @@ class _Pruning:
     def _prune_matrix(self, name: str, weight: Tensor, *, statistics: InputStatistics | None) -> PrunedMatrix:
         pattern = self._method.allocation[name]
         choice = Choice(self._method.criterion, pattern, statistics)
-        new, mask = self._method.reconstruction.prune(weight.to(self._compute.device), choice=choice)
+        new, mask = prune_matrix(
+            weight.to(self._compute.device), reconstruction=self._method.reconstruction, choice=choice
+        )
         new, mask = new.to(weight.dtype).cpu(), mask.cpu()
         if not bool(new.isfinite().all()):
             raise not_finite(f"the reconstruction of {name}")
         facts = {
             "pattern": str(pattern),
             "shape": list(weight.shape),
+            "zero_before": weight.numel() - int(weight.count_nonzero()),
             "kept": int(mask.sum()),
             "nonzero": int(new.count_nonzero()),
         }

@@ -119,7 +119,7 @@ def test_the_manifest_says_what_was_done(wanda: Path, tiny_inputs: Path) -> None
     assert list(manifest["layers"]) == ["0", "1", "2", "3"]
     assert {about["sparsity"] for about in manifest["layers"].values()} == {0.5}
     about = manifest["matrices"]["model.layers.2.self_attn.k_proj.weight"]
-    assert about == {"pattern": "2:4", "shape": [16, 32], "kept": 256, "nonzero": 256}
+    assert about == {"pattern": "2:4", "shape": [16, 32], "zero_before": 0, "kept": 256, "nonzero": 256}
     assert manifest["calibration"] == {
         "source": str(tiny_inputs / "corpus"),
         "fingerprint": manifest["settings"]["calibration_fingerprint"],
@@ -424,7 +424,8 @@ def test_check_finds_a_flipped_bit_of_a_kept_weight(copied: Path) -> None:
 
 def test_check_finds_a_flipped_bit_of_a_mask(copied: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
-    _flip(copied / FILE_NAME, name, bit=3)
+    removed = int((~dict(read_masks(copied / FILE_NAME))[name]).flatten().nonzero()[7])
+    _flip(copied / FILE_NAME, name, bit=removed // 8 * 8 + 7 - removed % 8)
     found = differences(copied)
     assert found[0] == f"{FILE_NAME}: its SHA-256 is not the manifest's"
     assert f"{name}: its mask is not 2:4" in found

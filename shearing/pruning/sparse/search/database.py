@@ -21,7 +21,7 @@ from shearing.pruning.calibration.dense_layers import DenseLayer, dense_layers, 
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.sparse.allocation.allocator import Request
 from shearing.pruning.sparse.patterns import Pattern
-from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice, keep, prune_matrix
 
 LEVELS_PER_PLANE = 8
 
@@ -160,11 +160,12 @@ def _tensors(layer: DenseLayer, *, request: Request) -> dict[str, Tensor]:
 def _planes_of(weight: Tensor, *, statistics: InputStatistics | None, request: Request) -> dict[int, Tensor]:
     """Planes uint8 [O, I] by number: bit k of plane p is set where level 8 p + k keeps the weight."""
     scores = request.criterion.scores(weight, statistics=statistics)
+    gone = weight == 0
     planes: dict[int, Tensor] = {}
     for index, level in enumerate(request.levels):
         plane, bit = divmod(index, LEVELS_PER_PLANE)
         empty = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
-        planes.setdefault(plane, empty).add_(level.keep(scores).to(torch.uint8) << bit)
+        planes.setdefault(plane, empty).add_(keep(scores, pattern=level, gone=gone).to(torch.uint8) << bit)
     return planes
 
 
@@ -177,7 +178,7 @@ def _levels_of(weight: Tensor, *, statistics: InputStatistics | None, request: R
     for indices in together.values():
         pattern = Stacked(tuple(request.levels[index] for index in indices))
         choice = Choice(request.criterion, pattern, statistics)
-        pruned, _ = request.reconstruction.prune(weight.repeat(len(indices), 1), choice=choice)
+        pruned, _ = prune_matrix(weight.repeat(len(indices), 1), reconstruction=request.reconstruction, choice=choice)
         found |= dict(zip(indices, pruned.to(weight.dtype).chunk(len(indices)), strict=True))
     return {index: tensor.clone() for index, tensor in found.items()}
 
