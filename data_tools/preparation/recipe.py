@@ -22,6 +22,9 @@ from shearing.settings.section import Section
 
 HUB_PREFIX = "hf:"
 
+Format = Literal["text", "chat"]
+SpecialTokens = Literal["letters", "tokens"]
+
 
 class DomainSources(Section):
     """What one domain is made of. A path alone, or a list of paths, may stand in place of the section."""
@@ -32,6 +35,10 @@ class DomainSources(Section):
         min_length=1,
     )
     text_field: str | None = Field(None, description="Field of the text; unset: the recipe's own `text_field`.")
+    format: Format | None = Field(None, description="What a document is; unset: the recipe's own `format`.")
+    special_tokens: SpecialTokens | None = Field(
+        None, description="What special tokens are that texts spell out; unset: the recipe's own `special_tokens`."
+    )
     config: str | None = Field(None, description="Of `hf:` data sets: which configuration; unset: the only one.")
     split: str = Field("train", description="Of `hf:` data sets and of folders with several: which split.")
     revision: str | None = Field(None, description="Of `hf:` data sets: branch, tag or commit; unset: the newest.")
@@ -76,7 +83,21 @@ class PreparationRecipe(Section):
     output: Path = Field(description="Folder of the corpus; may hold domains that were prepared earlier.")
     tokenizer: str = Field(description="Folder or hub name of the model's tokenizer.")
     domains: dict[str, DomainSources] = Field(description="Domains by name.", min_length=1)
-    text_field: str = Field("text", description="Field of the text in JSON lines, Parquet and data sets.")
+    text_field: str | None = Field(
+        None,
+        description="Field of the text in JSON, Parquet and data sets; `data.text` is the field text inside of data. "
+        "Unset: text, or messages with `format: chat`.",
+    )
+    format: Format = Field(
+        "text",
+        description="What a document is. text: text; chat: a list of messages with role and content, which the "
+        "tokenizer's chat template writes.",
+    )
+    special_tokens: SpecialTokens = Field(
+        "letters",
+        description="What `<|im_end|>` is where a text or a message spells it out. letters: the letters that it is "
+        "written with; tokens: the token, for texts that a chat template has written already.",
+    )
     document_separator: str | None = Field(
         None, description="Divides .txt and .md files into documents; unset: each file is one."
     )
@@ -139,6 +160,14 @@ class PreparationRecipe(Section):
     def sizes(self) -> SplitSizes:
         """Of the held-out splits."""
         return SplitSizes(SplitSize.parse(self.validation), SplitSize.parse(self.test))
+
+    def domain(self, name: str) -> DomainSources:
+        """What a domain is made of, with what it leaves unset as the recipe says it."""
+        own = self.domains[name]
+        form = own.format or self.format
+        field = own.text_field or self.text_field or {"text": "text", "chat": "messages"}[form]
+        tokens = own.special_tokens or self.special_tokens
+        return own.model_copy(update={"format": form, "text_field": field, "special_tokens": tokens})
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> PreparationRecipe:

@@ -224,6 +224,7 @@ def _texts(
         samples=recipe.samples + more,
         seqlen=seqlen,
         seed=recipe.seed,
+        text_field=recipe.text_field,
         corpus=corpus,
     )
     calibration = Calibration(text.tokens[: recipe.samples], text.source)

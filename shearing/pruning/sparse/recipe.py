@@ -152,8 +152,11 @@ class OneShotRecipe(AllocationKeys):
     )
     calibration: list[Path] | None = Field(
         None,
-        description=f"Folder of a prepared corpus, or plain text files; not needed for {_without_text()}. Unset "
-        "in a run: data.corpus.",
+        description="Folder of a prepared corpus, or files of text: .txt, .json, .jsonl, .parquet, also .gz and .zst; "
+        f"not needed for {_without_text()}. Unset in a run: data.corpus.",
+    )
+    text_field: str = Field(
+        "text", description="Of calibration files with documents (JSON, Parquet): field of the text; data.text: nested."
     )
     samples: int = Field(128, ge=1, description="Sequences of calibration text.")
     seqlen: int | None = Field(
@@ -245,7 +248,7 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
             yield ShearingError(
                 "calibration",
                 value=None,
-                allowed="the folder of a prepared corpus, or plain text files",
+                allowed="the folder of a prepared corpus, or files of text",
                 mend=f"{reads}: say on which text",
             )
 

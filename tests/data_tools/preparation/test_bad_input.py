@@ -128,16 +128,16 @@ def test_large_text_files_are_divided_a_piece_at_a_time(
 ) -> None:
     from io import BytesIO
 
-    from data_tools.preparation.reading import _pieces
+    from shearing.data.texts.plain_texts import pieces as divided
 
     texts = [str(i) * (i % 50_000) for i in range(0, 400_000, 977)]
     data = "\n\n".join(texts).encode()
     divider = separator.encode() if separator else None
-    pieces = [piece.whole for piece in _pieces(BytesIO(data), separator=divider, limit=10**9)]
+    pieces = [piece.whole for piece in divided(BytesIO(data), separator=divider, limit=10**9)]
     assert pieces == (data.split(divider) if divider else [data])
     assert all(
         piece.whole is None or len(piece.whole) <= 70_000
-        for piece in _pieces(BytesIO(data), separator=divider, limit=70_000)
+        for piece in divided(BytesIO(data), separator=divider, limit=70_000)
     )
 
 

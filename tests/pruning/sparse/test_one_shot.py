@@ -501,7 +501,7 @@ def test_the_command_and_a_recipe_file_do_the_same(tiny_inputs: Path, tmp_path: 
         (["--criterion", "magnitude", "--sparsity", "1.5"], ["sparsity", "less than 1"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--include", "lm_head"], ["embedding and head are never"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--exclude", "*_proj"], ["leave something to prune"]),
-        (["--criterion", "wanda", "--sparsity", "0.5", "--calibration", "absent.txt"], ["absent.txt", "plain text"]),
+        (["--criterion", "wanda", "--sparsity", "0.5", "--calibration", "absent.txt"], ["absent.txt", "files of text"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--seqlen", "100"], ["seqlen", "at most 64"]),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and what to type where one is missing."""
+"""Packages that only some settings and commands need, and what to type where one is missing."""
 
 from __future__ import annotations
 
