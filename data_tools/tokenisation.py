@@ -83,10 +83,15 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 
 
 def domain_table(corpus: Corpus) -> Table:
-    """Documents, tokens and bytes per token of each domain, and what was left out; never any of the text."""
+    """Documents, tokens and bytes per token of each domain, and what was left out; never any of the text.
+
+    Where some tokens do not count in a loss, also which share of them does.
+    """
     table = Table("domain")
     for heading in ("documents", "training tokens", "validation", "test", "bytes/token", "duplicates"):
         table.add_column(heading, justify="right")
+    if not corpus.all_count:
+        table.add_column("tokens that count", justify="right")
     table.add_column("left out")
     for name, manifest in corpus.manifests.items():
         table.add_row(
@@ -95,6 +100,13 @@ def domain_table(corpus: Corpus) -> Table:
             *(f"{corpus.split_tokens(name, split):,}" for split in SPLITS),
             f"{manifest.bytes / max(1, manifest.tokens):.2f}",
             f"{manifest.duplicates:,}",
+            *([] if corpus.all_count else [f"{_counted(manifest):.1%}"]),
             ", ".join(f"{count:,} {reason}" for reason, count in manifest.left_out.items()) or "–",
         )
     return table
+
+
+def _counted(manifest: DomainManifest) -> float:
+    """Share of a domain's tokens that count in a loss."""
+    counted = sum(part.tokens if part.counted is None else part.counted for part in manifest.parts.values())
+    return counted / max(1, manifest.tokens)

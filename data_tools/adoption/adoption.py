@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -379,7 +379,7 @@ def _write_domain(
         versions={package: version(package) for package in ("shearing", "numpy")},
         inputs=inputs,
     )
-    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
     folder.rename(output / name)
     flush_folder(output)
 

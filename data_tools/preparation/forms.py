@@ -21,6 +21,11 @@ class Form:
     chat: ChatTemplate | None = None
     special_tokens: bool = False
 
+    @property
+    def answers(self) -> bool:
+        """Whether only what an assistant says counts in a loss."""
+        return self.chat is not None and self.chat.answers
+
     def tokenizer(self, path: Path) -> PlainTokenizer | ChatTokenizer:
         """What encodes them, of a tokenizer.json."""
         content = path.read_text(encoding="utf-8")

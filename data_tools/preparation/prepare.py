@@ -156,7 +156,7 @@ def _form(sources: DomainSources, *, tokenizer: NamedTokenizer) -> Form:
     trusted = sources.special_tokens == "tokens"
     if sources.format == "text":
         return Form(special_tokens=trusted)
-    return Form(ChatTemplate.of(tokenizer.full, trusted=trusted), trusted)
+    return Form(ChatTemplate.of(tokenizer.full, answers=sources.loss == "answers", trusted=trusted), trusted)
 
 
 def _require_same_tokenizer(output: Path, *, settings: DomainSettings) -> None:

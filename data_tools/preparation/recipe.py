@@ -6,7 +6,7 @@ python -m data_tools.preparation.recipe docs/data.md     rewrites the table of k
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ HUB_PREFIX = "hf:"
 
 Format = Literal["text", "chat"]
 SpecialTokens = Literal["letters", "tokens"]
+Loss = Literal["all", "answers"]
 
 
 class DomainSources(Section):
@@ -38,6 +39,9 @@ class DomainSources(Section):
     format: Format | None = Field(None, description="What a document is; unset: the recipe's own `format`.")
     special_tokens: SpecialTokens | None = Field(
         None, description="What special tokens are that texts spell out; unset: the recipe's own `special_tokens`."
+    )
+    loss: Loss | None = Field(
+        None, description="Of chats: which tokens count in a loss; unset: the recipe's own `loss`."
     )
     config: str | None = Field(None, description="Of `hf:` data sets: which configuration; unset: the only one.")
     split: str = Field("train", description="Of `hf:` data sets and of folders with several: which split.")
@@ -97,6 +101,11 @@ class PreparationRecipe(Section):
         "letters",
         description="What `<|im_end|>` is where a text or a message spells it out. letters: the letters that it is "
         "written with; tokens: the token, for texts that a chat template has written already.",
+    )
+    loss: Loss = Field(
+        "all",
+        description="Of chats: which tokens count in a loss, in training as held out. all; answers: what an assistant "
+        "says, and the token that ends its turn.",
     )
     document_separator: str | None = Field(
         None, description="Divides .txt and .md files into documents; unset: each file is one."
@@ -167,7 +176,9 @@ class PreparationRecipe(Section):
         form = own.format or self.format
         field = own.text_field or self.text_field or {"text": "text", "chat": "messages"}[form]
         tokens = own.special_tokens or self.special_tokens
-        return own.model_copy(update={"format": form, "text_field": field, "special_tokens": tokens})
+        loss = (own.loss or self.loss) if form == "chat" else "all"
+        values = {"format": form, "text_field": field, "special_tokens": tokens, "loss": loss}
+        return own.model_copy(update=values)
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> PreparationRecipe:
@@ -182,6 +193,7 @@ class PreparationRecipe(Section):
                 require_domain_name(name)
             except ShearingError as error:  # noqa: PERF203 (a handful of names)
                 errors.append(ShearingError(f"domains.{name}", value=name, allowed=error.allowed, mend=error.mend))
+        errors += _without_answers(self)
         if self.executor == "slurm" and self.slurm.partition is None:
             errors.append(
                 ShearingError(
@@ -200,6 +212,25 @@ class PreparationRecipe(Section):
         if errors:
             raise CombinedShearingError(errors)
         return self
+
+
+def _without_answers(recipe: PreparationRecipe) -> Iterator[ShearingError]:
+    """Answers alone are to count where nobody answers."""
+    formats = {name: recipe.domain(name).format for name in recipe.domains}
+    wrong = [
+        f"domains.{name}.loss"
+        for name, each in recipe.domains.items()
+        if each.loss == "answers" and formats[name] == "text"
+    ]
+    if recipe.loss == "answers" and "chat" not in formats.values():
+        wrong.append("loss")
+    for field in wrong:
+        yield ShearingError(
+            field,
+            value="answers",
+            allowed="all, where documents are text: nobody answers in there",
+            mend="set format: chat, if documents are messages, or loss: all",
+        )
 
 
 def load_preparation(

@@ -174,13 +174,22 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
     def _write(self, folder: Path, data: Iterator[Document], *, rank: int) -> Iterator[list[Document]]:
         form = self.forms[rank]
         tokenizer = _tokenizer(self.work.tokenizer, form)
-        writer = ShardWriter(folder, vocab_size=self.settings.vocab_size, separator_id=self.settings.separator_id)
+        writer = ShardWriter(
+            folder,
+            vocab_size=self.settings.vocab_size,
+            separator_id=self.settings.separator_id,
+            counted=form.answers,
+        )
         parent = os.getppid() if multiprocess.parent_process() else None
         try:
             for batch, encodings in _read_ahead(data, tokenizer=tokenizer):
                 for document in batch:
                     document.text = form.plain(document.text)
-                writer.add([each.text.encode() for each in batch], token_ids=[each.ids for each in encodings])
+                writer.add(
+                    [each.text.encode() for each in batch],
+                    token_ids=[each.ids for each in encodings],
+                    counted=[each.counted for each in encodings if each.counted is not None],
+                )
                 self.work.report_progress(rank, bytes_read=self.reading.bytes_read, tokens=writer.tokens)
                 if parent is not None and os.getppid() != parent:
                     raise SystemExit("the preparation that started this task has ended")

@@ -6,6 +6,7 @@
     CORPUS/DOMAIN/train.bin           tokens one after the other, each document closed by the separator
     CORPUS/DOMAIN/train_ends.npy      int64, where each document ends in train.bin (separator included)
     CORPUS/DOMAIN/train_hashes.npy    uint64, hash of each document's text: `text_hash`
+    CORPUS/DOMAIN/train_counted.bin   one bit for each token, where some do not count in a loss: see `counted`
     CORPUS/DOMAIN/validation.bin, test.bin, …
 
 `validation` is what steers a run and what constants are chosen on, `test` is what judges. Format 2 has one held-out
@@ -20,12 +21,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shearing.data.corpus.counted import Counted
 from shearing.data.corpus.format import ONE_PART, SPLITS, DomainManifest, HeldOutSplit, Split, read_index
 from shearing.data.corpus.integrity import quick_damages
 from shearing.data.corpus.stored_split import StoredSplit
@@ -39,7 +42,13 @@ def whole_rows(tokens: int, *, sequence_length: int) -> int:
 
 
 class Corpus:
-    """Tokenised domains, memory-mapped; safe to open in any number of processes. Use `Corpus.open`."""
+    """Tokenised domains, memory-mapped; safe to open in any number of processes. Use `Corpus.open`.
+
+    Attributes:
+        path: its folder.
+        manifests: of the opened domains.
+        all_count: whether every token of them counts in a loss.
+    """
 
     def __init__(self, path: Path, *, manifests: Mapping[str, DomainManifest]) -> None:
         self.path = path
@@ -47,6 +56,8 @@ class Corpus:
         self._splits: dict[tuple[str, Split], StoredSplit] = {}
         self._tokens: dict[tuple[str, Split], Tokens] = {}
         self._ends: dict[tuple[str, Split], npt.NDArray[np.int64]] = {}
+        self._counted: dict[tuple[str, Split], Counted | None] = {}
+        self.all_count = all(part.counted is None for each in manifests.values() for part in each.parts.values())
 
     @classmethod
     def open(
@@ -109,7 +120,15 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hash of the opened domains' names and tokens, wherever the corpus lies (hexadecimal, 32 digits)."""
-        content = [[m.domain, m.dtype, *(part.sha256 for part in m.parts.values())] for m in self.manifests.values()]
+        content = [
+            [
+                m.domain,
+                m.dtype,
+                *(part.sha256 for part in m.parts.values()),
+                *(part.counted_sha256 for part in m.parts.values() if part.counted_sha256 is not None),
+            ]
+            for m in self.manifests.values()
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     @property
@@ -213,11 +232,46 @@ class Corpus:
         positions: npt.NDArray[np.int64] = places - np.maximum.accumulate(latest)
         return positions
 
-    def labels_that_begin_documents(
-        self, domain: str, indices: npt.NDArray[np.int64], *, sequence_length: int, split: Split = "train"
+    def counted(
+        self, chosen: Sequence[tuple[str, int]], *, sequence_length: int, split: Split = "train"
+    ) -> npt.NDArray[np.bool_] | None:
+        """Which tokens of rows count in a loss, bool [B, S + 1]; None where all tokens of the corpus do.
+
+        Args:
+            chosen: domain and index of each row.
+        """
+        if self.all_count:
+            return None
+        rows = np.ones((len(chosen), sequence_length + 1), dtype=np.bool_)
+        for i, (domain, index) in enumerate(chosen):
+            if (of_domain := self._counted_of(domain, split)) is not None:
+                rows[i] = of_domain.read(index * sequence_length, (index + 1) * sequence_length + 1)
+        return rows
+
+    def labels_left_out(
+        self,
+        domain: str,
+        indices: npt.NDArray[np.int64],
+        *,
+        sequence_length: int,
+        loss_across: bool,
+        split: Split = "train",
     ) -> int:
-        """How many labels of these rows are the first token of a document."""
-        return len(self._begins(domain, indices, sequence_length=sequence_length, split=split))
+        """How many labels of these rows do not count.
+
+        Args:
+            loss_across: whether labels that are the first token of a document count.
+        """
+        settings: dict[str, Any] = {"sequence_length": sequence_length, "split": split}
+        if self._counted_of(domain, split) is None:
+            return 0 if loss_across else len(self._begins(domain, indices, **settings))
+        counted = self.counted([(domain, int(index)) for index in indices], **settings)
+        assert counted is not None
+        labels = counted[:, 1:]
+        if not loss_across:
+            for row, index in zip(labels, indices, strict=True):
+                row[self._begins(domain, np.array([index]), **settings) - 1] = False
+        return int((~labels).sum())
 
     def _begins(
         self, domain: str, indices: npt.NDArray[np.int64], *, sequence_length: int, split: Split
@@ -263,6 +317,16 @@ class Corpus:
             batch = [self.row_positions(domain, i, sequence_length=sequence_length, split=split) for i in chosen]
             yield torch.from_numpy(np.stack(batch))
 
+    def heldout_counted(
+        self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int, micro_batch_size: int
+    ) -> Iterator[Tensor | None]:
+        """`counted` of what `heldout_batches` yields."""
+        indices = self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens)
+        for start in range(0, len(indices), micro_batch_size):
+            chosen = [(domain, index) for index in indices[start : start + micro_batch_size]]
+            batch = self.counted(chosen, sequence_length=sequence_length, split=split)
+            yield None if batch is None else torch.from_numpy(batch)
+
     def heldout_tokens(self, *, split: HeldOutSplit, sequence_length: int, tokens_per_domain: int) -> int:
         """Inputs in what `heldout_batches` yields for all domains together."""
         subsets = [
@@ -270,6 +334,11 @@ class Corpus:
             for domain in self.domains
         ]
         return sum(map(len, subsets)) * sequence_length
+
+    def _counted_of(self, domain: str, split: Split) -> Counted | None:
+        if (domain, split) not in self._counted:
+            self._counted[domain, split] = self._split(domain, split).counted()
+        return self._counted[domain, split]
 
     def _split(self, domain: str, split: Split) -> StoredSplit:
         if (domain, split) not in self._splits:

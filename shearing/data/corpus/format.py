@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -77,7 +77,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """Counts of one part of one domain; `bytes` is UTF-8 text without separators, checksums are of the three files."""
+    """Counts of one part of one domain; `bytes` is UTF-8 text without separators, checksums are of its files.
+
+    `counted` is how many tokens count in a loss, and `counted_sha256` of the file that says which; None: all do, and
+    there is no such file.
+    """
 
     documents: int
     tokens: int
@@ -85,6 +89,8 @@ class SplitManifest:
     sha256: str
     ends_sha256: str
     hashes_sha256: str
+    counted: int | None = None
+    counted_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,14 @@ class DomainManifest:
                 allowed="the manifest of a prepared domain",
                 mend="prepare the domain again",
             ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read` reads; without what is None, which earlier versions do not know."""
+        values = asdict(self)
+        for part in values["parts"].values():
+            for name in [name for name, value in part.items() if value is None]:
+                del part[name]
+        return values
 
     @property
     def train(self) -> SplitManifest:

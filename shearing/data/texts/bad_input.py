@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 
 @dataclass
@@ -59,7 +59,7 @@ class BadInput:
             place=place,
             value=found,
             allowed=f"{what} in the field {text_field!r}",
-            mend=f"name the field that holds the {what}: text_field",
+            mend=f"name the field that holds the {what}: {key('text_field')}",
         )
 
     def damaged(self, error: Exception, *, place: str) -> None:

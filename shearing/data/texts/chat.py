@@ -23,11 +23,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from shearing.data.texts.encoding import Encoded
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 
 if TYPE_CHECKING:
     from shearing.data.texts.bad_input import BadInput
-    from shearing.data.texts.documents import TextFile
 
 BREAK, SPECIAL, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _RESERVED = {ord(character): "\ufffd" for character in (BREAK, SPECIAL, BEGIN, END)}
@@ -90,13 +89,13 @@ class ChatTemplate:
         names = tuple((name, token) for name, token in named if isinstance(token, str))
         return cls(template, names, special_tokens(tokenizer.backend_tokenizer.to_str()), answers, trusted)
 
-    def text_of(self, value: object, *, file: TextFile, place: str, bad: BadInput) -> str | None:
+    def text_of(self, value: object, *, field: str, place: str, bad: BadInput) -> str | None:
         """Marked text of messages; None, and `bad` is told, where there are none or the template refuses them."""
         try:
             return self.render(value)
         except _ChatError as error:
             what = "messages with role and content that the template takes"
-            allowed = f"{what}, in the field {file.field!r}"
+            allowed = f"{what}, in the field {field!r}"
             bad.report("bad_chat", place=place, value=error.found, allowed=allowed, mend=error.mend)
             return None
 
@@ -235,7 +234,7 @@ def _unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 def _messages(value: object) -> list[dict[str, Any]]:
     """Messages without what is null in them, as tables have fields that others use, and without reserved characters."""
-    mend = "name the field that holds the messages: text_field"
+    mend = f"name the field that holds the messages: {key('text_field')}"
     if not isinstance(value, list) or not value:
         raise _ChatError(f"{'an empty list' if value == [] else type(value).__name__} and no list of messages", mend)
     for message in value:

@@ -54,7 +54,7 @@ class TextFile:
     def text_of_value(self, value: object, *, place: str, bad: BadInput) -> str | None:
         """The text of what is in the field; None, and `bad` is told, where there is none."""
         if self.chat is not None:
-            return self.chat.text_of(value, file=self, place=place, bad=bad)
+            return self.chat.text_of(value, field=self.field, place=place, bad=bad)
         if not isinstance(value, str):
             self._no_text(bad, place=place, found=f"{type(value).__name__} in the field {self.field!r}")
             return None

@@ -44,7 +44,7 @@ def parquet_texts(opened: Callable[[], BinaryIO], *, source: TextFile, bad: BadI
                     for batch in batches:
                         yield from _texts(_column(batch, path), source=source, first_row=row, bad=bad)
                         row += len(batch)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             bad.damaged(error, place=f"{source.path}, row {row}")
 
 
@@ -62,7 +62,7 @@ def arrow_texts(file: BinaryIO, *, source: TextFile, bad: BadInput) -> Iterator[
             for batch in batches:
                 yield from _texts(_column(batch, path), source=source, first_row=row, bad=bad)
                 row += len(batch)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         bad.damaged(error, place=f"{source.path}, row {row}")
 
 

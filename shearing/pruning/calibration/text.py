@@ -106,7 +106,8 @@ def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, devi
     """
     for first in range(0, samples, micro_batch_size):
         batch = mixture.batch(first_sample=first, num_sequences=min(micro_batch_size, samples - first))
-        yield Inputs(batch.tokens[:, :-1].to(device), mixture.documents.documents(batch.positions, device=device))
+        documents = mixture.documents.documents(batch.positions, device=device, counted_BT=batch.counted)
+        yield Inputs(batch.tokens[:, :-1].to(device), documents)
 
 
 def _opened(path: Path, *, tokenizer: Any, vocab_size: int) -> Corpus:

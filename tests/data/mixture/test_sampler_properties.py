@@ -22,6 +22,7 @@ class Numbered:
     """A corpus of rows that say which they are: domain and number."""
 
     fingerprint = "numbered"
+    all_count = True
 
     def __init__(self, rows: Sequence[int]) -> None:
         self.domains = [f"domain {i}" for i in range(len(rows))]
@@ -29,6 +30,9 @@ class Numbered:
 
     def train_rows(self, domain: str, *, sequence_length: int) -> int:
         return self._rows[domain]
+
+    def counted(self, chosen: Sequence[tuple[str, int]], *, sequence_length: int) -> None:
+        """All do."""
 
     def rows(self, chosen: Sequence[tuple[str, int]], *, sequence_length: int) -> npt.NDArray[np.int64]:
         return np.array([(self.domains.index(domain), row) for domain, row in chosen], dtype=np.int64)

@@ -340,7 +340,7 @@ def test_recipe_errors_name_the_line(tmp_path: Path) -> None:
     assert f"{recipe}:6: domains.a.split" in result.output
 
 
-ASKED = [" ".join(f"w{i}x{j}" for j in range(12)) for i in range(30)]
+ASKED = [" ".join(3 * a + b + c for c in "abcdefghij") for a in "abcdef" for b in "vwxyz"]
 CHATS = [[{"role": "user", "content": f"{a} </s>"}, {"role": "assistant", "content": "say"}] for a in ASKED]
 WRITTEN = [f"user>{asked} </s></s>assistant>say</s>" for asked in ASKED]
 TURNS = "{% for m in messages %}{{ m.role + '>' + m.content + eos_token }}{% endfor %}"
@@ -394,7 +394,7 @@ def test_chats_need_a_template_and_one_that_takes_them(
     lines = write_lines(tmp_path / "a.jsonl", [*CHATS, "no chat"], field="messages")
     with pytest.raises(ShearingError, match=r"(?s)no chat template.*chat_template\.jinja"):
         prepared({"a": str(lines)}, format="chat", tokenizer=letters)
-    with pytest.raises(ShearingError, match=r"a\.jsonl:31 = str and no list of messages"):
+    with pytest.raises(ShearingError, match=r"a\.jsonl:31 = .str and no list of messages"):
         prepared({"a": str(lines)}, format="chat", tokenizer=chat_tokenizer)
     corpus = prepared({"a": str(lines)}, format="chat", tokenizer=chat_tokenizer, bad_input="skip")
     assert corpus.manifests["a"].left_out == {"bad_chat": 1}
