@@ -68,12 +68,17 @@ def test_a_run_that_was_killed_is_the_same(tiny_inputs: Path, tmp_path: Path) ->
 
 
 def test_a_step_of_questions_alone_changes_nothing_by_its_loss(tiny_inputs: Path, tmp_path: Path) -> None:
-    with_answers(tiny_inputs / "corpus", tmp_path / "corpus", domain="letters", share=0.0)
-    recipe = recipe_of(tiny_inputs, tmp_path, steps=2, domains=["letters"])
+    with_answers(tiny_inputs / "corpus", tmp_path / "corpus", domain="letters", share=0.02)
+    recipe = recipe_of(tiny_inputs, tmp_path, steps=6, domains=["letters"])
     data = json.loads(recipe.model_dump_json())
     data["mixture"] |= {"update": "constant"}
+    data["pretrain"]["batch_size"] = "2 sequences"
     recipe = Recipe.model_validate(data)
     run(recipe, stages=("pretrain",))
+    mixture = RunContext(recipe).initial_mixture()
+    labels = [mixture.num_labels(first_sample=2 * step, num_sequences=2) for step in range(6)]
+    assert 0 in labels
+    assert any(labels)
     lines = [line for line in runs.lines(recipe.run_dir, "pretrain") if "loss" in line]
-    assert [line["loss"] for line in lines] == [0.0, 0.0]
+    assert [line["loss"] == 0.0 for line in lines] == [count == 0 for count in labels]
     assert not any(line.get("skipped") for line in lines)

@@ -368,6 +368,8 @@ class Corpus:
         for part, counts in manifest.parts.items():
             if counts.tokens == 0:
                 raise self._empty(domain, value=f"0 tokens in {part}")
+            if counts.counted == 0:
+                raise self._empty(domain, value=f"no token in {part} that counts in a loss")
         for damage in quick_damages(self.path / domain, manifest=manifest):
             raise damage.error()
         if ONE_PART in manifest.parts and manifest.parts[ONE_PART].documents < 2:

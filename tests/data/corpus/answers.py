@@ -13,13 +13,14 @@ from shearing.data.corpus.counted import BitsWriter, counted_path
 
 
 def with_answers(corpus: Path, copy: Path, *, domain: str, share: float = 0.4) -> Path:
-    """A copy in which about this share of the tokens of a domain counts: each run of up to 9 tokens or none of it."""
+    """A copy in which of a domain runs of up to 9 tokens count: about this share of training text, 0.4 of the rest."""
     shutil.copytree(corpus, copy)
     path = copy / domain / "manifest.json"
     manifest = json.loads(path.read_text())
     for part, counts in manifest["parts"].items():
         draw = np.random.default_rng(len(part))
-        bits = np.repeat(draw.random(counts["tokens"]) < share, draw.integers(1, 10, counts["tokens"]))
+        often = share if part == "train" else 0.4
+        bits = np.repeat(draw.random(counts["tokens"]) < often, draw.integers(1, 10, counts["tokens"]))
         writer = BitsWriter(counted_path(copy / domain, part))
         for piece in np.split(bits[: counts["tokens"]], sorted(draw.integers(0, counts["tokens"], 9))):
             writer.write(piece)

@@ -130,3 +130,8 @@ def test_damages(corpus: Corpus) -> None:
     file.unlink()
     with pytest.raises(ShearingError, match="missing"):
         Corpus.open(corpus.path)
+
+
+def test_a_domain_of_which_nothing_counts(tiny_inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShearingError, match="no token in train that counts in a loss"):
+        with_answers(tiny_inputs / "corpus", tmp_path / "none", domain="letters", share=0.0)
