@@ -63,27 +63,52 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def extend(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with continued pretraining; only read.")],
-    new_dir: Annotated[Path, typer.Argument(metavar="NEW_DIR", help="Folder of the new run.")],
-    overrides: Overrides = None,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with continued pretraining.")],
+    to: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NEW_DIR] [KEY=VALUE]…",
+            help="Folder of a new run, RUN_DIR is only read then; without it the run goes on where it is. Then dotted "
+            "keys over its recipe: pretrain.duration='200 steps'.",
+        ),
+    ] = None,
     decay: Annotated[
         str | None, typer.Option(help="End in a decay of this length, as '100 steps', that begins there.")
     ] = None,
     step: Annotated[
         int | None, typer.Option("--from", help="Step of the checkpoint; unset: the newest that can be.")
     ] = None,
+    onward: Annotated[
+        bool,
+        typer.Option(
+            "--onward",
+            help="With NEW_DIR: from the newest checkpoint, whatever the rates were until there, as without NEW_DIR.",
+        ),
+    ] = False,
 ) -> None:
-    """Begin a run that goes on from a checkpoint of another one: with a decay, or with more training before it."""
-    from shearing.runs.extension import extend as begin
+    """Train a run for longer, with another rate or a decay, from a checkpoint on: where it is, or in another folder.
 
-    made = begin(
-        RunDirectory(run_dir),
-        to=new_dir,
-        decay=None if decay is None else _duration(decay, field="--decay"),
-        step=step,
-        overrides=overrides or (),
-    )
-    typer.echo(f"{new_dir}: step {made.step} of {made.total_steps} of pretrain, from {run_dir}; it goes on by")
+    Where it is (and with --onward), it goes on from the newest checkpoint, and what was before it stays as it was. A
+    new run begins at the newest checkpoint until which it is the run that had the new recipe from the start.
+    """
+    from shearing.runs.continuation.extension import change, extend as begin
+
+    run, given = RunDirectory(run_dir), list(to or ())
+    new_dir = Path(given.pop(0)) if given and "=" not in given[0] else None
+    length = None if decay is None else _duration(decay, field="--decay")
+    if new_dir is None:
+        if step is not None:
+            raise ShearingError(
+                "--from",
+                value=step,
+                allowed="with NEW_DIR: a run that stays where it is goes on from its newest checkpoint",
+                mend="name a folder for a new run, with --onward to keep the rates until there as they were",
+            )
+        made = change(run, decay=length, overrides=given)
+    else:
+        made = begin(run, to=new_dir, decay=length, step=step, overrides=given, onward=onward)
+    of = "" if new_dir is None else f", from {run_dir}"
+    typer.echo(f"{made.directory.path}: step {made.step} of {made.total_steps} of pretrain{of}; it goes on by")
     typer.echo(f"shear run {made.directory.recipe}")
 
 

@@ -62,6 +62,11 @@ class RunDirectory:
         return self.path / "pretrain"
 
     @property
+    def changes(self) -> Path:
+        """Keys that were changed after continued pretraining had begun (JSON)."""
+        return self.pretrain / "changes.json"
+
+    @property
     def model(self) -> Path:
         """Folder of the final model, plain Hugging Face."""
         return self.path / "model"

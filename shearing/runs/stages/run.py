@@ -19,7 +19,7 @@ from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
 from shearing.progress import reset_max_memory
 from shearing.runs.context import RunContext
-from shearing.runs.continuation import require_same_run
+from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe

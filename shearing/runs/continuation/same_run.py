@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import Any
 
 from shearing.errors import ShearingError
+from shearing.runs.continuation.changes import onward_keys
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
@@ -42,8 +45,18 @@ def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
             value=str(directory.path),
             allowed="a folder without a run, or with a run of this recipe; what differs from its recipe.yaml: "
             + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
-            mend="choose another run_dir, or take those values back to continue that run",
+            mend=_mend(changed, recipe=recipe, directory=directory),
         )
+
+
+def _mend(changed: list[str], *, recipe: Recipe, directory: RunDirectory) -> str:
+    """What to do: keys that only matter from here on may change from here on."""
+    mend = "choose another run_dir, or take those values back to continue that run"
+    if not set(changed) <= onward_keys(recipe) or not any(directory.checkpoints("pretrain").glob("step-*")):
+        return mend
+    now = recipe.flat()
+    said = shlex.join(f"{key}={json.dumps(now[key]).strip(chr(34))}" for key in changed)
+    return f"{mend}; to go on with the new ones from its newest checkpoint: shear extend {directory.path} {said}"
 
 
 def _is_used(key: str, *, directory: RunDirectory, one_schedule: bool) -> bool:

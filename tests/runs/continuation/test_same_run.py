@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shearing.errors import ShearingError
-from shearing.runs.continuation import require_same_run
+from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.document import keys

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
-from shearing.runs.extension import extend
+from shearing.runs.continuation.extension import extend
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.run import run
