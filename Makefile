@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := .venv-llmcompressor
 TRANSFORMERS4 := .transformers4
+LLAMA_CPP := .llama-cpp
 # The first Python that is new enough; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint docs compare-llmcompressor test-transformers4 setup clean
+.PHONY: demo test lint docs compare-llmcompressor test-transformers4 test-llama-cpp setup clean
 
 demo: setup
 	$(BIN)/python -m data_tools.demo --output runs/demo-data
@@ -44,6 +45,12 @@ test-transformers4: setup
 		--target $(TRANSFORMERS4) transformers==4.57.6
 	SHEARING_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_transformers4.py
 
+# Optional: GGUF files read by llama.cpp, whose library xllamacpp brings built, in a folder of its own.
+test-llama-cpp: setup
+	@test -d $(LLAMA_CPP)/xllamacpp || $(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+		--only-binary :all: --target $(LLAMA_CPP) xllamacpp==2026.10.11549
+	SHEARING_LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/export/test_llama_cpp.py
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,4 +62,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPARISON) $(TRANSFORMERS4) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(COMPARISON) $(TRANSFORMERS4) $(LLAMA_CPP) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -33,6 +33,9 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the exported model.")],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset: the source's.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Of the largest file of weights; unset: 5 GB.")] = None,
+    gguf: Annotated[
+        str | None, typer.Option(help="Write a GGUF file for llama.cpp too: f32, f16, bf16 or q8_0.", metavar="KIND")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision; only for hub names.")] = None,
     push: Annotated[str | None, _hub("Repository to push the folder to, as ORGANISATION/NAME.", "--push")] = None,
     private: Annotated[bool, _hub("A new repository is for its owners alone.", "--private")] = False,
@@ -60,7 +63,7 @@ def export(
     With --semi-structured: time a model's 2:4 layers on the GPU here and write which of them to convert. 2:4 is 2 kept
     of 4.
     """
-    plain = {"--dtype": dtype, "--shard-size": shard_size, "--push": push}
+    plain = {"--dtype": dtype, "--shard-size": shard_size, "--gguf": gguf, "--push": push}
     two_of_four = {"--batch": batch, "--precision": precision, "--backend": backend, "--margin": margin}
     _require_unset(plain if semi_structured else two_of_four, semi_structured=semi_structured)
     if not semi_structured:
@@ -76,6 +79,7 @@ def export(
             repository=push,
             private=private,
             dry_run=dry_run,
+            gguf=gguf,
         )
         return
     from shearing.pruning.sparse.semi_structured.export import BATCHES, MARGIN, export as time_and_write

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
@@ -22,11 +23,27 @@ from shearing.models.stored.saving import DTYPES, SHARD_BYTES, write_model
 from shearing.pruning.sparse.stored.trained import write_trained
 from shearing.runs.export.card import write_card
 from shearing.runs.export.check import difference, logits_of, opened, require_same, round_weights
+from shearing.runs.export.gguf_file import context_of, opened_gguf, require_gguf, round_as, write_gguf
 from shearing.runs.export.hub import files_to_push, push, require_repository_name
 from shearing.runs.export.origin import Origin, open_origin
 from shearing.settings.quantities import format_parameters
 
 NAMES = {"model": "MODEL", "source": "MODEL", "save_dtype": "--dtype", "model.source": "MODEL"}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file of an export.
+
+    Attributes:
+        name: in the folder.
+        rounding: what its kind moves logits by, relatively.
+        limits: what holds with limits only, a sentence each.
+    """
+
+    name: str
+    rounding: float
+    limits: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,7 @@ class Exported:
         difference: of fp32 logits, relative: the folder's to those of training.
         rounding: the share of it that comes from the dtype; 0 in fp32.
         misfits: what about the sizes does not suit other programs, a sentence each.
+        gguf: the GGUF file in it; None: none was asked for.
         address: of the commit on the hub; None: it was not pushed.
     """
 
@@ -49,6 +67,7 @@ class Exported:
     difference: float
     rounding: float
     misfits: list[str]
+    gguf: GgufFile | None = None
     address: str | None = None
 
 
@@ -63,6 +82,7 @@ def export(
     repository: str | None = None,
     private: bool = False,
     dry_run: bool = False,
+    gguf: str | None = None,
     console: Console | None = None,
 ) -> Exported:
     """Write a model, open it with transformers alone, compare its logits with those of training, and perhaps push it.
@@ -76,13 +96,17 @@ def export(
         repository: of a hub, to push to; None: nothing is pushed.
         private: whether a new repository is for its owners alone.
         dry_run: say what would be pushed, and push nothing.
+        gguf: f32, f16, bf16 or q8_0: writes a GGUF file of that kind into the folder too; see `write_gguf`.
         console: where results go; stdout if None.
 
     Raises:
-        ShearingError: there is nothing of that kind, the folder is there, logits differ, or the hub refuses.
+        ShearingError: there is nothing of that kind, the folder is there, logits differ, llama.cpp cannot have such a
+            model, or the hub refuses.
     """
     console = console or Console()
     _require_options(output=output, dtype=dtype, shard_bytes=shard_bytes)
+    if gguf is not None:
+        require_gguf(gguf)
     if repository is not None:
         require_repository_name(repository)
     transformers.utils.logging.disable_progress_bar()
@@ -92,7 +116,7 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with full_disk_said(lambda: no_room_for_model(output, field="--output")):
-            made = _written(origin, beside, to=output, dtype=name, shard_bytes=shard_bytes)
+            made = _written(origin, beside, to=output, dtype=name, shard_bytes=shard_bytes, gguf=gguf)
             flush_tree(beside)
             beside.rename(output)
             flush_folder(output.parent)
@@ -112,7 +136,7 @@ def export(
     return dataclasses.replace(made, address=address)
 
 
-def _written(origin: Origin, beside: Path, *, to: Path, dtype: str, shard_bytes: int) -> Exported:
+def _written(origin: Origin, beside: Path, *, to: Path, dtype: str, shard_bytes: int, gguf: str | None) -> Exported:
     start = origin.start
     training = origin.model()
     trained = logits_of(training)
@@ -131,16 +155,31 @@ def _written(origin: Origin, beside: Path, *, to: Path, dtype: str, shard_bytes:
     round_weights(model, dtype=DTYPES[dtype])
     rounded = logits_of(model)
     del model, training
-    found = logits_of(opened(beside))
+    again = opened(beside)
+    found = logits_of(again)
     require_same(found, expected=rounded, what=f"{to} and what it was written from")
+    of_gguf = None if gguf is None else _write_gguf(again, beside, kind=gguf)
     return Exported(
         folder=to,
         shape=shape,
         dtype=dtype,
         difference=difference(found, trained),
         rounding=difference(rounded, trained),
-        misfits=misfits(shape),
+        misfits=[*misfits(shape), *(of_gguf.limits if of_gguf else ())],
+        gguf=of_gguf,
     )
+
+
+def _write_gguf(model: PreTrainedModel, folder: Path, *, kind: str) -> GgufFile:
+    """Write a folder's model as a GGUF file, and compare what transformers reads there; the model is rounded."""
+    path, context = folder / f"model-{kind}.gguf", context_of(model.config)
+    exact = logits_of(model, context=context)
+    limits = write_gguf(model, path, folder=folder, kind=kind)
+    round_as(model, kind=kind)
+    rounded = logits_of(model, context=context)
+    found = logits_of(opened_gguf(path, config=model.config), context=context)
+    require_same(found, expected=rounded, what=f"{path.name} and what it was written from")
+    return GgufFile(path.name, difference(rounded, exact), limits)
 
 
 def _record(origin: Origin) -> dict[str, object] | None:
@@ -161,6 +200,9 @@ def _say(made: Exported, *, origin: Origin, console: Console) -> None:
     console.print(f"{origin.title}: {parameters} parameters in {made.dtype}", soft_wrap=True, highlight=False)
     rounding = f"; rounding to {made.dtype} moves them by {made.rounding:.1e}" if made.rounding else ""
     console.print(f"opened with transformers: logits are those that were written{rounding}", highlight=False)
+    if made.gguf is not None:
+        moved = f": rounding moves logits by {made.gguf.rounding:.1e}" if made.gguf.rounding else ""
+        console.print(f"{made.gguf.name}, opened with transformers too{moved}", soft_wrap=True, highlight=False)
     for misfit in made.misfits:
         console.print(f"does not suit {misfit}", style="yellow", soft_wrap=True, highlight=False)
     console.print(f"exported model: {made.folder}", soft_wrap=True, highlight=False)
