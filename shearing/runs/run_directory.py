@@ -72,6 +72,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def kept_tokens(self) -> Path:
+        """Folder of the final model with the tokens alone that the corpus uses most; where the recipe says so."""
+        return self.path / "model-kept-tokens"
+
+    @property
     def evaluation(self) -> Path:
         """Held-out losses and speed of every model of the run (JSON)."""
         return self.path / "evaluation.json"

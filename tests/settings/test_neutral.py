@@ -79,6 +79,7 @@ def test_neutral_keys_of_a_run() -> None:
         "run_dir",
         "resume",
         "model.save_dtype",
+        "target.vocab_size",
         *(f"prune.{name}" for name in stage),
         *(f"pretrain.{name}" for name in stage),
         "sparsify.micro_batch_size",

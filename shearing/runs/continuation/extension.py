@@ -85,8 +85,8 @@ def extend(
     way = _Way(start | {"run_dir": str(to)}, decay=decay, overrides=overrides, onward=onward)
     first, checkpoint, recipe = _choose(run, way, step=step)
     changes = changes_of(run)
-    if onward:
-        changes.append(Change.between(before, recipe, step=first))
+    if onward and (changed := Change.between(before, recipe, step=first)).keys:
+        changes.append(changed)
     _put_together(run, recipe, checkpoint=checkpoint, to=to, changes=changes)
     return Extension(directory=RunDirectory(to), step=first, total_steps=_total(recipe))
 
@@ -124,7 +124,7 @@ def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Seque
         if earlier and _is_undone(earlier[-1], before):
             earlier.pop()
         write_changes(run, [*earlier, *([changed] if changed.keys else [])])
-        _set_aside(run, step=first)
+        _set_aside(run, step=_total(before))
         write_text(run.recipe, recipe.to_yaml())
     return Extension(directory=run, step=first, total_steps=_total(recipe))
 
@@ -153,20 +153,23 @@ def _is_undone(change: Change, recipe: Recipe) -> bool:
 
 
 def _set_aside(run: RunDirectory, *, step: int) -> None:
-    """Keep what a finished run has made, under names with its step, and have its last stages run again."""
-    if not run.is_complete("pretrain"):
+    """Keep what a finished run has made, under names with its last step, and have its last stages run again."""
+    mark = run.pretrain / f"complete-step-{step:08d}.json"
+    if run.is_complete("pretrain"):
+        run.complete("pretrain").rename(mark)  # first: without its model the run is not complete
+        flush_folder(run.pretrain)
+    if not mark.is_file():
         return
-    if run.evaluation.is_file():
-        evaluation = read_json(run.evaluation)
+    for model in (run.model, run.kept_tokens):
+        if model.is_dir():
+            aside = run.path / f"{model.name}-step-{step:08d}"
+            shutil.rmtree(aside, ignore_errors=True)  # of the same step
+            model.rename(aside)
+    evaluation = read_json(run.evaluation) if run.evaluation.is_file() else {"models": {}}
+    if "final" in evaluation["models"]:
         write_json(run.path / f"evaluation-step-{step:08d}.json", evaluation)
-        evaluation.get("models", {}).pop("final", None)
+        del evaluation["models"]["final"]
         write_json(run.evaluation, evaluation)
-    if run.model.is_dir():
-        aside = run.path / f"model-step-{step:08d}"
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step
-        run.model.rename(aside)
-    run.complete("pretrain").rename(run.pretrain / f"complete-step-{step:08d}.json")
-    flush_folder(run.pretrain)
 
 
 def _total(recipe: Recipe) -> int:

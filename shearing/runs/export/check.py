@@ -37,13 +37,6 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@torch.no_grad()
-def round_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
-    """Round every weight to a dtype and back, in place."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-
-
 def opened(folder: Path) -> PreTrainedModel:
     """The model of a folder as anybody opens it, in fp32, and its tokenizer tried.
 

@@ -55,6 +55,21 @@ def require_gguf(kind: str) -> None:
         )
 
 
+def require_convertible(config: Any, *, folder: Path) -> None:
+    """Check that llama.cpp can have a model and its tokenizer, before anything is written.
+
+    Args:
+        config: of the model.
+        folder: with its tokenizer.
+
+    Raises:
+        ShearingError: it cannot.
+    """
+    _architecture(config)
+    _rope_factors(config)
+    vocabulary_of(folder, rows=config.vocab_size)
+
+
 def write_gguf(model: PreTrainedModel, path: Path, *, folder: Path, kind: str) -> list[str]:
     """Write a model and the tokenizer of its folder.
 
@@ -188,7 +203,7 @@ def _write_sizes(config: Any, *, writer: GGUFWriter) -> list[str]:
     """Say shape, norms and positions in the header; returns what holds with limits only."""
     limits, context = [], context_of(config)
     if context < config.max_position_embeddings:
-        limits.append(f"the GGUF file's context is {context:,} tokens: beyond its window llama.cpp would attend to all")
+        limits.append(f"its context is {context:,} tokens: beyond the window llama.cpp would attend to all")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)

@@ -196,6 +196,7 @@ class RunPlan:
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
         budget: parameters to reach, where the recipe gives them instead of sizes.
+        vocab_size: tokens that the final model keeps; `auto` those that the corpus uses, None all.
         choice: the recipe's.
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
@@ -211,6 +212,7 @@ class RunPlan:
     teacher: Shape | None
     target: Shape | None
     budget: int | None
+    vocab_size: int | str | None
     choice: Choice
     within_documents: bool
     adapters: bool
@@ -258,6 +260,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         teacher=None if listening is None else listening.shape,
         target=target,
         budget=budget,
+        vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.lora is not None,

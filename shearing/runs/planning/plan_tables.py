@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Group, RenderableType
@@ -68,6 +69,18 @@ def _shapes(plan: RunPlan) -> Table:
     return table
 
 
+def _embeddings(plan: RunPlan) -> Iterator[str]:
+    """Share of the parameters that depends on the vocabulary, of each model whose shape is known."""
+    shapes = {"source": plan.source, **({} if plan.target is None or plan.budget else {"target": plan.target})}
+    last = list(shapes)[-1]
+    if isinstance(plan.vocab_size, int):
+        tokens = min(plan.vocab_size, shapes[last].vocab_size)
+        shapes[f"{last} with {tokens:,} tokens"] = replace(shapes[last], vocab_size=tokens)
+    for name, shape in shapes.items():
+        whole, rest = shape.num_parameters(), shape.num_parameters(embeddings=False)
+        yield f"{(whole - rest) / whole:.0%} of the {name}"
+
+
 def _stages(plan: RunPlan) -> Table:
     hours = f"hours at MFU {plan.hardware.mfu:g}"
     teacher = [] if plan.teacher is None else ["teacher's FLOPs"]
@@ -88,6 +101,7 @@ def _stages(plan: RunPlan) -> Table:
 
 
 def _notes(plan: RunPlan) -> Iterator[str]:
+    yield f"parameters of embedding and head: {', '.join(_embeddings(plan))}"
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"

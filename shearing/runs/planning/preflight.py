@@ -21,6 +21,8 @@ from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_tokenizer, skeleton
 from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
@@ -99,6 +101,7 @@ def preflight(
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
@@ -177,6 +180,14 @@ def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
             allowed=f"true: {NOT_EXPORTABLE}",
             mend="set target.uniform=true, give sizes by name, or learn masks only with `shear prune`",
         )
+
+
+@named(COMPONENT_NAMES)
+def _require_vocabulary(recipe: Recipe) -> None:
+    """A vocabulary that is cut in the end can be."""
+    if recipe.target is not None and recipe.target.vocab_size is not None:
+        folder = folder_of(recipe.model.source, revision=recipe.model.revision)
+        require_cuttable(folder, size=recipe.target.vocab_size)
 
 
 def _require_engine(recipe: Recipe) -> None:

@@ -181,6 +181,7 @@ def _print_summary(directory: RunDirectory, *, console: Console) -> None:
         ("model after cutting", directory.compact / "config.json"),
         ("sparse model", directory.sparse / "config.json"),
         ("final model", directory.model / "config.json"),
+        ("with kept tokens", directory.kept_tokens / "config.json"),
         ("evaluation", directory.evaluation),
         ("report", directory.report),
         ("recipe", directory.recipe),
