@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with $(PYTHON): one to five minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "venv failed: it is a package of its own on some systems (Debian: python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[data,deepspeed,demo,dev,lora,ray]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[data,deepspeed,demo,dev,lm-eval,lora,ray]'
 	@touch $@
 
 clean:

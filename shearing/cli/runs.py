@@ -56,9 +56,27 @@ def pretrain(recipe: RecipeFile, overrides: Overrides = None, gpus: Gpus = None)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Measure every model of the run so far and its baselines."""
-    _run(recipe, overrides, command="eval", stages=["evaluate"])
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR|MODEL", help="A folder of a model: tasks alone.")],
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between; paper11: the paper's.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; unset: all.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of tasks, before the harness's own.")] = None,
+    gpus: Gpus = None,
+) -> None:
+    """Measure every model of the run so far and its baselines; or ask one model tasks."""
+    of_run = RunDirectory(target).recipe
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    if target.is_dir() and not of_run.is_file():
+        _ask(target, overrides, tasks=names, fewshot=fewshot, task_limit=limit, task_folder=task_folder, gpus=gpus)
+        return
+    given = {"tasks": names, "fewshot": fewshot, "task_limit": limit, "task_folder": task_folder}
+    asked = [f"evaluation.{key}={json.dumps(value, default=str)}" for key, value in given.items() if value is not None]
+    path = of_run if target.is_dir() else target
+    _run(path, [*(overrides or ()), *asked], command="eval", stages=["evaluate"], gpus=gpus)
 
 
 @app.command()
@@ -198,6 +216,22 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     _print_source(json.dumps(Recipe.model_json_schema(), indent=2), language="json")
+
+
+def _ask(folder: Path, overrides: Sequence[str] | None, *, gpus: str | None, **settings: Any) -> None:
+    """Ask a model without a run the tasks of the options."""
+    beyond = "KEY=VALUE" if overrides else "--gpus" if gpus else None
+    if beyond:
+        raise ShearingError(
+            beyond,
+            value=gpus if beyond == "--gpus" else list(overrides or ()),
+            allowed=f"{beyond} with a recipe or the folder of a run; {folder} holds no recipe.yaml",
+            mend="leave it out; on many GPUs: torchrun --nproc-per-node N -m shearing eval …",
+        )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from shearing.runs.stages.evaluation.alone import ask
+
+    ask(folder, **settings)
 
 
 def _duration(text: str, *, field: str) -> Duration:

@@ -15,6 +15,7 @@ from shearing.models.recipe import ModelRecipe, TargetRecipe
 from shearing.objectives.recipe import DistillRecipe, HiddenRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -60,6 +61,9 @@ TEACHER_NAMES: Mapping[str, str] = {
     "revision": "distill.revision",
 }
 """What models are called where the teacher is meant."""
+
+EVALUATION_NAMES: Mapping[str, str] = _in("evaluation", EvaluationRecipe.model_fields)
+"""Keys of evaluation by the keys of a run; other sections have some of the same names."""
 
 ONE_SHOT_NAMES: Mapping[str, str] = {
     **_in("sparsify", OneShotRecipe.model_fields),

@@ -27,7 +27,7 @@ from shearing.pruning.structured.recipe import (
 )
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
-from shearing.runs.stages.recipe import EvaluationRecipe
+from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
 from shearing.settings.neutral import Neutral

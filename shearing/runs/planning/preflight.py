@@ -17,6 +17,8 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
+from shearing.evaluation.tasks.chosen import chosen_tasks
+from shearing.evaluation.tasks.opening import open_harness
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_tokenizer, skeleton
 from shearing.models.serving import BLOCK
@@ -31,7 +33,7 @@ from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
-from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.plan import heldout_shares
@@ -90,6 +92,8 @@ def preflight(
         if stage in stages:
             attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
     attempt(lambda: _require_exportable(recipe, stages=stages))
+    if "evaluate" in stages:
+        attempt(lambda: _require_tasks(recipe, last=len(stages) > 1))
     config = attempt(lambda: context.config)
     if config is None:
         raise _together(found)
@@ -344,6 +348,17 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+@named(EVALUATION_NAMES)
+def _require_tasks(recipe: Recipe, *, last: bool) -> None:
+    """The tasks are there; with their text, where other stages come first, so that a run does not end in an error."""
+    evaluation = recipe.evaluation
+    if evaluation.tasks:
+        tasks = chosen_tasks(evaluation.tasks)
+        harness = open_harness(tasks, folder=evaluation.task_folder)
+        for task in tasks if last else ():
+            harness.load(task.name)
 
 
 def _require_baselines(recipe: Recipe, *, source: Shape) -> None:

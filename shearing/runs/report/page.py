@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.evaluation.table import ComparisonTable, comparison_table, verdict
+from shearing.evaluation.table import ComparisonTable, comparison_table
+from shearing.evaluation.verdict import verdict
 from shearing.files.durable import read_json, write_text
 from shearing.pruning.sparse.stored.manifest import MANIFEST
 from shearing.pruning.structured.granularities import SIZE_OF
 from shearing.runs.report.charts import SMALL, line_chart
+from shearing.runs.report.judged import judged
 from shearing.runs.report.series import (
     SERIES_COLOURS,
     Colour,
@@ -111,6 +113,7 @@ def _content(run: RunDirectory) -> dict[str, Any]:
         "verdict": verdict(evaluation) if table else None,
         "tiles": _tiles(evaluation) if table else [],
         "table": table,
+        "judged": judged(evaluation),
         "environment": _environment(evaluation),
         "progress": _progress(stages),
         "loss": _noisy_chart(stages, name="loss", title="Training loss over tokens", marks=marks),

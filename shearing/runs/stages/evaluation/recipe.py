@@ -38,6 +38,22 @@ class Baseline:
         return METRICS[self.metric].title + ", refitted" * self.refitted
 
 
+class GenerationRecipe(Section):
+    """What source and models of the run write, and how near they are to the source; on test text."""
+
+    prompts: int = Field(
+        8, ge=0, description="Beginnings of documents that are continued, domains in turn; 0: leave all of this out."
+    )
+    prompt_tokens: int = Field(32, ge=1, description="Tokens of a prompt; shorter documents are no prompts.")
+    tokens: int = Field(48, ge=1, description="Tokens that are written after each, at most.")
+    text_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Tokens per domain on which next-token distributions are compared with the source's; a row at "
+        "least.",
+    )
+
+
 class EvaluationRecipe(Section):
     """Held-out evaluation of every model of the run."""
 
@@ -54,6 +70,22 @@ class EvaluationRecipe(Section):
         "stay are refitted, as prune.compensate does. The start of the run's own masks with its refit is the fair one.",
     )
     speed: bool = Field(True, description="Measure tokens/s and latency of source and result.")
+
+    generation: GenerationRecipe = GenerationRecipe()
+    tasks: list[str] = Field(
+        [],
+        description="Tasks of the lm-evaluation-harness (extra lm-eval) for the source and the run's models; paper11: "
+        "the eleven of Sheared LLaMA, with its few-shot examples.",
+    )
+    fewshot: int | None = Field(
+        None, ge=0, description="Examples before each question, for all tasks; null: as the preset or the task says."
+    )
+    task_limit: int | None = Field(None, ge=1, description="Questions of each task, the first ones; null: all.")
+    task_folder: Path | None = Field(
+        None, description="Folder of tasks (YAML, data beside it) that come before the harness's own of the same names."
+    )
+    task_batch_size: int = Field(8, ge=1, description="Requests of tasks in one forward pass.")
+    task_baselines: bool = Field(False, description="Whether baselines are asked the tasks too.")
 
     def by_name(self) -> dict[str, Baseline]:
         """The baselines, by name and in order."""
