@@ -42,6 +42,10 @@ PRESETS = {
 }
 
 
+_METRICS = {task.name: task.metric for tasks in PRESETS.values() for task in tasks}
+"""What is shown of a task is the same whether a preset or its own name asks for it."""
+
+
 def chosen_tasks(names: Sequence[str], *, fewshot: int | None = None) -> tuple[ChosenTask, ...]:
     """The tasks of a list of names, presets unfolded, each once.
 
@@ -51,6 +55,6 @@ def chosen_tasks(names: Sequence[str], *, fewshot: int | None = None) -> tuple[C
     """
     found: dict[str, ChosenTask] = {}
     for name in names:
-        for task in PRESETS.get(name, (ChosenTask(name),)):
+        for task in PRESETS.get(name, (ChosenTask(name, metric=_METRICS.get(name)),)):
             found.setdefault(task.name, task if fewshot is None else replace(task, fewshot=fewshot))
     return tuple(found.values())

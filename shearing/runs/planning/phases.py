@@ -175,6 +175,13 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         flops=flops,
         disk=sum(_fp32(model) for model in models),
     )
+    if recipe.evaluation.tasks:
+        yield Phase(
+            what=f"evaluate: tasks, {', '.join(recipe.evaluation.tasks)}",
+            processes=made.hardware.processes,
+            memory=_fp32(made.source) + _copies(made.source, made=made),
+            flops=None,  # questions are of any length
+        )
 
 
 def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:

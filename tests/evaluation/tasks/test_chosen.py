@@ -22,7 +22,8 @@ def test_names_and_presets_go_together_and_each_task_once() -> None:
     tasks = chosen_tasks(["piqa", "paper11", "mine"])
     assert [task.name for task in tasks][:3] == ["piqa", "sciq", "winogrande"]
     assert len(tasks) == 12
-    assert tasks[0] == ChosenTask("piqa")
+    assert tasks[0] == ChosenTask("piqa", metric="acc")
+    assert tasks[-1] == ChosenTask("mine")
     assert {task.fewshot for task in chosen_tasks(["paper11"], fewshot=3)} == {3}
 
 

@@ -277,6 +277,10 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
         "pretrain: a checkpoint",
         "evaluate: 8 models",
     ]
+    asked = overridden(recipe, overrides=["evaluation.tasks=[paper11]"])
+    *before, tasks = phases(asked, made=planned(asked))
+    assert [phase.what for phase in before] == list(found)
+    assert (tasks.what, tasks.processes, tasks.seconds) == ("evaluate: tasks, paper11", 8, None)
     step, reference = found["prune: a step"], found["prune: reference losses"]
     speed = 0.4 * 989.4e12
     assert (step.processes, reference.processes) == (8, 1)

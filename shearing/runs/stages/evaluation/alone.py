@@ -89,7 +89,8 @@ def ask(
             found = processes.broadcast(place.read() if processes.is_main else None)
             if found is None:
                 if model is None:
-                    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+                    model.to(device)
                     tokenizer = AutoTokenizer.from_pretrained(folder)
                 found = harness.measure(model, task, tokenizer=tokenizer, limit=task_limit, processes=processes)
                 if processes.is_main:
