@@ -75,6 +75,8 @@ def evaluate(
         return
     given = {"tasks": names, "fewshot": fewshot, "task_limit": limit, "task_folder": task_folder}
     asked = [f"evaluation.{key}={json.dumps(value, default=str)}" for key, value in given.items() if value is not None]
+    if target.is_dir():
+        asked.append(f"run_dir={json.dumps(str(target))}")  # wherever it was made
     path = of_run if target.is_dir() else target
     _run(path, [*(overrides or ()), *asked], command="eval", stages=["evaluate"], gpus=gpus)
 

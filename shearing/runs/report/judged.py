@@ -94,7 +94,7 @@ def _dots(models: Sequence[Mapping[str, Any]], *, colours: Sequence[Colour]) -> 
                 )
         axes.set_yticks(range(len(shares)), list(shares))
         axes.set_ylim(len(shares) - 0.5, -0.5)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-1)  # a dot at 0 is drawn whole
         axes.set_xlabel("%")
         axes.grid(axis="x", color=PAINTS["grid"], linewidth=0.6)
         axes.set_axisbelow(True)

@@ -70,7 +70,6 @@ def ask(
     quiet_deepspeed()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    device = resolve_device("auto")
     with Processes.start() as processes:
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         harness = processes.each(lambda: open_harness(chosen, folder=task_folder))
@@ -90,7 +89,7 @@ def ask(
             if found is None:
                 if model is None:
                     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-                    model.to(device)
+                    model.to(resolve_device("auto"))
                     tokenizer = AutoTokenizer.from_pretrained(folder)
                 found = harness.measure(model, task, tokenizer=tokenizer, limit=task_limit, processes=processes)
                 if processes.is_main:

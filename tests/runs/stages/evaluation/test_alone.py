@@ -60,6 +60,7 @@ def test_a_run_is_named_by_its_folder_and_asked_more(tiny_recipe: Path, tmp_path
     first = shear_eval(tiny_recipe)
     assert first.exit_code == 0, first.output
     assert "tasks" not in read_json(run_dir / "evaluation.json")["models"]["source"]
+    run_dir = run_dir.rename(tmp_path / "moved")
     folder = write_tasks(tmp_path / "tasks")
     options = ["--tasks", "letters_choice", "--limit", "5", "--fewshot", "1", "--task-folder", str(folder)]
     result = shear_eval(run_dir, *options)
