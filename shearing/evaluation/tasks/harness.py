@@ -77,7 +77,7 @@ class Harness:
             try:
                 with _quiet():
                     self._loaded[name] = self._manager.load([name])
-            except (OSError, ValueError, RuntimeError) as error:  # of datasets, huggingface_hub and pyarrow
+            except Exception as error:
                 raise ShearingError(
                     "tasks",
                     value=f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}",
