@@ -62,6 +62,7 @@ def measure_tasks(context: RunContext, rows: Sequence[Row], *, results: dict[str
                     place_of(context, task, fingerprint=row.fingerprint).write(found)
                     results[name]["tasks"] |= found
                     advance(row.shape.num_parameters())
+            del model  # before the next one is loaded
             if row is not None:
                 context.console.print(f"{row.label}: {in_words(results[name]['tasks'])}", highlight=False)
 
