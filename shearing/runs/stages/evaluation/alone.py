@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,7 +101,7 @@ def ask(
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], *, name: str) -> Table:
-    table = Table(title=f"{name}: tasks, ± standard error", title_justify="left")
+    table = Table(title=f"{name}: tasks, ± standard error", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("task", "metric", "examples", "questions", "figure"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for task, result in results.items():
