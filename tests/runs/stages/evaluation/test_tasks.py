@@ -91,6 +91,30 @@ def test_source_and_models_of_the_run_are_asked_and_each_figure_is_kept(
     assert not any("tasks" in model for model in evaluate(quiet(having(finished, tasks=[])))["models"].values())
 
 
+def test_what_was_interrupted_goes_on_with_the_next_task(
+    finished: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("judged", "evaluation*"))
+    recipe = finished.model_copy(update={"run_dir": tmp_path / "run"})
+    asked: list[str] = []
+    original = Harness.measure
+
+    def killed_at_the_third(self: Harness, model: Any, task: Any, **keywords: Any) -> Any:
+        asked.append(task.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return original(self, model, task, **keywords)
+
+    monkeypatch.setattr(Harness, "measure", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(quiet(recipe))
+    interrupted = evaluate(quiet(recipe))
+    assert asked == [*ASKED, ASKED[0], *ASKED, *ASKED]
+    for kept in (tmp_path / "run" / "judged").glob("task-*"):
+        kept.unlink()
+    assert tasks_of(evaluate(quiet(recipe))) == tasks_of(interrupted)
+
+
 def share(recipe: Recipe, output: Path) -> None:
     with Processes.start(device="cpu") as processes:
         evaluation = evaluate(quiet(recipe, processes=processes))
