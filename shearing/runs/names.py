@@ -15,7 +15,14 @@ from shearing.models.recipe import ModelRecipe, TargetRecipe
 from shearing.objectives.recipe import DistillRecipe, HiddenRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
-from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
+from shearing.training.recipe import (
+    DeepSpeedRecipe,
+    Fsdp2Recipe,
+    LoraRecipe,
+    PretrainRecipe,
+    StageRecipe,
+    TrainingRecipe,
+)
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelRecipe,
@@ -27,6 +34,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "pretrain.lora": LoraRecipe,
     "training": TrainingRecipe,
     "training.deepspeed": DeepSpeedRecipe,
+    "training.fsdp2": Fsdp2Recipe,
 }
 """Those of a run whose keys components know. Two have tables of their own: `sparsify`, with the keys of a command too,
 and `distill`, whose keys are called as those of other sections are."""

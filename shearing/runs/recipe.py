@@ -366,11 +366,12 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             mend="set training.compile=false, or leave distill.hidden out",
         )
     if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
+        able = " or ".join(name for name, facts in ENGINES.items() if facts.adapters)
         yield ShearingError(
             "pretrain.lora",
             value=recipe.pretrain.lora.model_dump(),
-            allowed=f"training.engine=torch; it is {recipe.training.engine}, which would have to cut up frozen weights",
-            mend="set training.engine=torch: adapters have so few weights that there is little to share out",
+            allowed=f"training.engine={able}; it is {recipe.training.engine}, which holds trained weights alone",
+            mend="set training.engine=torch, or training.engine=fsdp2 where the frozen weights do not fit one GPU",
         )
 
 

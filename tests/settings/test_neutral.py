@@ -65,6 +65,7 @@ def test_neutral_keys_of_a_run() -> None:
     training = (
         "engine",
         "deepspeed",
+        "fsdp2",
         "activation_checkpointing",
         "compile",
         "device",

@@ -131,7 +131,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
     if not stage.steps:
         return
     settings, length = recipe.training_stages[stage.stage], recipe.data.sequence_length
-    memory = stage.memory[made.choice.zero_stage]
+    memory = stage.held(made.choice)
     yield Phase(
         what=f"{stage.stage}: a step",
         processes=made.hardware.processes,

@@ -41,6 +41,7 @@ from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
+from shearing.training.engines.fsdp2_engine import require_fsdp2
 from shearing.training.recipe import DeepSpeedRecipe
 from shearing.training.trackers import require_trackers
 
@@ -193,6 +194,8 @@ def _require_engine(recipe: Recipe) -> None:
         )
     if engine == "deepspeed":
         _require_offloading(settings)
+    if engine == "fsdp2":
+        require_fsdp2()
 
 
 def _require_offloading(settings: DeepSpeedRecipe) -> None:
