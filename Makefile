@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := .venv-llmcompressor
+COMPOSER := .venv-composer
+DOCS := .venv-docs
 TRANSFORMERS4 := .transformers4
 # The first Python that is new enough; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint docs compare-llmcompressor test-transformers4 setup clean
+.PHONY: demo test lint docs site compare-llmcompressor test-composer test-transformers4 setup clean
 
 demo: setup
 	$(BIN)/python -m data_tools.demo --output runs/demo-data
@@ -30,6 +32,15 @@ docs: setup
 	$(BIN)/python -m shearing.runs.recipe docs/recipe.md
 	$(BIN)/python -m shearing.pruning.sparse.recipe docs/sparsity.md
 	$(BIN)/python -m data_tools.preparation.recipe docs/data.md
+	$(BIN)/python recipes/costs.py docs/recipes.md
+
+# The documents as a site in site/, every link checked: mkdocs reads names from the source text, so it needs nothing of
+# ours, and has an environment of its own.
+site:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
+	@test -x $(DOCS)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install \
+		--disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'; }
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # Optional: our masks beside llm-compressor's, in an environment of its own, as it wants other versions of libraries.
 compare-llmcompressor:
@@ -37,6 +48,13 @@ compare-llmcompressor:
 	@test -x $(COMPARISON)/bin/python || $(PYTHON) -m venv $(COMPARISON)
 	$(COMPARISON)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' llmcompressor==0.14.0.1
 	OMP_NUM_THREADS=1 $(COMPARISON)/bin/python -m pytest tests/pruning/sparse/test_llmcompressor.py
+
+# Optional: mask learning under Composer, in an environment of its own, as mosaicml wants a torch before 2.7.1.
+test-composer:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
+	@test -x $(COMPOSER)/bin/composer || { $(PYTHON) -m venv $(COMPOSER) && \
+		$(COMPOSER)/bin/python -m pip install --disable-pip-version-check -e '.[composer,dev]'; }
+	OMP_NUM_THREADS=1 $(COMPOSER)/bin/python -m pytest tests/integrations/composer tests/examples/test_composer_example.py
 
 # Optional: results opened by transformers 4, in a folder of its own beside the torch of .venv.
 test-transformers4: setup
@@ -55,4 +73,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPARISON) $(TRANSFORMERS4) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(COMPARISON) $(COMPOSER) $(DOCS) site $(TRANSFORMERS4) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
