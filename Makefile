@@ -54,7 +54,7 @@ test-composer:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
 	@test -x $(COMPOSER)/bin/composer || { $(PYTHON) -m venv $(COMPOSER) && \
 		$(COMPOSER)/bin/python -m pip install --disable-pip-version-check -e '.[composer,dev]'; }
-	OMP_NUM_THREADS=1 $(COMPOSER)/bin/python -m pytest tests/integrations/composer tests/examples/test_composer_example.py
+	OMP_NUM_THREADS=1 $(COMPOSER)/bin/python -m pytest tests/integrations/composer
 
 # Optional: results opened by transformers 4, in a folder of its own beside the torch of .venv.
 test-transformers4: setup

@@ -49,8 +49,8 @@ WITHOUT_TORCH = (
 NEEDS = {"shearing.integrations.composer": "composer"}
 """Package -> what has to be installed for its names to be there; `make test-composer` has it."""
 MOST_ROOMS = 13
-WITHOUT_MIRROR = {"distributed", "benchmarks", "examples"}
-"""Folders of tests that are of no folder of the library: several processes at once, scripts."""
+WITHOUT_MIRROR = {"distributed"}
+"""Folders of tests that are of no folder of the library: several processes at once."""
 
 
 @cache
