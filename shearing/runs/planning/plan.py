@@ -423,7 +423,7 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
     None where nothing says how many domains there are.
     """
     mixture, length = recipe.mixture, recipe.data.sequence_length
-    domains, settings = _num_domains(recipe), recipe.training_stages[stage]
+    domains, settings = num_domains(recipe), recipe.training_stages[stage]
     if domains is None:
         return None
     updates = 0
@@ -441,7 +441,8 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
     return domains * rows * length
 
 
-def _num_domains(recipe: Recipe) -> int | None:
+def num_domains(recipe: Recipe) -> int | None:
+    """How many domains a recipe trains on; None where neither it nor the corpus, which need not be there, says so."""
     for given in (recipe.data.domains, recipe.mixture.initial_weights):
         if isinstance(given, (list, dict)):
             return len(given)
