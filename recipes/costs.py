@@ -26,6 +26,13 @@ SOURCES = {
 
 MACHINES = {"8 x H100 of 80 GB": (8, "H100"), "one RTX 4090 of 24 GB": (1, "RTX 4090")}
 MFU = 0.4
+OFFLOADED = [
+    "training.deepspeed.zero_stage=3",
+    "training.deepspeed.offload_optimizer=cpu",
+    "training.deepspeed.offload_parameters=cpu",
+]
+"""The last resort: layers come over PCIe one after the other."""
+
 BEGIN, END = "<!-- costs: made by recipes/costs.py -->", "<!-- /costs -->"
 
 
@@ -37,12 +44,14 @@ def planned(name: str, *, machine: str) -> tuple[RunPlan, list[str]] | None:
     made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source]), hardware=hardware)
     if made.advice is None:
         return made, []
-    ways = what_would_fit(made)
-    if ways is None or any("--gpus" in way for way in ways):
-        return None
-    overrides = [override for way in ways for override in way.split()]
-    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides])
-    return plan(recipe, hardware=hardware), overrides
+    ways = [override for way in what_would_fit(made) or [] for override in way.split()]
+    for overrides in (ways, OFFLOADED):
+        if overrides and "--gpus" not in overrides:
+            recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides])
+            made = plan(recipe, hardware=hardware)
+            if made.advice is None:
+                return made, overrides
+    return None
 
 
 def tables() -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from typing import Any
 
 import pytest
@@ -36,20 +35,19 @@ def test_the_page_has_the_figures_of_today() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("llama-3.1-3b", 2_976_353_280),
+        ("llama-3.1-3b", 2_977_582_080),
         ("qwen3-1.7b", 1_720_574_976),
-        ("smollm2-0.7b", 689_633_280),
-        ("llama-3.2-1.2b", None),
+        ("smollm2-0.7b", 688_977_408),
+        ("llama-3.2-1.2b", 1_206_470_656),
         ("sheared-llama-370m", 373_867_520),
     ],
 )
-def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int | None) -> None:
+def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int) -> None:
     config = load_config(str(RECIPES / "sources" / COSTS.SOURCES[name]))
     target = load_recipe(RECIPES / f"{name}.yaml").target
     assert target is not None
     count = resolve_target(target, source=config).num_parameters()
-    if parameters is not None:
-        assert count == parameters
+    assert count == parameters
 
 
 @pytest.mark.parametrize(
@@ -74,4 +72,4 @@ def test_the_command_says_the_same(name: str) -> None:
     assert result.exit_code == 0, result.output
     [made, _] = COSTS.planned(name, machine="8 x H100 of 80 GB")
     assert f"{made.target.num_parameters():,}" in result.stdout
-    assert json.dumps(name).strip('"') in result.stdout
+    assert name in result.stdout
