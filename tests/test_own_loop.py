@@ -87,6 +87,6 @@ def test_the_example_as_people_run_it(
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, arguments)])
     module.main()
     said = capsys.readouterr().out
-    assert "test loss: letters" in said
+    assert "test loss: digits" in said
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "small").config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 16)
