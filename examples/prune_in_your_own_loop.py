@@ -73,7 +73,7 @@ def main() -> None:
     ]
 
     # Masks start where a metric grades them, and the weights that stay make up for what the masks close.
-    text = [Inputs(tokens_BT[:, :-1]) for tokens_BT in batches[:2]]
+    text = [Inputs(tokens_BT[:, :-1]) for tokens_BT in batches]
     scores = metric_of(stage.initial_masks).scores(model, evidence=Evidence(text=text, target=target))
     masking = Masking.of(model, stage, target=target, tokens_per_step=SEQUENCES * SEQUENCE_LENGTH, scores=scores)
     refit(masking.model, masks=masking.learner.final_masks(), batches=text)

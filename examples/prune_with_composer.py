@@ -23,7 +23,7 @@ from shearing.models import TargetRecipe, load_source, resolve_target
 from shearing.objectives import LanguageModelLoss
 from shearing.pruning.structured import Evidence, Masking, PruneRecipe, metric_of, refit
 
-SEQUENCE_LENGTH, SEQUENCES, INTERVAL, HELD_OUT_TOKENS = 256, 4, 3, 256
+SEQUENCE_LENGTH, SEQUENCES, CALIBRATION, INTERVAL, HELD_OUT_TOKENS = 256, 4, 32, 3, 256
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         micro_batch_size=SEQUENCES,
     )
     # Training goes on after the text that is read here.
-    text = [Inputs(mixture.batch(first_sample=0, num_sequences=2 * SEQUENCES).tokens[:, :-1])]
+    text = [Inputs(mixture.batch(first_sample=0, num_sequences=CALIBRATION).tokens[:, :-1])]
     scores = metric_of(stage.initial_masks).scores(model, evidence=Evidence(text=text, target=target))
     masking = Masking.of(model, stage, target=target, tokens_per_step=SEQUENCES * SEQUENCE_LENGTH, scores=scores)
     refit(masking.model, masks=masking.learner.final_masks(), batches=text)
