@@ -36,15 +36,17 @@ class LearnMasks(TrainerCallback):
         Raises:
             ShearingError: a way to train that has not been shown to be right, or a checkpoint without masks.
         """
+        one = "one process without it: `shear run` trains on many, with DeepSpeed"
         for name, found, allowed in (
             (
                 "fp16",
                 args.fp16,
                 "bf16=True, or neither: losses in fp16 are scaled, and so would be the masks' gradients",
             ),
-            ("fsdp", bool(args.fsdp), "one process, or several with DDP"),
-            ("deepspeed", args.deepspeed is not None, "one process, or several with DDP: `shear run` has DeepSpeed"),
-            ("n_gpu", args.n_gpu > 1, "one GPU a process: torchrun --nproc-per-node"),
+            ("fsdp", bool(args.fsdp), one),
+            ("deepspeed", args.deepspeed is not None, one),
+            ("world_size", args.world_size > 1, "one process: `shear run` trains on many"),
+            ("n_gpu", args.n_gpu > 1, "one GPU: CUDA_VISIBLE_DEVICES=0"),
         ):
             if found:
                 raise ShearingError(name, value=getattr(args, name), allowed=allowed, mend="change TrainingArguments")
@@ -77,8 +79,8 @@ class LearnMasks(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The masks' gradients; each process's loss is multiplied by how many there are, or is a mean over its own."""
-        self.masking.after_backward(step=state.global_step, scale=float(args.world_size))
+        """The masks' gradients."""
+        self.masking.after_backward(step=state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +96,7 @@ class LearnMasks(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The masks beside the trainer's own files."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if folder.is_dir():
             torch.save(self.masking.state_dict(), folder / MASKS)
 
     def on_train_end(
@@ -104,7 +106,6 @@ class LearnMasks(TrainerCallback):
         self.masking.settle(step=state.global_step)
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Micro-batches are dealt to the processes one after the other."""
-        size, world = args.per_device_train_batch_size, args.world_size
-        sequence = (self._done * world + args.process_index) * size
-        self.masking.draw(step=state.global_step, sequence=sequence, of=size * world * args.gradient_accumulation_steps)
+        size = args.per_device_train_batch_size
+        of = size * args.gradient_accumulation_steps
+        self.masking.draw(step=state.global_step, sequence=self._done * size, of=of)

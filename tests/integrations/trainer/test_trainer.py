@@ -100,3 +100,6 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None
     trainer.args.fp16 = True
     with pytest.raises(ShearingError, match="bf16=True"):
         learn.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.args.fp16, trainer.args.deepspeed = False, {}
+    with pytest.raises(ShearingError, match="shear run"):
+        learn.on_train_begin(trainer.args, trainer.state, trainer.control)
