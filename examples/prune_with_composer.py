@@ -4,6 +4,7 @@
 
 takes the model and text of `make demo` (`python -m data_tools.demo --output runs/demo-data` makes them); `make
 test-composer` makes the environment. The same command continues what was interrupted, from Composer's checkpoints.
+Eight steps show how it is done, not what comes of it: masks that move so fast break more than they mend.
 """
 
 from __future__ import annotations
