@@ -4,8 +4,8 @@
 
 takes the model and text of `make demo` (`python -m data_tools.demo --output runs/demo-data` makes them). The loop is
 `learn`: what mask learning adds to it are the four lines with `masking`. Batches, the loss and the optimiser of the
-weights are the loop's own business. Eight steps show how it is done, not what comes of it: masks that move so fast break
-more than they mend, and `--steps` of some hundreds are hours on a CPU.
+weights are the loop's own business. Eight steps show how it is done, not what comes of it: masks that move so fast
+break more than they mend, and `--steps` of some hundreds are hours on a CPU.
 """
 
 from __future__ import annotations
