@@ -283,8 +283,8 @@ def markdown_of(figures: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *cells))
 
 
-def quick_inputs(folder: Path) -> Path:
-    """A tiny model that was trained to count, text that counts with mistakes, and a recipe over them."""
+def quick_inputs(folder: Path, *, steps: int = 300) -> Path:
+    """A tiny model trained for so many steps to count, text that counts with mistakes, and a recipe over them."""
     vocabulary = {f"w{i}": i for i in range(64)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
@@ -319,7 +319,7 @@ run_dir: {folder / "run"}
 model: {{source: {folder / "random"}}}
 data: {{corpus: {folder / "corpus"}, sequence_length: 32}}
 mixture: {{update: constant, initial_weights: uniform}}
-pretrain: {{duration: 300 steps, batch_size: 16, micro_batch_size: 16, learning_rate: 3e-3}}
+pretrain: {{duration: {steps} steps, batch_size: 16, micro_batch_size: 16, learning_rate: 3e-3}}
 evaluation: {{tokens_per_domain: 512, outside: {folder / "outside"}}}
 """)
     pretrain(RunContext(load_recipe(recipe), console=Console(quiet=True)))
@@ -338,6 +338,7 @@ prune: {duration: 10 steps, batch_size: 8, micro_batch_size: 8, learning_rate: 1
 def _benches(arguments: argparse.Namespace, *, recipe: Path, output: Path, console: Console) -> Iterator[Bench]:
     for seed in arguments.seeds:
         common = ["mixture.update=constant", "mixture.initial_weights=uniform", f"seed={seed}"]
+        common += ["prune.validation_interval=null", "pretrain.validation_interval=null"]  # steps are timed
         loaded = load_recipe(recipe, overrides=[*arguments.overrides, *common])
         for steps in arguments.steps:
             yield Bench(

@@ -132,7 +132,9 @@ def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int
             loss = causal_lm_loss(hidden, head, tokens[:, 1:], chunk_tokens=1024)[0] / tokens[:, 1:].numel()
         loss.backward()
         if learner is not None:
-            learner.penalty(step=number).backward()
+            penalty = learner.penalty(step=number)
+            if penalty.requires_grad:  # of an estimator that pulls sizes to their target
+                penalty.backward()
             learner.optimizer_step(step=number)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -29,6 +29,7 @@ from shearing.models.shape import Shape
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
+from shearing.pruning.structured.masking.learned import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, estimate
 from shearing.training.device import checkpoint_activations
@@ -93,14 +94,14 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     length = configuration.sequence_length
     model = AutoModelForCausalLM.from_config(LlamaConfig(**configuration.model)).train().to(device)
     drop_attention_mask(model, sequence_length=length)
-    masked = learner = None
+    masking = None
     if configuration.masked:
         source = Shape.of(model.config)
         target = replace(source, **TARGET)
         section = PruneRecipe.model_validate({"duration": 100, "batch_size": 1, "freeze": 0})
         settings = MaskSettings.of(section, tokens_per_step=1, seed=0)
         learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
-        masked = MaskedModel(model)
+        masking = Masking(model=MaskedModel(model), learner=learner, draws=configuration.micro_batches)
     if configuration.checkpointing != "none":
         checkpoint_activations(model, selective=configuration.checkpointing == "selective")
     optimization = Optimization(
@@ -125,15 +126,16 @@ def train(configuration: Configuration, *, device: torch.device) -> None:
     for step in range(2):
         for index in range(configuration.micro_batches):
             tokens = torch.randint(configuration.model["vocab_size"], shape, device=device)
-            if masked is not None and learner is not None:
-                masked.set_masks(learner.sample(step=step, draw=index))
+            if masking is not None:
+                masking.draw(step=step, sequence=index, of=configuration.micro_batches)
             with engine.autocast():
                 loss = objective(tokens).total / tokens[:, 1:].numel()
             engine.backward(loss, last=index + 1 == configuration.micro_batches)
-        engine.step(step=step)
-        if learner is not None:
-            learner.penalty(step=step).backward()
-            learner.optimizer_step(step=step)
+        if masking is not None:
+            masking.after_backward(step=step, scale=1.0)
+        skipped = engine.step(step=step)
+        if masking is not None:
+            masking.update(step=step, skip=skipped)
 
 
 def measured(configuration: Configuration) -> int:

@@ -95,14 +95,17 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="What kind, as H100 or A100-SXM4-80GB; unset: the one here.")] = None,
     memory: Annotated[float | None, typer.Option(help="GB of one GPU; unset: as its kind has.")] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that training reaches.")] = 0.4,
+    steps: Annotated[bool, typer.Option("--steps", help="Everything the run does, one after the other.")] = False,
 ) -> None:
     """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
     resolved = load(recipe, overrides)
+    from shearing.runs.planning.phases import phases
     from shearing.runs.planning.plan import Hardware, plan as make
-    from shearing.runs.planning.plan_tables import render
+    from shearing.runs.planning.plan_tables import render, render_phases
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
-    Console().print(render(make(resolved, hardware=hardware)))
+    made = make(resolved, hardware=hardware)
+    Console().print(render_phases(made, phases=phases(resolved, made=made)) if steps else render(made))
 
 
 @app.command()

@@ -33,6 +33,10 @@ class DataRecipe(Section):
     )
 
 
+PUBLISHED_HELDOUT_TOKENS = 500 * 4096
+"""Validation tokens per domain that Sheared LLaMA reads at each update."""
+
+
 class MixtureRecipe(Section):
     """Dynamic batch loading: which domain each sample comes from."""
 
@@ -84,8 +88,11 @@ class MixtureRecipe(Section):
         description="Weight of a step's loss in the average of its domain (losses: training; not with reference: "
         "teacher, which takes the mean since the last update).",
     )
-    heldout_tokens: int = Field(
-        2_048_000, ge=2, description="Validation tokens per domain read at each update (the paper's 500 x 4096)."
+    heldout_tokens: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto",
+        description="Validation tokens per domain read at each update. auto: as many as take a tenth of the training "
+        "FLOPs between two updates, 2,048,000 (the paper's 500 x 4096) at the most; where no update reads them, "
+        "evaluation.tokens_per_domain.",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from shearing.data.recipe import DataRecipe, MixtureRecipe, mixture_contradictions
+from shearing.data.recipe import PUBLISHED_HELDOUT_TOKENS, DataRecipe, MixtureRecipe, mixture_contradictions
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.objectives.recipe import SOURCE, DistillRecipe, distill_contradictions
@@ -115,6 +115,47 @@ class Recipe(Section):
             before=sum(steps[:index]) if self.one_schedule else 0,
             after=sum(steps[index + 1 :]) if self.one_schedule else 0,
         )
+
+    def heldout_tokens(self, *, domains: int) -> int:
+        """Validation tokens of each domain that domain weights follow: `mixture.heldout_tokens`, or what auto means.
+
+        Args:
+            domains: how many there are.
+        """
+        mixture = self.mixture
+        if mixture.heldout_tokens != "auto":
+            return mixture.heldout_tokens
+        if mixture.update == "constant" or mixture.losses == "training":
+            return self.evaluation.tokens_per_domain
+        most = min(
+            self._read_between(stage, mixture.interval if stage == "prune" else mixture.pretrain_interval, share=0.1)
+            for stage in self.training_stages
+        )
+        return max(self.data.sequence_length, min(PUBLISHED_HELDOUT_TOKENS, most // domains))
+
+    def validation_tokens(self, stage: TrainingStage, *, domains: int) -> int | None:
+        """Validation tokens of each domain that tell how a stage is doing, where nothing follows them.
+
+        Args:
+            stage: of the recipe.
+            domains: how many there are.
+
+        Returns:
+            None: they are not read.
+        """
+        interval = self.training_stages[stage].validation_interval
+        followed = self.mixture.update != "constant" and self.mixture.losses == "heldout"
+        if interval is None or followed:
+            return None
+        most = self._read_between(stage, interval, share=0.05)
+        return max(self.data.sequence_length, min(self.evaluation.tokens_per_domain, most // domains))
+
+    def _read_between(self, stage: TrainingStage, interval: Duration, *, share: float) -> int:
+        """Tokens whose forward pass takes a share of the training FLOPs of an interval: a third of a step's a token."""
+        settings, length = self.training_stages[stage], self.data.sequence_length
+        # What is longer than the stage is as long as the stage.
+        steps = min(settings.in_steps(interval, sequence_length=length), settings.total_steps(sequence_length=length))
+        return int(share * 3 * max(1, steps) * settings.tokens_per_step(sequence_length=length))
 
     @property
     def teacher(self) -> ModelRecipe | None:
@@ -273,10 +314,9 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         budget = recipe.target is not None and recipe.target.parameters is not None
         found = masking_contradictions(recipe.prune, budget=budget, tokens_per_step=per_step)
         yield from _renamed(found, names={**COMPONENT_NAMES, "duration": "prune.duration"})
-    read = {
-        "evaluation.tokens_per_domain": recipe.evaluation.tokens_per_domain,
-        "mixture.heldout_tokens": recipe.mixture.heldout_tokens,
-    }
+    read = {"evaluation.tokens_per_domain": recipe.evaluation.tokens_per_domain}
+    if recipe.mixture.heldout_tokens != "auto":
+        read["mixture.heldout_tokens"] = recipe.mixture.heldout_tokens
     if recipe.prune is not None:
         read["prune.calibration_tokens"] = recipe.prune.calibration_tokens
     for field, tokens in read.items():

@@ -81,7 +81,7 @@ class StageTotals:
     def add(self, record: Mapping[str, Any], *, tokens: int) -> None:
         """Count a line of metrics.jsonl; a step of it trained on `tokens` tokens."""
         if "event" in record:
-            self.heldout_seconds += record["seconds"] if record["event"] == "mixture" else 0.0
+            self.heldout_seconds += record["seconds"] if record["event"] in ("mixture", "validation") else 0.0
             return
         self.seconds += record["seconds"]
         self.data_wait += record["data_wait"]
@@ -134,7 +134,8 @@ class Display:
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
         if "event" in record:
-            if record["event"] == "mixture":
+            # What domain weights follow has its place until the next update.
+            if record["event"] == "mixture" or (record["event"] == "validation" and "reference" not in self._heldout):
                 self._heldout = record
             return
         self._record, self._step = record, int(record["step"])

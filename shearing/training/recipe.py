@@ -37,6 +37,12 @@ class StageRecipe(Section):
     epsilon: Positive = Field(1e-8, description="AdamW epsilon.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of matrices.")
     gradient_clipping: float = Field(1.0, ge=0.0, description="Maximum norm of the weights' gradient; 0: none.")
+    validation_interval: Neutral[Duration | None] = Field(
+        Duration(fraction=0.1),
+        description="Time between two looks at the loss on validation text, where domain weights do not follow it "
+        "anyway. As much text as takes a twentieth of the training FLOPs in between, at most "
+        "evaluation.tokens_per_domain of each domain. null: none.",
+    )
     checkpoint_interval: Neutral[Duration] = Field(Duration(fraction=0.1), description="Time between two checkpoints.")
     checkpoint_minutes: Neutral[Positive | None] = Field(
         30.0,

@@ -35,6 +35,7 @@ class Schedule:
         checkpoint_interval, keep_last, keep_every: how often, how many stay, and which stay for good (None: none).
         checkpoint_seconds: age of the last checkpoint at which another one is due; None: whatever its age.
         mixture_interval: steps between two updates of the domain weights.
+        validation_interval: steps between two looks at the loss on validation text; None: there are none.
         log_interval: steps between two reads of metrics from the device.
         max_skipped_steps: non-finite steps in a row that stop the run.
     """
@@ -47,6 +48,7 @@ class Schedule:
     keep_last: int
     keep_every: int | None
     mixture_interval: int
+    validation_interval: int | None
     log_interval: int
     max_skipped_steps: int
 
@@ -85,6 +87,7 @@ class Schedule:
             keep_last=stage.keep_last,
             keep_every=None if stage.keep_every is None else interval(stage.keep_every),
             mixture_interval=interval(mixture_interval),
+            validation_interval=None if stage.validation_interval is None else interval(stage.validation_interval),
             log_interval=training.log_interval,
             max_skipped_steps=training.max_skipped_steps,
         )

@@ -96,6 +96,7 @@ class Task:
             weights; None: held-out losses do, or where `teacher_reference` means since the last update.
         teacher_reference: whether the teacher's losses of the same tokens are the reference of domain weights.
         heldout: the text that updates domain weights and tells how good the masks are in the end.
+        validation: the text that tells how the stage is doing, where nothing follows it; None: it is not read.
         moments: AdamW state to start from; None: from nothing.
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
@@ -121,6 +122,7 @@ class Task:
     heldout: HeldOut
     average_weight: float | None
     teacher_reference: bool = False
+    validation: HeldOut | None = None
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None

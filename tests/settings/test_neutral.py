@@ -54,7 +54,14 @@ def test_a_mark_changes_neither_the_schema_nor_what_is_taken() -> None:
 
 
 def test_neutral_keys_of_a_run() -> None:
-    stage = ("micro_batch_size", "checkpoint_interval", "checkpoint_minutes", "keep_last", "keep_every")
+    stage = (
+        "micro_batch_size",
+        "validation_interval",
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "keep_last",
+        "keep_every",
+    )
     training = (
         "engine",
         "deepspeed",

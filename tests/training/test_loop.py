@@ -124,6 +124,30 @@ def test_metrics_are_complete_and_do_not_depend_on_when_they_are_read(
     assert update["first_sample"] == (3 + PREFETCHED_STEPS) * 4
 
 
+def test_validation_losses_are_looked_at_where_nothing_follows_them(tiny_inputs: Path, tmp_path: Path) -> None:
+    constant = {"update": "constant", "heldout_tokens": "auto"}
+    for name, interval in (("looked", "2 steps"), ("blind", None)):
+        settings = {"freeze": "100%", "validation_interval": interval, "checkpoint_interval": "2 steps", "keep_last": 9}
+        _prune(_recipe(tiny_inputs, tmp_path / name, prune=settings, mixture=constant))
+    lines = _lines(tmp_path / "looked")
+    steps = [line for line in lines if "event" not in line]
+    # What is looked at changes nothing.
+    assert steps == _lines(tmp_path / "blind")
+    for name, weight in _weights(tmp_path / "looked").items():
+        assert torch.equal(weight, _weights(tmp_path / "blind")[name])
+    # The end is measured by the stage itself.
+    looks = [line for line in lines if "event" in line]
+    assert [(line["event"], line["step"]) for line in looks] == [("validation", 2), ("validation", 4)]
+    # A twentieth of two steps' FLOPs would be less than a row of each domain, which is the least.
+    assert all(set(line["losses"]) == {"letters", "digits"} for line in looks)
+    assert all(line["losses"]["letters"] != other["losses"]["letters"] for line, other in [looks])
+
+
+def test_losses_that_domain_weights_follow_are_not_measured_twice(tiny_inputs: Path, tmp_path: Path) -> None:
+    _prune(_recipe(tiny_inputs, tmp_path / "run"))
+    assert {line["event"] for line in _lines(tmp_path / "run") if "event" in line} == {"mixture"}
+
+
 def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixture(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +159,7 @@ def test_training_losses_of_domains_are_those_of_their_rows_and_update_the_mixtu
         seen.append(losses)
         return losses
 
-    recipe = _recipe(tiny_inputs, tmp_path / "run", mixture=DOCUMENTS["mixture"])
+    recipe = _recipe(tiny_inputs, tmp_path / "run", mixture=DOCUMENTS["mixture"], prune={"validation_interval": None})
     monkeypatch.setattr(LanguageModelLoss, "forward", recorded)
     _prune(recipe)
     lines = _lines(tmp_path / "run")
@@ -235,6 +259,7 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
 def test_signal_stops_after_the_step(
     sections: dict[str, Any], tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sections = {**sections, "prune": {"validation_interval": None}}  # a pass through the objective is a micro-batch
     recipe = _recipe(tiny_inputs, tmp_path / "run", **sections)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with monkeypatch.context() as patch:

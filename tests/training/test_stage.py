@@ -28,6 +28,7 @@ STAGE = StageRecipe.model_validate(
         "checkpoint_interval": "1600 tokens",
         "keep_last": 4,
         "keep_every": "50%",
+        "validation_interval": "25%",
     }
 )
 
@@ -70,6 +71,7 @@ def test_schedule_is_that_of_the_sections() -> None:
         keep_last=4,
         keep_every=50,
         mixture_interval=3,
+        validation_interval=25,
         log_interval=7,
         max_skipped_steps=3,
     )

@@ -417,25 +417,32 @@ def _workload(workload: Workload, *, sequences: int, processes: int, micro_batch
 
 
 def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:
-    """Tokens read for held-out losses: at each update of the mixture, and of pruning also at the start and the end.
+    """Tokens read for held-out losses: at each update of the mixture or every now and then, and of pruning also at the
+    start and the end.
 
     None where nothing says how many domains there are.
     """
     mixture, length = recipe.mixture, recipe.data.sequence_length
+    domains, settings = num_domains(recipe), recipe.training_stages[stage]
+    if domains is None:
+        return None
     updates = 0
     if mixture.update != "constant":
         interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
         every = max(1, recipe.training_stages[stage].in_steps(interval, sequence_length=length))
         updates = max(0, steps - PREFETCHED_STEPS - 1) // every if mixture.losses == "heldout" else 0
         updates += int(stage == "prune" and mixture.reference in ("source", "online"))
-    readings = updates + int(stage == "prune")
-    domains = _num_domains(recipe)
-    if readings and domains is None:
-        return None
-    return readings * (domains or 0) * whole_rows(mixture.heldout_tokens, sequence_length=length) * length
+    each = {recipe.heldout_tokens(domains=domains): updates + int(stage == "prune")}
+    looked_at = recipe.validation_tokens(stage, domains=domains)
+    if looked_at is not None and settings.validation_interval is not None:
+        every = max(1, settings.in_steps(settings.validation_interval, sequence_length=length))
+        each[looked_at] = each.get(looked_at, 0) + steps // every
+    rows = sum(readings * whole_rows(tokens, sequence_length=length) for tokens, readings in each.items())
+    return domains * rows * length
 
 
-def _num_domains(recipe: Recipe) -> int | None:
+def num_domains(recipe: Recipe) -> int | None:
+    """How many domains a recipe trains on; None where neither it nor the corpus, which need not be there, says so."""
     for given in (recipe.data.domains, recipe.mixture.initial_weights):
         if isinstance(given, (list, dict)):
             return len(given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Group, RenderableType
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.runs.planning.hardware import GPUS
+from shearing.runs.planning.phases import Phase
 from shearing.runs.planning.plan import RunPlan
 from shearing.runs.planning.summary import shape_cells
 
@@ -30,6 +31,26 @@ def render(plan: RunPlan) -> RenderableType:
     if plan.advice is not None:
         parts += ["", Text(plan.advice, style="bold")]
     return Group(*parts)
+
+
+def render_phases(plan: RunPlan, *, phases: Sequence[Phase]) -> RenderableType:
+    """What the run does one after the other, as a table for a terminal."""
+    processes = plan.hardware.processes
+    table = _table("phase", "times", "seconds", "GPU, GB", "host, GB", "disk, GB", "idle")
+    for phase in phases:
+        idle = processes - phase.processes
+        table.add_row(
+            phase.what,
+            f"{phase.times:,}",
+            "" if phase.seconds is None else f"{phase.seconds:,.3g}" if phase.seconds < 10 else f"{phase.seconds:,.0f}",
+            *(f"{size / 1e9:,.1f}" if size else "" for size in (phase.memory, phase.host, phase.disk)),
+            f"{idle} of {processes}" if idle else "",
+        )
+    return Group(
+        table,
+        Text("seconds: of compute, of once; what disks and the network take is not in them", style="dim"),
+        Text("GPU, host: of the process that holds most; disk: of all together", style="dim"),
+    )
 
 
 def _shapes(plan: RunPlan) -> Table:
@@ -116,6 +137,6 @@ def _memory(plan: RunPlan) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        words = column in ("model", "shape", "stage", "engine", "fits", "when")
+        words = column in ("model", "shape", "stage", "engine", "fits", "when", "phase")
         table.add_column(column, justify="left" if words else "right")
     return table

@@ -519,7 +519,8 @@ def _training(
         interval = "interval" if stage == "prune" else "pretrain_interval"
         lower = (
             f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
-            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now {mixture.heldout_tokens:,})"
+            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now "
+            f"{recipe.heldout_tokens(domains=len(corpus.domains)):,})"
         )
         steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
         rows = steps * per_step // length

@@ -48,6 +48,8 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         f"prune.compensate={str(row.contender.refitted).lower()}",
         "prune.keep_last=1",
         "pretrain.keep_last=1",
+        "prune.validation_interval=null",  # rows are judged by test text, at their ends
+        "pretrain.validation_interval=null",
         f"pretrain.warmup={_warmup(recipe)}",
     ]
     if isinstance(how, Stages):

@@ -46,8 +46,9 @@ _SIZES = {
 }
 
 _ORIGINS = {
-    "Held-out loss": "Measured on fixed held-out rows",
-    "Mean training loss": "Moving average over training steps, read",
+    "Held-out loss": "Measured on fixed held-out rows at every update of the mixture.",
+    "Mean training loss": "Moving average over training steps, read at every update of the mixture.",
+    "Validation loss": "Measured on fixed rows of validation text; nothing follows it.",
 }
 
 
@@ -104,6 +105,7 @@ def _content(run: RunDirectory) -> dict[str, Any]:
     stages = read_stages({name: run.metrics(stage) for name, stage in _training_stages(recipe).items()})
     marks, kind = _stage_marks(stages), _kind_of_losses(stages)
     domains = list(dict.fromkeys(keys_of(stages, "weights") + keys_of(stages, "losses", updates=True)))
+    domains = list(dict.fromkeys([*domains, *keys_of(stages, "validation", updates=True)]))
     table: ComparisonTable | None = comparison_table(evaluation) if evaluation.get("models") else None
     return {
         "name": _name(recipe) or run.path.absolute().name,
@@ -232,12 +234,17 @@ def _heldout_panels(
 ) -> list[Panel]:
     panels = []
     for index, domain in enumerate(domains):
-        x, y = series_of(stages, read=nested("losses", domain), updates=True)
-        if not x:
+        followed, looked_at = (
+            series_of(stages, read=nested(name, domain), updates=True) for name in ("losses", "validation")
+        )
+        if not followed[0] and not looked_at[0]:
             continue
         reference_x, reference_y = series_of(stages, read=nested("reference", domain), updates=True)
-        lines = [Series(domain, *downsample(x, y), colour=_colour(index))]
-        figure = f"{y[-1]:.2f}"
+        lines = [Series(domain, *downsample(*followed), colour=_colour(index))] if followed[0] else []
+        if looked_at[0]:
+            colour = "muted" if followed[0] else _colour(index)
+            lines.append(Series("validation", *downsample(*looked_at), colour=colour))
+        figure = f"{(followed[1] or looked_at[1])[-1]:.2f}"
         if reference_x:
             lines.append(Series("reference", *downsample(reference_x, reference_y), colour="muted", dashed=True))
             figure += f" · reference {reference_y[-1]:.2f}"
@@ -247,8 +254,11 @@ def _heldout_panels(
 
 
 def _kind_of_losses(stages: Sequence[StageMetrics]) -> str:
-    """What the losses of mixture updates are; a key of `_ORIGINS`."""
-    averaged = any(update.get("losses_from") == "training" for stage in stages for update in stage.updates)
+    """What the losses by domain are; a key of `_ORIGINS`."""
+    updates = [update for stage in stages for update in stage.updates]
+    if updates and all("validation" in update for update in updates):
+        return "Validation loss"
+    averaged = any(update.get("losses_from") == "training" for update in updates)
     return "Mean training loss" if averaged else "Held-out loss"
 
 

@@ -36,7 +36,10 @@ class Series:
 
 @dataclass(frozen=True)
 class StageMetrics:
-    """metrics.jsonl of one stage: its steps and its mixture updates, each with `tokens` counted over the whole run."""
+    """metrics.jsonl of one stage: its steps, and mixture updates and validation losses in their order.
+
+    Each has `tokens`, counted over the whole run; losses that nothing followed are called `validation`.
+    """
 
     name: str
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -63,9 +66,11 @@ def read_stages(folders: Mapping[str, Path]) -> list[StageMetrics]:
         last = offset
         for line in _lines(path):
             if "event" in line:
+                # An event follows the line of its step, and says no tokens of its own.
                 if line["event"] == "mixture":
-                    # An update follows the line of its step, and says no tokens of its own.
                     stage.updates.append({**line, "tokens": last})
+                elif line["event"] == "validation":
+                    stage.updates.append({"validation": line.get("losses"), "tokens": last})
             elif isinstance(line.get("tokens"), int | float):
                 last = offset + line["tokens"]
                 stage.steps.append({**line, "tokens": last})

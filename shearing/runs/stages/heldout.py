@@ -19,16 +19,18 @@ def measure_heldout(
     *,
     stage: TrainingStage,
     model: PreTrainedModel,
+    tokens: int,
     advance: Callable[[int], None],
     objective: Callable[[Tensor, Documents | None], Tensor] | None = None,
     processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Mean loss of each domain's validation split, nats per token, on the subset that updates the mixture.
+    """Mean loss of each domain's validation split, nats per token.
 
     Args:
         context: of the run.
         stage: whose micro-batch is taken.
         model: the model to measure.
+        tokens: of each domain, from the beginning of its split; those that update the mixture are `steering_tokens`.
         advance: called with the number of tokens just read.
         objective, processes: see `heldout_loss`.
     """
@@ -37,7 +39,7 @@ def measure_heldout(
         model,
         context.corpus,
         split="validation",
-        tokens_per_domain=recipe.mixture.heldout_tokens,
+        tokens_per_domain=tokens,
         sequence_length=recipe.data.sequence_length,
         micro_batch_size=recipe.training_stages[stage].micro_batch_size,
         precision=context.precision,
@@ -50,11 +52,13 @@ def measure_heldout(
     return {domain: loss.loss for domain, loss in losses.items()}
 
 
-def heldout_tokens(context: RunContext) -> int:
-    """Tokens that `measure_heldout` reads of all domains together."""
-    recipe = context.recipe
+def steering_tokens(context: RunContext) -> int:
+    """Validation tokens of each domain that the mixture follows."""
+    return context.recipe.heldout_tokens(domains=len(context.corpus.domains))
+
+
+def tokens_of_all(context: RunContext, *, tokens: int) -> int:
+    """Tokens that `measure_heldout` reads of all domains together, at so many of each; a domain may have fewer."""
     return context.corpus.heldout_tokens(
-        split="validation",
-        sequence_length=recipe.data.sequence_length,
-        tokens_per_domain=recipe.mixture.heldout_tokens,
+        split="validation", sequence_length=context.recipe.data.sequence_length, tokens_per_domain=tokens
     )

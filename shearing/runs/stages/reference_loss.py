@@ -20,7 +20,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.recipe import Recipe
-from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
+from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.runs.stages.source_model import load_source_model
 from shearing.settings.quantities import parse_parameter_count
 from shearing.training.device import resolve_device, resolve_precision
@@ -136,10 +136,11 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
         ShearingError: the source or the corpus cannot be used.
     """
     recipe, corpus, console = context.recipe, context.corpus, context.console
-    model = load_source_model(context)
-    with activity("held-out losses of the source", total=heldout_tokens(context), console=console) as advance:
+    model, tokens = load_source_model(context), steering_tokens(context)
+    total = tokens_of_all(context, tokens=tokens)
+    with activity("held-out losses of the source", total=total, console=console) as advance:
         first = next(iter(recipe.training_stages))
-        losses = measure_heldout(context, stage=first, model=model, advance=advance)
+        losses = measure_heldout(context, stage=first, model=model, tokens=tokens, advance=advance)
     write_reference(
         output,
         losses=losses,
@@ -151,7 +152,7 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
                 "corpus_fingerprint": corpus.fingerprint,
                 "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,
                 "sequence_length": recipe.data.sequence_length,
-                "tokens_per_domain": recipe.mixture.heldout_tokens,
+                "tokens_per_domain": tokens,
                 "precision": str(context.precision).removeprefix("torch."),
                 "split": corpus.named_split("validation"),
             },

@@ -17,7 +17,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
-from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
+from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
 
 
@@ -87,9 +87,10 @@ def reference_losses(
         return {}
 
     def measure() -> dict[str, float]:
-        model, total = source(), heldout_tokens(context)
+        model, tokens = source(), steering_tokens(context)
+        total = tokens_of_all(context, tokens=tokens)
         with activity("held-out losses of the source", total=total, console=context.console) as advance:
-            return measure_heldout(context, stage=stage, model=model, advance=advance)
+            return measure_heldout(context, stage=stage, model=model, tokens=tokens, advance=advance)
 
     if not path.is_file():
         write_json(path, resolve_reference(mixture, domains=context.corpus.domains, measure_source=measure))

@@ -19,7 +19,7 @@ from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
-from shearing.runs.stages.heldout import heldout_tokens, measure_heldout
+from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.runs.stages.source_model import load_teacher
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
@@ -111,12 +111,10 @@ def task_of(
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state={"memory": rule_memory or {}},
         ),
-        heldout=HeldOut(
-            tokens=heldout_tokens(context),
-            measure=lambda forward, advance: measure_heldout(
-                context, stage=stage, model=model, advance=advance, objective=forward, processes=processes
-            ),
-        ),
+        heldout=_held_out(context, stage=stage, model=model, tokens=steering_tokens(context)),
+        validation=None
+        if (tokens := recipe.validation_tokens(stage, domains=len(context.corpus.domains))) is None
+        else _held_out(context, stage=stage, model=model, tokens=tokens),
         average_weight=recipe.mixture.ema if recipe.mixture.losses == "training" and not beside_teacher else None,
         teacher_reference=beside_teacher,
         moments=moments,
@@ -130,6 +128,22 @@ def task_of(
             folder=recipe.run_dir / "trackers",
             configuration=recipe.flat(),
             first_step=first_step,
+        ),
+    )
+
+
+def _held_out(context: RunContext, *, stage: TrainingStage, model: PreTrainedModel, tokens: int) -> HeldOut:
+    """So many validation tokens of each domain, read by all processes together."""
+    return HeldOut(
+        tokens=tokens_of_all(context, tokens=tokens),
+        measure=lambda forward, advance: measure_heldout(
+            context,
+            stage=stage,
+            model=model,
+            tokens=tokens,
+            advance=advance,
+            objective=forward,
+            processes=context.processes,
         ),
     )
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from shearing.data.documents import Documents
 from shearing.objectives.objective import Losses
-from shearing.training.task import Callback, Run
+from shearing.training.stage import HeldOut
+from shearing.training.task import Callback, Run, StepResult
 
 
-def measure_held_out(run: Run, *, name: str) -> dict[str, float]:
+def measure_held_out(run: Run, text: HeldOut, *, name: str) -> dict[str, float]:
     """Loss of each domain now, in nats; all processes take part.
 
     Args:
         run: under way; its next step is as if there had been no measurement.
+        text: what is read.
         name: of the progress bar.
     """
     task, model = run.task, run.model
@@ -28,10 +32,34 @@ def measure_held_out(run: Run, *, name: str) -> dict[str, float]:
         return losses.total
 
     model.eval()
-    with run.display.activity(name, total=task.heldout.tokens) as advance:
-        losses = task.heldout.measure(forward, advance)
+    with run.display.activity(name, total=text.tokens) as advance:
+        losses = text.measure(forward, advance)
     model.train()
     return losses
+
+
+class Validation(Callback):
+    """Measures the losses on validation text every now and then; nothing follows them.
+
+    Args:
+        text: what is read; None: nothing is.
+        ends: whether to after the last step too.
+    """
+
+    def __init__(self, text: HeldOut | None, *, ends: bool) -> None:
+        self._text, self._ends = text, ends
+
+    @override
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Measure if it is due."""
+        interval = run.task.schedule.validation_interval
+        if self._text is None or interval is None or run.step % interval or (run.ends and not self._ends):
+            return
+        run.report()
+        started = time.monotonic()
+        losses = measure_held_out(run, self._text, name="validation losses")
+        seconds = time.monotonic() - started
+        run.log({"step": run.step, "event": "validation", "losses": losses, "seconds": seconds})
 
 
 class HeldOutAtEnd(Callback):
@@ -49,4 +77,4 @@ class HeldOutAtEnd(Callback):
     def end(self, run: Run) -> None:
         """Measure."""
         if self._wanted:
-            self.losses = measure_held_out(run, name="held-out losses at the end")
+            self.losses = measure_held_out(run, run.task.heldout, name="held-out losses at the end")

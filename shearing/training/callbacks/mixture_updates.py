@@ -77,7 +77,7 @@ class MixtureUpdates(Callback):
         elif self._averages is not None:
             losses = self._averages.losses
         else:
-            losses = measure_held_out(run, name="held-out losses")
+            losses = measure_held_out(run, run.task.heldout, name="held-out losses")
         parameters = self._parameters(run, dynamic)
         # On one process: whatever its arithmetic, all of them go on with the same weights.
         update = run.task.processes.on_main(

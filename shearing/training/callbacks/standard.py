@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from shearing.training.callbacks.heldout_at_end import HeldOutAtEnd
+from shearing.training.callbacks.heldout_at_end import HeldOutAtEnd, Validation
 from shearing.training.callbacks.metrics import Metrics
 from shearing.training.callbacks.mixture_updates import MixtureUpdates
 from shearing.training.callbacks.non_finite import NonFiniteGuard
@@ -25,6 +25,7 @@ class StandardCallbacks:
     metrics: Metrics
     non_finite: NonFiniteGuard
     mixture: MixtureUpdates
+    validation: Validation
     held_out: HeldOutAtEnd
     stop: StopRequests
     checkpoints: SaveCheckpoints
@@ -38,6 +39,7 @@ class StandardCallbacks:
             metrics=Metrics(task),
             non_finite=NonFiniteGuard(most=task.schedule.max_skipped_steps, save=checkpoints.save),
             mixture=MixtureUpdates(task),
+            validation=Validation(task.validation, ends=not measure_end),
             held_out=HeldOutAtEnd(wanted=measure_end),
             stop=StopRequests(),
             checkpoints=checkpoints,
@@ -50,6 +52,7 @@ class StandardCallbacks:
             self.metrics,
             self.non_finite,
             self.mixture,
+            self.validation,
             self.held_out,
             *others,
             self.stop,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from shearing.cli import app
+from shearing.runs.planning.phases import phases
 from shearing.runs.planning.plan import Hardware, RunPlan, heldout_shares, plan
-from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.recipe import Recipe, load_recipe, overridden
 from tests.cli.test_cli import BUDGET, error_of, shear
-from tests.repository import RECIPES
+from tests.repository import RECIPES, ROOT
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -53,10 +57,14 @@ def test_figures_of_sheared_llama(llama: str) -> None:
     # 6 FLOPs for each parameter and token, and 6 L d S for attention.
     per_token = 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
     assert prune.flops == pytest.approx(per_token * prune.tokens)
-    # 63 updates and the losses at the end, of 7 domains with 500 sequences each; a third of a training step's FLOPs.
-    assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * 500 * 4096)
+    # 63 updates and the losses at the end, of 7 domains with as many sequences as take a tenth of the 50 steps between
+    # two updates; a third of a training step's FLOPs.
+    rows = 50 * 32 * 3 // (10 * 7)
+    assert prune.heldout_flops == pytest.approx(per_token / 3 * 64 * 7 * rows * 4096)
     assert heldout_shares(sheared_llama(llama))["prune"] == pytest.approx(prune.heldout_flops / prune.flops)
-    assert f"{prune.heldout_flops / prune.flops:.2f}" == "0.73"
+    assert f"{prune.heldout_flops / prune.flops:.3f}" == "0.099"
+    # The paper's 500 sequences.
+    assert f"{heldout_shares(sheared_llama(llama, 'mixture.heldout_tokens=2048000'))['prune']:.2f}" == "0.73"
     assert prune.seconds == pytest.approx((prune.flops + prune.heldout_flops) / (8 * 0.4 * 989.4e12))
     assert prune.disk == 12 * made.source.num_parameters() * 3
     assert (prune.workload.micro_batch_size, prune.workload.micro_batches) == (4, 1)
@@ -149,7 +157,12 @@ def test_checkpoints_kept_for_good_take_disk(llama: str) -> None:
 def test_averaged_training_losses_cost_no_held_out_passes(llama: str) -> None:
     usual, free = (planned(sheared_llama(llama, *more)).stages for more in ((), ("mixture.losses=training",)))
     assert free[0].flops == usual[0].flops
-    assert free[1].heldout_flops == 0 < (usual[1].heldout_flops or 0)
+    # Validation losses are looked at ten times; a twentieth at the most.
+    looks = 10 * 7 * 65_536 / free[1].tokens / 3
+    assert free[1].heldout_flops == pytest.approx(free[1].flops * looks)
+    assert free[1].heldout_flops <= 0.05 * free[1].flops
+    none = planned(sheared_llama(llama, "mixture.losses=training", "pretrain.validation_interval=null")).stages[1]
+    assert none.heldout_flops == 0 < (usual[1].heldout_flops or 0)
     assert 0 < (free[0].heldout_flops or 0) < (usual[0].heldout_flops or 0)  # the losses at the end
 
 
@@ -211,3 +224,67 @@ def test_a_budget_is_planned_with_a_stand_in(tiny_recipe: Path) -> None:
 )
 def test_bad_input_is_refused(tiny_recipe: Path, arguments: list[str], expected: str) -> None:
     assert expected in error_of("plan", tiny_recipe, *arguments)
+
+
+LLAMA_2_70B = {
+    **LLAMA_2_7B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.mark.parametrize("document", ["plan.md", "distributed.md"])
+def test_what_documents_show_is_what_the_command_says(
+    document: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seventy").mkdir()
+    (tmp_path / "seventy" / "config.json").write_text(json.dumps(LLAMA_2_70B))
+    monkeypatch.chdir(ROOT)
+    shown = re.findall(r"```console\n\$ shear (plan .*)\n([^`]*)```", (ROOT / "docs" / document).read_text())
+    assert shown
+    for command, output in shown:
+        # Sources are names on a hub; here folders with their configs.
+        seventy = f"model.source={tmp_path / 'seventy'}"
+        words = command.replace("model.source=meta-llama/Llama-2-70b-hf", seventy).split()
+        if seventy not in words:
+            words.append(llama)
+        said = CliRunner().invoke(app, words, env={"COLUMNS": "110"})
+        assert [line.rstrip() for line in said.output.rstrip().splitlines()] == output.rstrip().splitlines()
+
+
+def test_phases_are_those_of_the_run(llama: str) -> None:
+    recipe = sheared_llama(
+        llama, "mixture.reference=source", "prune.initial_masks=activations", "prune.compensate=true"
+    )
+    recipe = overridden(recipe, overrides=["prune.sparsity_warmup=0 steps"])
+    made = planned(recipe)
+    found = {phase.what: phase for phase in phases(recipe, made=made)}
+    assert list(found) == [
+        "prune: load",
+        "prune: reference losses",
+        "prune: importance (activations)",
+        "prune: refit",
+        "prune: a step",
+        "prune: held-out losses, all",
+        "prune: a checkpoint",
+        "cut",
+        "pretrain: load",
+        "pretrain: a step",
+        "pretrain: held-out losses, all",
+        "pretrain: a checkpoint",
+        "evaluate: 8 models",
+    ]
+    step, reference = found["prune: a step"], found["prune: reference losses"]
+    speed = 0.4 * 989.4e12
+    assert (step.processes, reference.processes) == (8, 1)
+    assert step.seconds == pytest.approx(made.stages[0].flops / 3200 / (8 * speed))
+    # 6.6 billion numbers that are multiplied, and attention: a forward pass over what updates read, on one GPU alone.
+    tokens = 7 * (50 * 32 * 3 // (10 * 7)) * 4096
+    per_token = 2 * (6_738_415_616 - 32000 * 4096) + 2 * 32 * 4096 * 4096
+    assert reference.seconds == pytest.approx(per_token * tokens / speed)
+    assert found["prune: load"].memory == 4 * 6_738_415_616
+    assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
+    assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0

@@ -225,7 +225,7 @@ def test_constant_weights_without_updates_draw_no_heldout_losses(tmp_path: Path)
     write_metrics(tmp_path / "prune" / "metrics.jsonl", steps=5, masks=True)
     text = text_of(tmp_path)
 
-    assert "The mixture has not been updated yet." in text
+    assert "Nothing has been measured yet." in text
     assert "Domain weights over tokens" in text
 
 

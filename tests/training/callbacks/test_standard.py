@@ -65,11 +65,11 @@ class Measured(Callback):
 
     def after_step(self, run: Run, result: StepResult) -> None:
         run.report()
-        measure_held_out(run, name="held-out losses")
+        measure_held_out(run, run.task.heldout, name="held-out losses")
         self._note(run)
 
     def end(self, run: Run) -> None:
-        measure_held_out(run, name="held-out losses")
+        measure_held_out(run, run.task.heldout, name="held-out losses")
         self._note(run)
 
 
@@ -83,7 +83,7 @@ class Evaluation(Callback):
         if run.step % self.every:
             return
         run.report()
-        loss = measure_held_out(run, name="evaluation")["letters"]
+        loss = measure_held_out(run, run.task.heldout, name="evaluation")["letters"]
         self.count += 1
         self.mean = self.mean + (loss - self.mean) / self.count
         line = {"step": run.step, "event": "evaluation", "losses": {"letters": loss}, "mean": float(self.mean)}

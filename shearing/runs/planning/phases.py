@@ -1,0 +1,190 @@
+"""What a run does one after the other: who works meanwhile, and what the busiest of them holds.
+
+Figures of compute and memory follow from shapes; how long a disk takes nobody says, so bytes stand for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from shearing.data.corpus.corpus import whole_rows
+from shearing.data.documents import Inputs
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.metric import Cost, Evidence
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.refitting import refit_cost
+from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
+from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
+from shearing.runs.planning.plan import RunPlan, StagePlan, num_domains
+from shearing.runs.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Something that all processes have behind them before the next begins.
+
+    Attributes:
+        what: it is.
+        processes: that work; the others wait.
+        memory: bytes of the GPU that holds most, at least.
+        host: bytes in the memory of the host of one process, at most.
+        disk: bytes read or written, of all processes together.
+        flops: of all processes together; None where nothing says how much is read.
+        times: how often it happens.
+        seconds: of once; None where no speed or no number of FLOPs is known.
+    """
+
+    what: str
+    processes: int
+    memory: int = 0
+    host: int = 0
+    disk: int = 0
+    flops: float | None = 0.0
+    times: int = 1
+    seconds: float | None = None
+
+
+def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
+    """Everything from loading to the last table, in order.
+
+    Args:
+        recipe: of the run.
+        made: its plan.
+
+    Raises:
+        ShearingError: a metric that cannot score the source.
+    """
+    peak = None if made.hardware.gpu is None else made.hardware.gpu.peak.get(made.precision)
+    found = []
+    for phase in _phases(recipe, made=made):
+        seconds = phase.seconds
+        if seconds is None and peak is not None and phase.flops:
+            seconds = phase.flops / (peak * made.hardware.mfu * phase.processes)
+        found.append(dataclasses.replace(phase, seconds=seconds))
+    return found
+
+
+def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
+    for stage in made.stages:
+        held = _fp32(stage.shape) + _copies(stage.shape, made=made)
+        heard = stage.listening
+        yield Phase(
+            what=f"{stage.stage}: load",
+            processes=1,
+            memory=_fp32(stage.shape) + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
+            disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
+        )
+        if stage is made.stages[0]:
+            yield from _reference(recipe, stage=stage, held=held)
+        if stage.stage == "prune":
+            yield from _choice(recipe, made=made, held=held)
+        yield from _training(recipe, stage=stage, made=made)
+        if stage.stage == "prune" and made.target is not None:
+            yield Phase(
+                what="cut",
+                processes=1,
+                host=_fp32(stage.shape) + _fp32(made.target),
+                disk=_fp32(stage.shape) + _fp32(made.target),
+            )
+    yield from _evaluation(recipe, made=made)
+
+
+def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase]:
+    """The source's own losses on validation text, which domain weights are compared with."""
+    mixture, domains = recipe.mixture, num_domains(recipe)
+    if mixture.update == "constant" or mixture.reference not in ("source", "online"):
+        return
+    length = recipe.data.sequence_length
+    flops = None
+    if domains is not None:
+        tokens = domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
+        flops = forward_flops_per_token(stage.shape, sequence_length=length) * tokens
+    yield Phase(what=f"{stage.stage}: reference losses", processes=1, memory=held, flops=flops)
+
+
+def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
+    """Scores that grade the start, and the refit."""
+    prune, length = recipe.pruning.prune, recipe.data.sequence_length
+    target = made.target if made.budget is None else None
+    rows = whole_rows(prune.calibration_tokens, sequence_length=length)
+    if (name := prune.graded_by) is not None:
+        # Sizes alone: what it costs depends on how much text there is, not on what it says.
+        text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
+        evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
+        cost = metric_of(name).cost(made.source, evidence=evidence)
+        yield Phase(
+            what=f"prune: importance ({METRICS[name].title})",
+            processes=1,
+            memory=held,
+            flops=_flops(cost, made=made, length=length),
+        )
+    if prune.refits(sequence_length=length) and made.target is not None:
+        cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
+        yield Phase(what="prune: refit", processes=1, memory=held, flops=_flops(cost, made=made, length=length))
+
+
+def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
+    if not stage.steps:
+        return
+    settings, length = recipe.training_stages[stage.stage], recipe.data.sequence_length
+    memory = stage.memory[made.choice.zero_stage]
+    yield Phase(
+        what=f"{stage.stage}: a step",
+        processes=made.hardware.processes,
+        memory=memory.total,
+        host=memory.host,
+        flops=(stage.flops + stage.teacher_flops) / stage.steps,
+        times=stage.steps,
+    )
+    yield Phase(
+        what=f"{stage.stage}: held-out losses, all",
+        processes=made.hardware.processes,
+        memory=memory.total,
+        flops=stage.heldout_flops,
+    )
+    yield Phase(
+        what=f"{stage.stage}: a checkpoint",
+        processes=made.hardware.processes,
+        memory=memory.total,
+        host=memory.host + memory.staging,
+        disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters(),
+        times=stage.steps // max(1, settings.in_steps(settings.checkpoint_interval, sequence_length=length)),
+    )
+
+
+def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
+    """Losses on test text of the source, of what was cut and of what was trained on, and of the baselines."""
+    length, domains = recipe.data.sequence_length, num_domains(recipe)
+    target = made.target or made.source
+    models = [made.source, target]
+    if recipe.prune is not None:
+        models += [target] * (1 + len(recipe.evaluation.baselines))
+    flops = None
+    if domains is not None:
+        tokens = domains * whole_rows(recipe.evaluation.tokens_per_domain, sequence_length=length) * length
+        flops = sum(forward_flops_per_token(model, sequence_length=length) * tokens for model in models)
+    yield Phase(
+        what=f"evaluate: {len(models)} models",
+        processes=1,
+        # The source stays where baselines are cut from it.
+        memory=_fp32(made.source) + _fp32(target) + _copies(made.source, made=made),
+        flops=flops,
+        disk=sum(_fp32(model) for model in models),
+    )
+
+
+def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:
+    return flops_of(cost, made.source, sequence_length=length)
+
+
+def _fp32(shape: Shape) -> int:
+    return 4 * shape.num_parameters()
+
+
+def _copies(shape: Shape, *, made: RunPlan) -> int:
+    """Bytes of what autocast makes of fp32 weights."""
+    return 2 * shape.num_parameters() if made.precision == torch.bfloat16 else 0
