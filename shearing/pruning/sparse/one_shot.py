@@ -19,7 +19,7 @@ from shearing.files.durable import locked, read_json, require_new, require_writa
 from shearing.files.full_disk import full_disk_said
 from shearing.progress import activity, max_memory
 from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
-from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
+from shearing.pruning.sparse.job import Job, disk_bytes, gather, no_room, prepare, require_same
 from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
@@ -79,6 +79,7 @@ def sparsify(
 
 
 def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console) -> dict[str, Any]:
+    gather(job, console=console)
     allocation = choose_levels(recipe, job=job, console=console)
     method = Method(job.criterion, job.reconstruction, allocation.patterns, recipe.damping, recipe.true_sequential)
     pruned_layers = PrunedLayers(partial / "blocks")

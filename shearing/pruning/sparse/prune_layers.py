@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source
+from shearing.pruning.calibration.gradients import read_gradients
 from shearing.pruning.calibration.places import Place, places_of, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite
@@ -74,6 +75,8 @@ def prune_layers(
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Prune all layers that `pruned_layers` does not hold yet, and write them there.
+
+    A criterion's gradients have to lie in the folder of `compute` (`gather_gradients`).
 
     Layers that are there already are only computed, as their second pass was, so that a run that was interrupted ends
     in the same bits as one that was not.
@@ -153,6 +156,9 @@ class _Pruning:
         for member in place.members:
             name = self._walk.name(layer, member) + ".weight"
             if name in self._method.allocation:
+                if statistics is not None and "gradients" in self._method.criterion.needs:
+                    gradients = read_gradients(name, layer=layer, folder=self._compute.folder)
+                    statistics = statistics.with_gradients(gradients)
                 pruned[name] = self._prune_matrix(name, dense[name], statistics=statistics)
                 weight_of(module, member).copy_(pruned[name].weight)
         return pruned
@@ -173,8 +179,8 @@ class _Pruning:
             "kept": int(mask.sum()),
             "nonzero": int(new.count_nonzero()),
         }
-        if self._method.reconstruction.needs and statistics is not None:
-            facts["damping"] = statistics.factor().damping
+        if statistics is not None and statistics.damping is not None:
+            facts["damping"] = statistics.damping
         return PrunedMatrix(new, mask, facts)
 
     def _statistics(self, layer: int, module: nn.Module, group: Sequence[Place]) -> dict[str, InputStatistics]:

@@ -305,16 +305,20 @@ def _run(recipe: SparsifyRecipe, *, kill_at: Path | None = None) -> int:
     return process.exitcode
 
 
+@pytest.mark.parametrize(
+    "method", [{"criterion": "sparsegpt"}, {"criterion": "gblm", "reconstruction": "admm_gradual"}], ids=str
+)
 @pytest.mark.usefixtures("_one_thread")
-def test_killed_and_continued_is_the_same_bits(tiny_inputs: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"criterion": "sparsegpt", "samples": 32, "micro_batch_size": 2, "offload": "disk"}
+def test_killed_and_continued_is_the_same_bits(method: dict[str, str], tiny_inputs: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**method, "samples": 32, "micro_batch_size": 2, "offload": "disk"}
     whole = recipe_of(tiny_inputs, tmp_path / "whole", **settings)
     assert _run(whole) == 0
     interrupted = recipe_of(tiny_inputs, tmp_path / "sparse", **settings)
     partial = tmp_path / "sparse.partial"
     places = [partial / "blocks" / f"{layer:05d}.safetensors" for layer in range(LAYERS)]
     kills = 0
-    for place in [partial / "settings.json", *places[:3], partial / "model" / FILE_NAME]:
+    gathered = [partial / "gradients" / "00001.safetensors"] if method["criterion"] == "gblm" else []
+    for place in [partial / "settings.json", *gathered, *places[:3], partial / "model" / FILE_NAME]:
         kills += _run(interrupted, kill_at=place) == -signal.SIGKILL
         if (tmp_path / "sparse").exists():
             break
@@ -326,6 +330,37 @@ def test_killed_and_continued_is_the_same_bits(tiny_inputs: Path, tmp_path: Path
     found, expected = (read_manifest(tmp_path / name) for name in ("sparse", "whole"))
     assert {**found, "seconds": None} == {**expected, "seconds": None}
     assert differences(tmp_path / "sparse") == []
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4:8"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("wanda", "msp", "dsnot"),
+        ("sparsegpt", "owl", "admm"),
+        ("gblm", "redundancy", "admm_gradual"),
+        ("isc", "hessian", "closed_form"),
+        ("ria", "rank", "alps"),
+    ],
+    ids="-".join,
+)
+def test_any_three_together(method: tuple[str, str, str], pattern: str, tiny_inputs: Path, tmp_path: Path) -> None:
+    criterion, allocation, reconstruction = method
+    search = {"population": 4, "offspring": 4, "generations": 1, "fitness_samples": 4, "training_steps": 1}
+    budget: dict[str, Any] = {"pattern": pattern}
+    if pattern == "unstructured":
+        budget = {"pattern": None, "sparsity": 0.5, "levels": ["row 0.25", "row 0.5", "row 0.75"]}
+    settings = {"criterion": criterion, "allocation": allocation, "reconstruction": reconstruction, "search": search}
+    output = sparse(tiny_inputs, tmp_path / "sparse", **settings, **budget)
+    manifest = read_manifest(output)
+    assert manifest["budget"]["reached"]["sparsity"] == pytest.approx(0.5)
+    assert (manifest["criterion"], manifest["reconstruction"], manifest["allocation"]) == (
+        criterion,
+        reconstruction,
+        allocation,
+    )
+    assert differences(output) == []
+    assert not (tmp_path / "sparse.partial").exists()
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from shearing.pruning.sparse.allocation.allocator import Allocation, Request, Unit, patterns_of
 from shearing.pruning.sparse.allocation.level_budget import closest_levels
+from shearing.pruning.sparse.patterns import Pattern
 
 
 def around_budget(densities: Sequence[float], *, units: Sequence[Unit], budget: Fraction) -> list[float]:
@@ -31,6 +33,22 @@ def progression(ranks: Sequence[float], *, spread: float, units: Sequence[Unit],
     lowest, highest = min(ranks), max(ranks)
     steps = [2 * (rank - lowest) / (highest - lowest) - 1 if highest > lowest else 0.0 for rank in ranks]
     return around_budget([-spread * step for step in steps], units=units, budget=budget)
+
+
+def by_rank(scores: Sequence[float], *, spread: float, units: Sequence[Unit], budget: Fraction) -> list[float]:
+    """`progression` over ranks of scores: the highest score is kept most."""
+    descending = sorted(range(len(scores)), key=lambda index: -scores[index])
+    ranks = [0.0] * len(scores)
+    for rank, index in enumerate(descending):
+        ranks[index] = float(rank)
+    return progression(ranks, spread=spread, units=units, budget=budget)
+
+
+def at_least_a_step(spread: float, *, levels: Sequence[Pattern]) -> float:
+    """A spread, or the least step between neighbouring levels where that is more: with less, nothing would be mixed."""
+    densities = sorted(float(level.density) for level in levels)
+    steps = [denser - sparser for sparser, denser in pairwise(densities)]
+    return max(spread, min(steps, default=0.0))
 
 
 def allocate_wanted(request: Request, *, scores: Sequence[float], wanted: Sequence[float]) -> Allocation:

@@ -62,6 +62,11 @@ class Reconstruction(Protocol):
         """Whether weights change column by column, so that a mask can be chosen on the way."""
         ...
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether what becomes of a row follows from it and its mask, whatever the other rows are."""
+        ...
+
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:
         """Prune one matrix.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shearing.pruning.sparse.allocation.allocator import Allocation, Request
 from shearing.pruning.sparse.allocation.sensitivity import Labels, fisher_trace
-from shearing.pruning.sparse.allocation.wanted import allocate_wanted, progression
+from shearing.pruning.sparse.allocation.wanted import allocate_wanted, by_rank
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,5 @@ class Rank:
         )
         units = request.units
         scores = [sum(traces[matrix.name] for matrix in unit.matrices) / unit.size for unit in units]
-        descending = sorted(range(len(units)), key=lambda index: -scores[index])
-        ranks = [0.0] * len(units)
-        for rank, index in enumerate(descending):
-            ranks[index] = float(rank)
-        wanted = progression(ranks, spread=self.spread, units=units, budget=request.budget)
+        wanted = by_rank(scores, spread=self.spread, units=units, budget=request.budget)
         return allocate_wanted(request, scores=scores, wanted=wanted)
