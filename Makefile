@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := .venv-llmcompressor
+COMPOSER := .venv-composer
+DOCS := .venv-docs
 TRANSFORMERS4 := .transformers4
+LLAMA_CPP := .llama-cpp
 # The first Python that is new enough; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint docs compare-llmcompressor test-transformers4 setup clean
+.PHONY: demo test lint docs site compare-llmcompressor test-composer test-transformers4 test-llama-cpp setup clean
 
 demo: setup
 	$(BIN)/python -m data_tools.demo --output runs/demo-data
@@ -30,6 +33,15 @@ docs: setup
 	$(BIN)/python -m shearing.runs.recipe docs/recipe.md
 	$(BIN)/python -m shearing.pruning.sparse.recipe docs/sparsity.md
 	$(BIN)/python -m data_tools.preparation.recipe docs/data.md
+	$(BIN)/python recipes/costs.py docs/recipes.md
+
+# The documents as a site in site/, every link checked: mkdocs reads names from the source text, so it needs nothing of
+# ours, and has an environment of its own.
+site:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
+	@test -x $(DOCS)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install \
+		--disable-pip-version-check -c constraints.txt mkdocs-material 'mkdocstrings[python]'; }
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # Optional: our masks beside llm-compressor's, in an environment of its own, as it wants other versions of libraries.
 compare-llmcompressor:
@@ -38,11 +50,24 @@ compare-llmcompressor:
 	$(COMPARISON)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' llmcompressor==0.14.0.1
 	OMP_NUM_THREADS=1 $(COMPARISON)/bin/python -m pytest tests/pruning/sparse/test_llmcompressor.py
 
+# Optional: mask learning under Composer, in an environment of its own, as mosaicml wants a torch before 2.7.1.
+test-composer:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found: make PYTHON=/path/to/python $@" >&2; exit 1; }
+	@test -x $(COMPOSER)/bin/composer || { $(PYTHON) -m venv $(COMPOSER) && \
+		$(COMPOSER)/bin/python -m pip install --disable-pip-version-check -e '.[composer,dev]'; }
+	OMP_NUM_THREADS=1 $(COMPOSER)/bin/python -m pytest tests/integrations/composer
+
 # Optional: results opened by transformers 4, in a folder of its own beside the torch of .venv.
 test-transformers4: setup
 	@test -d $(TRANSFORMERS4)/transformers || $(BIN)/python -m pip install --disable-pip-version-check --no-warn-conflicts \
 		--target $(TRANSFORMERS4) transformers==4.57.6
 	SHEARING_TRANSFORMERS4=$(TRANSFORMERS4) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_transformers4.py
+
+# Optional: GGUF files read by llama.cpp, whose library xllamacpp brings built, in a folder of its own.
+test-llama-cpp: setup
+	@test -d $(LLAMA_CPP)/xllamacpp || $(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+		--only-binary :all: --target $(LLAMA_CPP) xllamacpp==2026.10.11549
+	SHEARING_LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/export/test_llama_cpp.py
 
 setup: $(STAMP)
 
@@ -51,8 +76,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with $(PYTHON): one to five minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "venv failed: it is a package of its own on some systems (Debian: python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[data,deepspeed,demo,dev,lora,ray]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[data,deepspeed,demo,dev,lm-eval,lora,ray]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPARISON) $(TRANSFORMERS4) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(COMPARISON) $(COMPOSER) $(DOCS) site $(TRANSFORMERS4) $(LLAMA_CPP) .mypy_cache .pytest_cache .ruff_cache \
+		.hypothesis build dist

@@ -1,4 +1,4 @@
-"""Levels by layer on a real model: msp beside uniform, depth, alpha, owl and rank, for several base criteria.
+"""Levels by layer on a real model: msp beside uniform and the rules, for several base criteria.
 
     python benchmarks/mixed_sparsity.py [--quick] [--model runs/demo-data/model] [--corpus runs/demo-data/corpus]
         [--output runs/mixed-sparsity] [--criteria wanda sparsegpt] [--sparsities 0.5 0.625] [--seeds 0 1 2]
@@ -45,7 +45,7 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.search.msp import Msp
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 
-RULES = ("uniform", "depth", "alpha", "owl", "rank", "msp")
+RULES = ("uniform", "depth", "alpha", "owl", "rank", "redundancy", "msp")
 CRITERIA = ("wanda", "sparsegpt", "magnitude")
 LEVELS = [f"{kept}:8" for kept in range(1, 9)]
 
@@ -144,7 +144,7 @@ class Seed:
         (work / "levels").symlink_to(kept.resolve())
 
     def _allocator(self, recipe: SparsifyRecipe, *, job: Job, sparsity: float) -> Allocator:
-        """Rules other than owl, which looks at this criterion's model, are the same for every criterion."""
+        """Rules other than owl and redundancy, which look at a criterion's model, are the same for all criteria."""
         known = self._rivals.get(sparsity, {})
         if recipe.allocation in ("alpha", "rank") and recipe.allocation in known:
             return known[str(recipe.allocation)]

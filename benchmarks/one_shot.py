@@ -1,13 +1,21 @@
-"""One-shot sparsity of a real model: perplexity, time and memory of each criterion at 50 %, 4:8 and 2:4 (N kept of M).
+"""One-shot sparsity of a real model: every criterion with every reconstruction, and which published orderings hold.
 
-    python benchmarks/one_shot.py [--quick] [--more METHOD …] [--model runs/demo-data/model]
-        [--corpus runs/demo-data/corpus]
+Three parts, whose rows are files in the output folder, so that an interrupted benchmark goes on where it was:
 
-Each model is made in a process of its own, whose peak memory is reported, and measured on held-out text of the corpus;
-calibration text is of its training split. The same model cut to a third of its layers tells whether memory grows with
-depth. Where llm-compressor is installed (`make compare-llmcompressor` makes such an environment) it prunes the same
-model on the same rows, and `time_ratio_to_llmcompressor` is our time over its time, the larger of wanda's and
-sparsegpt's at 2:4: from the dense model's files to the sparse model's, ours with masks, checksums and manifest.
+grid          criterion x reconstruction at 50 % and 2:4 (N kept of M), one draw of the calibration text
+finals        the best five of validation text and all that published orderings name, at 50 %, 60 %, 2:4 and 4:8, with
+              three draws
+allocations   Wanda at 62.5 % with levels N:8, shared out by every rule and by the search
+
+Validation text of the corpus chooses; test text of it, and of a corpus of other domains, judges. Each model is made in
+a process of its own, whose peak memory is reported. `--peers` also measures memory by depth, and time beside
+llm-compressor's where that is installed (`make compare-llmcompressor` makes such an environment).
+
+    python benchmarks/one_shot.py [--quick] [--parts grid finals allocations] [--peers] [--model runs/demo-data/model]
+        [--corpus runs/demo-data/corpus] [--outside runs/demo-data/outside] [--output runs/one-shot]
+
+The last line is JSON. `best`: by pattern, of validation text. `orderings`: whether each held, by how much.
+`msp_over_best_rival`: test loss of the search over that of the best rule, None without the part.
 """
 
 from __future__ import annotations
@@ -18,80 +26,257 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
+import statistics
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from distillation import quick_inputs
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.evaluation.environment import environment
-from shearing.evaluation.heldout import heldout_loss, macro_mean
+from shearing.evaluation.heldout import heldout_loss
+from shearing.files.durable import read_json, write_json, write_text
 from shearing.models.loading import load_source
 from shearing.progress import max_memory
-from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.text import load_calibration
-from shearing.pruning.sparse.criteria import criteria
+from shearing.pruning.sparse.allocation.facts import ALLOCATIONS
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.sparse.one_shot import sparsify
-from shearing.pruning.sparse.patterns import pattern_of
 from shearing.pruning.sparse.recipe import SparsifyRecipe
-from shearing.pruning.sparse.reconstruction import reconstructions
-from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.runs.race.summary import paired
 
 # The server imports everything once; each measurement is a fork of it that has computed nothing yet.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "shearing.pruning.sparse.one_shot",
-        "shearing.evaluation.heldout",
-        "transformers",
-    ]
-)
-METHODS: dict[str, dict[str, Any]] = {name: {"criterion": name} for name in ("magnitude", "wanda", "sparsegpt")}
-MORE_METHODS = {
-    "wanda, obs": {"criterion": "wanda", "reconstruction": "obs"},
-    "sparsegpt, true sequential": {"criterion": "sparsegpt", "true_sequential": True},
+PROCESSES.set_forkserver_preload(["shearing.pruning.sparse.one_shot", "shearing.evaluation.heldout", "transformers"])
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+    "62.5% of N:8": {"sparsity": 0.625, "levels": [f"{kept}:8" for kept in range(1, 9)]},
 }
-PATTERNS: dict[str, dict[str, Any]] = {"50%": {"sparsity": 0.5}, "4:8": {"pattern": "4:8"}, "2:4": {"pattern": "2:4"}}
+SHARED_OUT = "62.5% of N:8"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sparse model.
+
+    Attributes:
+        criterion, reconstruction, allocation: as recipes say them; `dense` is the model as it is.
+        pattern: a name in `PATTERNS`.
+        seed: draws the calibration text.
+    """
+
+    criterion: str
+    reconstruction: str
+    pattern: str
+    seed: int = 0
+    allocation: str = "uniform"
+
+    @property
+    def method(self) -> str:
+        """What tables call it."""
+        if self.criterion == DENSE:
+            return DENSE
+        shared = [] if self.allocation == "uniform" else [self.allocation]
+        return " + ".join([self.criterion, *shared, *([] if self.reconstruction == "none" else [self.reconstruction])])
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """Two methods of which one was published to be better at a pattern.
+
+    Attributes:
+        better, worse: criterion and reconstruction.
+        patterns: where.
+        source: of the claim.
+    """
+
+    better: tuple[str, str]
+    worse: tuple[str, str]
+    patterns: tuple[str, ...]
+    source: str
+
+
+WANDA, SPARSEGPT = ("wanda", "none"), ("sparsegpt", "obs")
+ORDERINGS = (
+    Ordering(WANDA, ("magnitude", "none"), ("50%", "2:4", "4:8"), "2306.11695"),
+    Ordering(SPARSEGPT, WANDA, ("2:4",), "2306.11695"),
+    Ordering(WANDA, SPARSEGPT, ("50%",), "2306.11695, Llama-2"),
+    Ordering(("wanda", "dsnot"), WANDA, ("60%",), "2310.08915"),
+    Ordering(("magnitude", "dsnot"), ("magnitude", "none"), ("60%",), "2310.08915"),
+    Ordering(("wanda", "admm_gradual"), SPARSEGPT, ("50%", "2:4"), "2401.02938"),
+    Ordering(("ria", "none"), WANDA, ("50%", "2:4"), "RIA, Llama-3-8B"),
+    Ordering(("gblm", "none"), WANDA, ("50%", "2:4"), "2311.04902"),
+    Ordering(("isc", "obs"), SPARSEGPT, ("50%",), "2310.09499"),
+    Ordering(("sparsegpt", "closed_form"), SPARSEGPT, ("50%", "2:4"), "2410.15567"),
+    Ordering(("wanda", "alps"), SPARSEGPT, ("60%", "2:4"), "2406.07831"),
+)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much text is read, in tokens."""
+    """How much is read, and of what.
+
+    Attributes:
+        samples, seqlen: calibration text.
+        heldout: tokens per domain and split.
+        grid, finals: patterns of either part.
+        seeds: of the finals.
+        best: how many of the grid go on.
+        search: keys of the search.
+    """
 
     samples: int
     seqlen: int
     heldout: int
+    grid: tuple[str, ...] = ("50%", "2:4")
+    finals: tuple[str, ...] = ("50%", "60%", "2:4", "4:8")
+    seeds: int = 3
+    best: int = 5
+    search: dict[str, int] = field(default_factory=dict)
 
 
-QUICK = Sizes(samples=8, seqlen=128, heldout=512)
-FULL = Sizes(samples=32, seqlen=256, heldout=2048)
+FULL = Sizes(
+    samples=32,
+    seqlen=256,
+    heldout=1024,
+    search={"population": 12, "offspring": 16, "generations": 8, "fitness_samples": 8},
+)
+QUICK = Sizes(
+    samples=8,
+    seqlen=32,
+    heldout=512,
+    grid=("2:4",),
+    finals=("60%",),
+    seeds=1,
+    best=1,
+    search={"population": 4, "offspring": 4, "generations": 2, "fitness_samples": 4},
+)
 
 
-def recipe_of(model: Path, output: Path, *, method: str, pattern: str, corpus: Path, sizes: Sizes) -> SparsifyRecipe:
-    """What `shear sparsify` is told."""
-    return SparsifyRecipe.model_validate(
-        {
-            "model": str(model),
-            "output": output,
-            **{**METHODS, **MORE_METHODS}[method],
-            "calibration": [corpus],
-            "samples": sizes.samples,
-            "seqlen": sizes.seqlen,
-            **PATTERNS[pattern],
+class Bench:
+    """Rows of one model, from their files where they are there.
+
+    Args:
+        arguments: of the command line.
+        sizes: of texts.
+        console: where progress goes.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, *, sizes: Sizes, console: Console) -> None:
+        self.model, self.output, self.sizes, self.console = arguments.model, arguments.output, sizes, console
+        self.corpora: dict[str, Path] = {"inside": arguments.corpus}
+        if arguments.outside.is_dir():
+            self.corpora["outside"] = arguments.outside
+        self.ends = time.monotonic() + 60 * arguments.minutes
+        self.output.mkdir(parents=True, exist_ok=True)
+        settings = {**json.loads(json.dumps(asdict(sizes))), "model": str(self.model), "corpus": str(arguments.corpus)}
+        path = self.output / "settings.json"
+        if not path.is_file():
+            write_json(path, settings)
+        elif (earlier := read_json(path)) != settings:
+            raise SystemExit(f"{self.output} holds results of {earlier}: choose another --output")
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """Losses by domain, seconds and memory."""
+        path = (
+            self.output
+            / cell.pattern.replace(" ", "-").replace(":", "-of-")
+            / f"{cell.method.replace(' ', '')}-{cell.seed}.json"
+        )
+        if not path.is_file():
+            if time.monotonic() > self.ends:
+                raise SystemExit(f"out of time: the same command goes on from {self.output}")
+            path.parent.mkdir(exist_ok=True)
+            row = _in_process(measure, self.recipe_of(cell), cell, self.model, self.corpora, self.sizes)
+            write_json(path, {**asdict(cell), **row})
+            said = f"validation {_mean(row['validation']):.4f}, {row.get('seconds', 0.0):.1f} s"
+            self.console.print(f"{cell.method} {cell.pattern}, draw {cell.seed}: {said}", soft_wrap=True)
+        return read_json(path)
+
+    def recipe_of(self, cell: Cell) -> dict[str, Any]:
+        """What `shear sparsify` is told; a killed row is continued in its folder."""
+        return {
+            "model": str(self.model),
+            "output": str(self.output / "sparse" / f"{cell.pattern}-{cell.method}-{cell.seed}".replace(" ", "")),
+            "criterion": cell.criterion,
+            "reconstruction": cell.reconstruction,
+            "allocation": cell.allocation,
+            "calibration": [str(self.corpora["inside"])],
+            "samples": self.sizes.samples,
+            "seqlen": self.sizes.seqlen,
+            "seed": cell.seed,
+            **PATTERNS[cell.pattern],
+            **({"search": self.sizes.search} if cell.allocation == "msp" else {}),
         }
-    )
+
+    def grid(self) -> dict[Cell, dict[str, Any]]:
+        """Every criterion with every reconstruction; what orderings name comes first."""
+        named = [pair for ordering in ORDERINGS for pair in (ordering.better, ordering.worse)]
+        pairs = dict.fromkeys([*named, *((c, r) for r in RECONSTRUCTIONS for c in CRITERIA)])
+        return self._rows(Cell(*pair, pattern) for pair in pairs for pattern in self.sizes.grid)
+
+    def finals(self, grid: Mapping[Cell, Mapping[str, Any]]) -> dict[Cell, dict[str, Any]]:
+        """The best of the grid, and both sides of every ordering at its patterns."""
+        cells = [
+            Cell(*pair, pattern, seed)
+            for seed in range(self.sizes.seeds)
+            for ordering in ORDERINGS
+            for pattern in ordering.patterns
+            if pattern in self.sizes.finals
+            for pair in (ordering.better, ordering.worse)
+        ]
+        for of_grid in self.sizes.grid:
+            ranked = sorted((c for c in grid if c.pattern == of_grid), key=lambda c: _mean(grid[c]["validation"]))
+            for best in ranked[: self.sizes.best]:
+                cells += [
+                    Cell(best.criterion, best.reconstruction, pattern, seed)
+                    for seed in range(self.sizes.seeds)
+                    for pattern in self.sizes.finals
+                ]
+        return self._rows(dict.fromkeys(cells))
+
+    def allocations(self) -> dict[Cell, dict[str, Any]]:
+        """Wanda with every way to share its budget out."""
+        return self._rows(
+            Cell(*WANDA, SHARED_OUT, seed, name) for seed in range(self.sizes.seeds) for name in ALLOCATIONS
+        )
+
+    def _rows(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        return {cell: self.row(cell) for cell in cells}
+
+
+def measure(
+    recipe: dict[str, Any], cell: Cell, model: Path, corpora: Mapping[str, Path], sizes: Sizes
+) -> dict[str, Any]:
+    """Makes a sparse model and measures it."""
+    if cell.criterion == DENSE:
+        return _losses(model, corpora, sizes)
+    prepared = SparsifyRecipe.model_validate(recipe)
+    row = prune(prepared)
+    assert differences(prepared.output) == []
+    row |= _losses(prepared.output, corpora, sizes)
+    shutil.rmtree(prepared.output)
+    return row
 
 
 def prune(recipe: SparsifyRecipe) -> dict[str, Any]:
@@ -107,32 +292,162 @@ def prune(recipe: SparsifyRecipe) -> dict[str, Any]:
         "forward_seconds": manifest["seconds"]["forward"],
         "sparsity": manifest["budget"]["reached"]["sparsity"],
         "peak_memory": max_memory(),
-        "peak_memory_above_start": watch.peak() if not torch.cuda.is_available() else max_memory(),
+        "peak_memory_above_start": max_memory() if torch.cuda.is_available() else watch.peak(),
     }
 
 
-def prune_and_evaluate(recipe: SparsifyRecipe, corpus: Path, sizes: Sizes) -> dict[str, Any]:
-    """`prune`, then `evaluate`."""
-    return {**prune(recipe), **evaluate(recipe.output, corpus, sizes)}
-
-
-def evaluate(folder: Path, corpus: Path, sizes: Sizes) -> dict[str, Any]:
-    """Held-out loss by domain and perplexity of the mean."""
+def _losses(folder: Path, corpora: Mapping[str, Path], sizes: Sizes) -> dict[str, Any]:
+    """Held-out losses by domain: validation and test text of the corpus, test text of the other."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    losses = heldout_loss(
-        load_source(str(folder), device=device),
-        Corpus.open(corpus),
-        split="test",
-        tokens_per_domain=sizes.heldout,
-        sequence_length=sizes.seqlen,
-        micro_batch_size=4,
-    )
-    mean = macro_mean(losses)
-    return {"perplexity": mean.perplexity, "loss": mean.loss, "domains": {name: of.loss for name, of in losses.items()}}
+    model = load_source(str(folder), device=device)
+
+    def of(name: str, *, split: Any) -> dict[str, float]:
+        found = heldout_loss(
+            model,
+            Corpus.open(corpora[name]),
+            split=split,
+            tokens_per_domain=sizes.heldout,
+            sequence_length=sizes.seqlen,
+            micro_batch_size=4,
+        )
+        return {domain: loss.loss for domain, loss in found.items()}
+
+    return {
+        "validation": of("inside", split="validation"),
+        "losses": of("inside", split="test"),
+        "outside": of("outside", split="test") if "outside" in corpora else {},
+    }
+
+
+def _mean(losses: Mapping[str, float]) -> float:
+    return statistics.mean(losses.values())
+
+
+def _by_draw(rows: Mapping[Cell, Mapping[str, Any]], method: tuple[str, str], pattern: str) -> dict[int, float]:
+    """Test loss of a method, mean over domains, by draw of the calibration text."""
+    return {
+        cell.seed: _mean(row["losses"])
+        for cell, row in rows.items()
+        if (cell.criterion, cell.reconstruction) == method and (cell.pattern, cell.allocation) == (pattern, "uniform")
+    }
+
+
+def orderings(rows: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each published ordering, at each pattern, whether test text agrees, and the paired difference in nats."""
+    found = []
+    for ordering in ORDERINGS:
+        for pattern in ordering.patterns:
+            better, worse = (_by_draw(rows, method, pattern) for method in (ordering.better, ordering.worse))
+            difference = paired(better, worse)
+            if difference is not None:
+                found.append(
+                    {
+                        "better": " + ".join(ordering.better),
+                        "worse": " + ".join(ordering.worse),
+                        "pattern": pattern,
+                        "source": ordering.source,
+                        "holds": difference["mean"] < 0,
+                        "difference": difference,
+                    }
+                )
+    return found
+
+
+def best_of(rows: Mapping[Cell, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each pattern the method of lowest validation loss in the first draw, and what test text says of it."""
+    best = {}
+    for pattern in PATTERNS:
+        of_pattern = [cell for cell in rows if (cell.pattern, cell.seed, cell.allocation) == (pattern, 0, "uniform")]
+        if of_pattern and pattern != SHARED_OUT:
+            first = min(of_pattern, key=lambda cell: _mean(rows[cell]["validation"]))
+            row = rows[first]
+            best[pattern] = {
+                "method": first.method,
+                "validation": round(_mean(row["validation"]), 4),
+                "test": round(_mean(row["losses"]), 4),
+                "outside": round(_mean(row["outside"]), 4) if row["outside"] else None,
+            }
+    return best
+
+
+def shared_out(rows: Mapping[Cell, Mapping[str, Any]]) -> dict[str, float]:
+    """Mean test loss over draws by allocation."""
+    losses: dict[str, list[float]] = {}
+    for cell, row in rows.items():
+        losses.setdefault(cell.allocation, []).append(_mean(row["losses"]))
+    return {name: round(statistics.mean(each), 4) for name, each in losses.items()}
+
+
+def markdown_of(rows: Mapping[Cell, Mapping[str, Any]], *, pattern: str) -> str:
+    """Criterion x reconstruction of the first draw: loss of test text and of other domains; seconds and memory."""
+    cells = {(c.criterion, c.reconstruction): row for c, row in rows.items() if (c.pattern, c.seed) == (pattern, 0)}
+    ways = [way for way in RECONSTRUCTIONS if any(key[1] == way for key in cells)]
+    best = min(cells, key=lambda key: _mean(cells[key]["validation"]), default=None)
+
+    def cell(criterion: str, way: str) -> str:
+        if (criterion, way) not in cells:
+            return "–"
+        row = cells[criterion, way]
+        text = f"{_mean(row['losses']):.3f}" + (f" / {_mean(row['outside']):.3f}" if row["outside"] else "")
+        return f"**{text}**" if (criterion, way) == best else text
+
+    def last(name: str, figure: Callable[[Mapping[str, Any]], float]) -> list[str]:
+        of_ways = [[figure(row) for key, row in cells.items() if key[1] == way] for way in ways]
+        return [name, *(f"{statistics.median(each):,.0f}" for each in of_ways)]
+
+    lines = [[pattern, *ways], ["---", *["---:"] * len(ways)]]
+    lines += [[name, *(cell(name, way) for way in ways)] for name in CRITERIA if any(key[0] == name for key in cells)]
+    lines.append(last("seconds", lambda row: row["seconds"]))
+    lines.append(last("of them pruning itself", lambda row: row["metric_seconds"]))
+    lines.append(last("peak MB above start", lambda row: row["peak_memory_above_start"] / 1e6))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def memory_by_depth(bench: Bench) -> dict[str, Any]:
+    """Peak memory of wanda and sparsegpt at 2:4 on a third of the layers and on all."""
+    layers: int = read_json(bench.model / "config.json")["num_hidden_layers"]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        short = _cut_to(bench.model, Path(temporary) / "short", layers=layers // 3)
+        for depth, model in ((layers // 3, short), (layers, bench.model)):
+            for criterion, way in (WANDA, SPARSEGPT):
+                recipe = bench.recipe_of(Cell(criterion, way, "2:4"))
+                recipe |= {"model": str(model), "output": f"{temporary}/{criterion}-{depth}"}
+                row = _in_process(prune, SparsifyRecipe.model_validate(recipe))
+                found.setdefault(criterion, {})[depth] = row["peak_memory_above_start"]
+    return found
+
+
+def _cut_to(model: Path, output: Path, *, layers: int) -> Path:
+    """The first layers of a model, as a model."""
+    short = AutoModelForCausalLM.from_pretrained(model)
+    del short.model.layers[layers:]
+    short.config.num_hidden_layers = layers
+    if getattr(short.config, "layer_types", None):
+        short.config.layer_types = short.config.layer_types[:layers]
+    short.save_pretrained(output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    return output
+
+
+def against_llmcompressor(bench: Bench, rows: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
+    """Our time over its time at 2:4, the larger of wanda's and sparsegpt's; None where it is not installed."""
+    if importlib.util.find_spec("llmcompressor") is None:
+        return {"time_ratio_to_llmcompressor": None}
+    theirs = {
+        pair: _in_process(prune_with_llmcompressor, bench.model, bench.corpora["inside"], bench.sizes, pair[0])
+        for pair in (WANDA, SPARSEGPT)
+    }
+    ratios = {pair[0]: rows[Cell(*pair, "2:4")]["seconds"] / of["seconds"] for pair, of in theirs.items()}
+    found = {pair[0]: of for pair, of in theirs.items()}
+    return {"time_ratio_to_llmcompressor": round(max(ratios.values()), 3), "llmcompressor": found, "ratios": ratios}
 
 
 def prune_with_llmcompressor(model: Path, corpus: Path, sizes: Sizes, criterion: str) -> dict[str, Any]:
-    """The same rows, at 2:4, with llm-compressor (its N:M counts what is pruned, which is the same here)."""
+    """The same rows, at 2:4, with llm-compressor (its N:M counts what is pruned, which is the same here).
+
+    From the dense model's files to the sparse model's, as ours is, which writes masks, checksums and a manifest too.
+    """
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
@@ -166,55 +481,6 @@ def prune_with_llmcompressor(model: Path, corpus: Path, sizes: Sizes, criterion:
         dense.save_pretrained(folder)
         seconds = time.perf_counter() - started
     return {"seconds": seconds, "pruning_seconds": pruned - loaded, "peak_memory": max_memory()}
-
-
-def output_errors(model: Path, corpus: Path, sizes: Sizes) -> dict[str, Any]:
-    """Error of each linear layer's output at 2:4 on the dense model's inputs: SparseGPT's over Wanda's."""
-    dense = load_source(str(model))
-    calibration = load_calibration(
-        [corpus],
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        vocab_size=dense.config.vocab_size,
-        samples=sizes.samples,
-        seqlen=sizes.seqlen,
-        seed=0,
-    )
-    statistics: dict[str, InputStatistics] = {}
-    linears = {
-        name: module
-        for name, module in dense.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    needs: frozenset[Need] = frozenset({"squares", "moment"})
-    for name, module in linears.items():
-        statistics[name] = InputStatistics(module.in_features, needs=needs, device=dense.device)
-        add = statistics[name].add
-        module.register_forward_pre_hook(lambda _, arguments, add=add: add(arguments[0]))
-    ratios: dict[str, float] = {}
-    with torch.no_grad():
-        for rows in calibration.tokens.split(4):
-            dense.model(input_ids=rows, use_cache=False)
-        for name, module in linears.items():
-            of_inputs, errors = statistics.pop(name), []
-            for criterion, way in (("sparsegpt", "obs"), ("wanda", "none")):
-                choice = Choice(criteria()[criterion], pattern_of("2:4"), of_inputs)
-                lost = module.weight - reconstructions()[way].prune(module.weight, choice=choice)[0]
-                errors.append(float(((lost @ of_inputs.moment) * lost).sum()))
-            ratios[name] = errors[0] / errors[1]
-    largest = max(ratios, key=ratios.__getitem__)
-    return {"mean": sum(ratios.values()) / len(ratios), "largest": ratios[largest], "largest_is": largest}
-
-
-def cut_to(model: Path, output: Path, *, layers: int) -> Path:
-    """The first layers of a model, as a model."""
-    short = AutoModelForCausalLM.from_pretrained(model)
-    del short.model.layers[layers:]
-    short.config.num_hidden_layers = layers
-    if getattr(short.config, "layer_types", None):
-        short.config.layer_types = short.config.layer_types[:layers]
-    short.save_pretrained(output)
-    AutoTokenizer.from_pretrained(model).save_pretrained(output)
-    return output
 
 
 class _Watch:
@@ -254,120 +520,73 @@ def _in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dic
 
 def _send(sender: Connection, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
     transformers.utils.logging.disable_progress_bar()
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     sender.send(function(*arguments))
     sender.close()
 
 
-def measure(
-    model: Path, corpus: Path, folder: Path, *, methods: Iterable[str], sizes: Sizes, console: Console
-) -> dict[str, Any]:
-    """Every model of the table."""
-    rows: dict[str, Any] = {"dense": _in_process(evaluate, model, corpus, sizes)}
-    for pattern in PATTERNS:
-        for method in methods:
-            output = folder / "sparse"
-            recipe = recipe_of(model, output, method=method, pattern=pattern, corpus=corpus, sizes=sizes)
-            row = rows[f"{method} {pattern}"] = _in_process(prune_and_evaluate, recipe, corpus, sizes)
-            assert differences(output) == []
-            console.print(f"{method} {pattern}: perplexity {row['perplexity']:.2f}, {row['seconds']:.1f} s")
-            _remove(output)
-    return rows
+def _leave_with(parent: int) -> None:
+    """A row nobody waits for any more would go on, and stand in the way of the one that continues it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-def memory_by_depth(model: Path, corpus: Path, folder: Path, *, sizes: Sizes, console: Console) -> dict[str, Any]:
-    """Peak memory of wanda and sparsegpt at 2:4 on a third of the layers and on all."""
-    layers = load_layers(model)
-    found: dict[str, Any] = {}
-    for depth in (layers // 3, layers):
-        short = model if depth == layers else cut_to(model, folder / "short", layers=depth)
-        for criterion in ("wanda", "sparsegpt"):
-            recipe = recipe_of(short, folder / "depth", method=criterion, pattern="2:4", corpus=corpus, sizes=sizes)
-            peak = _in_process(prune, recipe)["peak_memory_above_start"]
-            found.setdefault(criterion, {})[depth] = peak
-            console.print(f"{criterion} 2:4, {depth} layers: peak memory {peak / 1e6:.0f} MB above start")
-            _remove(folder / "depth")
-    return found
-
-
-def load_layers(model: Path) -> int:
-    """Number of decoder layers."""
-    count: int = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    return count
-
-
-def against_llmcompressor(rows: dict[str, Any], model: Path, corpus: Path, sizes: Sizes) -> dict[str, Any]:
-    """Our time over its time; None where it is not installed."""
-    if importlib.util.find_spec("llmcompressor") is None:
-        return {"time_ratio_to_llmcompressor": None}
-    theirs = {
-        criterion: _in_process(prune_with_llmcompressor, model, corpus, sizes, criterion)
-        for criterion in ("wanda", "sparsegpt")
+def run(arguments: argparse.Namespace, *, sizes: Sizes, console: Console) -> dict[str, Any]:
+    """All parts that are asked for, their tables, and the figures of the last line."""
+    bench = Bench(arguments, sizes=sizes, console=console)
+    dense = bench.row(Cell(DENSE, "none", "50%"))
+    grid = bench.grid()
+    rows = dict(grid)
+    if "finals" in arguments.parts:
+        rows |= bench.finals(grid)
+    for pattern in sizes.grid:
+        table = markdown_of(grid, pattern=pattern)
+        write_text(bench.output / f"{pattern}.md", table)
+        console.print(table, soft_wrap=True)
+    result: dict[str, Any] = {
+        "dense": {kind: round(_mean(dense[kind]), 4) for kind in ("validation", "losses", "outside") if dense[kind]},
+        "best": best_of(rows),
+        "orderings": orderings(rows),
+        "msp_over_best_rival": None,
     }
-    ratios = {criterion: rows[f"{criterion} 2:4"]["seconds"] / of["seconds"] for criterion, of in theirs.items()}
-    return {"time_ratio_to_llmcompressor": round(max(ratios.values()), 3), "llmcompressor": theirs, "ratios": ratios}
+    if "allocations" in arguments.parts:
+        found = shared_out(bench.allocations())
+        rivals = {name: loss for name, loss in found.items() if name != "msp"}
+        result |= {"allocations": found, "msp_over_best_rival": round(found["msp"] / min(rivals.values()), 4)}
+    if arguments.peers:
+        result |= {"peak_memory_by_depth": memory_by_depth(bench), **against_llmcompressor(bench, rows)}
+    return result
 
 
-def print_table(rows: dict[str, Any], *, console: Console) -> None:
-    table = Table(title="one-shot sparsity, N:M is N kept of M")
-    table.add_column("model", no_wrap=True)
-    for name in ("perplexity", "seconds", "passes", "metric", "peak MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        timed = ("seconds", "forward_seconds", "metric_seconds")
-        times = [f"{row[key]:.2f}" if key in row else "–" for key in timed]
-        size = f"{row['peak_memory_above_start'] / 1e6:.0f}" if "peak_memory_above_start" in row else "–"
-        table.add_row(name, f"{row['perplexity']:.2f}", *times, size)
-    console.print(table)
-
-
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="little text, and only what was published")
-    parser.add_argument("--more", nargs="*", choices=[*MORE_METHODS], help="rows beside the three published methods")
+    parser.add_argument("--quick", action="store_true", help="a tiny model that was trained to count")
+    parser.add_argument("--parts", nargs="+", choices=("grid", "finals", "allocations"), help="unset: all")
+    parser.add_argument("--peers", action="store_true", help="memory by depth, and time beside llm-compressor's")
     parser.add_argument("--model", type=Path, default=Path("runs/demo-data/model"))
     parser.add_argument("--corpus", type=Path, default=Path("runs/demo-data/corpus"))
-    arguments = parser.parse_args()
-    if not (arguments.model / "config.json").is_file():
-        raise SystemExit(f"no model in {arguments.model}: python -m data_tools.demo --output runs/demo-data")
+    parser.add_argument("--outside", type=Path, default=Path("runs/demo-data/outside"))
+    parser.add_argument("--output", type=Path, default=Path("runs/one-shot"))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
+    chosen = parser.parse_args(arguments)
+    chosen.parts = chosen.parts or ["grid", "finals", "allocations"]
     transformers.utils.logging.disable_progress_bar()
-    sizes, console = QUICK if arguments.quick else FULL, Console()
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        more = ([] if arguments.quick else list(MORE_METHODS)) if arguments.more is None else arguments.more
-        methods = [*METHODS, *more]
-        rows = measure(arguments.model, arguments.corpus, folder, methods=methods, sizes=sizes, console=console)
-        errors = _in_process(output_errors, arguments.model, arguments.corpus, sizes)
-        console.print(f"output error at 2:4, SparseGPT's over Wanda's: {errors}")
-        depth = memory_by_depth(arguments.model, arguments.corpus, folder, sizes=sizes, console=console)
-    print_table(rows, console=console)
+        if chosen.quick:
+            folder = Path(temporary)
+            quick_inputs(folder)
+            chosen.model, chosen.output = folder / "run" / "model", folder / "rows"
+            chosen.corpus, chosen.outside = folder / "corpus", folder / "outside"
+        elif not (chosen.model / "config.json").is_file():
+            raise SystemExit(f"no model in {chosen.model}: python -m data_tools.demo --output runs/demo-data")
+        sizes = QUICK if chosen.quick else FULL
+        result = run(chosen, sizes=sizes, console=console)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ordered = {
-        pattern: all(
-            rows[f"magnitude {pattern}"]["loss"] > rows[f"{criterion} {pattern}"]["loss"] > rows["dense"]["loss"]
-            for criterion in ("wanda", "sparsegpt")
-        )
-        for pattern in PATTERNS
-    }
-    result = {
-        "benchmark": "one_shot",
-        "quick": arguments.quick,
-        "samples": sizes.samples,
-        "seqlen": sizes.seqlen,
-        "heldout_tokens_per_domain": sizes.heldout,
-        "models": rows,
-        "magnitude_worst": ordered,
-        "sparsegpt_error_over_wanda": errors,
-        "peak_memory_by_depth": depth,
-        **against_llmcompressor(rows, arguments.model, arguments.corpus, sizes),
-        **environment(device),
-    }
-    print(json.dumps(result))
+    print(
+        json.dumps({"benchmark": "one_shot", "quick": chosen.quick, **asdict(sizes), **result, **environment(device)})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an engine costs: steps of the torch engine, of ZeRO 1 to 3, of DistributedDataParallel and of the HF Trainer.
+"""What an engine costs: steps of the torch engine, FSDP2, ZeRO 1 to 3, DistributedDataParallel and the HF Trainer.
 
     python benchmarks/scaling.py [--quick]
 
@@ -8,7 +8,7 @@ fused AdamW; the engines as the training loop drives them:
 - `compute`: forward and backward passes alone, no gradient leaves its process: what no engine can do without.
 - `ddp`: a plain loop around DistributedDataParallel, `no_sync` on all but the last micro-batch. With one process the
   wrapper is left out, as it would only cost.
-- `torch`, `zero1`, `zero2`, `zero3`: our engines.
+- `torch`, `fsdp2`, `zero1`, `zero2`, `zero3`: our engines.
 - `trainer`: transformers' Trainer with the model's own loss. On a CPU with one process, as it does not share out work
   there.
 
@@ -20,7 +20,7 @@ all rounds, because what else runs on the machine only ever adds to a step; on a
 `update_share` is the share of a step's time outside of the calls of forward and backward: `engine.step` and everything
 else; the clock of a GPU's own stream where there is one. `overhead_share` also has what an engine does inside of the
 backward pass, DDP's reductions for instance: 1 - time of `compute` / time of the side. With bf16 it can be negative:
-ZeRO 1 to 3 compute with bf16 weights and `compute` casts fp32 ones.
+FSDP2 and ZeRO 1 to 3 compute with bf16 weights and `compute` casts fp32 ones.
 
 Checkpoints are written through `Checkpoints`: all processes, flushed to disk, checksums. `load` is `Engine.load` with
 its comparison of fingerprints, `verify` the reading of checksums before it. `bytes` is of the folder.
@@ -68,10 +68,11 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
 from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
 from shearing.training.engines.engine import Engine
+from shearing.training.engines.fsdp2_engine import Fsdp2Engine
 from shearing.training.engines.optimizer import Optimization, adamw
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
-from shearing.training.recipe import DeepSpeedRecipe
+from shearing.training.recipe import DeepSpeedRecipe, Fsdp2Recipe
 
 SMOLLM2_135M = {
     "vocab_size": 49152,
@@ -85,7 +86,7 @@ SMOLLM2_135M = {
 }
 QUICK = {**SMOLLM2_135M, "vocab_size": 4096, "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6}
 LLAMA = "transformers.models.llama.modeling_llama"
-ENGINES = ("torch", "zero1", "zero2", "zero3")
+ENGINES = ("torch", "fsdp2", "zero1", "zero2", "zero3")
 OPTIMIZATION = Optimization(
     rates=LearningRates(
         schedule="cosine",
@@ -222,6 +223,9 @@ def make_engine(side: str, *, workload: Workload, device: torch.device, processe
         return Plain(device=device, precision=precision, processes=processes, updates=side == "ddp")
     if side == "torch":
         return TorchEngine(OPTIMIZATION, device=device, precision=precision, processes=processes)
+    if side == "fsdp2":
+        settings = Fsdp2Recipe()
+        return Fsdp2Engine(OPTIMIZATION, settings=settings, device=device, precision=precision, processes=processes)
     return DeepSpeedEngine(
         OPTIMIZATION,
         settings=DeepSpeedRecipe(zero_stage=int(side.removeprefix("zero"))),

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SPLITS, DomainManifest, SourceFile
 from shearing.data.corpus.writer import CorpusWriter
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
+from shearing.data.texts.encoding import PlainTokenizer
 
 # Enough for all cores to work on, little enough to show progress and to hold in memory.
 CHARACTERS_PER_BATCH = 500_000
 
 _Document = TypeVar("_Document")
-
-
-class PlainTokenizer:
-    """A tokenizer for text that nobody prepared: no token is added or cut, and `</s>` in a text is four letters.
-
-    Args:
-        tokenizer_json: content of a tokenizer.json.
-    """
-
-    def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        # A limit left by an earlier use of the tokenizer would cut documents short.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A separator spelled out in a text must not divide it.
-        self._tokenizer.encode_special_tokens = True
-
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """One encoding each, on all cores that `RAYON_NUM_THREADS` allows."""
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return encodings
 
 
 def write_domain(
@@ -108,10 +83,15 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 
 
 def domain_table(corpus: Corpus) -> Table:
-    """Documents, tokens and bytes per token of each domain, and what was left out; never any of the text."""
+    """Documents, tokens and bytes per token of each domain, and what was left out; never any of the text.
+
+    Where some tokens do not count in a loss, also which share of them does.
+    """
     table = Table("domain")
     for heading in ("documents", "training tokens", "validation", "test", "bytes/token", "duplicates"):
         table.add_column(heading, justify="right")
+    if not corpus.all_count:
+        table.add_column("tokens that count", justify="right")
     table.add_column("left out")
     for name, manifest in corpus.manifests.items():
         table.add_row(
@@ -120,6 +100,13 @@ def domain_table(corpus: Corpus) -> Table:
             *(f"{corpus.split_tokens(name, split):,}" for split in SPLITS),
             f"{manifest.bytes / max(1, manifest.tokens):.2f}",
             f"{manifest.duplicates:,}",
+            *([] if corpus.all_count else [f"{_counted(manifest):.1%}"]),
             ", ".join(f"{count:,} {reason}" for reason, count in manifest.left_out.items()) or "–",
         )
     return table
+
+
+def _counted(manifest: DomainManifest) -> float:
+    """Share of a domain's tokens that count in a loss."""
+    counted = sum(part.tokens if part.counted is None else part.counted for part in manifest.parts.values())
+    return counted / max(1, manifest.tokens)

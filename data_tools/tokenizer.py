@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shearing.data.corpus.format import tokenizer_fingerprint
-from shearing.errors import ShearingError, nearest_name
+from shearing.errors import ShearingError, named, nearest_name
+from shearing.models.tokenizer import BeginTokens, begin_tokens, open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,6 +24,8 @@ class NamedTokenizer:
         backend: as `tokenizers` has it; without truncation and padding.
         separator_id: token that closes each document.
         vocab_size: largest token id + 1.
+        begin: with which it begins a text.
+        notice: what is to be said of it, or None.
     """
 
     name: str
@@ -30,6 +33,13 @@ class NamedTokenizer:
     backend: Tokenizer
     separator_id: int
     vocab_size: int
+    begin: BeginTokens
+    notice: str | None
+
+    @property
+    def begin_id(self) -> int | None:
+        """Token that begins a text, whether the tokenizer puts it there or only names it; None: it knows none."""
+        return self.begin.named if self.begin.front is None else self.begin.front
 
     @property
     def fingerprint(self) -> str:
@@ -45,24 +55,11 @@ def load_tokenizer(name: str, *, separator_token: str | None) -> NamedTokenizer:
         separator_token: token put after each document; None: the tokenizer's end-of-sequence token.
 
     Raises:
-        ShearingError: there is none, it is no fast one, or it does not have the separator.
+        ShearingError: see `open_tokenizer`; it does not have the separator.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            "tokenizer",
-            value=name,
-            allowed="a folder or hub name of a Hugging Face tokenizer",
-            mend=f"correct the name ({str(error).splitlines()[0]})",
-        ) from error
-    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ShearingError(
-            "tokenizer", value=name, allowed="a fast tokenizer (with a tokenizer.json)", mend="choose another"
-        )
+    with named({"source": "tokenizer"}):
+        opened = open_tokenizer(name)
+    tokenizer, backend = opened.full, opened.backend
     token = separator_token or tokenizer.eos_token
     vocabulary = backend.get_vocab()
     if token is None:
@@ -79,7 +76,12 @@ def load_tokenizer(name: str, *, separator_token: str | None) -> NamedTokenizer:
             allowed="a token of the vocabulary",
             mend=nearest_name(token, vocabulary) or "name the token that ends a document",
         )
-    # A limit left by an earlier use of the tokenizer would cut documents short.
-    backend.no_truncation()
-    backend.no_padding()
-    return NamedTokenizer(name, tokenizer, backend, vocabulary[token], max(vocabulary.values()) + 1)
+    return NamedTokenizer(
+        name=name,
+        full=tokenizer,
+        backend=backend,
+        separator_id=vocabulary[token],
+        vocab_size=max(vocabulary.values()) + 1,
+        begin=begin_tokens(tokenizer),
+        notice=opened.notice,
+    )

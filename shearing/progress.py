@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import sys
 import time
@@ -49,6 +50,18 @@ def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[i
             console.print(f"{name} ({100 * done / total:.0f}%) · {left} left", soft_wrap=True, highlight=False)
 
     yield advance
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed from saying, on every machine without a GPU, that it has none.
+
+    transformers imports it where it is installed, also where nothing is trained with it.
+    """
+    logging.getLogger("DeepSpeed").addFilter(_not_about_accelerators)
+
+
+def _not_about_accelerators(record: logging.LogRecord) -> bool:
+    return "Setting accelerator" not in record.getMessage()
 
 
 def max_memory() -> int:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,17 @@ def test_nothing_is_left_unfinished() -> None:
 def test_no_large_files() -> None:
     for path in tracked_files():
         assert path.stat().st_size < 1_000_000, f"{path} does not belong in the repository"
+
+
+def test_the_site_leads_to_every_document() -> None:
+    def pages(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for below in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages(below)
+
+    nav = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert len(nav) == len(set(nav))
+    documents = {page for page in nav if not page.startswith(("api/", "project/"))}
+    assert documents == {path.name for path in (ROOT / "docs").glob("*.md")}

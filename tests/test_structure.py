@@ -46,6 +46,8 @@ WITHOUT_TORCH = (
     "shearing.settings.document",
     "data_tools.preparation.recipe",
 )
+NEEDS = {"shearing.integrations.composer": "composer"}
+"""Package -> what has to be installed for its names to be there; `make test-composer` has it."""
 MOST_ROOMS = 13
 WITHOUT_MIRROR = {"distributed"}
 """Folders of tests that are of no folder of the library: several processes at once."""
@@ -182,11 +184,13 @@ def test_every_package_shows_its_public_names() -> None:
     inner = {f"shearing.pruning.{name}" for name in ("calibration", "sparse", "structured")}
     outer = {f"shearing.{package}" for floor in FLOORS for package in floor} & modules().keys()
     packages = {name for name in outer if modules()[name].name == "__init__.py"} | inner
-    assert packages - set(faces()) <= {"shearing.pruning"}
+    assert packages - set(faces()) <= {"shearing.pruning", "shearing.integrations"}
 
 
 @pytest.mark.parametrize("package", faces())
 def test_public_names_are_there(package: str) -> None:
+    if package in NEEDS:
+        pytest.importorskip(NEEDS[package])
     module = importlib.import_module(package)
     names = _public(package)
     assert names
@@ -217,6 +221,8 @@ def test_types_are_told_of_every_name_that_comes_late(package: str) -> None:
 @pytest.mark.parametrize("package", faces())
 def test_no_module_has_the_name_of_a_public_one(package: str) -> None:
     """Else importing the module would replace the name."""
+    if package in NEEDS:
+        pytest.importorskip(NEEDS[package])
     inside = {name.removeprefix(f"{package}.") for name in modules() if name.startswith(f"{package}.")}
     public = _public(package)
     assert public is not None
@@ -250,6 +256,22 @@ def test_tests_mirror_folders() -> None:
     ours |= {file.parent.relative_to(ROOT) for file in (ROOT / "data_tools").rglob("*.py")}
     tests = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     assert {str(folder) for folder in tests - ours} == WITHOUT_MIRROR
+
+
+def test_integrations_take_public_names_alone() -> None:
+    """They are what people may write themselves."""
+    inside = {name: file for name, file in modules().items() if package_of(name) == "integrations"}
+    examples = {str(file): file for file in (ROOT / "examples").glob("*.py")}
+    assert inside
+    assert examples
+    for name, file in {**inside, **examples}.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or f"{node.module}".partition(".")[0] != "shearing":
+                continue
+            beside = f"{node.module}".startswith(f"{name.rpartition('.')[0]}.") or file.name == "__init__.py"
+            if not beside and node.module != "shearing.late":
+                names = {alias.name for alias in node.names}
+                assert names <= set(_public(f"{node.module}") or ()), f"{name}: {ast.unparse(node)}"
 
 
 def test_private_names_stay_in_their_module() -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from data_tools.checksums import sha256_of_tokens
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
+from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import (
@@ -69,6 +70,7 @@ class _Read:
         file_ids, firsts, lengths: where each lies; `lengths` without a separator at the end.
         lasts: last token of each, -1 of an empty one.
         closed: whether that is the separator.
+        begun: whether the first is the token that the tokenizer begins a text with.
         hashes: of its tokens without that separator; uint64.
         num_bytes: of its text.
         inner_separators: of all documents together.
@@ -79,11 +81,17 @@ class _Read:
     lengths: Counts
     lasts: Counts
     closed: npt.NDArray[np.bool_]
+    begun: npt.NDArray[np.bool_]
     hashes: npt.NDArray[np.uint64]
     num_bytes: Counts
     largest_token: int
     inner_separators: int
     empty: int
+
+    def bos(self, token: int | None) -> Bos:
+        """How the texts begin: with this token only if all of them do."""
+        whole = token is not None and self.separators != "inside" and bool(self.begun.all())
+        return Bos("document", token) if whole else Bos()
 
     @property
     def separators(self) -> Separators:
@@ -131,6 +139,8 @@ def adopt(
         require_domain_name(name)
     sets = {name: find_documents(path, field=f"--domain {name}") for name, path in domains.items()}
     loaded = load_tokenizer(tokenizer, separator_token=separator_token)
+    if loaded.notice:
+        console.print(loaded.notice, style="yellow", soft_wrap=True, highlight=False, markup=False)
     make_corpus_folder(output)
     inputs = {name: _inputs(found, tokenizer=loaded, sizes=sizes) for name, found in sets.items()}
     wanted = {name: found for name, found in sets.items() if not is_complete(output / name, inputs=inputs[name])}
@@ -224,7 +234,7 @@ def _read_domain(name: str, *, found: ForeignSet, tokenizer: NamedTokenizer, con
         raise ShearingError(f"--domain {name}", value="no documents", allowed="at least three", mend="name another set")
     columns = {
         key: np.concatenate([getattr(part, key) for part in parts])
-        for key in ("file_ids", "firsts", "lengths", "lasts", "closed", "hashes", "num_bytes")
+        for key in ("file_ids", "firsts", "lengths", "lasts", "closed", "begun", "hashes", "num_bytes")
     }
     kept = columns["lengths"] > 0
     return _Read(
@@ -269,6 +279,9 @@ def _described(
     some = lengths > 0
     lasts[some] = ids[ends[some] - 1]
     closed = lasts == tokenizer.separator_id
+    begun = np.zeros(len(lengths), dtype=np.bool_)
+    if tokenizer.begin_id not in (None, tokenizer.separator_id):
+        begun[some] = ids[firsts[some] - begin] == tokenizer.begin_id
     lengths = lengths - closed
     starts, stops = (firsts - begin).tolist(), (firsts - begin + lengths).tolist()
     content = ids.data
@@ -282,8 +295,11 @@ def _described(
         lengths=lengths,
         lasts=lasts,
         closed=closed,
+        begun=begun,
         hashes=np.array(hashes, dtype=np.uint64),
-        num_bytes=_text_bytes(ids, starts=starts, stops=stops, tokenizer=tokenizer, known=known),
+        num_bytes=_text_bytes(
+            ids, starts=(firsts - begin + begun).tolist(), stops=stops, tokenizer=tokenizer, known=known
+        ),
         largest_token=int(ids.max()) if len(ids) else 0,
         inner_separators=int((ids == tokenizer.separator_id).sum() - closed.sum()),
         empty=0,
@@ -335,7 +351,7 @@ def _write_domain(
         ),
     )
     adopted.write(folder)
-    dtype = token_dtype(tokenizer.vocab_size).name
+    dtype, bos = token_dtype(tokenizer.vocab_size).name, read.bos(tokenizer.begin_id)
     chosen = {split: sides == place for place, split in enumerate(SPLITS)}
     for split in SPLITS:
         _save_split(folder, split, read=read, chosen=chosen[split], separators=adopted.separators)
@@ -378,8 +394,10 @@ def _write_domain(
         left_out={"empty": read.empty} if read.empty else {},
         versions={package: version(package) for package in ("shearing", "numpy")},
         inputs=inputs,
+        bos_mode=bos.mode,
+        bos_id=bos.token,
     )
-    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
     folder.rename(output / name)
     flush_folder(output)
 

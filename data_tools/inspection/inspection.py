@@ -176,7 +176,7 @@ def _figures(
     scale = min(1.0, FULL_DOMAINS / len(corpus.domains))
     pieces = list(_pieces(corpus, name, most=max(2, round(TOKEN_PIECES * scale)), chance=chance))
     read = np.concatenate(pieces)
-    counts = np.bincount(read[read != manifest.separator_id], minlength=1)
+    counts = np.bincount(read[~np.isin(read, _marks(manifest))], minlength=1)
     token = int(counts.argmax())
     most = max(2, round(DECODED_DOCUMENTS * scale))
     texts = list(_texts(corpus, name, tokenizer=tokenizer, most=most, chance=chance)) if tokenizer else []
@@ -194,6 +194,11 @@ def _figures(
         texts=texts,
         unreadable=broken / max(1, characters),
     )
+
+
+def _marks(manifest: DomainManifest) -> list[int]:
+    """Tokens that are no text: what ends a document, and what may begin it."""
+    return [manifest.separator_id, *([] if manifest.bos_id is None else [manifest.bos_id])]
 
 
 def _lengths(corpus: Corpus, name: str, *, chance: np.random.Generator) -> tuple[Counts, bool]:
@@ -238,7 +243,7 @@ def _texts(corpus: Corpus, name: str, *, tokenizer: Tokenizer, most: int, chance
         start = int(ends[index - 1]) if index else 0
         stop = min(int(ends[index]), start + TOKENS_OF_DOCUMENT)
         ids = tokens.read(start, stop)
-        text = tokenizer.decode([int(i) for i in ids if i != corpus.manifests[name].separator_id])
+        text = tokenizer.decode(ids[~np.isin(ids, _marks(corpus.manifests[name]))].tolist())
         # A character may have been cut in two.
         yield text.rstrip("\ufffd") if stop < ends[index] else text
 

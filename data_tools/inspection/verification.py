@@ -15,6 +15,7 @@ from rich.text import Text
 
 from data_tools.inspection.decoding import open_tokenizer
 from shearing.data.corpus.adopted import Adopted
+from shearing.data.corpus.counted import counted_path
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
@@ -123,7 +124,7 @@ def _manifest(folder: Path, *, fingerprint: str, result: Verification) -> Domain
 
 def _size(folder: Path, manifest: DomainManifest) -> int:
     own = manifest.tokens * np.dtype(manifest.dtype).itemsize
-    return own + sum(file.stat().st_size for file in folder.glob("*.npy"))
+    return own + sum(file.stat().st_size for pattern in ("*.npy", "*_counted.bin") for file in folder.glob(pattern))
 
 
 def _tokenizer(path: Path, *, fingerprint: str, result: Verification) -> Tokenizer | None:
@@ -169,8 +170,13 @@ class _Part:
             if ends.dtype == np.int64:
                 yield from self._end_damages(ends)
                 yield from self._token_damages(file, tokens=tokens, ends=ends, advance=advance)
-        for name, sha256 in (("ends", self.counts.ends_sha256), ("hashes", self.counts.hashes_sha256)):
-            file = self.folder / f"{self.part}_{name}.npy"
+        files = {
+            self.folder / f"{self.part}_ends.npy": self.counts.ends_sha256,
+            self.folder / f"{self.part}_hashes.npy": self.counts.hashes_sha256,
+        }
+        if self.counts.counted_sha256 is not None:
+            files[counted_path(self.folder, self.part)] = self.counts.counted_sha256
+        for file, sha256 in files.items():
             with contextlib.suppress(FileNotFoundError):
                 self.bytes_read += file.stat().st_size
                 if sha256_of_file(file, advance=advance) != sha256:

@@ -22,11 +22,11 @@ import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from loguru import logger
 
-from data_tools.extras import require_extra
 from data_tools.preparation.recipe import RaySettings, SlurmSettings
 from data_tools.preparation.work_folder import WorkFolder
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
+from shearing.settings.extras import require_extra
 
 _WATCH_SECONDS = 0.5
 _UNWIND_SECONDS = 5.0

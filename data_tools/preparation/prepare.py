@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +23,22 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from data_tools.extras import require_extra
-from data_tools.preparation.recipe import PreparationRecipe
+from data_tools.preparation.forms import Form
+from data_tools.preparation.recipe import DomainSources, PreparationRecipe
 from data_tools.preparation.sources import Input, find_inputs
 from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_tasks
 from data_tools.tokenisation import domain_table
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import NamedTokenizer, load_tokenizer
+from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
 from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
+from shearing.data.texts.chat import ChatTemplate
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
 from shearing.progress import PLAIN_SECONDS
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.settings.extras import require_extra
 
 if TYPE_CHECKING:
     from data_tools.preparation.executors import Stage
@@ -53,6 +56,7 @@ class _Job:
     settings: DomainSettings
     domains: Mapping[str, range]
     inputs: Mapping[str, str]
+    forms: Mapping[str, Form]
     tasks: Sequence[Task]
 
     def threads(self, *, workers: int) -> int:
@@ -86,16 +90,17 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
             allowed="a folder, as training maps it into memory",
             mend="name a folder",
         )
-    tokenizer_json, settings = _load_tokenizer(recipe)
-    found = {
-        name: find_inputs(name, sources=sources, text_field=recipe.text_field)
-        for name, sources in recipe.domains.items()
-    }
+    tokenizer, settings = _load_tokenizer(recipe, console=console)
+    domains = {name: recipe.domain(name) for name in recipe.domains}
+    forms = {name: _form(sources, tokenizer=tokenizer) for name, sources in domains.items()}
+    found = {name: find_inputs(name, sources=sources) for name, sources in domains.items()}
     for name, each in found.items():
         if each.passed_over:
             console.print(f"{name}: {each.passed_over} files with other endings are passed over", highlight=False)
-    _require_same_tokenizer(recipe.output, settings=settings)
-    inputs = {name: _identity(recipe, settings=settings, inputs=each.inputs) for name, each in found.items()}
+    _require_alike(recipe.output, settings=settings)
+    inputs = {
+        name: _identity(recipe, settings=settings, inputs=each.inputs, form=forms[name]) for name, each in found.items()
+    }
     complete = {name: is_complete(recipe.output / name, inputs=inputs[name]) for name in inputs}
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
@@ -106,7 +111,8 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
                 recipe,
                 work=work,
                 settings=settings,
-                tokenizer_json=tokenizer_json,
+                tokenizer_json=tokenizer.backend.to_str(),
+                forms=forms,
                 inputs=inputs,
                 files={name: each.inputs for name, each in found.items()},
                 complete=complete,
@@ -132,9 +138,16 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load_tokenizer(recipe: PreparationRecipe) -> tuple[str, DomainSettings]:
-    """The tokenizer itself as text, and what manifests say of it and of the recipe."""
+def _load_tokenizer(recipe: PreparationRecipe, *, console: Console) -> tuple[NamedTokenizer, DomainSettings]:
+    """The tokenizer itself, and what manifests say of it and of the recipe."""
     loaded = load_tokenizer(recipe.tokenizer, separator_token=recipe.separator_token)
+    if loaded.notice:
+        console.print(loaded.notice, style="yellow", soft_wrap=True, highlight=False, markup=False)
+    bos = resolve_bos(recipe.bos, front=loaded.begin.front, named=loaded.begin.named)
+    if bos.token is not None:
+        console.print(
+            f"{loaded.backend.id_to_token(bos.token)} stands in front of each {bos.mode}", highlight=False, markup=False
+        )
     settings = DomainSettings(
         vocab_size=loaded.vocab_size,
         separator_id=loaded.separator_id,
@@ -143,11 +156,24 @@ def _load_tokenizer(recipe: PreparationRecipe) -> tuple[str, DomainSettings]:
         split_seed=recipe.split_seed,
         sizes=recipe.sizes,
         versions={package: version(package) for package in PACKAGES},
+        bos=bos,
     )
-    return loaded.backend.to_str(), settings
+    return loaded, settings
 
 
-def _require_same_tokenizer(output: Path, *, settings: DomainSettings) -> None:
+def _form(sources: DomainSources, *, tokenizer: NamedTokenizer) -> Form:
+    trusted = sources.special_tokens == "tokens"
+    if sources.format == "text":
+        return Form(special_tokens=trusted)
+    return Form(ChatTemplate.of(tokenizer.full, answers=sources.loss == "answers", trusted=trusted), trusted)
+
+
+def _require_alike(output: Path, *, settings: DomainSettings) -> None:
+    """Check that the domains which are there have the same tokenizer, and begin their texts alike.
+
+    Raises:
+        ShearingError: one does not.
+    """
     for name in domains_of(output):
         manifest = DomainManifest.read(output / name)
         if manifest.tokenizer_fingerprint != settings.tokenizer_fingerprint:
@@ -158,16 +184,26 @@ def _require_same_tokenizer(output: Path, *, settings: DomainSettings) -> None:
                 f"(fingerprint {manifest.tokenizer_fingerprint})",
                 mend="choose another output, or that tokenizer",
             )
+        if manifest.bos != settings.bos:
+            raise ShearingError(
+                "bos",
+                value=f"{settings.bos}",
+                allowed=f"as in the domains that are there: {manifest.bos}",
+                mend=f"choose another output, or bos={manifest.bos.mode}",
+            )
 
 
-def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Sequence[Input]) -> str:
+def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Sequence[Input], form: Form) -> str:
     """Hash of all that a domain's bytes depend on, other domains aside."""
-    parts = [
+    parts: list[list[object]] = [
         [each.identity for each in inputs],
         [settings.tokenizer_fingerprint, settings.separator_id, settings.sizes.to_json(), settings.split_seed, FORMAT],
+        *([settings.bos.identity()] if settings.bos.identity() else []),
         [recipe.document_separator, recipe.max_document_bytes, recipe.documents_per_file],
         [recipe.duplicates, recipe.near_duplicates],
     ]
+    if form != Form():
+        parts.append([form.special_tokens, form.chat and asdict(form.chat)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -205,6 +241,7 @@ def _plan(
     work: WorkFolder,
     settings: DomainSettings,
     tokenizer_json: str,
+    forms: Mapping[str, Form],
     inputs: Mapping[str, str],
     files: Mapping[str, Sequence[Input]],
     complete: Mapping[str, bool],
@@ -220,7 +257,7 @@ def _plan(
         first = len(tasks)
         tasks += plan_tasks(name, inputs=files[name], task_bytes=recipe.task_bytes)
         domains[name] = range(first, len(tasks))
-    return _Job(recipe=recipe, work=work, settings=settings, domains=domains, inputs=inputs, tasks=tasks)
+    return _Job(recipe=recipe, work=work, settings=settings, domains=domains, inputs=inputs, forms=forms, tasks=tasks)
 
 
 def _stages(job: _Job, *, threads: int) -> list[Stage]:
@@ -241,13 +278,21 @@ def _stages(job: _Job, *, threads: int) -> list[Stage]:
     )
     read = steps.ReadTexts(
         job.tasks,
+        forms=job.forms,
         separator=recipe.document_separator,
         policy=recipe.bad_input,
         max_document_bytes=recipe.max_document_bytes,
         documents_per_file=recipe.documents_per_file,
         reading=reading,
     )
-    tokenise = steps.TokeniseShard(work, settings=job.settings, reading=reading, threads=threads, hand_on=near)
+    tokenise = steps.TokeniseShard(
+        work,
+        forms=[job.forms[task.domain] for task in job.tasks],
+        settings=job.settings,
+        reading=reading,
+        threads=threads,
+        hand_on=near,
+    )
     stages = [Stage(steps.TOKENISE, [read, tokenise], len(job.tasks))]
     if near:
         from data_tools.preparation import near_duplicates

@@ -6,12 +6,13 @@ python -m data_tools.preparation.recipe docs/data.md     rewrites the table of k
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.corpus.format import require_domain_name
 from shearing.data.corpus.splits import SIZE_FORMS, SplitSize, SplitSizes
 from shearing.errors import CombinedShearingError, ShearingError
@@ -21,6 +22,10 @@ from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
 
 HUB_PREFIX = "hf:"
+
+Format = Literal["text", "chat"]
+SpecialTokens = Literal["letters", "tokens"]
+Loss = Literal["all", "answers"]
 
 
 class DomainSources(Section):
@@ -32,6 +37,13 @@ class DomainSources(Section):
         min_length=1,
     )
     text_field: str | None = Field(None, description="Field of the text; unset: the recipe's own `text_field`.")
+    format: Format | None = Field(None, description="What a document is; unset: the recipe's own `format`.")
+    special_tokens: SpecialTokens | None = Field(
+        None, description="What special tokens are that texts spell out; unset: the recipe's own `special_tokens`."
+    )
+    loss: Loss | None = Field(
+        None, description="Of chats: which tokens count in a loss; unset: the recipe's own `loss`."
+    )
     config: str | None = Field(None, description="Of `hf:` data sets: which configuration; unset: the only one.")
     split: str = Field("train", description="Of `hf:` data sets and of folders with several: which split.")
     revision: str | None = Field(None, description="Of `hf:` data sets: branch, tag or commit; unset: the newest.")
@@ -76,12 +88,36 @@ class PreparationRecipe(Section):
     output: Path = Field(description="Folder of the corpus; may hold domains that were prepared earlier.")
     tokenizer: str = Field(description="Folder or hub name of the model's tokenizer.")
     domains: dict[str, DomainSources] = Field(description="Domains by name.", min_length=1)
-    text_field: str = Field("text", description="Field of the text in JSON lines, Parquet and data sets.")
+    text_field: str | None = Field(
+        None,
+        description="Field of the text in JSON, Parquet and data sets; `data.text` is the field text inside of data. "
+        "Unset: text, or messages with `format: chat`.",
+    )
+    format: Format = Field(
+        "text",
+        description="What a document is. text: text; chat: a list of messages with role and content, which the "
+        "tokenizer's chat template writes.",
+    )
+    special_tokens: SpecialTokens = Field(
+        "letters",
+        description="What `<|im_end|>` is where a text or a message spells it out. letters: the letters that it is "
+        "written with; tokens: the token, for texts that a chat template has written already.",
+    )
+    loss: Loss = Field(
+        "all",
+        description="Of chats: which tokens count in a loss, in training as held out. all; answers: what an assistant "
+        "says, and the token that ends its turn.",
+    )
     document_separator: str | None = Field(
         None, description="Divides .txt and .md files into documents; unset: each file is one."
     )
     separator_token: str | None = Field(
         None, description="Token put after each document; unset: the tokenizer's end-of-sequence token."
+    )
+    bos: BosChoice = Field(
+        "auto",
+        description="The token that begins a text: auto: in front of each document, if the tokenizer puts one in front "
+        "of a text; document: in front of each in any case; row: in front of each row that is read; or none.",
     )
     validation: str = Field(
         "5%",
@@ -140,6 +176,16 @@ class PreparationRecipe(Section):
         """Of the held-out splits."""
         return SplitSizes(SplitSize.parse(self.validation), SplitSize.parse(self.test))
 
+    def domain(self, name: str) -> DomainSources:
+        """What a domain is made of, with what it leaves unset as the recipe says it."""
+        own = self.domains[name]
+        form = own.format or self.format
+        field = own.text_field or self.text_field or {"text": "text", "chat": "messages"}[form]
+        tokens = own.special_tokens or self.special_tokens
+        loss = (own.loss or self.loss) if form == "chat" else "all"
+        values = {"format": form, "text_field": field, "special_tokens": tokens, "loss": loss}
+        return own.model_copy(update=values)
+
     @model_validator(mode="after")
     def _without_contradictions(self) -> PreparationRecipe:
         errors = []
@@ -153,6 +199,7 @@ class PreparationRecipe(Section):
                 require_domain_name(name)
             except ShearingError as error:  # noqa: PERF203 (a handful of names)
                 errors.append(ShearingError(f"domains.{name}", value=name, allowed=error.allowed, mend=error.mend))
+        errors += _without_answers(self)
         if self.executor == "slurm" and self.slurm.partition is None:
             errors.append(
                 ShearingError(
@@ -171,6 +218,25 @@ class PreparationRecipe(Section):
         if errors:
             raise CombinedShearingError(errors)
         return self
+
+
+def _without_answers(recipe: PreparationRecipe) -> Iterator[ShearingError]:
+    """Answers alone are to count where nobody answers."""
+    formats = {name: recipe.domain(name).format for name in recipe.domains}
+    wrong = [
+        f"domains.{name}.loss"
+        for name, each in recipe.domains.items()
+        if each.loss == "answers" and formats[name] == "text"
+    ]
+    if recipe.loss == "answers" and "chat" not in formats.values():
+        wrong.append("loss")
+    for field in wrong:
+        yield ShearingError(
+            field,
+            value="answers",
+            allowed="all, where documents are text: nobody answers in there",
+            mend="set format: chat, if documents are messages, or loss: all",
+        )
 
 
 def load_preparation(

@@ -8,27 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.extras import require_extra
 from data_tools.preparation.recipe import HUB_PREFIX, DomainSources
+from shearing.data.texts.chat import ChatTemplate
+from shearing.data.texts.documents import TextFile
+from shearing.data.texts.kinds import ENDINGS, Compression, Kind, kind_of
 from shearing.errors import ShearingError
+from shearing.settings.extras import require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-
-Kind = Literal["lines", "parquet", "arrow", "text", "hub"]
-Compression = Literal["gzip", "zstd"]
-
-KINDS: dict[str, Kind] = {
-    ".jsonl": "lines",
-    ".json": "lines",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".md": "text",
-}
-COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
-ENDINGS = f"{', '.join(KINDS)}; lines and text also with {' or '.join(COMPRESSIONS)}"
 
 # A piece of a data set that is read by row numbers: some seconds of work.
 ROWS_PER_PIECE = 100_000
@@ -60,13 +49,18 @@ class Input:
     """
 
     path: str
-    kind: Kind
+    kind: Kind | Literal["hub"]
     bytes: int
     stamp: str
     text_field: str
     compression: Compression | None = None
     etag: str | None = None
     hub: HubPiece | None = None
+
+    def file(self, *, chat: ChatTemplate | None) -> TextFile:
+        """What readers are told; `chat` renders what is in the field, None: it is text."""
+        kind = "lines" if self.kind == "hub" else self.kind
+        return TextFile(self.path, kind, self.text_field, self.compression, chat)
 
     @property
     def identity(self) -> list[object]:
@@ -81,13 +75,14 @@ class Found:
     passed_over: int
 
 
-def find_inputs(domain: str, *, sources: DomainSources, text_field: str) -> Found:
-    """List what a domain is made of, without reading it.
+def find_inputs(domain: str, *, sources: DomainSources) -> Found:
+    """List what a domain is made of, without reading it; nothing of `sources` is unset (`PreparationRecipe.domain`).
 
     Raises:
         ShearingError: a path that does not exist or holds nothing that can be read, or is named twice.
     """
-    text_field = sources.text_field or text_field
+    text_field = sources.text_field
+    assert text_field is not None
     inputs: list[Input] = []
     passed_over = 0
     for path in sources.paths:
@@ -116,16 +111,6 @@ def find_inputs(domain: str, *, sources: DomainSources, text_field: str) -> Foun
             )
         seen.add(each.path)
     return Found(inputs=tuple(inputs), passed_over=passed_over)
-
-
-def kind_of(path: str) -> tuple[Kind, Compression | None] | None:
-    """How a file is read, by its name; None if it is not."""
-    name = PurePosixPath(path.partition("?")[0]) if "://" in path else PurePosixPath(path)
-    compression = COMPRESSIONS.get(name.suffix)
-    kind = KINDS.get(name.with_suffix("").suffix if compression else name.suffix)
-    if kind is None or (compression and kind not in ("lines", "text")):
-        return None
-    return kind, compression
 
 
 def open_file_system(path: str) -> tuple[Any, str]:
@@ -241,10 +226,11 @@ def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: s
     revision = _revision(name, revision=sources.revision)
     whole = HubPiece(name, sources.config, sources.split, revision, sources.streaming, 0, 0)
     loaded = load_hub_dataset(whole)
-    if loaded.column_names is not None and text_field not in loaded.column_names:
+    columns = loaded.column_names
+    if columns is not None and not {text_field, text_field.partition(".")[0]} & set(columns):
         raise ShearingError(
             f"domains.{domain}",
-            value=f"a data set with the fields {', '.join(loaded.column_names)}",
+            value=f"a data set with the fields {', '.join(columns)}",
             allowed=f"text in the field {text_field!r}",
             mend="name the field that holds the text with text_field",
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import multiprocess
 import numpy as np
@@ -24,10 +24,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
-from data_tools.preparation.reading import BadInput, SourceStream, open_source, read_texts
+from data_tools.preparation.forms import Form
+from data_tools.preparation.reading import OTHERWISE, SourceStream, open_source, texts_of
 from data_tools.preparation.sources import Input
 from data_tools.preparation.work_folder import Task, WorkFolder, publish
-from data_tools.tokenisation import PlainTokenizer, batches
+from data_tools.tokenisation import batches
 from shearing.data.corpus.domain_folder import (
     DomainSettings,
     Places,
@@ -40,12 +41,11 @@ from shearing.data.corpus.domain_folder import (
 from shearing.data.corpus.format import SourceFile
 from shearing.data.corpus.shards import Shard, ShardWriter
 from shearing.data.corpus.splits import Documents
+from shearing.data.texts.bad_input import BadInput
+from shearing.data.texts.chat import ChatTokenizer
+from shearing.data.texts.encoding import Encoded, PlainTokenizer
 from shearing.errors import ShearingError, named
 from shearing.runs.names import COMPONENT_NAMES
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
 
 NearDuplicates = Literal["ignore", "together", "remove"]
 
@@ -66,6 +66,7 @@ class ReadTexts(BaseReader):  # type: ignore[misc]
 
     Args:
         tasks: of all ranks.
+        forms: of their domains.
         separator: divides text files.
         reading: shared with the step after this one.
     """
@@ -76,6 +77,7 @@ class ReadTexts(BaseReader):  # type: ignore[misc]
         self,
         tasks: Sequence[Task],
         *,
+        forms: Mapping[str, Form],
         separator: str | None,
         policy: Literal["stop", "skip"],
         max_document_bytes: int,
@@ -84,6 +86,7 @@ class ReadTexts(BaseReader):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.tasks = tasks
+        self.forms = forms
         self.separator = separator
         self.policy = policy
         self.max_document_bytes = max_document_bytes
@@ -91,14 +94,15 @@ class ReadTexts(BaseReader):  # type: ignore[misc]
         self.reading = reading
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:  # noqa: ARG002
-        bad = BadInput(self.policy, self.max_document_bytes)
+        bad = BadInput(self.policy, self.max_document_bytes, OTHERWISE)
+        form = self.forms[self.tasks[rank].domain]
         reading = self.reading
         reading.left_out, reading.sources, reading.bytes_read = bad.left_out, [], 0
         before = 0
         for source in self.tasks[rank].inputs:
             stream = None if source.hub else open_source(source)
             try:
-                texts = read_texts(source, stream, separator=self.separator, bad=bad)
+                texts = texts_of(source, stream, chat=form.chat, separator=self.separator, bad=bad)
                 for text in islice(texts, self.documents_per_file):
                     # What is no stream of bytes says nothing of its position; the text is about as long.
                     step = 0 if stream else len(text.text)
@@ -130,6 +134,7 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
 
     Args:
         work: the work folder.
+        forms: of the documents of each rank.
         reading: shared with the reader.
         threads: cores that the tokenizer may use.
         hand_on: whether a step comes after this one.
@@ -139,10 +144,18 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
     name = "shard of a task"
 
     def __init__(
-        self, work: WorkFolder, *, settings: DomainSettings, reading: Reading, threads: int, hand_on: bool
+        self,
+        work: WorkFolder,
+        *,
+        forms: Sequence[Form],
+        settings: DomainSettings,
+        reading: Reading,
+        threads: int,
+        hand_on: bool,
     ) -> None:
         super().__init__()
         self.work = work
+        self.forms = forms
         self.settings = settings
         self.reading = reading
         self.threads = threads
@@ -159,12 +172,25 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
                         yield from batch
 
     def _write(self, folder: Path, data: Iterator[Document], *, rank: int) -> Iterator[list[Document]]:
-        tokenizer = _tokenizer(self.work.tokenizer)
-        writer = ShardWriter(folder, vocab_size=self.settings.vocab_size, separator_id=self.settings.separator_id)
+        form = self.forms[rank]
+        tokenizer = _tokenizer(self.work.tokenizer, form)
+        writer = ShardWriter(
+            folder,
+            vocab_size=self.settings.vocab_size,
+            separator_id=self.settings.separator_id,
+            begin_id=self.settings.begin_id,
+            counted=form.answers,
+        )
         parent = os.getppid() if multiprocess.parent_process() else None
         try:
             for batch, encodings in _read_ahead(data, tokenizer=tokenizer):
-                writer.add([each.text.encode() for each in batch], token_ids=[each.ids for each in encodings])
+                for document in batch:
+                    document.text = form.plain(document.text)
+                writer.add(
+                    [each.text.encode() for each in batch],
+                    token_ids=[each.ids for each in encodings],
+                    counted=[each.counted for each in encodings if each.counted is not None],
+                )
                 self.work.report_progress(rank, bytes_read=self.reading.bytes_read, tokens=writer.tokens)
                 if parent is not None and os.getppid() != parent:
                     raise SystemExit("the preparation that started this task has ended")
@@ -177,16 +203,16 @@ class TokeniseShard(PipelineStep):  # type: ignore[misc]
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> PlainTokenizer:
+def _tokenizer(path: Path, form: Form) -> PlainTokenizer | ChatTokenizer:
     """The tokenizer of a work folder; a process has many tasks, and building one takes half a second."""
-    return PlainTokenizer(path.read_text(encoding="utf-8"))
+    return form.tokenizer(path)
 
 
 def _read_ahead(
-    data: Iterator[Document], *, tokenizer: PlainTokenizer
-) -> Iterator[tuple[list[Document], list[Encoding]]]:
+    data: Iterator[Document], *, tokenizer: PlainTokenizer | ChatTokenizer
+) -> Iterator[tuple[list[Document], list[Encoded]]]:
     with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[Document], Future[list[Encoding]]] | None = None
+        waiting: tuple[list[Document], Future[list[Encoded]]] | None = None
         for batch in batches(data, characters=lambda document: len(document.text)):
             future = pool.submit(tokenizer.encode, [document.text for document in batch])
             if waiting:

@@ -32,11 +32,16 @@ def prepare(
     ] = None,
     tokenizer: Annotated[str | None, _key("Folder or hub name of the model's tokenizer.")] = None,
     output: Annotated[str | None, _key("Folder of the corpus.", "--output", "-o")] = None,
-    text_field: Annotated[str | None, _key("Field of the text; `text` if unset.")] = None,
+    text_field: Annotated[str | None, _key("Field of the text, as text or data.text; `text` if unset.")] = None,
+    format: Annotated[str | None, _key("text (the default), or chat: lists of messages.")] = None,  # noqa: A002
+    loss: Annotated[str | None, _key("Of chats, what counts in a loss: all (the default) or answers.")] = None,
     document_separator: Annotated[
         str | None, _key(r"Divides .txt and .md files into documents; \n is a line break.")
     ] = None,
     separator_token: Annotated[str | None, _key("Token after each document; the tokenizer's own if unset.")] = None,
+    bos: Annotated[
+        str | None, _key("Token in front of texts: auto (the default, as the tokenizer does), document, row or none.")
+    ] = None,
     validation: Annotated[
         str | None, _key("Of each domain, for what steers: 5% of its tokens (the default), or '2M tokens'.")
     ] = None,
@@ -60,8 +65,11 @@ def prepare(
         "tokenizer": tokenizer,
         "output": output,
         "text_field": text_field,
+        "format": format,
+        "loss": loss,
         "document_separator": document_separator.replace(r"\n", "\n") if document_separator else None,
         "separator_token": separator_token,
+        "bos": bos,
         "validation": validation,
         "test": test,
         "split_seed": split_seed,

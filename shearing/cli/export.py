@@ -33,6 +33,16 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the exported model.")],
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; unset: the source's.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Of the largest file of weights; unset: 5 GB.")] = None,
+    vocab_size: Annotated[
+        str | None,
+        typer.Option(help="Tokens to keep, those that --corpus uses most: a number, or auto for all that it uses."),
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="With --vocab-size: a tokenised corpus; unset: that of the run.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(help="Write a GGUF file for llama.cpp too: f32, f16, bf16 or q8_0.", metavar="KIND")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision; only for hub names.")] = None,
     push: Annotated[str | None, _hub("Repository to push the folder to, as ORGANISATION/NAME.", "--push")] = None,
     private: Annotated[bool, _hub("A new repository is for its owners alone.", "--private")] = False,
@@ -60,7 +70,7 @@ def export(
     With --semi-structured: time a model's 2:4 layers on the GPU here and write which of them to convert. 2:4 is 2 kept
     of 4.
     """
-    plain = {"--dtype": dtype, "--shard-size": shard_size, "--push": push}
+    plain = {"--dtype": dtype, "--shard-size": shard_size, "--gguf": gguf, "--push": push, "--vocab-size": vocab_size}
     two_of_four = {"--batch": batch, "--precision": precision, "--backend": backend, "--margin": margin}
     _require_unset(plain if semi_structured else two_of_four, semi_structured=semi_structured)
     if not semi_structured:
@@ -76,6 +86,9 @@ def export(
             repository=push,
             private=private,
             dry_run=dry_run,
+            gguf=gguf,
+            vocab_size=None if vocab_size is None else _vocab_size(vocab_size),
+            corpus=corpus,
         )
         return
     from shearing.pruning.sparse.semi_structured.export import BATCHES, MARGIN, export as time_and_write
@@ -101,6 +114,16 @@ def _require_unset(options: dict[str, Any], *, semi_structured: bool) -> None:
                 allowed=f"nothing {'with' if semi_structured else 'without'} --semi-structured",
                 mend=f"leave it out, or {'leave out' if semi_structured else 'add'} --semi-structured",
             )
+
+
+def _vocab_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise ShearingError(
+            "--vocab-size", value=text, allowed="a number of tokens, or auto", mend="write it as 32768, or leave it out"
+        )
+    return int(text)
 
 
 def _bytes(text: str) -> int:

@@ -56,34 +56,79 @@ def pretrain(recipe: RecipeFile, overrides: Overrides = None, gpus: Gpus = None)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Measure every model of the run so far and its baselines."""
-    _run(recipe, overrides, command="eval", stages=["evaluate"])
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RECIPE|RUN_DIR|MODEL", help="A folder of a model: tasks alone.")],
+    overrides: Overrides = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between; paper11: the paper's.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; unset: all.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of tasks, before the harness's own.")] = None,
+    gpus: Gpus = None,
+) -> None:
+    """Measure every model of the run so far and its baselines; or ask one model tasks."""
+    of_run = RunDirectory(target).recipe
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    if target.is_dir() and not of_run.is_file():
+        _ask(target, overrides, tasks=names, fewshot=fewshot, task_limit=limit, task_folder=task_folder, gpus=gpus)
+        return
+    given = {"tasks": names, "fewshot": fewshot, "task_limit": limit, "task_folder": task_folder}
+    asked = [f"evaluation.{key}={json.dumps(value, default=str)}" for key, value in given.items() if value is not None]
+    if target.is_dir():
+        asked.append(f"run_dir={json.dumps(str(target))}")  # wherever it was made
+    path = of_run if target.is_dir() else target
+    _run(path, [*(overrides or ()), *asked], command="eval", stages=["evaluate"], gpus=gpus)
 
 
 @app.command()
 def extend(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with continued pretraining; only read.")],
-    new_dir: Annotated[Path, typer.Argument(metavar="NEW_DIR", help="Folder of the new run.")],
-    overrides: Overrides = None,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with continued pretraining.")],
+    to: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NEW_DIR] [KEY=VALUE]…",
+            help="Folder of a new run, RUN_DIR is only read then; without it the run goes on where it is. Then dotted "
+            "keys over its recipe: pretrain.duration='200 steps'.",
+        ),
+    ] = None,
     decay: Annotated[
         str | None, typer.Option(help="End in a decay of this length, as '100 steps', that begins there.")
     ] = None,
     step: Annotated[
         int | None, typer.Option("--from", help="Step of the checkpoint; unset: the newest that can be.")
     ] = None,
+    onward: Annotated[
+        bool,
+        typer.Option(
+            "--onward",
+            help="With NEW_DIR: from the newest checkpoint, whatever the rates were until there, as without NEW_DIR.",
+        ),
+    ] = False,
 ) -> None:
-    """Begin a run that goes on from a checkpoint of another one: with a decay, or with more training before it."""
-    from shearing.runs.extension import extend as begin
+    """Train a run for longer, with another rate or a decay, from a checkpoint on: where it is, or in another folder.
 
-    made = begin(
-        RunDirectory(run_dir),
-        to=new_dir,
-        decay=None if decay is None else _duration(decay, field="--decay"),
-        step=step,
-        overrides=overrides or (),
-    )
-    typer.echo(f"{new_dir}: step {made.step} of {made.total_steps} of pretrain, from {run_dir}; it goes on by")
+    Where it is (and with --onward), it goes on from the newest checkpoint, and what was before it stays as it was. A
+    new run begins at the newest checkpoint until which it is the run that had the new recipe from the start.
+    """
+    from shearing.runs.continuation.extension import change, extend as begin
+
+    run, given = RunDirectory(run_dir), list(to or ())
+    new_dir = Path(given.pop(0)) if given and "=" not in given[0] else None
+    length = None if decay is None else _duration(decay, field="--decay")
+    if new_dir is None:
+        if step is not None:
+            raise ShearingError(
+                "--from",
+                value=step,
+                allowed="with NEW_DIR: a run that stays where it is goes on from its newest checkpoint",
+                mend="name a folder for a new run, with --onward to keep the rates until there as they were",
+            )
+        made = change(run, decay=length, overrides=given)
+    else:
+        made = begin(run, to=new_dir, decay=length, step=step, overrides=given, onward=onward)
+    of = "" if new_dir is None else f", from {run_dir}"
+    typer.echo(f"{made.directory.path}: step {made.step} of {made.total_steps} of pretrain{of}; it goes on by")
     typer.echo(f"shear run {made.directory.recipe}")
 
 
@@ -201,6 +246,22 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     _print_source(json.dumps(Recipe.model_json_schema(), indent=2), language="json")
+
+
+def _ask(folder: Path, overrides: Sequence[str] | None, *, gpus: str | None, **settings: Any) -> None:
+    """Ask a model without a run the tasks of the options."""
+    beyond = "KEY=VALUE" if overrides else "--gpus" if gpus else None
+    if beyond:
+        raise ShearingError(
+            beyond,
+            value=gpus if beyond == "--gpus" else list(overrides or ()),
+            allowed=f"{beyond} with a recipe or the folder of a run; {folder} holds no recipe.yaml",
+            mend="leave it out; on many GPUs: torchrun --nproc-per-node N -m shearing eval …",
+        )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from shearing.runs.stages.evaluation.alone import ask
+
+    ask(folder, **settings)
 
 
 def _duration(text: str, *, field: str) -> Duration:

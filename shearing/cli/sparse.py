@@ -36,7 +36,7 @@ PANELS = {
         "exclude",
     ),
     "Allocation": ("allocation", "levels", "unit", "hardware"),
-    "Calibration": ("calibration", "samples", "seqlen", "seed"),
+    "Calibration": ("calibration", "text_field", "samples", "seqlen", "bos", "seed"),
 }
 """Keys of one-shot sparsity that have options, by heading in the help."""
 

@@ -1,4 +1,4 @@
-"""Text to train on: tokenised domains on disk (`corpus`), and which sample comes next (`mixture`)."""
+"""Text to train on: in files (`texts`), tokenised on disk (`corpus`), and which sample comes next (`mixture`)."""
 
 from __future__ import annotations
 

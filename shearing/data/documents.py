@@ -9,11 +9,13 @@ Legend: B rows, S positions, T = S + 1 tokens (S inputs and the last label), N s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from shearing.data.corpus.bos import Bos
 
 IGNORED_LABEL = -100
 """The label of positions whose loss does not count."""
@@ -31,36 +33,48 @@ class DocumentRules:
     attention_within: bool = False
     loss_across: bool = True
 
+    def heeding(self, bos: Bos) -> DocumentRules:
+        """These rules for texts that begin so: a token in front of each document is certain, and counts in no loss."""
+        return replace(self, loss_across=False) if bos.mode == "document" else self
+
     @property
     def needs_positions(self) -> bool:
         """Whether it matters where documents begin."""
         return self.attention_within or not self.loss_across
 
-    def documents(self, positions_BT: Tensor | None, *, device: torch.device) -> Documents | None:
+    def documents(
+        self, positions_BT: Tensor | None, *, device: torch.device, counted_BT: Tensor | None = None
+    ) -> Documents | None:
         """What the model and the loss have to know about the documents of some rows.
 
         Args:
             positions_BT: int64 on the host, tokens since the stretch began; 0 where a document begins. None where
                 these rules do not need it.
             device: of the model.
+            counted_BT: bool on the host, tokens that count as labels; None: all.
 
         Returns:
-            None where documents mean nothing.
+            None where documents mean nothing, and all labels count.
         """
-        if not self.needs_positions:
+        if not self.needs_positions and counted_BT is None:
             return None
-        assert positions_BT is not None, "rows without the positions that these rules need"
-        position_ids_BS = boundaries = begins_BS = None
+        position_ids_BS = boundaries = left_out_BS = None
+        assert positions_BT is not None or not self.needs_positions, "rows without the positions that these rules need"
         if self.attention_within:
+            assert positions_BT is not None
             position_ids_BS = positions_BT[:, :-1].contiguous()
             boundaries = _boundaries(position_ids_BS)
         if not self.loss_across:
-            begins_BS = positions_BT[:, 1:] == 0
+            assert positions_BT is not None
+            left_out_BS = positions_BT[:, 1:] == 0
+        if counted_BT is not None:
+            uncounted_BS = ~counted_BT[:, 1:]
+            left_out_BS = uncounted_BS if left_out_BS is None else left_out_BS | uncounted_BS
         return Documents(
             position_ids=None if position_ids_BS is None else sent(position_ids_BS, device=device),
             boundaries=boundaries,
             boundaries_on_device=None if boundaries is None else sent(boundaries, device=device),
-            begins=None if begins_BS is None else sent(begins_BS, device=device),
+            left_out=None if left_out_BS is None else sent(left_out_BS, device=device),
         )
 
 
@@ -74,13 +88,14 @@ class Documents:
         boundaries: int32 on the host, where stretches begin among all B * S inputs, and the end. The end is repeated up
             to a power of two, so that few different shapes occur.
         boundaries_on_device: the same.
-        begins: bool [B, S], labels that are the first token of a document, and do not count; None: all labels count.
+        left_out: bool [B, S], labels that do not count: the first token of a document where rules say so, and what the
+            corpus itself does not count; None: all count.
     """
 
     position_ids: Tensor | None
     boundaries: Tensor | None
     boundaries_on_device: Tensor | None
-    begins: Tensor | None
+    left_out: Tensor | None
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of the backbone beside `input_ids`; transformers hands them on to the attention function."""
@@ -100,7 +115,7 @@ class Documents:
     def labels(self, tokens_BT: Tensor) -> Tensor:
         """The token that each position has to predict, [B, S]; `IGNORED_LABEL` where it does not count."""
         labels_BS = tokens_BT[:, 1:]
-        return labels_BS if self.begins is None else labels_BS.masked_fill(self.begins, IGNORED_LABEL)
+        return labels_BS if self.left_out is None else labels_BS.masked_fill(self.left_out, IGNORED_LABEL)
 
     def row(self, index: int) -> Documents:
         """The documents of one row, as rows of its own."""
@@ -119,7 +134,7 @@ class Documents:
             position_ids=own(self.position_ids),
             boundaries=boundaries,
             boundaries_on_device=on_device,
-            begins=own(self.begins),
+            left_out=own(self.left_out),
         )
 
 

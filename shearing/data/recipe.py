@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.mixture.rules.facts import RULES, RuleName
 from shearing.errors import ShearingError, key
+from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, Section
 
@@ -21,6 +23,11 @@ class DataRecipe(Section):
     corpus: Path = Field(description="Folder written by data_tools: one sub-folder per domain.")
     sequence_length: int = Field(4096, ge=2, description="Tokens per sequence; chosen here, not when tokenising.")
     domains: list[str] | None = Field(None, description="Domains to train on; all of the corpus if unset.")
+    bos: Neutral[BosChoice] = Field(
+        "auto",
+        description="How the corpus is to begin its texts: with the token that the source's tokenizer puts in front of "
+        "a text (auto), with one in front of each document or each row, or with none; another corpus is refused.",
+    )
     attention: Literal["full", "documents"] = Field(
         "full",
         description="full: a token attends to all tokens before it in its row (paper); documents: to those of its own "
@@ -29,7 +36,7 @@ class DataRecipe(Section):
     loss_across_documents: bool = Field(
         True,
         description="Whether the separator that ends a document has to predict the first token of the next one; "
-        "false: that token does not count in any loss.",
+        "false: that token does not count in any loss. A token that stands in front of each document (bos) never does.",
     )
 
 

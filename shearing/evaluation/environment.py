@@ -19,18 +19,19 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         device: where the models are.
     """
     return {
-        "shearing": _version("shearing"),
+        "shearing": version_of("shearing"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
+        "torch": version_of("torch"),
+        "transformers": version_of("transformers"),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,9 +6,10 @@ Shapes: B rows, T = S + 1 tokens (S inputs, S labels), d hidden size, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HeldOutSplit
 from shearing.data.documents import DocumentRules, Documents, Inputs
+from shearing.errors import ShearingError
 from shearing.evaluation.text_bytes import token_bytes
 from shearing.models.anatomy import backbone, head_weight
 from shearing.models.attention import attention_within_documents
@@ -88,9 +90,12 @@ def heldout_loss(
 
     Returns:
         One `DomainLoss` per domain, in the order of the corpus.
+
+    Raises:
+        ShearingError: what is read of a domain has no label that counts.
     """
     causal_lm = model.model if isinstance(model, MaskedModel) else model
-    rules = rules or DocumentRules()
+    rules = (rules or DocumentRules()).heeding(corpus.bos)
     processes = processes or Processes()
     device = head_weight(causal_lm).device
     count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=causal_lm.config.vocab_size)
@@ -121,15 +126,18 @@ def heldout_loss(
                     micro_batch_size=micro_batch_size,
                 )
                 number, batch_BT, documents = -1, None, None
-                for number, (batch_BT, positions_BT) in enumerate(batches):
-                    tokens[index] += _num_labels(batch_BT, positions_BT, rules=rules)
-                    documents = rules.documents(positions_BT, device=device)
+                for number, (batch_BT, positions_BT, counted_BT, begins_B) in enumerate(batches):
+                    documents = rules.documents(positions_BT, device=device, counted_BT=counted_BT)
+                    tokens[index] += _num_labels(batch_BT, positions_BT, counted_BT, rules=rules)
                     if number % processes.size == processes.rank:
                         batch_BT = batch_BT.to(device, non_blocking=True)
                         loss_sums[index] += objective(batch_BT, documents).to(torch.float64)
                         if count_bytes is not None:
-                            left_out = None if documents is None else documents.begins
-                            byte_sums[index] += count_bytes.count(batch_BT, leave_out_BS=left_out)
+                            byte_sums[index] += count_bytes.count(
+                                batch_BT,
+                                leave_out_BS=None if documents is None else documents.left_out,
+                                begins_B=None if begins_B is None else begins_B.to(device),
+                            )
                     if progress is not None:
                         progress(batch_BT[:, 1:].numel())
                 left_over = (number + 1) % processes.size
@@ -141,6 +149,8 @@ def heldout_loss(
     finally:
         model.train(was_training)
 
+    for domain, num_tokens in zip(domains, tokens, strict=True):
+        _require_labels(num_tokens, corpus=corpus, domain=domain, split=split)
     return {
         domain: _domain_loss(loss_sum, num_bytes=num_bytes, tokens=num_tokens)
         for domain, loss_sum, num_bytes, num_tokens in zip(
@@ -174,21 +184,43 @@ def _heldout_rows(
     sequence_length: int,
     tokens: int,
     micro_batch_size: int,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Held-out rows and their positions, both [B, T]; no positions where documents mean nothing."""
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+    """Held-out rows, their positions, which tokens count, all [B, T], and whether a document begins with a row, [B].
+
+    No positions where documents mean nothing, None of what counts where all tokens do; the last only where the token in
+    front of a row is no part of the text.
+    """
     settings = {"sequence_length": sequence_length, "tokens": tokens, "micro_batch_size": micro_batch_size}
     rows = corpus.heldout_batches(domain, split=split, **settings)
+    counted = corpus.heldout_counted(domain, split=split, **settings)
+    positions: Iterable[Tensor | None] = repeat(None)
+    begins: Iterable[Tensor | None] = repeat(None)
     if rules.needs_positions:
-        yield from zip(rows, corpus.heldout_positions(domain, split=split, **settings), strict=True)
-    else:
-        yield from ((batch_BT, None) for batch_BT in rows)
+        positions = corpus.heldout_positions(domain, split=split, **settings)
+    if corpus.bos.mode == "row":
+        begins = corpus.heldout_begins(domain, split=split, **settings)
+    yield from zip(rows, positions, counted, begins, strict=False)
 
 
-def _num_labels(batch_BT: Tensor, positions_BT: Tensor | None, *, rules: DocumentRules) -> int:
-    labels = batch_BT[:, 1:].numel()
-    if positions_BT is None or rules.loss_across:
-        return labels
-    return labels - int((positions_BT[:, 1:] == 0).sum())
+def _num_labels(
+    batch_BT: Tensor, positions_BT: Tensor | None, counted_BT: Tensor | None, *, rules: DocumentRules
+) -> int:
+    counts_BS = torch.ones_like(batch_BT[:, 1:], dtype=torch.bool)
+    if positions_BT is not None and not rules.loss_across:
+        counts_BS &= positions_BT[:, 1:] != 0
+    if counted_BT is not None:
+        counts_BS &= counted_BT[:, 1:]
+    return int(counts_BS.sum())
+
+
+def _require_labels(count: int, *, corpus: Corpus, domain: str, split: HeldOutSplit) -> None:
+    if not count:
+        raise ShearingError(
+            "corpus",
+            value=f"{corpus.path}: nothing that is read of the {split} text of {domain} counts in the loss",
+            allowed="rows with labels that count, as those of answers do",
+            mend="read more tokens or longer rows of each domain, or prepare the domain again with loss: all",
+        )
 
 
 def _sum_of_losses(

@@ -1,29 +1,32 @@
-"""The comparison table of a run, as values, as markdown and for the terminal; and what it says in one sentence.
+"""The comparison table of a run, as values, as markdown and for the terminal.
 
-Models are the columns and figures the rows, so that any number of domains fits a terminal of 100 columns and two
+Models are the columns and figures the rows, so that any number of domains fits a terminal of 80 columns and two
 models are compared along a line.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from shearing.evaluation.tasks.figures import mean_share, written
 from shearing.settings.quantities import format_parameters, format_tokens
 
 Evaluation = Mapping[str, Any]
 
-_WIDTH, _CELL, _LABELS = 78, 8, 14
-"""Characters of a terminal of 100 columns that are left for models, of a cell, and of labels where there are many."""
+_WIDTH, _LABELS, _NARROW_LABELS = 80, 24, 14
+"""Characters of a terminal, of labels: beside names, and beside letters where there are many models."""
 
-_UNITS = {
+UNITS = {
     "layers": "layers",
     "attention": "attention sub-layers",
     "mlp": "MLP sub-layers",
@@ -32,6 +35,7 @@ _UNITS = {
     "intermediate": "MLP units",
     "hidden": "hidden dimensions",
 }
+"""What tables call units, from layers to hidden dimensions."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Cell:
 
     text: str
     best: bool = False
+
+    @property
+    def marked(self) -> str:
+        """The text with a star where it is the best."""
+        return f"★ {self.text}" if self.best else self.text
 
 
 @dataclass(frozen=True)
@@ -80,46 +89,71 @@ class ComparisonTable:
                 lines.append(f"| {_markdown(label)} | " + " | ".join(texts) + " |")
         return "\n".join(lines) + "\n\n" + (f"Bold: {self.contest}. " if self.contest else "") + self.note + "\n"
 
-    def rich(self) -> Table:
-        """The table for a terminal; best figures bold green with a star, so that they also show without colour.
+    def rich(self) -> Group:
+        """The table for a terminal of 80 columns; best figures bold green with a star, which shows without colour too.
 
-        Where the names of models are too long for headings, they have letters, and the names stand below.
+        Where the names of models are too long for headings, they have letters, and the names stand below; models that
+        find no room beside the others have a table of their own under them.
         """
         caption = (f"★ {self.contest}. " if self.contest else "") + self.note
-        headings = self.models
-        if sum(max(_CELL, *map(len, model.split())) + 2 for model in self.models) > _WIDTH:
-            headings = [chr(ord("a") + index) for index in range(len(self.models))]
-            names = "\n".join(f"{letter}  {name}" for letter, name in zip(headings, self.models, strict=True))
-            caption = f"{names}\n{caption}"
-        # Many models: columns stand close, and labels fold before a figure loses a digit.
-        lettered = headings is not self.models
-        table = Table(
-            box=None if lettered else box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0) if lettered else (0, 1),
-            caption=escape(caption),
-            caption_justify="left",
-        )
-        table.add_column("", no_wrap=not lettered, min_width=_LABELS if lettered else None, overflow="fold")
-        for model in headings:
-            # Headings wrap between words and never inside one.
-            table.add_column(
-                escape(model),
-                justify="right",
-                min_width=max(map(len, model.split()), default=0),
-                max_width=13,
-                no_wrap=lettered,
-            )
-        for index, section in enumerate(self.sections):
-            if index > 0:
-                if lettered:
-                    table.add_row()
+        # Two characters of padding, and one between columns; headings wrap between words and never inside one.
+        named = [
+            max(cell, *map(len, model.split() or [""])) for cell, model in zip(self._widths, self.models, strict=True)
+        ]
+        left = _WIDTH - 4 - sum(width + 3 for width in named)
+        longest = min(_LABELS, max(len(label) for section in self.sections for label, _ in section.rows))
+        for index, model in enumerate(self.models):
+            # What labels leave over keeps names on one line.
+            if 0 < (wanted := len(model) - named[index]) <= left - longest:
+                named[index] += wanted
+                left -= wanted
+        if longest <= left:
+            table = self._table(self.models, dict(enumerate(named)), labels=min(_LABELS, left), narrow=False)
+            return Group(table, _caption(caption))
+        headings = [chr(ord("a") + index) for index in range(len(self.models))]
+        parts: list[list[int]] = [[]]
+        for index, width in enumerate(self._widths):
+            taken = sum(self._widths[each] + 1 for each in parts[-1])
+            if parts[-1] and _NARROW_LABELS + 1 + taken + width > _WIDTH:
+                parts.append([])
+            parts[-1].append(index)
+        tables: list[RenderableType] = []
+        for part in parts:
+            widths = dict(zip(part, (self._widths[each] for each in part), strict=True))
+            left = _WIDTH - 1 - sum(width + 1 for width in widths.values())
+            labels = max(_NARROW_LABELS, min(_LABELS, left))
+            tables += [self._table(headings, widths, labels=labels, narrow=True), ""]
+        names = "\n".join(f"{letter}  {name}" for letter, name in zip(headings, self.models, strict=True))
+        return Group(*tables, _caption(f"{names}\n{caption}"))
+
+    @property
+    def _widths(self) -> list[int]:
+        """Characters of the longest figure of each model."""
+        rows = [cells for section in self.sections for _, cells in section.rows]
+        return [max(len(cells[index].marked) for cells in rows) for index in range(len(self.models))]
+
+    def _table(self, headings: Sequence[str], widths: Mapping[int, int], *, labels: int, narrow: bool) -> Table:
+        """Some of the models, by their indices; narrow: columns stand close, and labels fold between any letters."""
+        table = Table(box=None if narrow else box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1))
+        table.add_column("", max_width=labels, min_width=labels if narrow else None, overflow="fold")
+        for index, width in widths.items():
+            table.add_column(escape(headings[index]), justify="right", width=width, no_wrap=narrow)
+        for section in self.sections:
+            if section is not self.sections[0] and narrow:
+                table.add_row()
+            if section is not self.sections[0]:
                 table.add_row(f"[italic dim]{section.heading}[/]")
             for label, cells in section.rows:
-                texts = [f"[bold green]★ {cell.text}[/]" if cell.best else cell.text for cell in cells]
+                shown = [cells[index] for index in widths]
+                texts = [f"[bold green]{cell.marked}[/]" if cell.best else cell.text for cell in shown]
                 table.add_row(escape(label), *texts)
-            if index + 1 < len(self.sections):
+            if section is not self.sections[-1]:
                 table.add_section()
         return table
+
+
+def _caption(text: str) -> RenderableType:
+    return Constrain(Text(text, style="table.caption"), _WIDTH)
 
 
 def comparison_table(evaluation: Evaluation) -> ComparisonTable:
@@ -132,7 +166,16 @@ def comparison_table(evaluation: Evaluation) -> ComparisonTable:
         evaluation: the content of evaluation.json.
     """
     of = _Rows(list(evaluation["models"].values()))
-    sections = [*of.spent(), *of.changed(), *of.losses(), *of.means(), *of.outside(), *of.speeds()]
+    sections = [
+        *of.spent(),
+        *of.changed(),
+        *of.losses(),
+        *of.means(),
+        *of.outside(),
+        *of.tasks(),
+        *of.writing(),
+        *of.speeds(),
+    ]
     contest = "lowest of one shape and equal training tokens" if len(set(of.rounds)) < len(of.rounds) else None
     return ComparisonTable([model["label"] for model in of.models], sections, _note(evaluation), contest)
 
@@ -142,7 +185,7 @@ class _Rows:
 
     def __init__(self, models: Sequence[dict[str, Any]]) -> None:
         self.models = models
-        self.rounds = [_round(model) for model in models]
+        self.rounds = [round_of(model) for model in models]
 
     def spent(self) -> list[Section]:
         """Sizes, and what was spent."""
@@ -164,8 +207,8 @@ class _Rows:
 
     def changed(self) -> list[Section]:
         """Units changed by learning."""
-        names = [name for name in _UNITS if any(name in model.get("changed_from_start", {}) for model in self.models)]
-        counts = [self._said(_UNITS[name], partial(_changed, name=name)) for name in names]
+        names = [name for name in UNITS if any(name in model.get("changed_from_start", {}) for model in self.models)]
+        counts = [self._said(UNITS[name], partial(changed_units, name=name)) for name in names]
         return [Section("units changed by learning", counts)] if counts else []
 
     def losses(self) -> list[Section]:
@@ -201,6 +244,36 @@ class _Rows:
         ]
         return [Section("speed, batch 1", rows)]
 
+    def tasks(self) -> list[Section]:
+        """What models reach on tasks: no star, as most differences lie within the errors."""
+        names = self._all("tasks")
+        if not names:
+            return []
+        rows = []
+        for name in names:
+            of_task = [(model.get("tasks") or {}).get(name) for model in self.models]
+            rows.append((name, [Cell("–" if each is None else written(each)) for each in of_task]))
+        means = [mean_share(model.get("tasks") or {}) for model in self.models]
+        if len(names) > 1:
+            rows.append(("mean", [Cell("–" if mean is None else f"{100 * mean:.1f}") for mean in means]))
+        return [Section("tasks, % ± error", rows)]
+
+    def writing(self) -> list[Section]:
+        """What continuations of prompts are like, and how near a model is to the source."""
+        if not any(model.get("generation") for model in self.models):
+            return []
+        rows = [
+            self._row(label, _field("generation", *names), write, contest=False)
+            for label, names, write in (
+                ("repeated, greedy", ("greedy", "repeated"), _format_percent),
+                ("repeated, drawn", ("sampled", "repeated"), _format_percent),
+                ("distinct, drawn", ("sampled", "distinct", "2"), _format_percent),
+                ("source's token", ("agreement",), _format_percent),
+                ("KL to source", ("kl_from_source",), _format_loss),
+            )
+        ]
+        return [Section("writing, % and nats", rows)]
+
     def _all(self, of: str) -> list[str]:
         return list(dict.fromkeys(domain for model in self.models for domain in model.get(of, {})))
 
@@ -225,6 +298,10 @@ class _Rows:
 _format_loss = "{:.3f}".format
 
 
+def _format_percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def _field(*names: str) -> Callable[[dict[str, Any]], float | None]:
     """Reads a figure of a model, by the names that lead to it; None where there is none."""
 
@@ -246,94 +323,13 @@ def _megabytes_not_zero(model: dict[str, Any]) -> float | None:
     return None if "nonzero_bytes" not in model else model["nonzero_bytes"] / 1e6
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """One or two sentences on what a run achieved, computed from its numbers.
-
-    Args:
-        evaluation: the content of evaluation.json; models that are absent are left out of the sentence.
-    """
-    models = evaluation["models"]
-    source, cut, sparse, final = (models.get(name) for name in ("source", "compact", "sparse", "final"))
-    result = final or sparse or cut
-    sentences = []
-    rounds = Counter(_round(model) for model in models.values() if cut and model["group"] == cut["group"])
-    for each, count in rounds.items():
-        measured = [model for model in models.values() if _round(model) == each and model["mean"]["loss"] is not None]
-        if count > 1 and len(measured) == count:
-            sentences.append(_lowest(measured))
-    if cut and cut.get("changed_from_start") and cut["started_by"] != "open":
-        sentences.append(_learned(cut))
-    if source and result and source["mean"]["loss"] is not None and result["mean"]["loss"] is not None:
-        after = (
-            "after continued pretraining"
-            if final
-            else "right after sparsification"
-            if sparse
-            else "right after cutting"
-        )
-        sentence = (
-            f"{_size(source, result)} the mean held-out loss is {result['mean']['loss']:.2f} {after}, "
-            f"against {source['mean']['loss']:.2f} for the source"
-        )
-        if final and sparse and sparse["mean"]["loss"] is not None:
-            sentence += f" and {sparse['mean']['loss']:.2f} before training"
-        if source.get("speed") and result.get("speed"):
-            faster = source["speed"]["decode_milliseconds"] / result["speed"]["decode_milliseconds"]
-            sentence += f", and it writes a token {faster:.1f}× as fast"
-        sentences.append(sentence + ".")
-    return " ".join(sentences) or "Nothing has been compared yet."
-
-
-def _size(source: dict[str, Any], result: dict[str, Any]) -> str:
-    """How much of the source is left, as the beginning of a sentence."""
-    before, after, nonzero = source["parameters"], result["parameters"], result.get("nonzero")
-    if after < before:
-        parameters = f"At {format_parameters(after)} of {format_parameters(before)} parameters"
-        zeros = "" if nonzero is None else f", {100 * nonzero / after:.1f} % of them not zero"
-        return f"{parameters} ({before / after:.1f}× smaller{zeros})"
-    if nonzero is None:
-        return "At the size of the source"
-    return f"With {format_parameters(nonzero)} of {format_parameters(after)} parameters not zero"
-
-
-def _round(model: Mapping[str, Any]) -> Hashable:
+def round_of(model: Mapping[str, Any]) -> Hashable:
     """What models have in common that may be compared: shape, place in the run, training tokens."""
     return model["group"], model["training_tokens"]
 
 
-def _lowest(models: Sequence[dict[str, Any]]) -> str:
-    """Which of several ways to choose the same shape has the lowest loss."""
-    first, second = sorted(models, key=lambda model: model["mean"]["loss"])[:2]
-    domains = [domain for domain, figures in first["domains"].items() if figures["loss"] is not None]
-    won = sum(
-        all(
-            other is first
-            or other["domains"][domain]["loss"] is None
-            or first["domains"][domain]["loss"] < other["domains"][domain]["loss"]
-            for other in models
-            if domain in other["domains"]
-        )
-        for domain in domains
-    )
-    trained = first["training_tokens"]
-    after = f"after {format_tokens(trained)} training tokens" if trained else "untrained"
-    return (
-        f"Of {len(models)} ways to choose the same shape, {after}, the lowest loss is that of: {first['label']} "
-        f"(mean {first['mean']['loss']:.2f}, lowest on {won} of {len(domains)} domains; next, {second['label']}: "
-        f"{second['mean']['loss']:.2f})."
-    )
-
-
-def _learned(cut: Mapping[str, Any]) -> str:
-    """How much mask learning had to do with the units that stay."""
-    counts = {name: count for name, count in cut["changed_from_start"].items() if count}
-    if not counts:
-        return f"Mask learning changed none of the units chosen by {cut['started_by']}."
-    listed = ", ".join(f"{_changed(cut, name=name)} {_UNITS[name]}" for name in _UNITS if name in counts)
-    return f"Mask learning changed, of what {cut['started_by']} chose: {listed}."
-
-
-def _changed(model: Mapping[str, Any], *, name: str) -> str | None:
+def changed_units(model: Mapping[str, Any], *, name: str) -> str | None:
+    """How many units of a kind mask learning changed, as text; None where nothing is said of it."""
     count: int | str | None = model.get("changed_from_start", {}).get(name)
     return f"{count:,}" if isinstance(count, int) else count
 

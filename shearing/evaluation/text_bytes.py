@@ -35,18 +35,21 @@ class TokenBytes:
     def to(self, device: torch.device) -> TokenBytes:
         return TokenBytes(self.length.to(device), self.first.to(device), self.special.to(device))
 
-    def count(self, tokens_BT: Tensor, *, leave_out_BS: Tensor | None = None) -> Tensor:
+    def count(self, tokens_BT: Tensor, *, leave_out_BS: Tensor | None = None, begins_B: Tensor | None = None) -> Tensor:
         """Bytes of the text of every token but the first of each row, which only says whether a text begins after it.
 
         Args:
             tokens_BT: int64 token ids.
             leave_out_BS: bool, further tokens that do not count, among all but the first of each row.
+            begins_B: bool, whether a text begins behind the first token of each row; None: where that one is special.
 
         Returns:
             A scalar int64 tensor on the device of `tokens_BT`; nothing is read back from the device.
         """
         labels_BS = tokens_BT[:, 1:]
         begins_BS = self.special[tokens_BT[:, :-1]]
+        if begins_B is not None:
+            begins_BS[:, 0] = begins_B
         bytes_BS = torch.where(begins_BS, self.first[labels_BS], self.length[labels_BS])
         return (bytes_BS if leave_out_BS is None else bytes_BS.masked_fill(leave_out_BS, 0)).sum()
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from shearing.errors import ShearingError
 
 LOCK = ".lock"
+_BESIDE = re.compile(r"\..+\.\d+")
+"""A file that `write_text` has not renamed into place, by its name."""
 
 
 def existing_folder(path: Path) -> Path:
@@ -73,8 +76,8 @@ def require_writable(path: Path, *, field: str) -> None:
 def locked(folder: Path, *, field: str) -> Iterator[None]:
     """Create a folder and keep other processes from working in it.
 
-    The lock belongs to the open file, not to its presence: the kernel drops it when the process ends in any way, so a
-    killed run leaves nothing to clean up.
+    The lock belongs to the open file, not to its presence: the kernel drops it when the process ends in any way. Files
+    that a killed process had begun to write (`write_text`) are removed.
 
     Args:
         folder: made if absent.
@@ -98,6 +101,10 @@ def locked(folder: Path, *, field: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
+        for path in folder.rglob(".*"):
+            # Whoever was writing it was killed: nobody else works here.
+            if _BESIDE.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
         yield
 
 

@@ -9,7 +9,9 @@ Legend: B rows, S positions, H query heads, K KV heads, dh head dimension, N str
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +24,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "causal_"
 MASKLESS = ("sdpa", "flash_attention_2")
@@ -175,6 +179,8 @@ def _stretch_by_stretch(
     window: int | None,
 ) -> Tensor:
     """Causal attention of query [H, B * S, dh] over key and value [K, B * S, dh]; [B * S, H, dh]."""
+    if _is_on_gpu(query):
+        _say_slow(query.dtype)
     lengths = [length for length in boundaries.diff().tolist() if length]
     attended = [
         _attend(q[None], k[None], v[None], dropout=dropout, scaling=scaling, window=window)[0]
@@ -210,12 +216,26 @@ def _attend(
 def _has_varlen_kernel(query: Tensor) -> bool:
     head_size = query.shape[-1]
     return (
-        query.device.type == "cuda"
+        _is_on_gpu(query)
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0
         and head_size <= 256
         and _is_ampere_or_newer()
     )
+
+
+def _is_on_gpu(query: Tensor) -> bool:
+    return query.device.type == "cuda"
+
+
+@functools.cache
+def _say_slow(dtype: torch.dtype) -> None:
+    """Said once: on a GPU the loop over documents can take longer than all else of a step."""
+    if _VARLEN is None:
+        why = f"torch {torch.__version__} has no kernel for all of them at once; torch 2.12 has"
+    else:
+        why = f"torch's kernel for all of them at once wants bf16 and an Ampere GPU or newer; these are {dtype}"
+    logger.warning("attention within documents goes from one document to the next, which is slow on a GPU: %s", why)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

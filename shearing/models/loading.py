@@ -1,10 +1,12 @@
-"""Models, their configs and tokenizers, from a folder or the hub; the empty skeleton of a model."""
+"""Models and their configs, from a folder or the hub; the empty skeleton of a model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from torch import nn
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import FAMILIES
+from shearing.models.place import folder_here, require_place
+from shearing.models.stored import headers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -21,10 +25,12 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
     """Config of the source model.
 
     Raises:
-        ShearingError: there is no model there, or its family is not supported.
+        ShearingError: there is no model there, its family is not supported, transformers refuses its config, or it is
+            quantised.
     """
     from transformers import AutoConfig
 
+    require_place(source, revision=revision)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ShearingError(
             "source",
@@ -34,7 +40,7 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
         )
     try:
         if Path(source).is_dir():
-            model_type = json.loads((Path(source) / "config.json").read_text()).get("model_type")
+            model_type = json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("model_type")
             if model_type not in FAMILIES:
                 raise ShearingError(
                     "source (architecture)",
@@ -43,35 +49,37 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
                     mend="choose a source model of a supported family, "
                     "or declare the family under shearing/models/families",
                 )
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, json.JSONDecodeError) as error:
+        with _said_of_config(source):
+            config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise ShearingError(
             "source",
             value=source,
             allowed="an existing model folder, or a hub name that can be reached",
             mend=f"check the path or the network ({str(error).splitlines()[0]})",
         ) from error
+    if getattr(config, "quantization_config", None):
+        raise ShearingError(
+            "source",
+            value=f"{source}, which is quantised",
+            allowed="dense weights in fp32, bf16 or fp16",
+            mend="take the model that it was quantised from, and quantise the result",
+        )
     anatomy_of(config)
     return config
 
 
-def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
-    """The tokenizer beside a model.
+def require_weights(source: str, *, revision: str | None = None) -> None:
+    """Check that a model's files hold the weights of its config, each dense and in its shape, and no others.
+
+    Headers are read, no weights. Of a name on the hub only files are looked at that are here already.
 
     Raises:
-        ShearingError: there is none.
+        ShearingError: they do not; see `headers.require_weights`, `load_config`.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            "source",
-            value=source,
-            allowed="a model with its tokenizer beside it",
-            mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
-        ) from error
+    config, folder = load_config(source, revision=revision), folder_here(source, revision=revision)
+    if folder is not None and (Path(source).is_dir() or headers.is_whole(folder)):
+        headers.require_weights(folder, model=skeleton(config), source=source)
 
 
 def load_source(
@@ -85,23 +93,24 @@ def load_source(
     """Loads a causal language model of a supported family, in evaluation mode, cache off.
 
     Raises:
-        ShearingError: no such model, an unsupported family, weights missing, or weights that are not finite.
+        ShearingError: no such model, an unsupported family, weights that are not those of the config or not finite.
     """
     from transformers import AutoModelForCausalLM
 
-    load_config(source, revision=revision)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
-    if report["missing_keys"]:
+    require_weights(source, revision=revision)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
+        )
+    except OSError as error:
         raise ShearingError(
             "source (weights)",
-            value=sorted(report["missing_keys"])[:5],
-            allowed="a checkpoint with every parameter of its config",
-            mend="the checkpoint is incomplete: fetch or convert it again",
-        )
+            value=source,
+            allowed="weights in safetensors files, here or on a hub that can be reached",
+            mend=f"check the network, or download and convert them ({str(error).splitlines()[0]})",
+        ) from error
+    if not Path(source).is_dir():
+        require_weights(source, revision=revision)  # now that the hub's are here
     anatomy_of(model)
     refuse_nonfinite(model, source=source)
     model.config.use_cache = False
@@ -120,7 +129,7 @@ def skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    with _said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attn_implementation
         )
@@ -145,3 +154,28 @@ def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
                 allowed="finite weights",
                 mend="the checkpoint holds NaN or infinity: fetch or convert it again",
             )
+
+
+@contextmanager
+def _said_of_config(source: str) -> Iterator[None]:
+    """What transformers refuses of a config, in one message; it has no one kind of error for it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ShearingError(
+            "source (config.json)",
+            value=source,
+            allowed=f"a config that transformers accepts; it says: {said}",
+            mend="correct config.json, or fetch the model again",
+        ) from error

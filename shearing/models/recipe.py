@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,11 +45,20 @@ class TargetRecipe(Section):
     multiple_of: int = Field(
         1, ge=1, description="With `uniform`: hidden_size and intermediate_size are multiples of it; 64 suits most."
     )
+    vocab_size: Neutral[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
+        None,
+        description="Tokens of the final model: `model-kept-tokens/` beside `model/` has the embedding's and head's "
+        "rows of those that the corpus uses most, and a tokenizer cut with them; auto: all that it uses. Training and "
+        "evaluation are with the source's vocabulary, and a budget in `parameters` counts it.",
+    )
+
+
+_NO_SIZES = ("parameters", "uniform", "multiple_of", "vocab_size")
 
 
 def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
     """A budget and sizes at once, neither of them, or `uniform` without a budget."""
-    sizes = sorted(name for name in TargetRecipe.model_fields if name not in ("parameters", "uniform", "multiple_of"))
+    sizes = sorted(name for name in TargetRecipe.model_fields if name not in _NO_SIZES)
     given = [name for name in sizes if getattr(target, name) is not None]
     if target.parameters is not None and given:
         yield ShearingError(

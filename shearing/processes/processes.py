@@ -194,6 +194,18 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def require_group(self, device: torch.device) -> None:
+        """Make training's group where there is none yet: some libraries want one of a single process too.
+
+        Args:
+            device: of what will be exchanged.
+        """
+        if not dist.is_initialized():
+            assert self.size == 1, "several processes have met"
+            alone: Any = vars(dist)["HashStore"]
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=alone(), rank=0, world_size=1)
+
     def all_gather(self, values: Tensor) -> Tensor:
         """Every process's tensor [...], stacked by rank: [processes, ...]."""
         if self.size == 1:

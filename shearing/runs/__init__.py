@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from shearing.runs.context import RunContext
     from shearing.runs.recipe import Recipe, load_recipe
     from shearing.runs.run_directory import RunDirectory
-    from shearing.runs.stages.recipe import EvaluationRecipe
+    from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
     from shearing.runs.stages.run import compact, evaluate, pretrain, prune, run
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 __getattr__ = late(
     __name__,
     {
-        "EvaluationRecipe": "stages.recipe",
+        "EvaluationRecipe": "stages.evaluation.recipe",
         "Recipe": "recipe",
         "RunContext": "context",
         "RunDirectory": "run_directory",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from shearing.data.corpus.bos import require_bos
 from shearing.data.corpus.corpus import Corpus, whole_rows
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.corpus.overlap import trained_texts
@@ -20,9 +21,10 @@ from shearing.data.documents import DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
-from shearing.models.loading import load_config, load_tokenizer
+from shearing.models.loading import load_config
 from shearing.models.shape import Shape
 from shearing.models.stored.stored_model import stored_fingerprint
+from shearing.models.tokenizer import begin_tokens, open_tokenizer
 from shearing.objectives.teacher_cache.cache import TeacherCache
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
@@ -131,9 +133,12 @@ class RunContext:
         """The source model's.
 
         Raises:
-            ShearingError: there is none beside the model.
+            ShearingError: see `open_tokenizer`.
         """
-        return load_tokenizer(self.recipe.model.source, revision=self.recipe.model.revision)
+        opened = open_tokenizer(self.recipe.model.source, revision=self.recipe.model.revision)
+        if opened.notice and self.processes.is_main:
+            self.console.print(opened.notice, style="yellow", soft_wrap=True, highlight=False, markup=False)
+        return opened.full
 
     @cached_property
     @named(COMPONENT_NAMES)
@@ -141,7 +146,7 @@ class RunContext:
         """The recipe's domains, checked against the source model and its tokenizer.
 
         Raises:
-            ShearingError: see `Corpus.open`.
+            ShearingError: see `Corpus.open`, `require_bos`.
         """
         data = self.recipe.data
         corpus = Corpus.open(
@@ -151,6 +156,7 @@ class RunContext:
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             sequence_length=data.sequence_length,
         )
+        self._require_bos(corpus)
         if corpus.notice and self.processes.is_main:
             self.console.print(corpus.notice, style="yellow", soft_wrap=True, highlight=False)
         return corpus
@@ -169,6 +175,7 @@ class RunContext:
         corpus = Corpus.open(
             path, vocab_size=self.config.vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer)
         )
+        self._require_bos(corpus)
         for domain in corpus.domains:
             corpus.heldout_rows(domain, split="test", sequence_length=self.recipe.data.sequence_length)
         if shared := next(trained_texts(corpus, trained=self.corpus), None):
@@ -181,9 +188,15 @@ class RunContext:
             )
         return corpus
 
+    def _require_bos(self, corpus: Corpus) -> None:
+        begin = begin_tokens(self.tokenizer)
+        require_bos(
+            corpus.bos, choice=self.recipe.data.bos, front=begin.front, named=begin.named, corpus=str(corpus.path)
+        )
+
     @property
     def document_rules(self) -> DocumentRules:
-        """What the end of a document means."""
+        """What the end of a document means; what reads a corpus heeds how its texts begin, too."""
         data = self.recipe.data
         return DocumentRules(attention_within=data.attention == "documents", loss_across=data.loss_across_documents)
 

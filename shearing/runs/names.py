@@ -15,7 +15,15 @@ from shearing.models.recipe import ModelRecipe, TargetRecipe
 from shearing.objectives.recipe import DistillRecipe, HiddenRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
-from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
+from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
+from shearing.training.recipe import (
+    DeepSpeedRecipe,
+    Fsdp2Recipe,
+    LoraRecipe,
+    PretrainRecipe,
+    StageRecipe,
+    TrainingRecipe,
+)
 
 SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelRecipe,
@@ -27,6 +35,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "pretrain.lora": LoraRecipe,
     "training": TrainingRecipe,
     "training.deepspeed": DeepSpeedRecipe,
+    "training.fsdp2": Fsdp2Recipe,
 }
 """Those of a run whose keys components know. Two have tables of their own: `sparsify`, with the keys of a command too,
 and `distill`, whose keys are called as those of other sections are."""
@@ -60,6 +69,9 @@ TEACHER_NAMES: Mapping[str, str] = {
     "revision": "distill.revision",
 }
 """What models are called where the teacher is meant."""
+
+EVALUATION_NAMES: Mapping[str, str] = _in("evaluation", EvaluationRecipe.model_fields)
+"""Keys of evaluation by the keys of a run; other sections have some of the same names."""
 
 ONE_SHOT_NAMES: Mapping[str, str] = {
     **_in("sparsify", OneShotRecipe.model_fields),

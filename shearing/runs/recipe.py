@@ -27,7 +27,7 @@ from shearing.pruning.structured.recipe import (
 )
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
-from shearing.runs.stages.recipe import EvaluationRecipe
+from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
 from shearing.settings.neutral import Neutral
@@ -366,11 +366,12 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             mend="set training.compile=false, or leave distill.hidden out",
         )
     if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
+        able = " or ".join(name for name, facts in ENGINES.items() if facts.adapters)
         yield ShearingError(
             "pretrain.lora",
             value=recipe.pretrain.lora.model_dump(),
-            allowed=f"training.engine=torch; it is {recipe.training.engine}, which would have to cut up frozen weights",
-            mend="set training.engine=torch: adapters have so few weights that there is little to share out",
+            allowed=f"training.engine={able}; it is {recipe.training.engine}, which holds trained weights alone",
+            mend="set training.engine=torch, or training.engine=fsdp2 where the frozen weights do not fit one GPU",
         )
 
 
@@ -488,6 +489,7 @@ def one_shot_recipe(recipe: Recipe) -> SparsifyRecipe:
             "revision": None if cut else recipe.model.revision,
             "output": run.sparse,
             "calibration": section.calibration or corpus,
+            "bos": recipe.data.bos if section.bos == "auto" else section.bos,
             "seed": recipe.seed,
             "device": recipe.training.device,
         }

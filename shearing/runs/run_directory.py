@@ -62,9 +62,19 @@ class RunDirectory:
         return self.path / "pretrain"
 
     @property
+    def changes(self) -> Path:
+        """Keys that were changed after continued pretraining had begun (JSON)."""
+        return self.pretrain / "changes.json"
+
+    @property
     def model(self) -> Path:
         """Folder of the final model, plain Hugging Face."""
         return self.path / "model"
+
+    @property
+    def kept_tokens(self) -> Path:
+        """Folder of the final model with the tokens alone that the corpus uses most; where the recipe says so."""
+        return self.path / "model-kept-tokens"
 
     @property
     def evaluation(self) -> Path:

@@ -19,8 +19,9 @@ from shearing.errors import ShearingError, named
 from shearing.files.durable import locked, require_writable
 from shearing.files.full_disk import full_disk_said
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
-from shearing.models.loading import load_config, load_source, load_tokenizer
+from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.stored.stored_model import stored_fingerprint
+from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.teacher_cache.cache import Conditions, TeacherCache
 from shearing.objectives.teacher_cache.draws import MOST_DRAWS, Draws
 from shearing.objectives.teacher_cache.form import Form
@@ -247,13 +248,7 @@ def _fitting_config(asked: Asked, *, corpus: Corpus) -> PretrainedConfig:
         ShearingError: it has nothing to say of this text.
     """
     config = load_config(asked.model, revision=asked.revision)
-    if getattr(config, "quantization_config", None):
-        raise ShearingError(
-            "--model",
-            value=f"{asked.model}: quantised",
-            allowed="weights in fp32, bf16 or fp16",
-            mend="name the model that it was quantised from",
-        )
+    require_weights(asked.model, revision=asked.revision)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and asked.sequence_length > limit:
         raise ShearingError(

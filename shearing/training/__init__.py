@@ -11,12 +11,20 @@ if TYPE_CHECKING:
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
     from shearing.training.engines.engine import Engine, EngineParts, engine_of
     from shearing.training.engines.facts import ENGINES, EngineFacts
+    from shearing.training.engines.fsdp2_engine import Fsdp2Engine
     from shearing.training.engines.optimizer import Optimization
     from shearing.training.engines.torch_engine import TorchEngine
     from shearing.training.learning_rates import LearningRates
     from shearing.training.loop import train
     from shearing.training.lora import add_adapters, merge_adapters
-    from shearing.training.recipe import DeepSpeedRecipe, LoraRecipe, PretrainRecipe, StageRecipe, TrainingRecipe
+    from shearing.training.recipe import (
+        DeepSpeedRecipe,
+        Fsdp2Recipe,
+        LoraRecipe,
+        PretrainRecipe,
+        StageRecipe,
+        TrainingRecipe,
+    )
     from shearing.training.stage import Compute, HeldOut, Interrupted, MaskedTraining, Schedule, Trained
     from shearing.training.task import Callback, Run, StepResult, Task
     from shearing.training.trackers import Trackers
@@ -30,6 +38,8 @@ __all__ = [
     "Engine",
     "EngineFacts",
     "EngineParts",
+    "Fsdp2Engine",
+    "Fsdp2Recipe",
     "HeldOut",
     "Interrupted",
     "LearningRates",
@@ -64,6 +74,8 @@ __getattr__ = late(
         "Engine": "engines.engine",
         "EngineFacts": "engines.facts",
         "EngineParts": "engines.engine",
+        "Fsdp2Engine": "engines.fsdp2_engine",
+        "Fsdp2Recipe": "recipe",
         "HeldOut": "stage",
         "Interrupted": "stage",
         "LearningRates": "learning_rates",

@@ -67,11 +67,12 @@ def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) 
         if task.masking is not None:
             task.masking.draw(step=step, sequence=offset + first, of=schedule.sequences_per_step)
         positions_BT = None if batch.positions is None else batch.positions[first : first + size]
-        documents = task.mixture.documents.documents(positions_BT, device=device)
+        counted_BT = None if batch.counted is None else batch.counted[first : first + size]
+        documents = task.mixture.documents.documents(positions_BT, device=device, counted_BT=counted_BT)
         origins = Origins(domains=domain_ids_B[first : first + size], places=places_B2[first : first + size])
         with task.engine.autocast():
             losses: Losses = model(micro_BT, documents, origins)
-            loss = losses.total / num_valid
+            loss = losses.total / max(1, num_valid)  # rows of questions alone have no label, and nothing to learn
         task.engine.backward(loss, last=index + 1 == len(micro_batches))
         total += loss.detach()
         of_rows.append(torch.column_stack([losses.rows.double(), losses.labels.double(), losses.measured.double()]))

@@ -138,6 +138,21 @@ class DeepSpeedRecipe(Section):
     )
 
 
+class Fsdp2Recipe(Section):
+    """FSDP2: weights, gradients and optimiser state are shared out among the processes, layer by layer."""
+
+    reshard_after_forward: bool = Field(
+        True,
+        description="Whether a layer's weights are let go of behind its forward pass and gathered again for its "
+        "backward pass; false: gathered once a micro-batch, and whole on every process in between.",
+    )
+    sum_gradients: Literal["step", "micro_batch"] = Field(
+        "step",
+        description="When gradients are summed over the processes. step: once, after every process has added up whole "
+        "ones in fp32; micro_batch: after each, so that a process holds its share alone.",
+    )
+
+
 class TrainingRecipe(Section):
     """How steps are computed; none of it changes what is computed beyond rounding."""
 
@@ -145,6 +160,7 @@ class TrainingRecipe(Section):
         "torch", description="; ".join(f"{name}: {facts.summary}" for name, facts in ENGINES.items()) + "."
     )
     deepspeed: Neutral[DeepSpeedRecipe] = DeepSpeedRecipe()
+    fsdp2: Neutral[Fsdp2Recipe] = Fsdp2Recipe()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
     )

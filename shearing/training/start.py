@@ -9,6 +9,7 @@ from functools import partial
 from rich.console import Console
 
 from shearing.data.mixture.prefetcher import Prefetcher
+from shearing.errors import ShearingError
 from shearing.processes.processes import AgreedEnd
 from shearing.training.callbacks.standard import StandardCallbacks
 from shearing.training.engines.engine import Engine
@@ -44,6 +45,7 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             console.print(f"continuing {task.name} from step {step} ({newest})", soft_wrap=True)
         elif task.moments is not None:
             engine.load_moments(task.moments)
+        processes.on_main(partial(_require_settled, task, step=step))
         if task.kept is not None:
             engine.keep_zeros(task.kept())
         prefetcher = Prefetcher(
@@ -68,6 +70,17 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             callback.start(run)
         opened.enter_context(display)
         yield run
+
+
+def _require_settled(task: Task, *, step: int) -> None:
+    """No step is computed again that other settings have computed."""
+    if step < task.settled_steps:
+        raise ShearingError(
+            "folder",
+            value=f"{task.checkpoints}: the newest whole checkpoint is of step {step}",
+            allowed=f"one of step {task.settled_steps} or later, from which on settings are others than before",
+            mend="put that checkpoint back, or extend a copy of the run as it was before the change",
+        )
 
 
 def _close(engine: Engine, _kind: object, error: BaseException | None, _trace: object) -> None:

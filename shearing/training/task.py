@@ -101,6 +101,7 @@ class Task:
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
             they drop stays 0. None: every weight may become anything.
+        settled_steps: steps that were trained with other settings: no checkpoint before them is continued.
         callbacks: besides those that every stage has.
         processes: those that share the work.
         compute: what a token costs, and what the hardware could do.
@@ -126,6 +127,7 @@ class Task:
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    settled_steps: int = 0
     callbacks: tuple[Callback, ...] = ()
     processes: Processes = field(default_factory=Processes)
     compute: Compute = field(default_factory=Compute)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
@@ -143,9 +144,39 @@ def _moments_of_another_model(place: Place) -> None:
     )
 
 
-def _other_format(place: Place) -> None:
+def _pickled(place: Place) -> None:
     torch.save(load_file(place.model / "model.safetensors"), place.model / "pytorch_model.bin")
     (place.model / "model.safetensors").unlink()
+
+
+def _other_names(place: Place) -> None:
+    """As a model that was saved without its head."""
+    path = place.model / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def _own_head(place: Place) -> None:
+    path = place.model / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
+
+
+def _biases(place: Place) -> None:
+    path = place.model / "model.safetensors"
+    save_file({**load_file(path), "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, path)
+
+
+def _sentence_piece(place: Place) -> None:
+    (place.model / "tokenizer.json").unlink()
+    (place.model / "tokenizer.model").write_bytes(b"pieces")
+
+
+def _bos(place: Place) -> None:
+    """The tokenizer puts a token in front of a text."""
+    path = place.model / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+    tokenizer.save(str(path))
 
 
 def _masks_of_another_shape(place: Place) -> None:
@@ -175,6 +206,14 @@ DAMAGES: dict[str, Callable[[Place], object]] = {
     "short": _short,
     "no config": lambda place: (place.model / "config.json").unlink(),
     "unreadable config": lambda place: (place.model / "config.json").write_text("{"),
+    "no folder": lambda place: shutil.rmtree(place.model),
+    "refused config": lambda place: _config(place, num_attention_heads="four"),
+    "quantised": lambda place: _config(place, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "pickled weights": _pickled,
+    "own head": _own_head,
+    "unknown biases": _biases,
+    "SentencePiece alone": _sentence_piece,
+    "texts that begin with a token": _bos,
     "another family": lambda place: _config(place, model_type="gpt2"),
     "no tokenizer": lambda place: [path.unlink() for path in place.model.glob("tokenizer*")],
     "a weight missing": lambda place: _weights(place, without="model.layers.1.mlp.up_proj.weight"),
@@ -191,7 +230,7 @@ DAMAGES: dict[str, Callable[[Place], object]] = {
     "other fingerprints": _other_fingerprints,
     "moments of another model": _moments_of_another_model,
     "masks of another shape": _masks_of_another_shape,
-    "full disk while converting": _other_format,
+    "full disk while converting": _other_names,
 }
 
 

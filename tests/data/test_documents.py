@@ -57,7 +57,8 @@ def test_positions_count_from_the_document_or_the_row(corpus: Corpus, length: in
             found = corpus.row_positions(domain, row, sequence_length=length)
             assert found.tolist() == walked(corpus, domain, row=row, length=length)
             begin += int((found[1:] == 0).sum())
-        assert begin == corpus.labels_that_begin_documents(domain, np.arange(rows), sequence_length=length)
+        found = corpus.labels_left_out(domain, np.arange(rows), sequence_length=length, loss_across=False)
+        assert begin == found
 
 
 def test_held_out_rows_come_with_their_positions(corpus: Corpus) -> None:
@@ -112,7 +113,7 @@ def test_a_row_by_itself_has_the_documents_that_it_has_among_others(rules: Docum
         assert torch.equal(found.tokens, tokens[row : row + 1])
         documents, alone = found.documents, rules.documents(positions[row : row + 1], device=device)
         assert documents is not None
-        for name in ("position_ids", "boundaries", "boundaries_on_device", "begins"):
+        for name in ("position_ids", "boundaries", "boundaries_on_device", "left_out"):
             mine, wanted = getattr(documents, name), getattr(alone, name)
             assert (mine is None and wanted is None) or torch.equal(mine, wanted), name
     assert [row.documents for row in Inputs(tokens).rows()] == [None] * 3

@@ -62,6 +62,7 @@ def recipe(
             "zero_stage": zero_stage,
             **{key: training.pop(key) for key in ("offload_optimizer", "offload_parameters") if key in training},
         },
+        "fsdp2": {key: training.pop(key) for key in ("reshard_after_forward", "sum_gradients") if key in training},
         **training,
     }
     return Recipe.model_validate(data)

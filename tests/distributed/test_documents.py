@@ -1,4 +1,4 @@
-"""Documents and domain averages: one trajectory whatever the processes, engines and splits of a batch."""
+"""Documents, answers and domain averages: one trajectory whatever the processes, engines and splits of a batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from shearing.runs.recipe import Recipe
+from tests.data.corpus.answers import with_answers
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 
@@ -39,21 +40,32 @@ def _trajectory(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def inputs(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, and of one domain some tokens that do not count."""
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "model").symlink_to(tiny_inputs / "model")
+    with_answers(tiny_inputs / "corpus", folder / "corpus", domain="letters")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("one")
-    recipe = _recipe(tiny_inputs, folder / "run", micro_batch_size=2)
+    recipe = _recipe(inputs, folder / "run", micro_batch_size=2)
     spawn(runs.train, recipe, ("prune",), size=1, folder=folder / "out")
     return _trajectory(folder / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
-def test_one_trajectory(name: str, expected: list[dict[str, Any]], tiny_inputs: Path, tmp_path: Path) -> None:
+def test_one_trajectory(name: str, expected: list[dict[str, Any]], inputs: Path, tmp_path: Path) -> None:
     size, settings = CLASSES[name]
     if settings.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed")
-    recipe = _recipe(tiny_inputs, tmp_path / "run", **settings)
+    recipe = _recipe(inputs, tmp_path / "run", **settings)
     spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
     found = _trajectory(tmp_path / "run")
-    assert [line["losses"].keys() for line in found if "losses" in line] == [{"digits", "letters"}] * 2
+    assert [line["losses"].keys() for line in found if {"losses", "weights"} <= line.keys()] == [
+        {"digits", "letters"}
+    ] * 2
     assert runs.difference(expected, found) < TOLERANCE

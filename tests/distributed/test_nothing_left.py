@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,18 @@ def _alive() -> list[object]:
 
 
 def _kinds() -> tuple[type, ...]:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine as Theirs
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from transformers import LlamaForCausalLM
 
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
+    from shearing.training.engines.fsdp2_engine import Fsdp2Engine
     from shearing.training.engines.torch_engine import TorchEngine
 
-    zero = (Theirs, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-    return (TorchEngine, DeepSpeedEngine, torch.optim.Optimizer, LlamaForCausalLM, *zero)
+    zero = (Theirs, BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    return (TorchEngine, DeepSpeedEngine, Fsdp2Engine, torch.optim.Optimizer, LlamaForCausalLM, *zero)
 
 
 def _learn_masks(recipes: Sequence[Recipe]) -> None:
@@ -60,9 +63,11 @@ def _learn_masks(recipes: Sequence[Recipe]) -> None:
 
 def test_after_a_stage_nothing_of_it_is_alive(tiny_inputs: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    engines = {"torch": {}} | {f"zero-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}
+    engines: dict[str, dict[str, Any]] = {"torch": {}, "fsdp2": {"engine": "fsdp2"}}
+    engines |= {f"zero-{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}
+    engines["zero-1"]["precision"] = "bf16"  # DeepSpeed has an optimiser of its own for it
     recipes = [
         runs.recipe(tiny_inputs, run_dir=tmp_path / name, steps=8, **settings) for name, settings in engines.items()
     ]
     group = start(_learn_masks, recipes, size=2, folder=tmp_path / "out")
-    assert group.wait(seconds=540) == [0, 0], group.said()  # five stages, where a test usually has one
+    assert group.wait(seconds=540) == [0, 0], group.said()  # six stages, where a test usually has one

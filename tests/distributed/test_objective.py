@@ -51,9 +51,9 @@ def train(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torch", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["torch", "zero2", "zero3", "fsdp2"])
 def test_a_teacher_is_not_shared_out(kind: str, tmp_path: Path) -> None:
-    if kind != "torch":
+    if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     (tmp_path / "checkpoint").mkdir()
     spawn(train, tmp_path / "checkpoint", kind, size=2, folder=tmp_path / "out")
@@ -72,12 +72,13 @@ def _recipe(inputs: Path, run_dir: Path, **training: Any) -> Recipe:
         (2, {"engine": "deepspeed", "zero_stage": 1}),
         (2, {"engine": "deepspeed", "zero_stage": 2}),
         (2, {"engine": "deepspeed", "zero_stage": 3}),
+        (2, {"engine": "fsdp2"}),
     ],
 )
 def test_several_processes_learn_what_one_does(
     size: int, training: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once
 ) -> None:
-    if training:
+    if training.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed")
     alone = once(lambda run_dir: _recipe(tiny_inputs, run_dir), ("prune",))
     recipe = _recipe(tiny_inputs, tmp_path / "run", **training)

@@ -25,6 +25,7 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "torch, 4 processes": (4, {}),
     "ZeRO-2, 2 processes": (2, {"engine": "deepspeed", "zero_stage": 2}),
     "ZeRO-3, 4 processes": (4, {"engine": "deepspeed", "zero_stage": 3}),
+    "FSDP2, 2 processes": (2, {"engine": "fsdp2"}),
     "torch, 2 processes, listening": (2, {"listening": True}),
     "ZeRO-2, 2 processes, listening": (2, {"engine": "deepspeed", "zero_stage": 2, "listening": True}),
 }
@@ -91,6 +92,7 @@ def _assert_bit_for_bit(found: Path, expected: Path) -> None:
         ("ZeRO-2, 2 processes", "one"),
         ("ZeRO-2, 2 processes", "all"),
         ("ZeRO-3, 4 processes", "one"),
+        ("FSDP2, 2 processes", "one"),
     ],
 )
 def test_killed_and_continued_is_the_uninterrupted_run(
@@ -180,6 +182,8 @@ def test_a_signal_to_one_process_stops_all_in_order(
         ((2, {"engine": "deepspeed", "zero_stage": 3}), (4, {"engine": "deepspeed", "zero_stage": 1})),
         ((4, {"engine": "deepspeed", "zero_stage": 3}), (2, {})),
         ((4, {}), (2, {"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"})),
+        ((1, {}), (2, {"engine": "fsdp2"})),
+        ((2, {"engine": "fsdp2"}), (1, {"engine": "fsdp2"})),
     ],
     ids=[
         "ZeRO-2 on 2 to torch on 1",
@@ -187,6 +191,8 @@ def test_a_signal_to_one_process_stops_all_in_order(
         "ZeRO-3 on 2 to ZeRO-1 on 4",
         "ZeRO-3 on 4 to torch on 2",
         "torch on 4 to ZeRO-2 offloaded on 2",
+        "torch on 1 to FSDP2 on 2",
+        "FSDP2 on 2 to FSDP2 on 1",
     ],
 )
 def test_continued_on_other_processes_and_stages(

@@ -32,13 +32,19 @@ def recipe(inputs: Path, *, run_dir: Path, lora: dict[str, Any] | None = None, *
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"engine": "deepspeed", "zero_stage": 2}, {"engine": "deepspeed", "zero_stage": 3}, {"lora": {"rank": 4}}],
-    ids=["torch", "ZeRO-2", "ZeRO-3", "adapters"],
+    [
+        {},
+        {"engine": "deepspeed", "zero_stage": 2},
+        {"engine": "deepspeed", "zero_stage": 3},
+        {"lora": {"rank": 4}},
+        {"lora": {"rank": 4}, "engine": "fsdp2"},
+    ],
+    ids=["torch", "ZeRO-2", "ZeRO-3", "adapters", "adapters under FSDP2"],
 )
 def test_two_processes_train_as_one_does(
     settings: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once
 ) -> None:
-    if "engine" in settings:
+    if settings.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed")
     lora = settings.get("lora")
     if lora is not None:

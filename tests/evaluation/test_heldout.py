@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.documents import DocumentRules
+from shearing.errors import ShearingError
 from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
 from tests.evaluation.test_text_bytes import byte_level
@@ -27,12 +29,23 @@ class Rows:
     """Held-out rows in memory, with the interface of a corpus."""
 
     rows: dict[str, Tensor]
+    bos = Bos()
 
     @property
     def domains(self) -> list[str]:
         return list(self.rows)
 
     positions: dict[str, Tensor] | None = None
+    counted: dict[str, Tensor] | None = None
+    path: str = "in memory"
+
+    def heldout_counted(
+        self, domain: str, *, split: str, sequence_length: int, tokens: int, micro_batch_size: int
+    ) -> Iterator[Tensor | None]:
+        assert split == "test"
+        counted = (self.counted or {}).get(domain, torch.ones(len(self.rows[domain]), sequence_length + 1).bool())
+        for part in counted[: tokens // sequence_length].split(micro_batch_size):
+            yield None if self.counted is None else part
 
     def heldout_positions(
         self, domain: str, *, split: str, sequence_length: int, tokens: int, micro_batch_size: int
@@ -201,3 +214,28 @@ def test_macro_mean_counts_each_domain_once() -> None:
 
     assert mean == DomainLoss(2.0, math.exp(2.0), 1.0, 1010)
     assert macro_mean({"a": DomainLoss(1000.0, math.inf, None, 1)}) == DomainLoss(1000.0, math.inf, None, 1)
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_labels_that_do_not_count(model: LlamaForCausalLM, corpus: Any, across: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    corpus.counted = {"one": torch.rand(7, LENGTH + 1, generator=generator) < 0.4}
+    corpus.positions = {name: torch.arange(LENGTH + 1).remainder(3).expand(7, -1).clone() for name in corpus.rows}
+    losses = measure(model, corpus, rules=DocumentRules(loss_across=across))
+    for domain, loss in losses.items():
+        rows = corpus.rows[domain][:5]
+        labels = rows[:, 1:].clone()
+        if domain == "one":
+            labels[~corpus.counted[domain][:5, 1:]] = -100
+        if not across:
+            labels[corpus.positions[domain][:5, 1:] == 0] = -100
+        with torch.no_grad():
+            logits = model.eval()(input_ids=rows[:, :-1]).logits
+        assert loss.loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(), rel=1e-5)
+        assert loss.tokens == int((labels != -100).sum())
+
+
+def test_text_of_which_nothing_counts(model: LlamaForCausalLM, corpus: Any) -> None:
+    corpus.counted = {"two": torch.zeros(7, LENGTH + 1).bool()}
+    with pytest.raises(ShearingError, match="the test text of two"):
+        measure(model, corpus)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shearing.evaluation.table import comparison_table, verdict
+from shearing.evaluation.table import comparison_table
+from shearing.evaluation.verdict import verdict
 from shearing.settings.quantities import format_parameters, format_tokens
 
 LOSSES = {
@@ -161,14 +162,80 @@ def test_seven_models_fit_eighty_columns_with_every_figure(evaluation: dict[str,
             assert any(" ".join(line.split()).endswith(figures) for line in lines), label
 
 
+def judged(evaluation: dict[str, Any]) -> None:
+    """Gives every model tasks, those of the paper among them, and what it writes."""
+    for name, model in evaluation["models"].items():
+        shares = {"piqa": (0.642, 0.0341), "lambada_openai": (0.0, 0.0), "arc_challenge": (1.0, 0.0)}
+        model["tasks"] = {
+            task: {"metric": "acc", "value": value, "stderr": error} for task, (value, error) in shares.items()
+        }
+        distinct = {str(n): 0.25 * n for n in range(1, 5)}
+        ways = {way: {"repeated": 0.125, "distinct": distinct} for way in ("greedy", "sampled")}
+        near = (
+            {"agreement": None, "kl_from_source": None}
+            if name == "source"
+            else {"agreement": 0.4, "kl_from_source": 1.5}
+        )
+        model["generation"] = {**near, **ways}
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("width", [80, 100])
+def test_any_number_of_models_with_tasks_fits_a_terminal_with_every_figure(
+    evaluation: dict[str, Any], count: int, width: int
+) -> None:
+    models = evaluation["models"]
+    for name in ("magnitude", "reconstruction", "third"):
+        models[name] = {**copy.deepcopy(models["random"]), "label": f"units chosen by {name}, refitted"}
+    judged(evaluation)
+    for model in models.values():
+        model["speed"] = speed(1080.0, 29.9)
+        model["domains"]["a domain of a long name"] = {"loss": 3.25}
+    evaluation["models"] = dict(list(models.items())[:count])
+    table = comparison_table(evaluation)
+    lines = printed(evaluation, width=width)
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert not any("…" in line for line in lines)
+    for section in table.sections:
+        for label, cells in section.rows:
+            for part in (cells[:7], cells[7:]):  # the eighth has a table of its own
+                figures = " ".join(cell.marked for cell in part)
+                assert any(" ".join(line.split()).endswith(figures) for line in lines), label
+
+
+def test_tasks_have_errors_and_a_mean_and_no_star(evaluation: dict[str, Any]) -> None:
+    judged(evaluation)
+    assert row(evaluation, "piqa")["chance"].text == "64.2±3.4"
+    assert row(evaluation, "arc_challenge")["chance"].text == "100±0.0"
+    table = comparison_table(evaluation)
+    (section,) = (section for section in table.sections if section.heading.startswith("tasks,"))
+    assert [label for label, _ in section.rows] == ["piqa", "lambada_openai", "arc_challenge", "mean"]
+    assert {cell.text for cell in section.rows[-1][1]} == {"54.7"}
+    assert not any(cell.best for _, cells in section.rows for cell in cells)
+    del evaluation["models"]["random"]["tasks"]
+    assert row(evaluation, "piqa")["chance"].text == "–"
+
+
+def test_verdict_has_tasks_and_writing_of_source_and_result(evaluation: dict[str, Any]) -> None:
+    judged(evaluation)
+    evaluation["models"]["final"]["tasks"]["piqa"]["value"] = 0.5
+    assert verdict(evaluation).endswith(
+        "Over 3 tasks it reaches 50.0 %, against 54.7 % for the source. Its likeliest next token is the source's in "
+        "40 % of places (KL 1.50 nats). Writing greedily, it repeats 12 % of its 4-grams, the source 12 %."
+    )
+    del evaluation["models"]["final"]["tasks"]
+    assert "tasks" not in verdict(evaluation)
+
+
 def test_names_too_long_for_headings_stand_below_letters(evaluation: dict[str, Any]) -> None:
     models = evaluation["models"]
     for name in ("reconstruction", "reconstruction, refitted", "chosen by reconstruction, refitted, trained"):
         models[name] = {**copy.deepcopy(models["compact"]), "label": name}
     lines = printed(evaluation)
 
-    assert max(len(line.rstrip()) for line in lines) <= 100
-    assert any(line.split() == list("abcdefgh") for line in lines)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert any(line.split() == list("abcdefg") for line in lines)
+    assert any(line.split() == ["h"] for line in lines)
     assert any(line.strip() == "h  chosen by reconstruction, refitted, trained" for line in lines)
 
 

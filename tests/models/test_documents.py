@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from shearing.data.documents import IGNORED_LABEL, DocumentRules, Documents
+from shearing.models import attention
 from shearing.models.attention import attention_within_documents, drop_attention_mask, keep_attention_within_documents
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
@@ -129,6 +130,18 @@ def test_activation_checkpointing_changes_nothing(kind: str) -> None:
         gradients.append([parameter.grad for parameter in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_slow_way_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(attention, "_VARLEN", None)
+    monkeypatch.setattr(attention, "_is_on_gpu", lambda _: True)
+    attention._say_slow.cache_clear()
+    model = tiny_model()
+    keep_attention_within_documents(model)
+    for _ in range(2):
+        LanguageModelLoss(model, chunk_tokens=5)(tiny_ids(length=17), documents(*LENGTHS))
+    [said] = [record.getMessage() for record in caplog.records]
+    assert f"torch {torch.__version__} has no kernel" in said
 
 
 @pytest.mark.slow

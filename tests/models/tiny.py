@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
@@ -26,20 +28,20 @@ SCALED_ROPE = {
 }
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**SIZES | kw),
-    "llama-mha": lambda **kw: LlamaConfig(**{**SIZES, "num_key_value_heads": 6}, **kw),
-    "llama-biases": lambda **kw: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, **kw),
-    "llama-rope-scaling": lambda **kw: LlamaConfig(**SIZES, rope_parameters=SCALED_ROPE, **kw),
-    "mistral": lambda **kw: MistralConfig(**SIZES, sliding_window=4, **kw),
-    "qwen2": lambda **kw: Qwen2Config(**SIZES, **kw),
+    "llama-mha": lambda **kw: LlamaConfig(**SIZES | {"num_key_value_heads": 6} | kw),
+    "llama-biases": lambda **kw: LlamaConfig(**SIZES | {"attention_bias": True, "mlp_bias": True} | kw),
+    "llama-rope-scaling": lambda **kw: LlamaConfig(**SIZES | {"rope_parameters": SCALED_ROPE} | kw),
+    "mistral": lambda **kw: MistralConfig(**SIZES | {"sliding_window": 4} | kw),
+    "qwen2": lambda **kw: Qwen2Config(**SIZES | kw),
     "qwen2-sliding": lambda **kw: Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2, **kw
+        **SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2} | kw
     ),
-    "qwen3": lambda **kw: Qwen3Config(**SIZES, **kw),
+    "qwen3": lambda **kw: Qwen3Config(**SIZES | kw),
 }
 
 
-def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: int) -> PreTrainedModel:
-    """A random model of a key of `CONFIGS`, its sizes but for those given, fp32, in evaluation mode."""
+def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """A random model of a key of `CONFIGS`, its settings but for those given, fp32, in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](tie_word_embeddings=tied, **sizes)).eval()
     with torch.no_grad():

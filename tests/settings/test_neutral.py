@@ -65,6 +65,7 @@ def test_neutral_keys_of_a_run() -> None:
     training = (
         "engine",
         "deepspeed",
+        "fsdp2",
         "activation_checkpointing",
         "compile",
         "device",
@@ -79,6 +80,9 @@ def test_neutral_keys_of_a_run() -> None:
         "run_dir",
         "resume",
         "model.save_dtype",
+        "target.vocab_size",
+        "data.bos",
+        "sparsify.bos",
         *(f"prune.{name}" for name in stage),
         *(f"pretrain.{name}" for name in stage),
         "sparsify.micro_batch_size",
@@ -98,4 +102,5 @@ def test_neutral_keys_of_one_shot_sparsity() -> None:
         "offload",
         "device",
         "micro_batch_size",
+        "bos",
     }

@@ -6,12 +6,14 @@
     CORPUS/DOMAIN/train.bin           tokens one after the other, each document closed by the separator
     CORPUS/DOMAIN/train_ends.npy      int64, where each document ends in train.bin (separator included)
     CORPUS/DOMAIN/train_hashes.npy    uint64, hash of each document's text: `text_hash`
+    CORPUS/DOMAIN/train_counted.bin   one bit for each token, where some do not count in a loss: see `counted`
     CORPUS/DOMAIN/validation.bin, test.bin, …
 
 `validation` is what steers a run and what constants are chosen on, `test` is what judges. Format 2 has one held-out
 part in place of the two: see `stored_split`. Tokens of an adopted domain stay in files of another format: `adopted`.
 
 Row i at sequence length S holds tokens [i*S, i*S + S + 1): S inputs, and as last label the first input of row i + 1.
+Where rows begin with a token of their own (`bos`), it holds that token and tokens [i*S, i*S + S): all are labels, once.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shearing.data.corpus.bos import Bos
+from shearing.data.corpus.counted import Counted
 from shearing.data.corpus.format import ONE_PART, SPLITS, DomainManifest, HeldOutSplit, Split, read_index
 from shearing.data.corpus.integrity import quick_damages
 from shearing.data.corpus.stored_split import StoredSplit
@@ -39,7 +44,13 @@ def whole_rows(tokens: int, *, sequence_length: int) -> int:
 
 
 class Corpus:
-    """Tokenised domains, memory-mapped; safe to open in any number of processes. Use `Corpus.open`."""
+    """Tokenised domains, memory-mapped; safe to open in any number of processes. Use `Corpus.open`.
+
+    Attributes:
+        path: its folder.
+        manifests: of the opened domains.
+        all_count: whether every token of them counts in a loss.
+    """
 
     def __init__(self, path: Path, *, manifests: Mapping[str, DomainManifest]) -> None:
         self.path = path
@@ -47,6 +58,8 @@ class Corpus:
         self._splits: dict[tuple[str, Split], StoredSplit] = {}
         self._tokens: dict[tuple[str, Split], Tokens] = {}
         self._ends: dict[tuple[str, Split], npt.NDArray[np.int64]] = {}
+        self._counted: dict[tuple[str, Split], Counted | None] = {}
+        self.all_count = all(part.counted is None for each in manifests.values() for part in each.parts.values())
 
     @classmethod
     def open(
@@ -68,8 +81,8 @@ class Corpus:
             sequence_length: each split of each domain must hold at least one row of it.
 
         Raises:
-            ShearingError: the corpus or a domain is missing, interrupted, empty, damaged or too short, or its
-                tokens are another tokenizer's.
+            ShearingError: the corpus or a domain is missing, interrupted, empty, damaged or too short, its
+                tokens are another tokenizer's, or domains begin their texts in different ways.
         """
         path = Path(path)
         index = read_index(path)
@@ -90,6 +103,13 @@ class Corpus:
                 )
             manifests[name] = DomainManifest.read(path / name)
         corpus = cls(path, manifests=manifests)
+        if len(begun := {manifest.bos for manifest in manifests.values()}) > 1:
+            raise ShearingError(
+                "domains",
+                value=", ".join(f"{name}: {manifest.bos}" for name, manifest in manifests.items()),
+                allowed=f"domains whose texts begin alike; here are {len(begun)} ways",
+                mend="leave out those that differ, or prepare all of them with the same bos",
+            )
         for name in names:
             corpus._check(name, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
         if sequence_length is not None:
@@ -109,8 +129,22 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hash of the opened domains' names and tokens, wherever the corpus lies (hexadecimal, 32 digits)."""
-        content = [[m.domain, m.dtype, *(part.sha256 for part in m.parts.values())] for m in self.manifests.values()]
+        content = [
+            [
+                m.domain,
+                m.dtype,
+                *(part.sha256 for part in m.parts.values()),
+                *(part.counted_sha256 for part in m.parts.values() if part.counted_sha256 is not None),
+                *m.bos.identity(),
+            ]
+            for m in self.manifests.values()
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    @property
+    def bos(self) -> Bos:
+        """How texts begin."""
+        return next(iter(self.manifests.values())).bos
 
     @property
     def of_one_part(self) -> list[str]:
@@ -174,15 +208,19 @@ class Corpus:
             IndexError: there is no such row.
         """
         rows = np.empty((len(chosen), sequence_length + 1), dtype=np.int64)
+        front = self.bos.in_row
+        if self.bos.token is not None:
+            rows[:, :front] = self.bos.token
+        length = sequence_length + 1 - front
         readers = [self.tokens(domain, split=split) for domain, _ in chosen]
         starts = [max(0, index) * sequence_length for _, index in chosen]
         for tokens, start in zip(readers, starts, strict=True):
-            tokens.expect(start, start + sequence_length + 1)
+            tokens.expect(start, start + length)
         for i, (domain, index) in enumerate(chosen):
-            row = readers[i].read(starts[i], starts[i] + sequence_length + 1)
-            if index < 0 or len(row) != sequence_length + 1:
+            row = readers[i].read(starts[i], starts[i] + length)
+            if index < 0 or len(row) != length:
                 raise IndexError(f"row {index} of {domain}/{split} at sequence length {sequence_length}")
-            rows[i] = row
+            rows[i, front:] = row
         return rows
 
     def tokens(self, domain: str, *, split: Split = "train") -> Tokens:
@@ -204,7 +242,7 @@ class Corpus:
         """Of each token of a row, how many of its document's come before it in this row; int64 [S + 1].
 
         It is 0 where a document begins, and where the row does. Read from the documents' ends, so a separator inside a
-        text is a token like others.
+        text is a token like others. A token in front of the row counts as one of the document that the row begins with.
         """
         begins = self._begins(domain, np.array([index]), sequence_length=sequence_length, split=split)
         places = np.arange(sequence_length + 1)
@@ -213,21 +251,57 @@ class Corpus:
         positions: npt.NDArray[np.int64] = places - np.maximum.accumulate(latest)
         return positions
 
-    def labels_that_begin_documents(
-        self, domain: str, indices: npt.NDArray[np.int64], *, sequence_length: int, split: Split = "train"
+    def counted(
+        self, chosen: Sequence[tuple[str, int]], *, sequence_length: int, split: Split = "train"
+    ) -> npt.NDArray[np.bool_] | None:
+        """Which tokens of rows count in a loss, bool [B, S + 1]; None where all tokens of the corpus do.
+
+        Args:
+            chosen: domain and index of each row.
+        """
+        if self.all_count:
+            return None
+        rows, front = np.ones((len(chosen), sequence_length + 1), dtype=np.bool_), self.bos.in_row
+        for i, (domain, index) in enumerate(chosen):
+            if (of_domain := self._counted_of(domain, split)) is not None:
+                start = index * sequence_length
+                rows[i, front:] = of_domain.read(start, start + sequence_length + 1 - front)
+        return rows
+
+    def labels_left_out(
+        self,
+        domain: str,
+        indices: npt.NDArray[np.int64],
+        *,
+        sequence_length: int,
+        loss_across: bool,
+        split: Split = "train",
     ) -> int:
-        """How many labels of these rows are the first token of a document."""
-        return len(self._begins(domain, indices, sequence_length=sequence_length, split=split))
+        """How many labels of these rows do not count.
+
+        Args:
+            loss_across: whether labels that are the first token of a document count.
+        """
+        settings: dict[str, Any] = {"sequence_length": sequence_length, "split": split}
+        if self._counted_of(domain, split) is None:
+            return 0 if loss_across else len(self._begins(domain, indices, **settings))
+        counted = self.counted([(domain, int(index)) for index in indices], **settings)
+        assert counted is not None
+        labels = counted[:, 1:]
+        if not loss_across:
+            for row, index in zip(labels, indices, strict=True):
+                row[self._begins(domain, np.array([index]), **settings) - 1] = False
+        return int((~labels).sum())
 
     def _begins(
         self, domain: str, indices: npt.NDArray[np.int64], *, sequence_length: int, split: Split
     ) -> npt.NDArray[np.int64]:
-        """Places 1 … S of these rows where documents begin, row by row."""
+        """Places 1 … S of these rows where documents begin, row by row; not right behind what every row begins with."""
         ends = self.document_ends(domain, split=split)
-        starts = indices * sequence_length
+        starts, front = indices * sequence_length, self.bos.in_row
         # A document begins where the one before it ends.
-        bounds = np.searchsorted(ends, np.stack([starts, starts + sequence_length], 1), side="right")
-        parts = [ends[first:last] - start for (first, last), start in zip(bounds.tolist(), starts, strict=True)]
+        bounds = np.searchsorted(ends, np.stack([starts, starts + sequence_length - front], 1), side="right")
+        parts = [ends[first:last] - start + front for (first, last), start in zip(bounds.tolist(), starts, strict=True)]
         return np.concatenate(parts)
 
     def document_hashes(self, domain: str, *, split: Split = "train") -> npt.NDArray[np.uint64]:
@@ -263,6 +337,27 @@ class Corpus:
             batch = [self.row_positions(domain, i, sequence_length=sequence_length, split=split) for i in chosen]
             yield torch.from_numpy(np.stack(batch))
 
+    def heldout_begins(
+        self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int, micro_batch_size: int
+    ) -> Iterator[Tensor]:
+        """Whether a document begins where each row does that `heldout_batches` yields, bool [B]."""
+        indices = self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens)
+        ends = self.document_ends(domain, split=split)
+        for start in range(0, len(indices), micro_batch_size):
+            firsts = np.array(indices[start : start + micro_batch_size]) * sequence_length
+            before = np.minimum(np.searchsorted(ends, firsts), len(ends) - 1)
+            yield torch.from_numpy((firsts == 0) | (ends[before] == firsts))
+
+    def heldout_counted(
+        self, domain: str, *, split: HeldOutSplit, sequence_length: int, tokens: int, micro_batch_size: int
+    ) -> Iterator[Tensor | None]:
+        """`counted` of what `heldout_batches` yields."""
+        indices = self._heldout_subset(domain, split=split, sequence_length=sequence_length, tokens=tokens)
+        for start in range(0, len(indices), micro_batch_size):
+            chosen = [(domain, index) for index in indices[start : start + micro_batch_size]]
+            batch = self.counted(chosen, sequence_length=sequence_length, split=split)
+            yield None if batch is None else torch.from_numpy(batch)
+
     def heldout_tokens(self, *, split: HeldOutSplit, sequence_length: int, tokens_per_domain: int) -> int:
         """Inputs in what `heldout_batches` yields for all domains together."""
         subsets = [
@@ -270,6 +365,11 @@ class Corpus:
             for domain in self.domains
         ]
         return sum(map(len, subsets)) * sequence_length
+
+    def _counted_of(self, domain: str, split: Split) -> Counted | None:
+        if (domain, split) not in self._counted:
+            self._counted[domain, split] = self._split(domain, split).counted()
+        return self._counted[domain, split]
 
     def _split(self, domain: str, split: Split) -> StoredSplit:
         if (domain, split) not in self._splits:
@@ -284,12 +384,13 @@ class Corpus:
 
     def _checked_rows(self, domain: str, *, sequence_length: int, split: Split) -> int:
         tokens = self.split_tokens(domain, split)
-        rows = (tokens - 1) // sequence_length
+        longest = tokens - 1 + self.bos.in_row
+        rows = longest // sequence_length
         if rows < 1:
             raise ShearingError(
                 "sequence_length",
                 value=sequence_length,
-                allowed=f"at most {tokens - 1}, as domain {domain} has {tokens} tokens of {split} text",
+                allowed=f"at most {longest}, as domain {domain} has {tokens} tokens of {split} text",
                 mend=f"choose a shorter sequence, prepare more text for {domain}, or leave it out of {key('domains')}",
             )
         return rows
@@ -299,6 +400,8 @@ class Corpus:
         for part, counts in manifest.parts.items():
             if counts.tokens == 0:
                 raise self._empty(domain, value=f"0 tokens in {part}")
+            if counts.counted == 0:
+                raise self._empty(domain, value=f"no token in {part} that counts in a loss")
         for damage in quick_damages(self.path / domain, manifest=manifest):
             raise damage.error()
         if ONE_PART in manifest.parts and manifest.parts[ONE_PART].documents < 2:

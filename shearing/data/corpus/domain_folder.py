@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.counted import BitsWriter, counted_path
 from shearing.data.corpus.format import (
     FORMAT,
     INDEX_NAME,
@@ -61,6 +63,12 @@ class DomainSettings:
     split_seed: int
     sizes: SplitSizes
     versions: Mapping[str, str]
+    bos: Bos = field(default_factory=Bos)
+
+    @property
+    def begin_id(self) -> int | None:
+        """Token that lies in front of each document."""
+        return self.bos.token if self.bos.mode == "document" else None
 
 
 def make_corpus_folder(path: Path) -> None:
@@ -177,8 +185,10 @@ def write_domain_folder(
         left_out: documents that no shard knows of, by reason.
     """
     sides = {split: Place[split.upper()] for split in SPLITS}
+    counted = any(shard.counted for shard in shards)
     writers = {
-        split: _SplitWriter(folder, split=split, documents=int((places == sides[split]).sum())) for split in SPLITS
+        split: _SplitWriter(folder, split=split, documents=int((places == sides[split]).sum()), counted=counted)
+        for split in SPLITS
     }
     counts = Counter(left_out or {})
     dtype = token_dtype(settings.vocab_size)
@@ -194,6 +204,10 @@ def write_domain_folder(
                 piece = shard.read_tokens(first_token + start, first_token + stop, dtype=dtype)
                 for split, writer in writers.items():
                     writer.write(piece[side == sides[split]])
+                if counted:
+                    bits = shard.read_counted(first_token + start, first_token + stop)
+                    for split, writer in writers.items():
+                        writer.count(bits[side == sides[split]])
             first_token += int(documents["tokens"].sum())
             for split, writer in writers.items():
                 writer.describe(documents[chosen == sides[split]])
@@ -219,8 +233,10 @@ def write_domain_folder(
         left_out=dict(sorted(counts.items())),
         versions=dict(sorted(settings.versions.items())),
         inputs=inputs,
+        bos_mode=settings.bos.mode,
+        bos_id=settings.bos.token,
     )
-    write_json(folder / MANIFEST_NAME, asdict(manifest))
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
 
 
@@ -245,19 +261,25 @@ def write_index(path: Path, *, tokenizer_fingerprint: str, tokenizer_json: str |
 
 
 class _SplitWriter:
-    """The three files of one split, written as documents come; checksums of tokens are taken on the way to disk."""
+    """The files of one split, written as documents come; checksums of tokens are taken on the way to disk."""
 
-    def __init__(self, folder: Path, *, split: Split, documents: int) -> None:
+    def __init__(self, folder: Path, *, split: Split, documents: int, counted: bool) -> None:
         self._tokens = (folder / f"{split}.bin").open("wb")
         self._digest = hashlib.sha256()
         self._ends = _ArrayFile(folder / f"{split}_ends.npy", length=documents, dtype=np.dtype(np.int64))
         self._hashes = _ArrayFile(folder / f"{split}_hashes.npy", length=documents, dtype=np.dtype(np.uint64))
+        self._counted = BitsWriter(counted_path(folder, split)) if counted else None
         self._count = self._bytes = self._end = 0
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
         data = tokens.tobytes()
         self._digest.update(data)
         self._tokens.write(data)
+
+    def count(self, counted: npt.NDArray[np.bool_]) -> None:
+        """Which of the tokens just written count in a loss."""
+        assert self._counted is not None
+        self._counted.write(counted)
 
     def describe(self, documents: npt.NDArray[Any]) -> None:
         if not len(documents):
@@ -279,6 +301,8 @@ class _SplitWriter:
             sha256=self._digest.hexdigest(),
             ends_sha256=self._ends.close(),
             hashes_sha256=self._hashes.close(),
+            counted=None if self._counted is None else self._counted.count,
+            counted_sha256=None if self._counted is None else self._counted.close(),
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from shearing.data.corpus.bos import Bos, BosMode
 from shearing.errors import ShearingError
 
 HeldOutSplit = Literal["validation", "test"]
@@ -77,7 +78,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """Counts of one part of one domain; `bytes` is UTF-8 text without separators, checksums are of the three files."""
+    """Counts of one part of one domain; `bytes` is UTF-8 text without separators, checksums are of its files.
+
+    `counted` is how many tokens count in a loss, and `counted_sha256` of the file that says which; None: all do, and
+    there is no such file.
+    """
 
     documents: int
     tokens: int
@@ -85,6 +90,8 @@ class SplitManifest:
     sha256: str
     ends_sha256: str
     hashes_sha256: str
+    counted: int | None = None
+    counted_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class DomainManifest:
         left_out: documents that are not in here, by reason.
         versions: of the packages that made it.
         inputs: identifies sources and settings, so that the same preparation is not done twice.
+        bos_mode, bos_id: how its texts begin, see `Bos`; manifests of earlier versions say nothing: without a token.
     """
 
     domain: str
@@ -117,6 +125,8 @@ class DomainManifest:
     left_out: dict[str, int]
     versions: dict[str, str]
     inputs: str
+    bos_mode: BosMode = "none"
+    bos_id: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> DomainManifest:
@@ -143,6 +153,19 @@ class DomainManifest:
                 allowed="the manifest of a prepared domain",
                 mend="prepare the domain again",
             ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read` reads; without what is None, which earlier versions do not know."""
+        values = asdict(self)
+        for part in values["parts"].values():
+            for name in [name for name, value in part.items() if value is None]:
+                del part[name]
+        return values
+
+    @property
+    def bos(self) -> Bos:
+        """How texts begin."""
+        return Bos(self.bos_mode, self.bos_id)
 
     @property
     def train(self) -> SplitManifest:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
+from shearing.data.corpus.counted import counted_path
 from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
 from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
@@ -80,6 +81,7 @@ def quick_damages(folder: Path, *, manifest: DomainManifest) -> Iterator[Damage]
     yield from found_in_files
     for part, counts in manifest.parts.items():
         damages = [] if adopted else list(_size_damage(folder, part=part, manifest=manifest))
+        damages += _counted_damage(folder, part=part, manifest=manifest)
         ends = _array_or_damage(
             folder / f"{part}_ends.npy", dtype=np.int64, size=counts.documents, sha256=counts.ends_sha256
         )
@@ -110,6 +112,18 @@ def _size_damage(folder: Path, *, part: str, manifest: DomainManifest) -> Iterat
             "missing" if found is None else f"{found} bytes",
             f"{expected} bytes, as the manifest says",
         )
+
+
+def _counted_damage(folder: Path, *, part: str, manifest: DomainManifest) -> Iterator[Damage]:
+    counts = manifest.parts[part]
+    if counts.counted is None:
+        return
+    file = counted_path(folder, part)
+    expected = -(-counts.tokens // 8)
+    found = file.stat().st_size if file.is_file() else None
+    if found != expected:
+        value = "missing" if found is None else f"{found} bytes"
+        yield Damage(str(file), value, f"{expected} bytes, a bit for each token")
 
 
 def _adopted_damages(adopted: Adopted) -> Iterator[Damage]:

@@ -2,6 +2,7 @@
 
 SHARD/tokens.bin       flat tokens, each document closed by the separator
 SHARD/documents.bin    of each document its tokens, bytes of text and hash: `DOCUMENT`
+SHARD/counted.bin      one byte for each token, 1 if it counts in a loss; only where some do not
 SHARD/shard.json       counts, written last
 """
 
@@ -25,6 +26,7 @@ from shearing.files.durable import write_json
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8")])
 DOCUMENTS_PER_READ = 1 << 17
 TOKENS_NAME, DOCUMENTS_NAME, COUNTS_NAME = "tokens.bin", "documents.bin", "shard.json"
+COUNTED_NAME = "counted.bin"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -39,6 +41,7 @@ class Shard:
     Args:
         left_out: documents that were read and are not in here, by reason.
         sources: what was read for it, with checksums.
+        counted: whether it says of each token if it counts in a loss.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class Shard:
     largest_token: int
     left_out: Mapping[str, int]
     sources: tuple[SourceFile, ...]
+    counted: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> Shard:
@@ -65,31 +69,58 @@ class Shard:
         place = self.folder / TOKENS_NAME
         return np.fromfile(place, dtype=dtype, count=stop - start, offset=start * dtype.itemsize)
 
+    def read_counted(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Of tokens [start, stop) whether they count in a loss."""
+        return np.fromfile(self.folder / COUNTED_NAME, dtype=np.bool_, count=stop - start, offset=start)
+
 
 class ShardWriter:
-    """Writes a shard into an existing folder; memory does not grow with its length."""
+    """Writes a shard into an existing folder; memory does not grow with its length.
 
-    def __init__(self, folder: Path, *, vocab_size: int, separator_id: int) -> None:
+    Args:
+        folder: of the shard.
+        vocab_size, separator_id: see `CorpusWriter`.
+        begin_id: token put in front of every document that does not begin with it, as what a chat template writes may;
+            or None.
+        counted: whether it is said of each token if it counts in a loss.
+    """
+
+    def __init__(
+        self, folder: Path, *, vocab_size: int, separator_id: int, begin_id: int | None = None, counted: bool = False
+    ) -> None:
         self.folder = folder
+        self.begin_id = begin_id
         self.vocab_size = vocab_size
         self.separator_id = separator_id
         self.dtype = token_dtype(vocab_size)
         self.documents = self.tokens = self.bytes = self.largest_token = 0
         self._tokens = (folder / TOKENS_NAME).open("wb")
         self._documents = (folder / DOCUMENTS_NAME).open("wb")
+        self._counted = (folder / COUNTED_NAME).open("wb") if counted else None
 
-    def add(self, texts: Sequence[bytes], *, token_ids: Iterable[Sequence[int]]) -> None:
-        """Append documents; the separators are added here.
+    def add(
+        self,
+        texts: Sequence[bytes],
+        *,
+        token_ids: Iterable[Sequence[int]],
+        counted: Iterable[npt.NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """Append documents; the tokens in front of them and behind them are added here.
 
         Args:
             texts: UTF-8.
             token_ids: of each text.
+            counted: of each text which of its tokens count in a loss; the separator does if the token before it does.
 
         Raises:
             ShearingError: a token id is negative or not below the vocabulary size.
         """
         flat, ends = array("q"), []
+        fronts: list[int] = []
         for ids in token_ids:
+            front = [] if self.begin_id is None or (len(ids) and ids[0] == self.begin_id) else [self.begin_id]
+            fronts.append(len(front))
+            flat.fromlist(front)
             flat.fromlist(list(ids))
             flat.append(self.separator_id)
             ends.append(len(flat))
@@ -110,6 +141,13 @@ class ShardWriter:
             )
         self._tokens.write(tokens.astype(self.dtype).tobytes())
         self._documents.write(records.tobytes())
+        if self._counted is not None:
+            assert counted is not None
+            for of_text, before in zip(counted, fronts, strict=True):
+                bits = np.zeros(before + len(of_text) + 1, dtype=np.bool_)
+                bits[before:-1] = of_text
+                bits[-1] = len(of_text) > 0 and of_text[-1]
+                self._counted.write(bits.tobytes())
         self.documents += len(texts)
         self.tokens += len(tokens)
         self.bytes += int(records["bytes"].sum())
@@ -117,7 +155,7 @@ class ShardWriter:
 
     def close(self, *, sources: Sequence[SourceFile], left_out: Mapping[str, int]) -> Shard:
         """Flush everything to disk and write the counts."""
-        for file in (self._tokens, self._documents):
+        for file in (self._tokens, self._documents, *([] if self._counted is None else [self._counted])):
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -127,11 +165,12 @@ class ShardWriter:
             "largest_token": self.largest_token,
             "left_out": dict(sorted(left_out.items())),
             "sources": [asdict(source) for source in sources],
+            "counted": self._counted is not None,
         }
         write_json(self.folder / COUNTS_NAME, counts)
         return Shard.open(self.folder)
 
     def abandon(self) -> None:
         """Close the files; what was written is of no use."""
-        self._tokens.close()
-        self._documents.close()
+        for file in (self._tokens, self._documents, *([] if self._counted is None else [self._counted])):
+            file.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.counted import Counted, counted_path
 from shearing.data.corpus.format import ONE_PART, DomainManifest, Split
 from shearing.data.corpus.integrity import open_tokens
 from shearing.data.corpus.tokens import PieceOfTokens, Tokens
@@ -72,6 +73,17 @@ class StoredSplit:
         if self.num_tokens == len(whole):
             return whole
         return PieceOfTokens(whole, first=self.tokens[0], length=self.num_tokens)
+
+    def counted(self) -> Counted | None:
+        """Which of its tokens count in a loss; None: all.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        # Corpora of format 2, whose parts are divided, have no such file.
+        if self.manifest.parts[self.part].counted is None:
+            return None
+        return Counted(counted_path(self.folder, self.part))
 
     def document_ends(self) -> npt.NDArray[np.int64]:
         """Where each document ends in its tokens; int64 [documents], memory-mapped where nothing lies before it."""

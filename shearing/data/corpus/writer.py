@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import Self
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import (
     DomainSettings,
@@ -42,6 +43,7 @@ class CorpusWriter:
         tokenizer_json: content of its tokenizer.json, so that the corpus can be decoded.
         validation_fraction, test_fraction: shares of the tokens held out, above 0 and below 1 together.
         split_seed: another one holds out other documents.
+        bos: how texts begin; with `document` its token is put in front of every document here.
 
     Raises:
         ShearingError: the folder cannot be written.
@@ -59,6 +61,7 @@ class CorpusWriter:
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         split_seed: int = 0,
+        bos: Bos | None = None,
     ) -> None:
         try:
             validation, test = (SplitSize.parse(f"{100 * each:.6f}%") for each in (validation_fraction, test_fraction))
@@ -80,6 +83,7 @@ class CorpusWriter:
             split_seed=split_seed,
             sizes=sizes,
             versions={"numpy": np.__version__},
+            bos=bos or Bos(),
         )
         make_corpus_folder(self.path)
         try:
@@ -127,7 +131,9 @@ class CorpusWriter:
     def _inputs(self, inputs: str) -> str:
         settings = self.settings
         parts = [inputs, settings.tokenizer_fingerprint, settings.separator_id, settings.sizes.to_json()]
-        return hashlib.sha256(json.dumps([*parts, settings.split_seed, FORMAT]).encode()).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps([*parts, settings.split_seed, FORMAT, *settings.bos.identity()]).encode()
+        ).hexdigest()[:32]
 
 
 class DomainWriter:
@@ -151,7 +157,10 @@ class DomainWriter:
         (self._folder / "shard").mkdir(parents=True)
         settings = self._corpus.settings
         self._shard = ShardWriter(
-            self._folder / "shard", vocab_size=settings.vocab_size, separator_id=settings.separator_id
+            self._folder / "shard",
+            vocab_size=settings.vocab_size,
+            separator_id=settings.separator_id,
+            begin_id=settings.begin_id,
         )
         return self
 
@@ -161,7 +170,7 @@ class DomainWriter:
         return self._shard.tokens if self._shard else 0
 
     def add(self, text: str, *, token_ids: Sequence[int]) -> None:
-        """Append one document; the separator is added here.
+        """Append one document; the separator, and the token in front, are added here.
 
         Raises:
             ShearingError: a token id is negative or not below the vocabulary size.

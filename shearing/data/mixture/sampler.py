@@ -56,6 +56,7 @@ class Batch:
     Attributes:
         rows: int64 [B], of the domains.
         positions: int64 [B, S + 1], see `Corpus.row_positions`; None unless the mixture was asked for them.
+        counted: bool [B, S + 1], tokens that count as labels; None: all.
         num_labels: labels that count in the whole step that this batch is part of; None: all of them.
     """
 
@@ -64,6 +65,7 @@ class Batch:
     rows: Tensor
     first_sample: int
     positions: Tensor | None = None
+    counted: Tensor | None = None
     num_labels: int | None = None
 
 
@@ -179,7 +181,7 @@ class Mixture:
         self.corpus = corpus
         self.seed = seed
         self.sequence_length = sequence_length
-        self.documents = documents or DocumentRules()
+        self.documents = (documents or DocumentRules()).heeding(corpus.bos)
         self.domains = corpus.domains
         rows = [corpus.train_rows(name, sequence_length=sequence_length) for name in self.domains]
         self._sizes = np.array(rows, dtype=np.int64)
@@ -224,6 +226,7 @@ class Mixture:
         if self.documents.needs_positions:
             of_rows = [self.corpus.row_positions(*each, sequence_length=self.sequence_length) for each in chosen]
             positions = torch.from_numpy(np.stack(of_rows))
+        counted = self.corpus.counted(chosen, sequence_length=self.sequence_length)
         self._next_sample = max(self._next_sample, first_sample + num_sequences)
         return Batch(
             torch.from_numpy(tokens),
@@ -231,23 +234,27 @@ class Mixture:
             torch.from_numpy(rows),
             first_sample,
             positions=positions,
+            counted=None if counted is None else torch.from_numpy(counted),
         )
 
     def num_labels(self, *, first_sample: int, num_sequences: int) -> int | None:
-        """Labels of these samples that count, where those that begin a document do not; None where all do.
+        """Labels of these samples that count, where those that begin a document or lie outside of answers do not.
 
-        No token is read: every process knows the count of a whole step without asking the others.
+        None where all do. No token is read: every process knows the count of a whole step without asking the others.
         """
-        if self.documents.loss_across:
+        if self.documents.loss_across and self.corpus.all_count:
             return None
         domain_ids, rows = self.dealt(first_sample=first_sample, num_sequences=num_sequences)
-        begin = sum(
-            self.corpus.labels_that_begin_documents(
-                self.domains[domain], rows[domain_ids == domain], sequence_length=self.sequence_length
+        left_out = sum(
+            self.corpus.labels_left_out(
+                self.domains[domain],
+                rows[domain_ids == domain],
+                sequence_length=self.sequence_length,
+                loss_across=self.documents.loss_across,
             )
             for domain in np.unique(domain_ids).tolist()
         )
-        return num_sequences * self.sequence_length - begin
+        return num_sequences * self.sequence_length - left_out
 
     def dealt(self, *, first_sample: int, num_sequences: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Domain and row of consecutive samples, both [B], under the weights announced so far; no token is read."""

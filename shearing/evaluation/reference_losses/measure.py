@@ -15,8 +15,9 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
 from shearing.evaluation.heldout import heldout_loss
 from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
-from shearing.models.loading import load_config, load_source
+from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.shape import Shape
+from shearing.models.tokenizer import load_tokenizer
 from shearing.progress import activity
 
 
@@ -99,9 +100,8 @@ def _existing(output: Path, *, conditions: Conditions, origin: str) -> LossTable
 
 def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int) -> None:
     """Raise where measuring `model` on `corpus` would fail or mean nothing; reads config and tokenizer alone."""
-    from transformers import AutoTokenizer
-
     config = load_config(model)
+    require_weights(model)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ShearingError(
@@ -110,16 +110,7 @@ def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int) -> None:
             allowed=f"at most {limit}, the positions of {model}",
             mend=f"--sequence-length {limit}, for all models of the table",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            "--model",
-            value=model,
-            allowed="a model with its tokenizer beside it",
-            mend=f"add the tokenizer's files ({str(error).splitlines()[0]})",
-        ) from error
-    own = tokenizer_fingerprint(tokenizer)
+    own = tokenizer_fingerprint(load_tokenizer(model))
     for name, manifest in corpus.manifests.items():
         if manifest.tokenizer_fingerprint != own or manifest.largest_token >= config.vocab_size:
             raise ShearingError(

@@ -38,6 +38,7 @@ OURS = frozenset(
         "evaluation.json",
         "semi_structured.json",
         "shape.json",
+        "kept_tokens.json",
         "complete.json",
     }
 )

@@ -65,6 +65,13 @@ def write_model(
     write_json(folder / "config.json", _config_content(model, dtype=dtype or model.dtype))
 
 
+@torch.no_grad()
+def round_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
+    """Round every weight to a dtype and back, in place."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
 def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.stored import headers
 from shearing.models.stored.companions import companions, copy_companions, folder_of
-from shearing.models.stored.saving import INDEX, WEIGHTS, write_model
+from shearing.models.stored.saving import INDEX, write_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,29 +103,25 @@ class Source:
         return [*of_weights, *companions(self.folder)]
 
 
+@named({"source": "model"})
 def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     """Find a model's files; no weights are read.
 
     Args:
         name: folder or hub name.
         revision: of a hub name.
-        converted: folder to which a model is written that has no safetensors files under its own parameters' names; it
-            is made in memory, once.
+        converted: folder to which a model is written whose safetensors files have other names of parameters than its
+            own, as those of a model that was saved without its head; it is made in memory, once.
 
     Raises:
-        ShearingError: no such model, another family, quantised or incomplete weights.
+        ShearingError: see `load_config`, `headers.require_weights`.
         OSError, SafetensorError: it cannot be written to `converted`; see `files.full_disk`.
     """
     config = load_config(name, revision=revision)
-    if getattr(config, "quantization_config", None):
-        raise ShearingError(
-            "model",
-            value=f"{name}, which is quantised",
-            allowed="dense weights in fp32, bf16 or fp16",
-            mend="prune the model before it is quantised",
-        )
     folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
-    needed = set(skeleton(config).state_dict())
+    built = skeleton(config)
+    headers.require_weights(folder, model=built, source=name)
+    needed = set(built.state_dict())
     if getattr(config, "tie_word_embeddings", False):
         needed.discard(f"{anatomy_of(config).head}.weight")
     source = _opened(folder, config, original=folder)
@@ -132,14 +129,6 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
         if not (converted / "config.json").is_file():
             _convert(name, revision=revision, folder=folder, converted=converted)
         source = _opened(converted, config, original=folder)
-    for tensor in needed:
-        if source.entries[tensor].dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ShearingError(
-                f"model (parameter {tensor})",
-                value=source.entries[tensor].dtype,
-                allowed="dense weights: F64, F32, F16 or BF16",
-                mend="prune the model before it is quantised",
-            )
     return source
 
 
@@ -220,15 +209,9 @@ def dtype_of(source: Source, name: str) -> torch.dtype:
 
 
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
-    index = folder / INDEX
-    names = (
-        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if index.is_file()
-        else [path.name for path in folder.glob(WEIGHTS)]
-    )
     files: dict[str, str] = {}
     entries: dict[str, Entry] = {}
-    for name in names:
+    for name in headers.weight_files(folder, source=str(folder)):
         of_file, _ = read_header(folder / name)
         entries |= of_file
         files |= dict.fromkeys(of_file, name)

@@ -39,7 +39,7 @@ _WRITE = "shear data teacher"
 
 def domain_fingerprint(manifest: DomainManifest) -> str:
     """Hash of the training text of a domain, wherever it lies (hexadecimal, 32 digits)."""
-    content = [manifest.dtype, manifest.train.sha256, manifest.train.ends_sha256]
+    content = [manifest.dtype, manifest.train.sha256, manifest.train.ends_sha256, *manifest.bos.identity()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

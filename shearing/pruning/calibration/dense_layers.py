@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source
+from shearing.pruning.calibration.gradients import read_gradients
 from shearing.pruning.calibration.places import Matrix, Place, places_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of
@@ -60,7 +61,7 @@ def dense_layers(
     Args:
         source: the model.
         matrices: at least one.
-        needs: statistics of their inputs; none: no text is read.
+        needs: statistics of their inputs; none: no text is read. Gradients have to lie in the folder of `compute`.
         damping: see `damped_factors`.
         calibration: the text; may be None where nothing is needed.
         compute: where and how.
@@ -92,12 +93,14 @@ def dense_layers(
         wanted = [place for place in places if place in place_of.values()]
         found = walk.statistics(layer, module, wanted, needs=needs, damping=damping, propagate=layer < last)
         walk.let_go(module)
-        yield DenseLayer(
-            layer,
-            {name: stored[name] for name in place_of},
-            {name: found[place.name] for name, place in place_of.items()},
-        )
-        del stored, found
+        statistics = {name: found[place.name] for name, place in place_of.items()}
+        if "gradients" in needs:
+            statistics = {
+                name: of_place.with_gradients(read_gradients(name, layer=layer, folder=compute.folder))
+                for name, of_place in statistics.items()
+            }
+        yield DenseLayer(layer, {name: stored[name] for name in place_of}, {**statistics})
+        del stored, found, statistics
 
 
 def _place_of(layer: int, places: Sequence[Place], *, names: set[str], walk: LayerWalk) -> dict[str, Place]:

@@ -29,11 +29,13 @@ class InverseFactor:
 
     Attributes:
         upper: U [I, I].
+        diagonal: [I], of the damped H itself.
         dead: [I] bool, inputs that were always zero.
         damping: share of the mean diagonal of H that was added to its diagonal.
     """
 
     upper: Tensor
+    diagonal: Tensor
     dead: Tensor
     damping: float
 
@@ -54,7 +56,7 @@ class InverseFactor:
         for lower, used in damped_factors(moment, damping=damping, of="mean"):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
-                return cls(upper, dead, used)
+                return cls(upper, diagonal.clone(), dead, used)
         raise AssertionError("damped_factors ends by raising")
 
 

@@ -20,14 +20,22 @@ class Streams:
         device: the compute device.
         offload: none: all of it stays on the device; cpu: in memory; disk: in a file that is mapped into memory.
         folder: where that file is.
+        name: of the file.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device, offload: Offload, folder: Path
+        self,
+        shape: tuple[int, int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: Offload,
+        folder: Path,
+        name: str = "activations",
     ) -> None:
         self._device = device
         if offload == "disk":
-            file = folder / "activations.bin"
+            file = folder / f"{name}.bin"
             file.unlink(missing_ok=True)
             count = shape[0] * shape[1] * shape[2]
             self._all = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

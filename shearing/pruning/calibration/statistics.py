@@ -7,6 +7,7 @@ Legend: n sequences, S tokens each, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Literal
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from shearing.pruning.calibration.inverse import InverseFactor
 
-Need = Literal["sums", "squares", "moment"]
+Need = Literal["sums", "squares", "moment", "gradients"]
+"""Of what a matrix reads; gradients are of its weights, and gathered before (`gather_gradients`)."""
 
 
 class InputStatistics:
@@ -30,6 +32,8 @@ class InputStatistics:
     Attributes:
         sequences: how many were added.
         tokens: sum of the weights of their tokens, a scalar fp64 on the device.
+        gradients: of one matrix that reads these inputs, the root of the mean over sequences of (∂l/∂w)² [O, I], on the
+            CPU; None unless `with_gradients` made this.
     """
 
     def __init__(
@@ -42,12 +46,13 @@ class InputStatistics:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.sequences = 0
+        self.gradients: Tensor | None = None
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self._damping = damping
         self._sums = torch.zeros(columns, dtype=dtype, device=device) if "sums" in needs else None
         self._squares = torch.zeros(columns, dtype=dtype, device=device) if "squares" in needs else None
         self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if "moment" in needs else None
-        self._factor: InverseFactor | None = None
+        self._factor: list[InverseFactor] = []  # one, shared by all that `with_gradients` makes of this
 
     def add(self, inputs: Tensor, *, weights: Tensor | None = None) -> None:
         """Inputs of whole sequences [n, S, I], any dtype, and how much each token counts [n, S]; None: each once."""
@@ -101,15 +106,26 @@ class InputStatistics:
         parts = (self._sums, self._squares, self._products)
         return all(bool(part.isfinite().all()) for part in parts if part is not None)
 
+    @property
+    def damping(self) -> float | None:
+        """Of the factor that was computed; None where nobody has asked for one."""
+        return self._factor[0].damping if self._factor else None
+
+    def with_gradients(self, gradients: Tensor) -> InputStatistics:
+        """The same of its inputs, for a matrix with these gradients [O, I]."""
+        of_matrix = copy(self)
+        of_matrix.gradients = gradients
+        return of_matrix
+
     def factor(self) -> InverseFactor:
         """Factor of the inverse of the damped H; computed once for all matrices that read these inputs.
 
         Raises:
             ShearingError: H is singular even when damped strongly.
         """
-        if self._factor is None:
-            self._factor = InverseFactor.of(self.moment, damping=self._damping)
-        return self._factor
+        if not self._factor:
+            self._factor.append(InverseFactor.of(self.moment, damping=self._damping))
+        return self._factor[0]
 
 
 def weigh(x_TI: Tensor, weights: Tensor | None) -> Tensor:

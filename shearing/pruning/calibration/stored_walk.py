@@ -90,10 +90,7 @@ class LayerWalk:
         module = decoder_layers(self._model)[layer]
         names = {self.name(layer, name): name for name, _ in module.named_parameters()}
         stored = {**self._source.read(names), **(instead or {})}
-        for full, name in names.items():
-            owner, _, leaf = name.rpartition(".")
-            weight = stored[full].to(self._compute.device, self._compute.dtype, copy=True)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        fill(module, names=names, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
         return module, stored
 
     def let_go(self, module: nn.Module) -> None:
@@ -151,9 +148,21 @@ class LayerWalk:
     def propagate(self, layer: int, module: nn.Module) -> None:
         """Replaces the streams by what the layer makes of them."""
         for chunk in self._chunks:
-            _, after = run_layer(module, module, self._streams.read(chunk), self._call(layer, chunk), places=())
-            self._streams.write(chunk, after)
+            self._streams.write(chunk, self.run(layer, module, self._streams.read(chunk), chunk))
             self._advance(1)
+
+    def run(self, layer: int, module: nn.Module, stream: Tensor, chunk: slice) -> Tensor:
+        """What a layer makes of a stream [B, S, d] of some sequences."""
+        return run_layer(module, module, stream, self._call(layer, chunk), places=())[1]
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Sequences that are on the compute device together."""
+        return self._chunks
+
+    def stream(self, chunk: slice) -> Tensor:
+        """The residual streams [B, S, d] of some sequences as they are now, a copy on the compute device."""
+        return self._streams.read(chunk)
 
     def pass_by(self) -> None:
         """Counts a pass that nobody needs."""
@@ -176,6 +185,28 @@ class LayerWalk:
 
     def _call(self, layer: int, chunk: slice) -> Call:
         return self._calls[chunk.stop - chunk.start][layer]
+
+
+def fill(
+    module: nn.Module,
+    *,
+    names: Mapping[str, str],
+    stored: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Gives a module its weights, as copies that need no gradient.
+
+    Args:
+        module: without weights.
+        names: its names for them by their full names.
+        stored: by full name.
+        device, dtype: of the copies.
+    """
+    for full, name in names.items():
+        owner, _, leaf = name.rpartition(".")
+        weight = stored[full].to(device, dtype, copy=True)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
 
 
 def chunks_of(calibration: Calibration, *, compute: Compute) -> list[slice]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError, named
@@ -17,6 +18,7 @@ from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
+from shearing.models.tokenizer import begin_tokens, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,19 @@ class Stored:
     revision: str | None = None
 
 
-def open_heldout(path: Path, *, tokenizer_folder: Path, vocab_size: int, sequence_length: int) -> Corpus:
+def open_heldout(
+    path: Path, *, tokenizer_folder: Path, vocab_size: int, sequence_length: int, bos: BosChoice = "auto"
+) -> Corpus:
     """The corpus to evaluate on, checked against the model's tokenizer.
 
     Raises:
-        ShearingError: see `Corpus.open`.
+        ShearingError: see `Corpus.open`, `require_bos`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     with named({"corpus": "evaluate"}):
         corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    begin = begin_tokens(tokenizer)
+    require_bos(corpus.bos, choice=bos, front=begin.front, named=begin.named, corpus=str(path))
     try:
         for domain in corpus.domains:
             corpus.heldout_rows(domain, split="test", sequence_length=sequence_length)
@@ -81,7 +87,7 @@ def compare(
             tokens_per_domain=tokens_per_domain,
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
-            tokenizer=AutoTokenizer.from_pretrained(stored.name, revision=stored.revision),
+            tokenizer=load_tokenizer(stored.name, revision=stored.revision),
             progress=advance,
         )
         shape, (nonzero, nonzero_bytes) = Shape.of(model.config), _nonzero(model)

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
 from shearing.models.stored.stored_model import Source, dtype_of, open_source
+from shearing.models.tokenizer import load_tokenizer
+from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration, load_calibration
@@ -156,11 +158,21 @@ def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -
 
 
 def disk_bytes(job: Job) -> int:
-    """The model, its layers once more until they are put together, and what is offloaded."""
+    """The model, its layers once more until they are put together, what is offloaded, and gradients."""
     size = 2 * job.source.weight_bytes()
     if job.calibration is not None and job.compute.offload == "disk":
         size += job.calibration.tokens.numel() * job.source.config.hidden_size * job.compute.dtype.itemsize
+    if job.calibration is not None and "gradients" in job.criterion.needs:
+        size += gradient_bytes(job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute)
     return size
+
+
+def gather(job: Job, *, console: Console) -> None:
+    """Gradients, if the criterion needs any: all that is learned of the dense model before levels are chosen."""
+    if job.calibration is not None and "gradients" in job.criterion.needs:
+        gather_gradients(
+            job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute, console=console
+        )
 
 
 def no_room(folder: Path, *, what: str) -> ShearingError:
@@ -219,12 +231,14 @@ def _texts(
     more = recipe.search.fitness_samples if recipe.allocation == "msp" else 0
     text = load_calibration(
         recipe.calibration or [],
-        tokenizer=tokenizer or AutoTokenizer.from_pretrained(source.folder),
+        tokenizer=tokenizer or load_tokenizer(str(source.folder)),
         vocab_size=source.config.vocab_size,
         samples=recipe.samples + more,
         seqlen=seqlen,
         seed=recipe.seed,
+        text_field=recipe.text_field,
         corpus=corpus,
+        bos=recipe.bos,
     )
     calibration = Calibration(text.tokens[: recipe.samples], text.source)
     return calibration, Calibration(text.tokens[recipe.samples :], text.source) if more else None

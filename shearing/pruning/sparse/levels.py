@@ -16,16 +16,19 @@ from shearing.errors import ShearingError, named
 from shearing.files.durable import locked, read_json, require_writable, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.pruning.sparse.allocation.allocator import Allocator, Request, require_fit, units_of
-from shearing.pruning.sparse.allocation.alpha import Alpha
-from shearing.pruning.sparse.allocation.depth import Depth
 from shearing.pruning.sparse.allocation.file import FILE_NAME, StoredAllocation, read_allocation, write_allocation
-from shearing.pruning.sparse.allocation.owl import Owl
 from shearing.pruning.sparse.allocation.picture import draw_allocation
-from shearing.pruning.sparse.allocation.rank import Rank
-from shearing.pruning.sparse.allocation.uniform import Uniform
-from shearing.pruning.sparse.job import Job, no_room, prepare, require_same
+from shearing.pruning.sparse.allocation.rules.alpha import Alpha
+from shearing.pruning.sparse.allocation.rules.depth import Depth
+from shearing.pruning.sparse.allocation.rules.hessian import HessianRank
+from shearing.pruning.sparse.allocation.rules.owl import Owl
+from shearing.pruning.sparse.allocation.rules.rank import Rank
+from shearing.pruning.sparse.allocation.rules.redundancy import Redundancy
+from shearing.pruning.sparse.allocation.rules.uniform import Uniform
+from shearing.pruning.sparse.job import Job, gather, no_room, prepare, require_same
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.search.evolution import SearchSettings
+from shearing.pruning.sparse.search.fitness import Training
 from shearing.pruning.sparse.search.msp import Msp
 
 
@@ -66,6 +69,7 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
         else:
             write_json(settings, job.settings)
         started = time.monotonic()
+        gather(job, console=console)
         allocation = choose_levels(recipe, job=job, console=console)
         write_json(output, dict(allocation.content))
     shutil.rmtree(partial)
@@ -148,7 +152,16 @@ def allocator_of(recipe: SparsifyRecipe, *, job: Job) -> Allocator:
     return Msp(
         text=job.fitness,
         settings=SearchSettings(
-            population=search.population, offspring=search.offspring, generations=search.generations
+            population=search.population,
+            offspring=search.offspring,
+            generations=search.generations,
+            crossover=search.crossover,
+            more_swaps=search.more_swaps,
+        ),
+        training=Training(
+            steps=search.training_steps,
+            learning_rate=search.training_learning_rate,
+            batch=search.training_batch,
         ),
         kind=search.fitness,
         seed=recipe.seed,
@@ -164,6 +177,8 @@ def _rules(recipe: SparsifyRecipe) -> dict[str, Allocator]:
         "depth": Depth() if spread is None else Depth(spread=spread),
         "alpha": Alpha() if spread is None else Alpha(epsilon=spread),
         "owl": Owl(outlier_ratio=recipe.outlier_ratio, spread=spread),
+        "redundancy": Redundancy(outlier_ratio=recipe.outlier_ratio, spread=spread),
+        "hessian": HessianRank(seed=recipe.seed) if spread is None else HessianRank(spread=spread, seed=recipe.seed),
         "rank": rank if spread is None else replace(rank, spread=spread),
     }
 

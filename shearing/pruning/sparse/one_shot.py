@@ -11,6 +11,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
@@ -19,7 +20,7 @@ from shearing.files.durable import locked, read_json, require_new, require_writa
 from shearing.files.full_disk import full_disk_said
 from shearing.progress import activity, max_memory
 from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
-from shearing.pruning.sparse.job import Job, disk_bytes, no_room, prepare, require_same
+from shearing.pruning.sparse.job import Job, disk_bytes, gather, no_room, prepare, require_same
 from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
@@ -58,7 +59,7 @@ def sparsify(
     _require_place(output)
     require_writable(output, field="output")
     job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus)
-    heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job)
+    heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job, bos=recipe.bos)
     if (output / MANIFEST).is_file():
         require_same(read_manifest(output)["settings"], job.settings, where=output)
         console.print(f"{output} holds that model already", soft_wrap=True, highlight=False)
@@ -79,6 +80,7 @@ def sparsify(
 
 
 def _prune(recipe: SparsifyRecipe, job: Job, *, partial: Path, console: Console) -> dict[str, Any]:
+    gather(job, console=console)
     allocation = choose_levels(recipe, job=job, console=console)
     method = Method(job.criterion, job.reconstruction, allocation.patterns, recipe.damping, recipe.true_sequential)
     pruned_layers = PrunedLayers(partial / "blocks")
@@ -147,12 +149,13 @@ def _no_room(partial: Path, *, job: Job) -> ShearingError:
     return no_room(partial, what=f"{disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more")
 
 
-def _heldout(path: Path, *, job: Job) -> Corpus:
+def _heldout(path: Path, *, job: Job, bos: BosChoice) -> Corpus:
     return open_heldout(
         path,
         tokenizer_folder=job.source.folder,
         vocab_size=job.source.config.vocab_size,
         sequence_length=job.seqlen,
+        bos=bos,
     )
 
 
@@ -190,6 +193,8 @@ def _print_summary(manifest: dict[str, Any], *, seconds: float, console: Console
     table.add_row(
         "sparsity", f"{100 * reached['sparsity']:.2f} % of them, {100 * model['sparsity']:.2f} % of all parameters"
     )
+    if before := sum(about.get("zero_before", 0) for about in manifest["matrices"].values()):
+        table.add_row("zero before", f"{format_parameters(before)} of them, which stay zero and count as removed")
     spent = manifest["seconds"]
     table.add_row("time", f"{seconds:.1f} s; passes {spent['forward']:.1f} s, pruning itself {spent['metric']:.1f} s")
     table.add_row("peak memory", f"{max_memory() / 1e9:.2f} GB")

@@ -50,7 +50,7 @@ class Pattern(ABC):
         Choosing columns part by part, left to right, keeps as many as choosing them at once.
 
         Args:
-            scores: [O, columns], higher is kept; finite.
+            scores: [O, columns], higher is kept; finite, or -inf of what is gone already and goes first.
             first: index of the first of these columns in the whole matrix.
 
         Returns:
@@ -59,7 +59,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def holds(self, mask: Tensor) -> bool:
-        """Whether the mask [O, I] of a whole matrix obeys the pattern and its budget."""
+        """Whether the mask [O, I] of a whole matrix keeps no more than the pattern does, and none that it would not."""
 
     def check(self, *, rows: int, columns: int, name: str) -> None:
         """Raises `ShearingError` if a matrix of this size cannot have the pattern."""
@@ -98,7 +98,7 @@ class KeptOf(Pattern):
     def holds(self, mask: Tensor) -> bool:
         if mask.shape[1] % self.of:
             return False
-        return bool((mask.reshape(mask.shape[0], -1, self.of).sum(-1) == self.kept).all())
+        return bool((mask.reshape(mask.shape[0], -1, self.of).sum(-1) <= self.kept).all())
 
     def check(self, *, rows: int, columns: int, name: str) -> None:
         del rows
@@ -135,7 +135,7 @@ class PerRow(Pattern):
         return torch.ones_like(scores, dtype=torch.bool).scatter_(1, dropped, value=False)
 
     def holds(self, mask: Tensor) -> bool:
-        return bool(((~mask).sum(1) == self._dropped(mask.shape[1])).all())
+        return bool(((~mask).sum(1) >= self._dropped(mask.shape[1])).all())
 
     def _dropped(self, columns: int) -> int:
         return math.floor(self.sparsity * columns)
@@ -167,7 +167,7 @@ class PerLayer(Pattern):
         return mask.view(scores.shape)
 
     def holds(self, mask: Tensor) -> bool:
-        return int((~mask).sum()) == self._dropped(mask.numel())
+        return int((~mask).sum()) >= self._dropped(mask.numel())
 
     def _dropped(self, weights: int) -> int:
         return math.floor(self.sparsity * weights)
@@ -203,6 +203,7 @@ class Cumulative(Pattern):
     def keep(self, scores: Tensor, *, first: int = 0) -> Tensor:
         assert first == 0
         ascending, order = scores.float().sort(dim=1, stable=True)
+        ascending = ascending.clamp(min=0.0)
         cumulative, total = ascending.cumsum(1), ascending.sum(1, keepdim=True)
         alpha, low, high = 0.4, 0.0, 0.8
         target = float(self.sparsity)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source
+from shearing.pruning.calibration.gradients import read_gradients
 from shearing.pruning.calibration.places import Place, places_of, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
-from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice, Reconstruction, prune_matrix
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers, PrunedMatrix
 
 
@@ -74,6 +75,8 @@ def prune_layers(
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Prune all layers that `pruned_layers` does not hold yet, and write them there.
+
+    A criterion's gradients have to lie in the folder of `compute` (`gather_gradients`).
 
     Layers that are there already are only computed, as their second pass was, so that a run that was interrupted ends
     in the same bits as one that was not.
@@ -153,6 +156,9 @@ class _Pruning:
         for member in place.members:
             name = self._walk.name(layer, member) + ".weight"
             if name in self._method.allocation:
+                if statistics is not None and "gradients" in self._method.criterion.needs:
+                    gradients = read_gradients(name, layer=layer, folder=self._compute.folder)
+                    statistics = statistics.with_gradients(gradients)
                 pruned[name] = self._prune_matrix(name, dense[name], statistics=statistics)
                 weight_of(module, member).copy_(pruned[name].weight)
         return pruned
@@ -160,18 +166,21 @@ class _Pruning:
     def _prune_matrix(self, name: str, weight: Tensor, *, statistics: InputStatistics | None) -> PrunedMatrix:
         pattern = self._method.allocation[name]
         choice = Choice(self._method.criterion, pattern, statistics)
-        new, mask = self._method.reconstruction.prune(weight.to(self._compute.device), choice=choice)
+        new, mask = prune_matrix(
+            weight.to(self._compute.device), reconstruction=self._method.reconstruction, choice=choice
+        )
         new, mask = new.to(weight.dtype).cpu(), mask.cpu()
         if not bool(new.isfinite().all()):
             raise not_finite(f"the reconstruction of {name}")
         facts = {
             "pattern": str(pattern),
             "shape": list(weight.shape),
+            "zero_before": weight.numel() - int(weight.count_nonzero()),
             "kept": int(mask.sum()),
             "nonzero": int(new.count_nonzero()),
         }
-        if self._method.reconstruction.needs and statistics is not None:
-            facts["damping"] = statistics.factor().damping
+        if statistics is not None and statistics.damping is not None:
+            facts["damping"] = statistics.damping
         return PrunedMatrix(new, mask, facts)
 
     def _statistics(self, layer: int, module: nn.Module, group: Sequence[Place]) -> dict[str, InputStatistics]:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.pruning.sparse.allocation.facts import ALLOCATIONS, RULES, AllocationName, RuleName
+from shearing.pruning.sparse.allocation.facts import ALLOCATIONS, RULES, STARTS, AllocationName, RuleName
 from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName, Group
 from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS, ReconstructionName
 from shearing.settings.document import embed_reference
@@ -38,17 +39,20 @@ def _levels(value: object) -> object:
 
 
 def _unless_set(defaults: Mapping[str, str]) -> str:
-    """'row for wanda, or layer': what criteria have by default, the commonest last."""
+    """'row for wanda and gblm, or layer': what criteria have by default, the commonest last."""
     commonest = Counter(defaults.values()).most_common(1)[0][0]
-    others = [f"{default} for {criterion}" for criterion, default in defaults.items() if default != commonest]
+    criteria: dict[str, list[str]] = {}
+    for criterion, default in defaults.items():
+        criteria.setdefault(default, []).append(criterion)
+    others = [f"{default} for {' and '.join(names)}" for default, names in criteria.items() if default != commonest]
     return f"{', '.join(others)}, or {commonest}"
 
 
 def _without_text() -> str:
-    """'magnitude without obs': what reads no text."""
+    """'magnitude with reconstruction none': what reads no text."""
     criteria = [name for name, facts in CRITERIA.items() if not facts.needs]
-    ways = [name for name, facts in RECONSTRUCTIONS.items() if facts.needs]
-    return f"{', '.join(criteria)} without {' or '.join(ways)}"
+    ways = [name for name, facts in RECONSTRUCTIONS.items() if not facts.needs]
+    return f"{', '.join(criteria)} with reconstruction {' or '.join(ways)}"
 
 
 PatternText = Annotated[str, BeforeValidator(_pattern)]
@@ -60,14 +64,29 @@ class SearchKeys(Section):
     population: int = Field(24, ge=2, description="Candidates that survive a generation.")
     offspring: int = Field(24, ge=1, description="New candidates in a generation.")
     generations: int = Field(20, ge=0, description="Rounds; 0: the best of the first population.")
+    crossover: float = Field(0.3, ge=0.0, le=1.0, description="Share of new candidates that have two parents.")
+    more_swaps: float = Field(
+        0.5,
+        ge=0.0,
+        lt=1.0,
+        description="Of the others, the chance of one more paired swap after each: 0: one, 0.5: two on average.",
+    )
     fitness: Literal["loss", "kl"] = Field(
         "loss", description="loss: next-token cross-entropy; kl: divergence from the dense model's predictions."
     )
     fitness_samples: int = Field(
         16, ge=1, description="Sequences that candidates are compared on; other rows than the calibration's."
     )
+    training_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps for which a candidate is trained under its masks before it is compared, so that what "
+        "training mends does not count against it; 0: none. Each costs about three passes.",
+    )
+    training_learning_rate: float = Field(1e-5, gt=0.0, description="Of these steps, of Adam.")
+    training_batch: int = Field(4, ge=1, description="Calibration sequences of one of these steps.")
     starts: list[RuleName] = Field(
-        RULES,
+        STARTS,
         description="Rules whose allocations join the first population, so that none is better on those sequences.",
     )
 
@@ -77,7 +96,7 @@ class AllocationKeys(Section):
 
     allocation: AllocationName | Path = Field(
         "uniform",
-        description="How the budget is shared out: uniform; depth, alpha, owl, rank: rules; msp: search; or the "
+        description=f"How the budget is shared out: uniform; {', '.join(RULES)}: rules; msp: search; or the "
         "allocation.json of an earlier run or of `shear allocate`.",
     )
     levels: Annotated[list[PatternText], BeforeValidator(_levels)] | None = Field(
@@ -96,10 +115,12 @@ class AllocationKeys(Section):
         None,
         gt=0.0,
         lt=1.0,
-        description="How far rules go from the mean: depth, rank, owl: sparsity to either side; alpha: its epsilon. "
+        description="How far rules go from the mean: alpha: its epsilon; the others: sparsity to either side. "
         "Unset: as published, where that is known.",
     )
-    outlier_ratio: float = Field(5.0, gt=1.0, description="owl: an outlier's score is this many times the mean.")
+    outlier_ratio: float = Field(
+        5.0, gt=1.0, description="owl, redundancy: an outlier's score is this many times the mean."
+    )
     labels: Literal["true", "sampled"] = Field(
         "true",
         description="rank, msp: labels of the Fisher trace; true: the text's own next tokens; sampled: drawn from the "
@@ -147,17 +168,28 @@ class OneShotRecipe(AllocationKeys):
     )
     reconstruction: ReconstructionName | None = Field(
         None,
-        description="obs: kept weights make up for removed ones, column by column. Unset: "
+        description="What is done about removed weights. obs: kept ones make up for them, column by column; admm: all "
+        "at once, nearly the optimum; closed_form: the optimum; admm_gradual: the same while the mask is chosen anew; "
+        "alps: while it is searched; dsnot: the mask is moved until outputs keep their means. Unset: "
         f"{_unless_set({name: facts.reconstruction for name, facts in CRITERIA.items()})}.",
     )
     calibration: list[Path] | None = Field(
         None,
-        description=f"Folder of a prepared corpus, or plain text files; not needed for {_without_text()}. Unset "
-        "in a run: data.corpus.",
+        description="Folder of a prepared corpus, or files of text: .txt, .json, .jsonl, .parquet, also .gz and .zst; "
+        f"not needed for {_without_text()}. Unset in a run: data.corpus.",
+    )
+    text_field: str = Field(
+        "text", description="Of calibration files with documents (JSON, Parquet): field of the text; data.text: nested."
     )
     samples: int = Field(128, ge=1, description="Sequences of calibration text.")
     seqlen: int | None = Field(
         None, ge=2, description="Tokens of a sequence. Unset: 2048, or what the model can read if that is less."
+    )
+    bos: Neutral[BosChoice] = Field(
+        "auto",
+        description="How texts begin: auto: with the token that the model's tokenizer puts in front of a text, if any; "
+        "document or row: with one in front of each; or none. A corpus that begins its texts otherwise is refused. "
+        "auto in a run: data.bos.",
     )
     damping: float = Field(
         0.01, gt=0.0, le=1.0, description="Share of its mean diagonal that is added to the inputs' second moment."
@@ -245,7 +277,7 @@ class SparsifyRecipe(OneShotRecipe, _Folders):
             yield ShearingError(
                 "calibration",
                 value=None,
-                allowed="the folder of a prepared corpus, or plain text files",
+                allowed="the folder of a prepared corpus, or files of text",
                 mend=f"{reads}: say on which text",
             )
 

@@ -14,6 +14,7 @@ from shearing.evaluation.table import comparison_table
 from shearing.files.durable import read_json
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.changes import changes_of
 from shearing.runs.export.origin import Origin
 from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import Recipe
@@ -110,6 +111,9 @@ def _method(origin: Origin) -> Iterator[str]:
             f"{stage.learning_rate:g}, schedule {stage.schedule}"
             f"{', low-rank adapters merged' if stage.lora is not None else ''}."
         )
+        for change in changes_of(run):
+            keys = ", ".join(f"{key} from {before} to {after}" for key, (before, after) in change.keys.items())
+            lines.append(f"- Changed after step {change.step:,} of it: {keys}.")
     if recipe.distill is not None:
         lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
     yield "## Method"

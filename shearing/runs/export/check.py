@@ -23,10 +23,10 @@ LARGEST_DIFFERENCE = 1e-4
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Logits [1, S, V] of tokens drawn with seed 0, in double precision."""
+def logits_of(model: PreTrainedModel | PeftModel, *, context: int = TOKENS) -> Tensor:
+    """Logits [1, S, V] of tokens drawn with seed 0, in double precision; of no more than a context has."""
     config: Any = model.config
-    length = min(TOKENS, config.max_position_embeddings)
+    length = min(TOKENS, context, config.max_position_embeddings)
     tokens = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.double()
@@ -35,13 +35,6 @@ def logits_of(model: PreTrainedModel | PeftModel) -> Tensor:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference by that of what was expected."""
     return float((found - expected).norm() / expected.norm())
-
-
-@torch.no_grad()
-def round_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
-    """Round every weight to a dtype and back, in place."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
 
 
 def opened(folder: Path) -> PreTrainedModel:

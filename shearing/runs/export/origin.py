@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.loading import load_config, load_source
+from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
@@ -90,7 +90,7 @@ def open_origin(target: str, *, revision: str | None = None) -> Origin:
         return _of_checkpoint(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ShearingError("model", value=target, allowed=_WHAT, mend="check the path")
-    load_config(target, revision=revision)
+    require_weights(target, revision=revision)
     folder = folder_of(target, revision=revision, also=[FILE_NAME, EARLIER_NAME])
     start = Start(target, None if path.is_dir() else revision, folder, masks_beside(folder))
     return Origin(title=target, start=start)

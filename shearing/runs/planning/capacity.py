@@ -111,7 +111,7 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         heard = each.listening
         teacher = 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
         yield _Need(what=f"loading for {each.stage}", memory=_fp32(each.shape) + teacher, certain=_is_known(made, each))
-        step = each.memory[made.choice.zero_stage].total
+        step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.
         certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
         certain = certain and not (made.adapters and each.stage == "pretrain")

@@ -49,6 +49,8 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
         # prune/ ends in its weights; the moments that are carried, compact/ and model/ are of the target's size.
         models = 1 if isinstance(settings, PruneRecipe) else 4 if recipe.pretrain.carries else 2
         total += parameters * _BYTES_OF_WEIGHT * models
+    if recipe.target is not None and recipe.target.vocab_size is not None:
+        total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
     return total

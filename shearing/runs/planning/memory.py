@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from shearing.models.families.axes import count
@@ -36,10 +37,12 @@ _BF16 = 2
 _MOMENTS = 2 * _FP32
 
 # Parameters of one exchange between processes: of the torch engine, where the parameter that fills a bucket closes it;
-# of DeepSpeed (reduce_bucket_size); and the most that ZeRO-3 leaves gathered (stage3_max_live_parameters).
+# of DeepSpeed (reduce_bucket_size); the most that ZeRO-3 leaves gathered (stage3_max_live_parameters); and the most of
+# separate sums that DeepSpeed puts together.
 _TORCH_BUCKET_PARAMETERS = 8 << 20
 _ZERO_BUCKET_PARAMETERS = 200_000_000
 _ZERO_LIVE_PARAMETERS = 1_000_000_000
+_ZERO_SUM_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,19 @@ class Listening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layerwise:
+    """How FSDP2 shares out, layer by layer.
+
+    Attributes:
+        reshard: a layer's weights are let go of behind its forward pass.
+        sums_once: gradients of several micro-batches are added up whole before they are shared out.
+    """
+
+    reshard: bool
+    sums_once: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sharding:
     """What the processes share out among them.
 
@@ -122,12 +138,14 @@ class Sharding:
         zero_stage: DeepSpeed's; 0 is also the torch engine, where each process holds everything.
         offload_optimizer: the optimiser's state is in host memory (from stage 1 on).
         offload_parameters: idle weights are in host memory (stage 3).
+        layerwise: FSDP2's way of sharing out what ZeRO-3 shares out; None: DeepSpeed's.
     """
 
     processes: int = 1
     zero_stage: ZeroStage = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    layerwise: Layerwise | None = None
 
     def share(self, count: int) -> int:
         """Of `count` parameters those that one process has when they are shared out."""
@@ -175,10 +193,12 @@ def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening:
     """
     weight_bytes = _BF16 if workload.bf16 and sharding.zero_stage else _FP32
     phases = _phases(shape, workload=workload, weight_bytes=weight_bytes)
+    held = _sharded if sharding.layerwise is None else partial(_layer_by_layer, sharding.layerwise)
     moments = (
-        _sharded(
+        held(
             phase,
             shape=shape,
+            workload=workload,
             sharding=sharding,
             weight_bytes=weight_bytes,
             teacher=0 if listening is None else _teacher(listening, shape, workload=workload, phase=phase.name),
@@ -459,7 +479,16 @@ def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
 
 
-def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: int, teacher: int, host: int) -> Memory:
+def _sharded(
+    phase: _Phase,
+    *,
+    shape: Shape,
+    workload: Workload,
+    sharding: Sharding,
+    weight_bytes: int,
+    teacher: int,
+    host: int,
+) -> Memory:
     """What one process holds of a moment, beside what a teacher has on its device and in host memory."""
     stage, total = sharding.zero_stage, shape.num_parameters()
     share = sharding.share(total)
@@ -474,16 +503,22 @@ def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: i
     # From stage 2 on, gradients go where the optimiser's state is.
     accumulated = phase.accumulated if stage < 2 else sharding.share(phase.accumulated)
     gradients = phase.loose + (0 if offload_optimizer and stage >= 2 else _FP32 * accumulated)
-    if stage:
-        # One bucket is filled while the other is under way.
-        gradients += 2 * weight_bytes * min(total, _ZERO_BUCKET_PARAMETERS)
+    sums_apart = stage == 1 and workload.bf16 and not offload_optimizer
+    if sums_apart:
+        # Sums in fp32 from the start, exchanged where they lie, unless those of matrices and of vectors go together.
+        together = phase.name == "optimizer" and total <= _ZERO_SUM_PARAMETERS
+        gradients = phase.loose + _FP32 * total + (_FP32 * total if together else 0)
+    elif stage:
+        # One bucket is filled while the other is under way, which is in fp32.
+        bucket = min(total, _ZERO_BUCKET_PARAMETERS)
+        gradients += (2 * weight_bytes + (_FP32 if workload.bf16 else 0)) * bucket
     elif sharding.processes > 1 and phase.accumulated:
         parameters = (*shape.outer_parameters(), *shape.family.attention.linears, *shape.family.mlp.linears)
         largest = max(parameter.size(shape.units()) for parameter in parameters)
         gradients += _FP32 * min(total, _TORCH_BUCKET_PARAMETERS + largest)
 
     optimizer = _MOMENTS * total if stage == 0 else (_FP32 + _MOMENTS) * share
-    if stage and phase.name == "optimizer":
+    if stage and phase.name == "optimizer" and not sums_apart:
         optimizer += _FP32 * share  # the gradient of the share, in one piece
     if offload_optimizer:
         optimizer, host = 0, host + (2 * _FP32 + _MOMENTS) * share
@@ -492,6 +527,47 @@ def _sharded(phase: _Phase, *, shape: Shape, sharding: Sharding, weight_bytes: i
         weights=weights + phase.copies,
         gradients=gradients,
         optimizer=optimizer,
+        activations=phase.activations,
+        host=host,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share,
+        teacher=teacher,
+    )
+
+
+def _layer_by_layer(
+    way: Layerwise,
+    phase: _Phase,
+    *,
+    shape: Shape,
+    workload: Workload,
+    sharding: Sharding,
+    weight_bytes: int,
+    teacher: int,
+    host: int,
+) -> Memory:
+    """As `_sharded`, under FSDP2.
+
+    What is outside of layers is whole from the forward pass to the end of the backward pass. Of layers that are let go
+    of, two are whole at a time, the one that runs and the one that comes next, which comes in through a buffer of its
+    own.
+    """
+    total, layer, layers = shape.num_parameters(), sum(shape.layer_parameters()), shape.num_hidden_layers
+    share, many = sharding.share(total), sharding.processes > 1
+    gathered = 0
+    if phase.name != "optimizer":
+        running = layers if not way.reshard else 0 if phase.name == LOSS else min(2, layers)
+        gathered = total - layers * layer + running * layer + (layer if many else 0)
+    whole = way.sums_once and workload.micro_batches > 1
+    gradients = phase.loose + _FP32 * (phase.accumulated if whole else sharding.share(phase.accumulated))
+    if phase.name.startswith("backward"):
+        # A layer's gradients before they are summed, in the precision of its products; and two layers' in fp32, one of
+        # them under way.
+        gradients += (weight_bytes + 2 * _FP32) * layer
+    return Memory(
+        moment=phase.name,
+        weights=weight_bytes * gathered + phase.copies,
+        gradients=gradients,
+        optimizer=(_FP32 + _MOMENTS) * share,
         activations=phase.activations,
         host=host,
         staging=CHECKPOINT_BYTES_PER_PARAMETER * share,

@@ -131,7 +131,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
     if not stage.steps:
         return
     settings, length = recipe.training_stages[stage.stage], recipe.data.sequence_length
-    memory = stage.memory[made.choice.zero_stage]
+    memory = stage.held(made.choice)
     yield Phase(
         what=f"{stage.stage}: a step",
         processes=made.hardware.processes,
@@ -175,6 +175,13 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         flops=flops,
         disk=sum(_fp32(model) for model in models),
     )
+    if recipe.evaluation.tasks:
+        yield Phase(
+            what=f"evaluate: tasks, {', '.join(recipe.evaluation.tasks)}",
+            processes=made.hardware.processes,
+            memory=_fp32(made.source) + _copies(made.source, made=made),
+            flops=None,  # questions are of any length
+        )
 
 
 def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:

@@ -25,6 +25,7 @@ from shearing.runs.planning.disk import checkpoint_bytes
 from shearing.runs.planning.hardware import GPU, forward_flops_per_token, gpu_of, training_flops_per_token
 from shearing.runs.planning.memory import (
     Checkpointing,
+    Layerwise,
     Listening,
     Memory,
     Sharding,
@@ -107,12 +108,14 @@ class Choice:
         zero_stage: DeepSpeed's, or the one that holds what the engine holds; 0: the torch engine.
         checkpointing: `training.activation_checkpointing`.
         offload_optimizer, offload_parameters: whether they are in host memory.
+        layerwise: how FSDP2 shares out, where that is the engine.
     """
 
     zero_stage: ZeroStage
     checkpointing: Checkpointing
     offload_optimizer: bool
     offload_parameters: bool
+    layerwise: Layerwise | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choice:
@@ -124,6 +127,7 @@ class Choice:
             checkpointing=training.activation_checkpointing,
             offload_optimizer=deepspeed.offload_optimizer == "cpu",
             offload_parameters=deepspeed.offload_parameters == "cpu",
+            layerwise=_layerwise(recipe) if training.engine == "fsdp2" else None,
         )
 
     def sharding(self, processes: int) -> Sharding:
@@ -133,11 +137,20 @@ class Choice:
             zero_stage=self.zero_stage,
             offload_optimizer=self.offload_optimizer,
             offload_parameters=self.offload_parameters,
+            layerwise=self.layerwise,
+        )
+
+    def shared_by_layers(self, recipe: Recipe) -> Choice:
+        """The same under FSDP2."""
+        return dataclasses.replace(
+            self, zero_stage=3, offload_optimizer=False, offload_parameters=False, layerwise=_layerwise(recipe)
         )
 
     def overrides(self, before: Choice) -> list[str]:
         """What to add to a command to get this choice instead of the one before."""
         changed = []
+        if self.layerwise != before.layerwise:
+            changed.append("training.fsdp2.sum_gradients=micro_batch")
         if self.zero_stage != before.zero_stage:
             changed += ["training.engine=deepspeed", f"training.deepspeed.zero_stage={self.zero_stage}"]
         if self.checkpointing != before.checkpointing:
@@ -145,6 +158,11 @@ class Choice:
         if self.offload_optimizer != before.offload_optimizer:
             changed.append("training.deepspeed.offload_optimizer=cpu")
         return changed
+
+
+def _layerwise(recipe: Recipe) -> Layerwise:
+    settings = recipe.training.fsdp2
+    return Layerwise(reshard=settings.reshard_after_forward, sums_once=settings.sum_gradients == "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +183,7 @@ class StagePlan:
         seconds: of all; None where the GPU's peak is not known.
         listening: the model that is listened to, as a process holds it; None: there is none.
         memory: peak of one process for each ZeRO stage, otherwise with the recipe's settings.
+        fsdp2: the same under FSDP2.
         disk: bytes of all checkpoints that are there at the same time.
     """
 
@@ -181,7 +200,12 @@ class StagePlan:
     seconds: float | None
     listening: Listening | None
     memory: Mapping[ZeroStage, Memory]
+    fsdp2: Memory
     disk: int
+
+    def held(self, choice: Choice) -> Memory:
+        """Peak of one process under the recipe's engine."""
+        return self.memory[choice.zero_stage] if choice.layerwise is None else self.fsdp2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +220,7 @@ class RunPlan:
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
         budget: parameters to reach, where the recipe gives them instead of sizes.
+        vocab_size: tokens that the final model keeps; `auto` those that the corpus uses, None all.
         choice: the recipe's.
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
@@ -211,6 +236,7 @@ class RunPlan:
     teacher: Shape | None
     target: Shape | None
     budget: int | None
+    vocab_size: int | str | None
     choice: Choice
     within_documents: bool
     adapters: bool
@@ -258,6 +284,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         teacher=None if listening is None else listening.shape,
         target=target,
         budget=budget,
+        vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.lora is not None,
@@ -376,6 +403,8 @@ def _stage_plan(
         micro_batch_size=settings.micro_batch_size,
     )
     choice = Choice.of(recipe)
+    under_zero = dataclasses.replace(choice, layerwise=None)
+    fully = choice.shared_by_layers(recipe).sharding(hardware.processes)
     return StagePlan(
         stage=stage,
         shape=shape,
@@ -393,11 +422,12 @@ def _stage_plan(
             zero_stage: estimate(
                 shape,
                 workload=workload,
-                sharding=dataclasses.replace(choice, zero_stage=zero_stage).sharding(hardware.processes),
+                sharding=dataclasses.replace(under_zero, zero_stage=zero_stage).sharding(hardware.processes),
                 listening=listening,
             )
             for zero_stage in _ZERO_STAGES
         },
+        fsdp2=estimate(shape, workload=workload, sharding=fully, listening=listening),
         disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
     )
 
@@ -451,7 +481,7 @@ def num_domains(recipe: Recipe) -> int | None:
 
 def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:
     """The smallest change with which all stages fit, where they do not; None where nothing is to be said."""
-    unfit = [stage.stage for stage in stages if hardware.fit(stage.memory[choice.zero_stage]) == "no"]
+    unfit = [stage.stage for stage in stages if hardware.fit(stage.held(choice)) == "no"]
     if not unfit:
         return None
     start = f"{' and '.join(unfit)} will not fit"
@@ -502,6 +532,11 @@ def _smallest_change(stages: Sequence[StagePlan], *, choice: Choice, hardware: H
 def _candidates(choice: Choice, *, processes: int) -> Iterator[Choice]:
     """The choice and those that hold less in some way."""
     deeper = _CHECKPOINTING[_CHECKPOINTING.index(choice.checkpointing) :]
+    if choice.layerwise is not None:
+        for checkpointing, sums_once in itertools.product(deeper, {choice.layerwise.sums_once, False}):
+            layerwise = dataclasses.replace(choice.layerwise, sums_once=sums_once)
+            yield dataclasses.replace(choice, checkpointing=checkpointing, layerwise=layerwise)
+        return
     for zero_stage, checkpointing, offload in itertools.product(_ZERO_STAGES, deeper, (False, True)):
         if zero_stage < choice.zero_stage or offload < choice.offload_optimizer:
             continue

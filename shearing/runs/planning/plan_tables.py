@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Group, RenderableType
@@ -26,7 +27,7 @@ def render(plan: RunPlan) -> RenderableType:
     parts += ["", Text(f"memory of one GPU in GB when it holds most ({_settings(plan)})"), _memory(plan)]
     if hardware.memory is None:
         parts.append(Text("whether it fits: give --memory GB, or --gpu with one of the names above"))
-    if any(hardware.fit(stage.memory[plan.choice.zero_stage]) == "tight" for stage in plan.stages):
+    if any(hardware.fit(stage.held(plan.choice)) == "tight" for stage in plan.stages):
         parts.append(Text("tight: less than a tenth is left for CUDA's context, workspaces and fragmentation"))
     if plan.advice is not None:
         parts += ["", Text(plan.advice, style="bold")]
@@ -68,6 +69,18 @@ def _shapes(plan: RunPlan) -> Table:
     return table
 
 
+def _embeddings(plan: RunPlan) -> Iterator[str]:
+    """Share of the parameters that depends on the vocabulary, of each model whose shape is known."""
+    shapes = {"source": plan.source, **({} if plan.target is None or plan.budget else {"target": plan.target})}
+    last = list(shapes)[-1]
+    if isinstance(plan.vocab_size, int):
+        tokens = min(plan.vocab_size, shapes[last].vocab_size)
+        shapes[f"{last} with {tokens:,} tokens"] = replace(shapes[last], vocab_size=tokens)
+    for name, shape in shapes.items():
+        whole, rest = shape.num_parameters(), shape.num_parameters(embeddings=False)
+        yield f"{(whole - rest) / whole:.0%} of the {name}"
+
+
 def _stages(plan: RunPlan) -> Table:
     hours = f"hours at MFU {plan.hardware.mfu:g}"
     teacher = [] if plan.teacher is None else ["teacher's FLOPs"]
@@ -82,12 +95,13 @@ def _stages(plan: RunPlan) -> Table:
             "n/a" if stage.heldout_flops is None else f"{stage.heldout_flops:.2e}",
             "n/a" if stage.seconds is None else f"{stage.seconds / 3600:,.1f}",
             f"{stage.disk / 1e9:,.1f} GB",
-            f"{stage.memory[plan.choice.zero_stage].staging / 1e9:,.1f} GB",
+            f"{stage.held(plan.choice).staging / 1e9:,.1f} GB",
         )
     return table
 
 
 def _notes(plan: RunPlan) -> Iterator[str]:
+    yield f"parameters of embedding and head: {', '.join(_embeddings(plan))}"
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
@@ -112,18 +126,18 @@ def _memory(plan: RunPlan) -> Table:
     table = _table(
         "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
     )
-    host = any(memory.host for stage in plan.stages for memory in stage.memory.values())
+    host = any(memory.host for stage in plan.stages for memory in (*stage.memory.values(), stage.fsdp2))
     if host:
         table.add_column("in host memory", justify="right")
     for stage in plan.stages:
-        for zero_stage, memory in stage.memory.items():
-            chosen = zero_stage == plan.choice.zero_stage
-            engine = "torch" if zero_stage == 0 else f"ZeRO-{zero_stage}"
+        zero = {f"ZeRO-{number}" if number else "torch": memory for number, memory in stage.memory.items()}
+        for engine, memory in {**zero, "FSDP2": stage.fsdp2}.items():
+            chosen = memory is stage.held(plan.choice)
             held = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
             held += [memory.teacher] if teacher else []
             held.append(memory.total)
             table.add_row(
-                stage.stage if zero_stage == 0 else "",
+                stage.stage if engine == "torch" else "",
                 f"{engine} (chosen)" if chosen else engine,
                 *(f"{count / 1e9:,.1f}" for count in held),
                 plan.hardware.fit(memory),

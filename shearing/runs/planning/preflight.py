@@ -17,11 +17,16 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.mixture.reference import resolve_reference
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
+from shearing.evaluation.tasks.chosen import chosen_tasks
+from shearing.evaluation.tasks.opening import open_harness
 from shearing.models.anatomy import anatomy_of
-from shearing.models.loading import load_tokenizer, skeleton
+from shearing.models.loading import require_weights, skeleton
 from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
+from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
@@ -31,7 +36,7 @@ from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
-from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
+from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.plan import heldout_shares
@@ -41,6 +46,7 @@ from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
+from shearing.training.engines.fsdp2_engine import require_fsdp2
 from shearing.training.recipe import DeepSpeedRecipe
 from shearing.training.trackers import require_trackers
 
@@ -90,15 +96,19 @@ def preflight(
         if stage in stages:
             attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
     attempt(lambda: _require_exportable(recipe, stages=stages))
+    if "evaluate" in stages:
+        attempt(lambda: _require_tasks(recipe, last=len(stages) > 1))
     config = attempt(lambda: context.config)
     if config is None:
         raise _together(found)
+    attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: _require_teacher(context))
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
@@ -179,6 +189,14 @@ def _require_exportable(recipe: Recipe, *, stages: Sequence[Stage]) -> None:
         )
 
 
+@named(COMPONENT_NAMES)
+def _require_vocabulary(recipe: Recipe) -> None:
+    """A vocabulary that is cut in the end can be."""
+    if recipe.target is not None and recipe.target.vocab_size is not None:
+        folder = folder_of(recipe.model.source, revision=recipe.model.revision)
+        require_cuttable(folder, size=recipe.target.vocab_size)
+
+
 def _require_engine(recipe: Recipe) -> None:
     engine, settings = recipe.training.engine, recipe.training.deepspeed
     package = ENGINES[engine].package
@@ -193,6 +211,8 @@ def _require_engine(recipe: Recipe) -> None:
         )
     if engine == "deepspeed":
         _require_offloading(settings)
+    if engine == "fsdp2":
+        require_fsdp2()
 
 
 def _require_offloading(settings: DeepSpeedRecipe) -> None:
@@ -216,7 +236,8 @@ def _require_teacher(context: RunContext) -> None:
     """The model that is listened to says something of the same tokens, and its weights can be had.
 
     Raises:
-        ShearingError: it has another vocabulary or tokenizer, reads too short a sequence, is quantised or not finite.
+        ShearingError: it has another vocabulary or tokenizer, reads too short a sequence, or its weights are not
+            those of its config, or not finite.
     """
     recipe, config = context.recipe, context.teacher_config
     if recipe.distill is None or config is None or recipe.teacher is None:
@@ -226,8 +247,6 @@ def _require_teacher(context: RunContext) -> None:
     def refuse(value: object, allowed: str, mend: str) -> ShearingError:
         return ShearingError("distill.teacher", value=f"{said}: {value}", allowed=allowed, mend=mend)
 
-    if getattr(config, "quantization_config", None):
-        raise refuse("quantised", "weights in fp32, bf16 or fp16", "name the model that it was quantised from")
     if config.vocab_size != context.config.vocab_size:
         raise refuse(
             f"a vocabulary of {config.vocab_size:,} tokens",
@@ -255,7 +274,10 @@ def _require_teacher(context: RunContext) -> None:
                 "the same tokens under the same numbers",
                 "choose a teacher of the same tokenizer, or leave distill.teacher out for the source model",
             )
-        # Of the hub's, when it is loaded; of one that is not loaded, when the cache was written.
+        # Of one that is not loaded, when the cache was written.
+        if recipe.listens_online:
+            require_weights(recipe.teacher.source, revision=recipe.teacher.revision)
+        # Of the hub's, when it is loaded.
         if Path(recipe.teacher.source).is_dir() and recipe.listens_online:
             require_finite(Path(recipe.teacher.source))
 
@@ -344,6 +366,17 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+
+
+@named(EVALUATION_NAMES)
+def _require_tasks(recipe: Recipe, *, last: bool) -> None:
+    """The tasks are there; with their text, where other stages come first, so that a run does not end in an error."""
+    evaluation = recipe.evaluation
+    if evaluation.tasks:
+        tasks = chosen_tasks(evaluation.tasks)
+        harness = open_harness(tasks, folder=evaluation.task_folder)
+        for task in tasks if last else ():
+            harness.load(task.name)
 
 
 def _require_baselines(recipe: Recipe, *, source: Shape) -> None:

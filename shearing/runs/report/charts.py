@@ -1,10 +1,10 @@
-"""Line charts as inline SVG whose colours are the page's CSS variables, so that one drawing serves light and dark."""
+"""Charts as inline SVG whose colours are the page's CSS variables, so that one drawing serves light and dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,10 +18,11 @@ from shearing.files.pictures import quiet_axes
 from shearing.runs.report.series import SERIES_COLOURS, Series
 from shearing.settings.quantities import format_tokens
 
-# Colours that occur nowhere else, replaced by CSS variables once the SVG is written.
-_PLACEHOLDERS = {"ink": "#010203", "muted": "#020304", "grid": "#030405"} | {
+PAINTS = {"ink": "#010203", "muted": "#020304", "grid": "#030405"} | {
     name: f"#a0b0{index:02x}" for index, name in enumerate(SERIES_COLOURS)
 }
+"""Colours that occur nowhere else, replaced by CSS variables once the SVG is written."""
+
 WIDE = (4.7, 2.35)
 SMALL = (2.45, 1.45)
 
@@ -49,27 +50,15 @@ def line_chart(
         An `<svg>` element without external references.
     """
     small = size == SMALL
-    settings: Any = {
-        **quiet_axes(ink=_PLACEHOLDERS["ink"], muted=_PLACEHOLDERS["muted"], grid=_PLACEHOLDERS["grid"]),
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,
-        "font.size": 7.5 if small else 8.5,
-        "path.simplify": True,
-        "path.simplify_threshold": 0.5,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
-        canvas: Any = FigureCanvasSVG(figure)
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
+
+    def draw(axes: Axes) -> None:
         for line in series:
             _draw(axes, line, small=small)
         if log:
             axes.set_yscale("log")
         elif zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.grid(axis="y", color=_PLACEHOLDERS["grid"], linewidth=0.6)
+        axes.grid(axis="y", color=PAINTS["grid"], linewidth=0.6)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(MaxNLocator(3 if small else 5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
@@ -80,7 +69,7 @@ def line_chart(
         if not small:
             axes.set_xlabel("tokens")
         for tokens, text in marks:
-            axes.axvline(tokens, color=_PLACEHOLDERS["muted"], linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.axvline(tokens, color=PAINTS["muted"], linewidth=0.8, linestyle=(0, (2, 2)))
             axes.annotate(
                 text,
                 (tokens, 1.0),
@@ -89,8 +78,38 @@ def line_chart(
                 textcoords="offset points",
                 ha="center",
                 va="bottom",
-                color=_PLACEHOLDERS["muted"],
+                color=PAINTS["muted"],
             )
+
+    return drawing(draw, title=title, size=size)
+
+
+def drawing(draw: Callable[[Axes], None], *, title: str, size: tuple[float, float]) -> Markup:
+    """What a function draws into axes, in the colours of the page.
+
+    Args:
+        draw: draws, with colours of `PAINTS`.
+        title: what the chart shows, for those who cannot see it.
+        size: inches.
+
+    Returns:
+        An `<svg>` element without external references.
+    """
+    settings: Any = {
+        **quiet_axes(ink=PAINTS["ink"], muted=PAINTS["muted"], grid=PAINTS["grid"]),
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 7.5 if size == SMALL else 8.5,
+        "path.simplify": True,
+        "path.simplify_threshold": 0.5,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        canvas: Any = FigureCanvasSVG(figure)
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.patch.set_visible(False)
+        draw(axes)
         file = io.StringIO()
         canvas.print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(file.getvalue(), title=title)
@@ -102,7 +121,7 @@ def _draw(axes: Axes, line: Series, *, small: bool) -> None:
     axes.plot(
         line.x,
         line.y,
-        color=_PLACEHOLDERS[line.colour],
+        color=PAINTS[line.colour],
         linewidth=0.6 if line.faint else 1.2 if small or line.dashed else 1.5,
         alpha=0.4 if line.faint else 1.0,
         linestyle=(0, (4, 2)) if line.dashed else "-",
@@ -122,7 +141,7 @@ def _inline(svg: str, *, title: str) -> Markup:
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    for name, colour in _PLACEHOLDERS.items():
+    for name, colour in PAINTS.items():
         svg = svg.replace(colour, f"var(--{name})")
     view_box = re.search(r'viewBox="([^"]*)"', svg)
     assert view_box is not None

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shearing.errors import ShearingError
-from shearing.evaluation.table import ComparisonTable, comparison_table, verdict
+from shearing.evaluation.table import ComparisonTable, comparison_table
+from shearing.evaluation.verdict import verdict
 from shearing.files.durable import read_json, write_text
 from shearing.pruning.sparse.stored.manifest import MANIFEST
 from shearing.pruning.structured.granularities import SIZE_OF
+from shearing.runs.continuation.changes import Change, changes_of
 from shearing.runs.report.charts import SMALL, line_chart
+from shearing.runs.report.judged import judged
 from shearing.runs.report.series import (
     SERIES_COLOURS,
     Colour,
@@ -113,8 +116,12 @@ def _content(run: RunDirectory) -> dict[str, Any]:
         "verdict": verdict(evaluation) if table else None,
         "tiles": _tiles(evaluation) if table else [],
         "table": table,
+        "judged": judged(evaluation),
         "environment": _environment(evaluation),
         "progress": _progress(stages),
+        "changes": [
+            (f"after step {each.step:,} of continued pretraining", _in_words(each)) for each in changes_of(run)
+        ],
         "loss": _noisy_chart(stages, name="loss", title="Training loss over tokens", marks=marks),
         "domains": [(domain, _colour(index)) for index, domain in enumerate(domains)],
         "losses_kind": kind,
@@ -208,6 +215,10 @@ def _progress(stages: Sequence[StageMetrics]) -> list[tuple[str, str]]:
         lines.append((stage.name, text + (f", {skipped} steps skipped" if skipped else "")))
         start = stage.last_tokens
     return lines
+
+
+def _in_words(change: Change) -> str:
+    return ", ".join(f"{key} from {before} to {after}" for key, (before, after) in change.keys.items())
 
 
 def _stage_marks(stages: Sequence[StageMetrics]) -> list[tuple[float, str]]:

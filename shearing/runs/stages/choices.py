@@ -25,7 +25,7 @@ from shearing.pruning.structured.refitting import refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
-from shearing.runs.stages.recipe import Baseline
+from shearing.runs.stages.evaluation.recipe import Baseline
 from shearing.runs.stages.source_model import load_source_model
 
 START_SCORES = "start_scores.safetensors"

@@ -16,7 +16,7 @@ from shearing.files.full_disk import full_disk_said
 from shearing.models.correspondence import Correspondence
 from shearing.models.shape import Shape
 from shearing.models.stored.companions import copy_companions
-from shearing.models.stored.saving import write_model
+from shearing.models.stored.saving import round_weights, write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
@@ -26,6 +26,7 @@ from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
+from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
 from shearing.training.checkpoints.state import seed_random
@@ -134,8 +135,35 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
         "versions": environment(context.device),
     }
     _save_model(model, run=run, start=start, record=record, dtype=result_dtype(context))
+    if (size := None if context.recipe.target is None else context.recipe.target.vocab_size) is not None:
+        cut = _save_with_kept_tokens(model, context=context, size=size, start=start, record=record)
+        context.console.print(str(cut), soft_wrap=True, highlight=False)
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
+
+
+def _save_with_kept_tokens(
+    model: PreTrainedModel, *, context: RunContext, size: int | str, start: Start, record: dict[str, Any]
+) -> CutVocabulary:
+    """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model; `model` is rounded as that is."""
+    run = context.directory
+    beside = run.path / ".model-kept-tokens.partial"
+    for folder in (beside, run.kept_tokens):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with full_disk_said(lambda: no_space(run.path)):
+            shutil.copytree(run.model, beside)
+            round_weights(model, dtype=result_dtype(context))
+            cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=model, masks=start.masks)
+            if start.masks is not None:
+                write_trained(beside, source=start.folder, record=record)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    flush_tree(beside)
+    beside.rename(run.kept_tokens)
+    flush_folder(run.path)
+    return cut
 
 
 def _moments(context: RunContext) -> SavedMoments | None:

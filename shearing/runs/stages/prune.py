@@ -29,7 +29,6 @@ from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
-from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.masking.removal import Removal
@@ -193,8 +192,16 @@ def _masking(
     """How units go, as a step drives it, and what says in the end which ones stay."""
     recipe, settings = context.recipe, context.recipe.pruning.prune
     if settings.masks == "learned":
-        learner = _learner(context, model=model, scores=scores)
-        return Masking(model=MaskedModel(model), learner=learner, draws=settings.mask_draws), learner
+        masking = Masking.of(
+            model,
+            settings,
+            target=_target(context, model=model),
+            tokens_per_step=settings.tokens_per_step(sequence_length=recipe.data.sequence_length),
+            seed=recipe.seed,
+            scores=scores,
+            device=context.device,
+        )
+        return masking, masking.learner
     removal: Removal = resolve_name(MASKINGS[settings.masks].home)(
         MaskedModel(model),
         settings.granularities,
@@ -206,27 +213,15 @@ def _masking(
     return removal, removal
 
 
-def _learner(context: RunContext, *, model: PreTrainedModel, scores: Scores | None) -> MaskLearner:
-    recipe, settings = context.recipe, context.recipe.pruning.prune
-    wanted = recipe.pruning.target
-    target: Shape | ParameterBudget
+def _target(context: RunContext, *, model: PreTrainedModel) -> Shape | ParameterBudget:
+    wanted = context.recipe.pruning.target
     if wanted.parameters is None:
-        target = resolve_target(wanted, source=model.config)
-    else:
-        target = ParameterBudget(
-            parameters=wanted.parameters,
-            uniform=wanted.uniform,
-            multiple_of=wanted.multiple_of,
-            accepts=lambda shape: export_error(shape, source=model.config) is None,
-        )
-    per_step = settings.tokens_per_step(sequence_length=recipe.data.sequence_length)
-    return MaskLearner(
-        settings.granularities,
-        source=Shape.of(model.config),
-        target=target,
-        settings=MaskSettings.of(settings, tokens_per_step=per_step, seed=recipe.seed),
-        scores=scores,
-        device=context.device,
+        return resolve_target(wanted, source=model.config)
+    return ParameterBudget(
+        parameters=wanted.parameters,
+        uniform=wanted.uniform,
+        multiple_of=wanted.multiple_of,
+        accepts=lambda shape: export_error(shape, source=model.config) is None,
     )
 
 

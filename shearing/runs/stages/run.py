@@ -17,9 +17,9 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
-from shearing.progress import reset_max_memory
+from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
-from shearing.runs.continuation import require_same_run
+from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
@@ -43,8 +43,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
     Raises:
         ShearingError: something the user can mend; see `preflight`, `RunDirectory` and the stages.
     """
-    # transformers imports DeepSpeed where it is installed, which says on every machine without a GPU that it has none.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
+    quiet_deepspeed()
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
     training = recipe.training
     with Processes.start(device=training.device, timeout=training.timeout, names=COMPONENT_NAMES) as processes:
@@ -104,7 +103,7 @@ def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
                 continue
             console.rule(f"[bold]{stage}")
             started = time.monotonic()
-            if stage in ("prune", "pretrain"):
+            if stage in ("prune", "pretrain", "evaluate"):
                 _function_of(stage)(context)
             else:
                 processes.on_main(partial(_alone, stage, context))
@@ -181,6 +180,7 @@ def _print_summary(directory: RunDirectory, *, console: Console) -> None:
         ("model after cutting", directory.compact / "config.json"),
         ("sparse model", directory.sparse / "config.json"),
         ("final model", directory.model / "config.json"),
+        ("with kept tokens", directory.kept_tokens / "config.json"),
         ("evaluation", directory.evaluation),
         ("report", directory.report),
         ("recipe", directory.recipe),

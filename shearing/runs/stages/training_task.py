@@ -17,6 +17,7 @@ from shearing.models.correspondence import Correspondence
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.changes import changed_until
 from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
@@ -120,6 +121,7 @@ def task_of(
         moments=moments,
         before_first_step=before_first_step,
         kept=kept,
+        settled_steps=processes.on_main(lambda: changed_until(context.directory)) if stage == "pretrain" else 0,
         processes=processes,
         compute=_compute(context, shape=Shape.of(model.config)),
         open_trackers=lambda first_step: Trackers.open(

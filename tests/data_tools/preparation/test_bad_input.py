@@ -128,16 +128,16 @@ def test_large_text_files_are_divided_a_piece_at_a_time(
 ) -> None:
     from io import BytesIO
 
-    from data_tools.preparation.reading import _pieces
+    from shearing.data.texts.plain_texts import pieces as divided
 
     texts = [str(i) * (i % 50_000) for i in range(0, 400_000, 977)]
     data = "\n\n".join(texts).encode()
     divider = separator.encode() if separator else None
-    pieces = [piece.whole for piece in _pieces(BytesIO(data), separator=divider, limit=10**9)]
+    pieces = [piece.whole for piece in divided(BytesIO(data), separator=divider, limit=10**9)]
     assert pieces == (data.split(divider) if divider else [data])
     assert all(
         piece.whole is None or len(piece.whole) <= 70_000
-        for piece in _pieces(BytesIO(data), separator=divider, limit=70_000)
+        for piece in divided(BytesIO(data), separator=divider, limit=70_000)
     )
 
 
@@ -158,7 +158,7 @@ def test_paths_that_hold_nothing(prepared: Prepared, tmp_path: Path) -> None:
     fails([str(a), str(tmp_path / "*.jsonl")], "two of the domain's paths hold this file")
     fails("s4://bucket/file.jsonl", "URL that fsspec can open")
     fails(str(a), "did you mean </s>?", separator_token="<s>")
-    fails(str(a), "hub name of a Hugging Face tokenizer", tokenizer=tmp_path / "empty")
+    fails(str(a), "add the tokenizer's files", tokenizer=tmp_path / "empty")
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(ShearingError, match="how one file divides"):
         prepared({"a": str(tmp_path / "one.txt")})

@@ -18,6 +18,7 @@ from data_tools.preparation.work_folder import PREFIX
 from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HELD_OUT, SPLITS, text_hash
+from shearing.data.recipe import PUBLISHED_HELDOUT_TOKENS
 from shearing.errors import ShearingError
 from shearing.runs.recipe import load_recipe
 from tests.data_tools.conftest import all_texts, content, distinct_texts, texts_of, write_lines
@@ -291,7 +292,7 @@ def test_redpajama_makes_what_the_papers_recipes_name(letters: Path, tmp_path: P
         run = load_recipe(ROOT / "recipes" / f"{name}.yaml")
         assert run.data.corpus == recipe.output
         assert run.data.domains == list(recipe.domains)
-        assert recipe.sizes.validation.tokens >= run.mixture.heldout_tokens  # type: ignore[operator]
+        assert recipe.sizes.validation.tokens >= PUBLISHED_HELDOUT_TOKENS
     overrides = [f"output={tmp_path / 'corpus'}", f"tokenizer={letters}", "validation=20%", "test=20%", "workers=1"]
     for domain, sources in recipe.domains.items():
         for i, pattern in enumerate(sources.paths):
@@ -338,3 +339,74 @@ def test_recipe_errors_name_the_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["data", "prepare", str(recipe)])
     assert f"{recipe}:5: domains.a.paths" in result.output
     assert f"{recipe}:6: domains.a.split" in result.output
+
+
+ASKED = [" ".join(3 * a + b + c for c in "abcdefghij") for a in "abcdef" for b in "vwxyz"]
+CHATS = [[{"role": "user", "content": f"{a} </s>"}, {"role": "assistant", "content": "say"}] for a in ASKED]
+WRITTEN = [f"user>{asked} </s></s>assistant>say</s>" for asked in ASKED]
+TURNS = "{% for m in messages %}{{ m.role + '>' + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_tokenizer(letters: Path, tmp_path: Path) -> Path:
+    """The tokenizer of letters, with a template."""
+    folder = Path(shutil.copytree(letters, tmp_path / "chat-tokenizer"))
+    (folder / "chat_template.jinja").write_text(TURNS)
+    return folder
+
+
+def test_chats_in_files_of_every_kind(chat_tokenizer: Path, prepared: Prepared, tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", CHATS, field="messages")
+    (tmp_path / "b.json").write_text(json.dumps([{"data": {"chat": chat}} for chat in CHATS], indent=1))
+    table = parquet(tmp_path / "c.parquet", list(CHATS), field="messages")
+    (tmp_path / "hub").mkdir()
+    parquet(tmp_path / "hub" / "train.parquet", list(CHATS), field="messages")
+    text = write_lines(tmp_path / "d.jsonl", [f"only text {i}" for i in range(30)])
+    corpus = prepared(
+        {
+            "lines": str(lines),
+            "array": {"paths": str(tmp_path / "b.json"), "text_field": "data.chat"},
+            "table": str(table),
+            "hub": f"hf:{tmp_path / 'hub'}",
+            "text": {"paths": str(text), "format": "text"},
+        },
+        format="chat",
+        tokenizer=chat_tokenizer,
+        near_duplicates="together",
+        workers=2,
+    )
+    ends = 0  # the token; spelled out by a message it is four letters
+    for name in ("lines", "array", "table", "hub"):
+        documents = []
+        for split in SPLITS:
+            tokens = corpus.tokens(name, split=split).read(0, 10**6)
+            documents += np.split(tokens, corpus.document_ends(name, split=split)[:-1])
+            hashes = corpus.document_hashes(name, split=split).tolist()
+            assert set(hashes) <= {text_hash(text.encode()) for text in WRITTEN}
+        assert len(documents) == len(CHATS)
+        assert all((document == ends).sum() == 3 for document in documents)
+        assert corpus.manifests[name].bytes == sum(map(len, WRITTEN))
+    assert len(all_texts(corpus, "text")) == 30
+
+
+def test_chats_need_a_template_and_one_that_takes_them(
+    letters: Path, chat_tokenizer: Path, prepared: Prepared, tmp_path: Path
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [*CHATS, "no chat"], field="messages")
+    with pytest.raises(ShearingError, match=r"(?s)no chat template.*chat_template\.jinja"):
+        prepared({"a": str(lines)}, format="chat", tokenizer=letters)
+    with pytest.raises(ShearingError, match=r"a\.jsonl:31 = .str and no list of messages"):
+        prepared({"a": str(lines)}, format="chat", tokenizer=chat_tokenizer)
+    corpus = prepared({"a": str(lines)}, format="chat", tokenizer=chat_tokenizer, bad_input="skip")
+    assert corpus.manifests["a"].left_out == {"bad_chat": 1}
+
+
+def test_special_tokens_in_texts_are_kept_where_they_are_wanted(prepared: Prepared, tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [f"one {i}</s>two" for i in range(9)])
+    corpus = prepared({"letters": str(lines), "tokens": {"paths": str(lines), "special_tokens": "tokens"}})
+    for name, ends in (("letters", 1), ("tokens", 2)):
+        tokens = corpus.tokens(name).read(0, 10**6)
+        assert (tokens == 0).sum() == ends * len(corpus.document_ends(name))
+    # Other tokens are another domain, not one that is there already.
+    with pytest.raises(ShearingError, match="with other settings"):
+        prepared({"letters": {"paths": str(lines), "special_tokens": "tokens"}})

@@ -134,3 +134,128 @@ def output_error(dense: Tensor, pruned: Tensor, inputs: Tensor) -> float:
     """Squared error of a layer's output, summed over tokens."""
     x = inputs.flatten(0, -2).double()
     return float((x @ (dense.double() - pruned.double()).T).square().sum())
+
+
+def ria_scores(weight: Tensor, inputs: Tensor) -> Tensor:
+    """(|w| / sum of its row + |w| / sum of its column) times the root of its input's norm."""
+    W = weight.double().abs()
+    scores = torch.empty_like(W)
+    for j in range(W.shape[1]):
+        norm = float(inputs[..., j].double().square().sum() / len(inputs)) ** 0.5
+        for i in range(W.shape[0]):
+            scores[i, j] = (W[i, j] / sum(W[i].tolist()) + W[i, j] / sum(W[:, j].tolist())) * norm**0.5
+    return scores
+
+
+def isc_scores(weight: Tensor, inputs: Tensor) -> Tensor:
+    """w² (H_jj + 1 / [H⁻¹]_jj), the inverse that of what is left from column j on."""
+    H = damped(hessian(inputs))
+    parts = [H[j, j] + 1 / torch.linalg.inv(H[j:, j:])[0, 0] for j in range(len(H))]
+    return weight.double().square() * torch.stack(parts)
+
+
+def gblm_scores(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """|w| ‖x‖ + |w| G, G the root of 128 samples' squares of 100 times a gradient of this root mean square."""
+    G = torch.zeros(weight.shape, dtype=torch.float64)
+    for _ in range(128):
+        G += (100 * gradients.double()).square()
+    return wanda_scores(weight, inputs) + weight.double().abs() * G.sqrt()
+
+
+def dsnot(weight: Tensor, mask: Tensor, inputs: Tensor, *, group: int | None, cycles: int = 50) -> Tensor:
+    """Pairs exchanged in each row until the mean of its output is what it was; of all masks on the way, the best."""
+    x = inputs.flatten(0, -2).double()
+    mean, variance = x.mean(0), x.var(0, unbiased=False)
+    scores = wanda_scores(weight, inputs)
+    threshold = 0.1 / inputs.shape[1]
+    result = mask.clone()
+    for i, row in enumerate(weight.double()):
+        effect = row * mean
+        kept, used = mask[i].tolist(), set()
+        error = sum(float(effect[j]) for j in range(len(row)) if not kept[j])
+        best, least = list(kept), abs(error)
+        for _ in range(cycles):
+            if abs(error) <= threshold:
+                break
+            sign = 1 if error > 0 else -1
+            going = [j for j in range(len(row)) if kept[j] and j not in used and sign * effect[j] < 0]
+            coming = [j for j in range(len(row)) if not kept[j] and j not in used and sign * effect[j] > 0]
+            if group is not None:
+                coming = [j for j in coming if any(k // group == j // group for k in going)]
+            if not coming:
+                break
+            up = max(coming, key=lambda j: sign * float(effect[j] / variance[j]))
+            going = [j for j in going if group is None or j // group == up // group]
+            if not going:
+                break
+            down = min(going, key=lambda j: float(scores[i, j]))
+            kept[up], kept[down] = True, False
+            used |= {up, down}
+            error += float(effect[down] - effect[up])
+            if abs(error) < least:
+                best, least = list(kept), abs(error)
+        result[i] = torch.tensor(best)
+    return result
+
+
+def admm(weight: Tensor, inputs: Tensor, *, mask: object, iterations: int = 20) -> Tensor:
+    """ADMM of min ‖WX − ŴX‖², weights [I, O] as the paper has them; `mask(iteration, Ŵ [O, I])` says what stays."""
+    x = inputs.flatten(0, -2).double()
+    norms = x.square().sum(0).sqrt()
+    A = (x / norms).T @ (x / norms)
+    A += 0.1 * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
+    V = (weight.double() * norms).T
+    inverse = torch.linalg.inv(A + torch.eye(len(A), dtype=A.dtype))
+    Y, U = V.clone(), torch.zeros_like(V)
+    for iteration in range(iterations):
+        M = mask(iteration, (Y + U).T / norms).T  # type: ignore[operator]
+        Z = (Y + U) * M
+        U = U + Y - Z
+        Y = inverse @ (A @ V + Z - U)
+    return ((Y + U) * M).T / norms
+
+
+def removed_at_once(weight: Tensor, mask: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """δw = -w_P ([H⁻¹]_PP)⁻¹ [H⁻¹]_P: for each row, and the loss ½ w_P ([H⁻¹]_PP)⁻¹ w_Pᵀ of each."""
+    inverse = torch.linalg.inv(damped(hessian(inputs)))
+    W, losses = weight.double().clone(), []
+    for i in range(len(W)):
+        P = (~mask[i]).nonzero().flatten()
+        w_P = W[i, P].clone()
+        solved = torch.linalg.solve(inverse[P][:, P], w_P)
+        W[i] -= solved @ inverse[P]
+        W[i, P] = 0.0
+        losses.append(0.5 * w_P @ solved)
+    return W, torch.stack(losses)
+
+
+def alps(weight: Tensor, inputs: Tensor, *, first: Tensor, keep: object) -> tuple[Tensor, Tensor]:
+    """The search for the support with a growing penalty, every inverse computed anew; then the optimum on it."""
+    x = inputs.flatten(0, -2).double()
+    norms = x.square().sum(0).sqrt()
+    A = (x / norms).T @ (x / norms) * 1.0
+    A += 0.01 * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype)
+    W = (weight.double() * norms).T
+    rho, grown, restarts, before, M = 0.1, False, 0, first.T, first.T
+    D, V = W * first.T, torch.zeros_like(W)
+    for iteration in range(1, 301):
+        B = torch.linalg.solve(A + rho * torch.eye(len(A), dtype=A.dtype), A @ W - V + rho * D)
+        M = keep((B + V / rho).abs().T).T  # type: ignore[operator]
+        D = (B + V / rho) * M
+        V = V + rho * (B - D)
+        if iteration % 3 == 0:
+            share = int((before != M).sum()) / int(M.sum())
+            before = M
+            if share > 0:
+                rho *= 1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1
+                grown = True
+            elif grown or restarts == 5:
+                break
+            else:
+                rho, restarts = rho / 5, restarts + 1
+                D, V, before = W * first.T, torch.zeros_like(W), first.T
+    result = torch.zeros_like(W)
+    for column in range(W.shape[1]):
+        K = M[:, column].nonzero().flatten()
+        result[K, column] = torch.linalg.solve(A[K][:, K], (A @ W)[K, column])
+    return result.T / norms, M.T

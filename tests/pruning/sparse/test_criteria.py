@@ -38,10 +38,12 @@ def sample(*, rows: int = 24, columns: int = 48, seed: int = 0) -> tuple[Tensor,
 
 
 def statistics_of(inputs: Tensor, *, parts: int = 3) -> InputStatistics:
-    statistics = InputStatistics(inputs.shape[-1], needs=frozenset({"squares", "moment"}), device=torch.device("cpu"))
+    """Of everything that any criterion needs; gradients are those of one output, and the same for all."""
+    columns = inputs.shape[-1]
+    statistics = InputStatistics(columns, needs=frozenset({"sums", "squares", "moment"}), device=torch.device("cpu"))
     for part in inputs.split(-(-len(inputs) // parts)):
         statistics.add(part)
-    return statistics
+    return statistics.with_gradients(torch.rand(1, columns, generator=torch.Generator().manual_seed(columns)))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 6])
@@ -106,6 +108,45 @@ def test_magnitude_masks_are_the_papers(pattern: Pattern, expected: Callable[[Te
     assert torch.equal(choice.mask(weight), expected(oracle.magnitude_scores(weight)))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"), PATTERNS, ids=lambda value: str(value) if isinstance(value, Pattern) else ""
+)
+@pytest.mark.parametrize("name", ["ria", "isc"])
+def test_masks_of_further_criteria_are_the_papers(
+    name: str, pattern: Pattern, expected: Callable[[Tensor], Tensor]
+) -> None:
+    weight, inputs = sample(seed=4)
+    scores = {"ria": oracle.ria_scores, "isc": oracle.isc_scores}[name](weight, inputs)
+    choice = Choice(criteria()[name], pattern, statistics_of(inputs))
+    assert torch.equal(choice.mask(weight), expected(scores))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), PATTERNS, ids=lambda value: str(value) if isinstance(value, Pattern) else ""
+)
+def test_gblm_masks_are_the_papers(pattern: Pattern, expected: Callable[[Tensor], Tensor]) -> None:
+    weight, inputs = sample()
+    gradients = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) / 100
+    statistics = statistics_of(inputs).with_gradients(gradients)
+    mask = Choice(criteria()["gblm"], pattern, statistics).mask(weight)
+    assert torch.equal(mask, expected(oracle.gblm_scores(weight, inputs, gradients)))
+    wanda = Choice(criteria()["wanda"], pattern, statistics).mask(weight)
+    assert not torch.equal(mask, wanda)
+    without = statistics.with_gradients(torch.zeros_like(weight))
+    assert torch.equal(Choice(criteria()["gblm"], pattern, without).mask(weight), wanda)
+
+
+def test_isc_lies_between_once_and_twice_wandas_square() -> None:
+    weight, inputs = sample()
+    statistics = statistics_of(inputs)
+    ratio = criteria()["isc"].scores(weight, statistics=statistics) / (weight.square() * statistics.factor().diagonal)
+    assert float(ratio.min()) >= 1.0
+    assert float(ratio.max()) <= 2.0 * (1 + 1e-5)
+    alone = statistics_of(torch.diag(torch.linspace(1.0, 2.0, 48))[None], parts=1)
+    isc, wanda = (Choice(criteria()[name], PerRow(HALF), alone) for name in ("isc", "wanda"))
+    assert torch.equal(isc.mask(weight), wanda.mask(weight))
+
+
 def test_wandas_variant() -> None:
     weight, inputs = sample()
     mask = Choice(criteria()["wanda"], Cumulative(HALF), statistics_of(inputs)).mask(weight)
@@ -126,7 +167,7 @@ def test_every_combination_that_makes_sense_runs_and_the_other_says_why() -> Non
     statistics = statistics_of(inputs)
     patterns = (PerRow(HALF), PerLayer(HALF), Cumulative(HALF), KeptOf(2, 4), KeptOf(3, 6))
     for criterion, way, pattern in product(criteria().values(), reconstructions().values(), patterns):
-        if (criterion.name, way.name, pattern) == ("sparsegpt", "obs", Cumulative(HALF)):
+        if criterion.name in {"sparsegpt", "isc"} and (way.name, pattern) == ("obs", Cumulative(HALF)):
             with pytest.raises(ShearingError, match="has to see whole rows first"):
                 require_valid(criterion, reconstruction=way, pattern=pattern)
             continue

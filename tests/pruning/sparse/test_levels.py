@@ -74,7 +74,7 @@ def test_the_file_says_what_was_found_and_why(allocation: Path) -> None:
     assert len(content["patterns"]) == 28
     facts = content["facts"]
     assert facts["scores"].keys() == {f"layer {layer}" for layer in range(4)}
-    assert facts["fitness"].keys() == {"msp", "uniform", "depth", "alpha", "owl", "rank"}
+    assert facts["fitness"].keys() == {"msp", "uniform", "depth", "alpha", "owl", "rank", "redundancy"}
     assert facts["fitness"]["msp"] == min(facts["fitness"].values())
     best = [each["best"] for each in facts["history"]]
     assert [each["generation"] for each in facts["history"]] == [0, 1, 2]

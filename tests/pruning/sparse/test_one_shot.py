@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -119,7 +119,7 @@ def test_the_manifest_says_what_was_done(wanda: Path, tiny_inputs: Path) -> None
     assert list(manifest["layers"]) == ["0", "1", "2", "3"]
     assert {about["sparsity"] for about in manifest["layers"].values()} == {0.5}
     about = manifest["matrices"]["model.layers.2.self_attn.k_proj.weight"]
-    assert about == {"pattern": "2:4", "shape": [16, 32], "kept": 256, "nonzero": 256}
+    assert about == {"pattern": "2:4", "shape": [16, 32], "zero_before": 0, "kept": 256, "nonzero": 256}
     assert manifest["calibration"] == {
         "source": str(tiny_inputs / "corpus"),
         "fingerprint": manifest["settings"]["calibration_fingerprint"],
@@ -171,13 +171,13 @@ def test_the_dtype_of_the_source_stays(tiny_inputs: Path, tmp_path: Path) -> Non
     assert pruned.model.layers[0].mlp.up_proj.weight.count_nonzero() == 48 * 32 // 2
 
 
-def test_a_model_without_safetensors_is_converted(
+def test_a_model_under_other_names_is_converted(
     tiny_inputs: Path, tmp_path: Path, wanda: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_inputs, tmp_path / "inputs")
     folder = tmp_path / "inputs" / "model"
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): of for name, of in tensors.items()}, folder / "model.safetensors")
 
     def half_written(_: object, target: Path, **__: object) -> None:
         target.write_bytes(bytes(100))
@@ -305,16 +305,20 @@ def _run(recipe: SparsifyRecipe, *, kill_at: Path | None = None) -> int:
     return process.exitcode
 
 
+@pytest.mark.parametrize(
+    "method", [{"criterion": "sparsegpt"}, {"criterion": "gblm", "reconstruction": "admm_gradual"}], ids=str
+)
 @pytest.mark.usefixtures("_one_thread")
-def test_killed_and_continued_is_the_same_bits(tiny_inputs: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"criterion": "sparsegpt", "samples": 32, "micro_batch_size": 2, "offload": "disk"}
+def test_killed_and_continued_is_the_same_bits(method: dict[str, str], tiny_inputs: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**method, "samples": 32, "micro_batch_size": 2, "offload": "disk"}
     whole = recipe_of(tiny_inputs, tmp_path / "whole", **settings)
     assert _run(whole) == 0
     interrupted = recipe_of(tiny_inputs, tmp_path / "sparse", **settings)
     partial = tmp_path / "sparse.partial"
     places = [partial / "blocks" / f"{layer:05d}.safetensors" for layer in range(LAYERS)]
     kills = 0
-    for place in [partial / "settings.json", *places[:3], partial / "model" / FILE_NAME]:
+    gathered = [partial / "gradients" / "00001.safetensors"] if method["criterion"] == "gblm" else []
+    for place in [partial / "settings.json", *gathered, *places[:3], partial / "model" / FILE_NAME]:
         kills += _run(interrupted, kill_at=place) == -signal.SIGKILL
         if (tmp_path / "sparse").exists():
             break
@@ -326,6 +330,37 @@ def test_killed_and_continued_is_the_same_bits(tiny_inputs: Path, tmp_path: Path
     found, expected = (read_manifest(tmp_path / name) for name in ("sparse", "whole"))
     assert {**found, "seconds": None} == {**expected, "seconds": None}
     assert differences(tmp_path / "sparse") == []
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4:8"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("wanda", "msp", "dsnot"),
+        ("sparsegpt", "owl", "admm"),
+        ("gblm", "redundancy", "admm_gradual"),
+        ("isc", "hessian", "closed_form"),
+        ("ria", "rank", "alps"),
+    ],
+    ids="-".join,
+)
+def test_any_three_together(method: tuple[str, str, str], pattern: str, tiny_inputs: Path, tmp_path: Path) -> None:
+    criterion, allocation, reconstruction = method
+    search = {"population": 4, "offspring": 4, "generations": 1, "fitness_samples": 4, "training_steps": 1}
+    budget: dict[str, Any] = {"pattern": pattern}
+    if pattern == "unstructured":
+        budget = {"pattern": None, "sparsity": 0.5, "levels": ["row 0.25", "row 0.5", "row 0.75"]}
+    settings = {"criterion": criterion, "allocation": allocation, "reconstruction": reconstruction, "search": search}
+    output = sparse(tiny_inputs, tmp_path / "sparse", **settings, **budget)
+    manifest = read_manifest(output)
+    assert manifest["budget"]["reached"]["sparsity"] == pytest.approx(0.5)
+    assert (manifest["criterion"], manifest["reconstruction"], manifest["allocation"]) == (
+        criterion,
+        reconstruction,
+        allocation,
+    )
+    assert differences(output) == []
+    assert not (tmp_path / "sparse.partial").exists()
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
@@ -424,7 +459,8 @@ def test_check_finds_a_flipped_bit_of_a_kept_weight(copied: Path) -> None:
 
 def test_check_finds_a_flipped_bit_of_a_mask(copied: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
-    _flip(copied / FILE_NAME, name, bit=3)
+    removed = int((~dict(read_masks(copied / FILE_NAME))[name]).flatten().nonzero()[7])
+    _flip(copied / FILE_NAME, name, bit=removed // 8 * 8 + 7 - removed % 8)
     found = differences(copied)
     assert found[0] == f"{FILE_NAME}: its SHA-256 is not the manifest's"
     assert f"{name}: its mask is not 2:4" in found
@@ -500,7 +536,7 @@ def test_the_command_and_a_recipe_file_do_the_same(tiny_inputs: Path, tmp_path: 
         (["--criterion", "magnitude", "--sparsity", "1.5"], ["sparsity", "less than 1"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--include", "lm_head"], ["embedding and head are never"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--exclude", "*_proj"], ["leave something to prune"]),
-        (["--criterion", "wanda", "--sparsity", "0.5", "--calibration", "absent.txt"], ["absent.txt", "plain text"]),
+        (["--criterion", "wanda", "--sparsity", "0.5", "--calibration", "absent.txt"], ["absent.txt", "files of text"]),
         (["--criterion", "magnitude", "--sparsity", "0.5", "--seqlen", "100"], ["seqlen", "at most 64"]),
     ],
 )  # fmt: skip
@@ -533,7 +569,6 @@ def test_more_bad_input(tiny_inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_inputs / "model", tmp_path / "nan")
     weights = load_file(tmp_path / "nan" / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
-    from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     message = error_of("sparsify", tmp_path / "nan", *arguments, tmp_path / "sparse")

@@ -25,6 +25,7 @@ from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.runs.planning.memory import (
     Checkpointing,
+    Layerwise,
     Listening,
     Memory,
     Sharding,
@@ -250,6 +251,31 @@ def held(zero_stage: ZeroStage, *, workload: Workload = BF16, **sharding: Any) -
 def test_each_zero_stage_holds_less() -> None:
     totals = [held(stage, processes=8).total for stage in (0, 1, 2, 3)]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_fsdp2_holds_what_it_has_gathered() -> None:
+    """Beside this process's share of weights, moments and sums: what is outside of layers, and a few layers."""
+    several = dataclasses.replace(BF16, micro_batches=4)
+    parameters, layer = BILLION.num_parameters(), sum(BILLION.layer_parameters())
+    outside = parameters - 24 * layer
+
+    def under(workload: Workload, *, processes: int = 8, reshard: bool = True, sums_once: bool = False) -> Memory:
+        return held(
+            3,
+            workload=workload,
+            processes=processes,
+            layerwise=Layerwise(reshard=reshard, sums_once=sums_once),
+        )
+
+    shared, summed_once = under(several), under(several, sums_once=True)
+    assert shared.optimizer == 12 * -(-parameters // 8)
+    assert 2 * outside <= shared.weights <= 2 * (outside + 3 * layer)
+    assert shared.total < held(3, workload=several, processes=8).total
+    # Whole sums instead of a share of them, where there are several micro-batches to be summed.
+    assert summed_once.total - shared.total == pytest.approx(4 * parameters * 7 / 8, rel=0.05)
+    assert under(BF16, sums_once=True) == under(BF16)
+    assert under(several, reshard=False).weights >= 2 * parameters
+    assert under(several, processes=16).total < shared.total < under(several, processes=4).total
 
 
 def test_more_processes_hold_less_each() -> None:

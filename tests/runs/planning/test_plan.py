@@ -128,6 +128,18 @@ def test_the_advice_fits(llama: str) -> None:
     assert all(again.hardware.fit(stage.memory[again.choice.zero_stage]) == "yes" for stage in again.stages)
 
 
+def test_advice_under_fsdp2_keeps_the_engine(llama: str) -> None:
+    """Whole sums of 6.7B gradients do not fit into 40 GB; shares of them do."""
+    fsdp2 = ("training.engine=fsdp2", "prune.micro_batch_size=1")
+    made = planned(sheared_llama(llama, *fsdp2), gigabytes=40)
+    assert made.advice is not None
+    changes = made.advice.partition("this would: ")[2].split()
+    assert "training.fsdp2.sum_gradients=micro_batch" in changes
+    assert not any("engine" in change or "zero_stage" in change for change in changes)
+    again = planned(sheared_llama(llama, *fsdp2, *changes), gigabytes=40)
+    assert all(again.hardware.fit(stage.held(again.choice)) == "yes" for stage in again.stages)
+
+
 def test_advice_for_one_gpu_and_for_too_few(llama: str) -> None:
     alone = planned(sheared_llama(llama), gpus=1)
     assert alone.advice is not None
@@ -177,7 +189,7 @@ def test_the_command(tiny_recipe: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("2 x NVIDIA H100 80GB HBM3 of 80 GB, fp32", "hours at MFU 0.5", "torch (chosen)", "ZeRO-3"):
         assert words in result.stdout
-    assert result.stdout.count(" yes ") == 8
+    assert result.stdout.count(" yes ") == 10
     assert "n/a" not in result.stdout
     assert not load_recipe(tiny_recipe).run_dir.exists()
 
@@ -277,6 +289,10 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
         "pretrain: a checkpoint",
         "evaluate: 8 models",
     ]
+    asked = overridden(recipe, overrides=["evaluation.tasks=[paper11]"])
+    *before, tasks = phases(asked, made=planned(asked))
+    assert [phase.what for phase in before] == list(found)
+    assert (tasks.what, tasks.processes, tasks.seconds) == ("evaluate: tasks, paper11", 8, None)
     step, reference = found["prune: a step"], found["prune: reference losses"]
     speed = 0.4 * 989.4e12
     assert (step.processes, reference.processes) == (8, 1)

@@ -102,12 +102,38 @@ def write_evaluation(path: Path, *, names: tuple[str, ...] = ("source", "random"
             "domains": {domain: {"loss": 4.0 + index} for domain in DOMAINS},
             "mean": {"loss": 4.0 + index, "perplexity": 60.0, "bits_per_byte": 1.2},
             "speed": None,
+            "tasks": tasks(0.3 + 0.2 * index),
+            "generation": writing(name),
         }
         for index, name in enumerate(names)
     }
     settings = {"tokens_per_domain": 65_536, "sequence_length": 512, "precision": "float32"}
     environment = {"torch": "2.13", "commit": None}
-    path.write_text(json.dumps({"settings": settings, "environment": environment, "models": models}))
+    prompts = [{"domain": "books", "text": "Once <script>upon"}, {"domain": "law & order", "text": "Whereas"}]
+    content = {"settings": settings, "environment": environment, "models": models, "prompts": prompts}
+    path.write_text(json.dumps(content))
+
+
+def tasks(value: float) -> dict[str, Any]:
+    asked = {"items": 1200, "fewshot": 5, "version": 1.0, "metrics": {}}
+    return {
+        "riddles": {**asked, "metric": "acc_norm", "value": value, "stderr": 0.021},
+        "surprise": {**asked, "metric": "word_perplexity", "value": 31.25, "stderr": None},
+    }
+
+
+def writing(name: str) -> dict[str, Any]:
+    ways = {
+        way: {
+            "repeated": 0.25,
+            "distinct": {"1": 0.5, "2": 0.75, "3": 0.875, "4": None},
+            "tokens": 96,
+            "shown": [f"{name} <{way}> tale", f"{name} {way} clause"],
+        }
+        for way in ("greedy", "sampled")
+    }
+    near = (None, None) if name == "source" else (0.435, 1.234)
+    return {"agreement": near[0], "kl_from_source": near[1], **ways}
 
 
 @pytest.fixture
@@ -165,7 +191,32 @@ def test_a_complete_run_fills_every_section(page: str) -> None:
         "2 steps skipped",
     ):
         assert words in page
-    assert page.count("<svg") == 1 + len(DOMAINS) + 1 + 3 * len(SIZES) + 1 + 2
+    assert page.count("<svg") == 1 + 1 + len(DOMAINS) + 1 + 3 * len(SIZES) + 1 + 2
+
+
+def test_tasks_are_dots_with_their_figures_and_samples_stand_side_by_side(page: str) -> None:
+    assert 'aria-label="Tasks, % right with 95 % intervals"' in page
+    assert "<th>riddles</th><td>acc_norm</td><td>1,200</td><td>5</td><td>30.0±2.1</td>" in page
+    assert "<td>31.2</td>" in page  # no share: in the table, not among the dots
+    assert page.count(">riddles<") == 2 + 1
+    assert page.count(">surprise<") == 2
+    assert "<td>43.5 %</td>" in page
+    assert "<th>KL to the source, nats per token</th><td>–</td><td>1.234</td>" in page
+    assert "Once &lt;script&gt;upon …" in page
+    source, cut = (
+        f"<td>{name} &lt;greedy&gt; tale</td><td>{name} &lt;sampled&gt; tale</td>" for name in ("source", "compact")
+    )
+    assert 0 < page.index(source) < page.index(cut)
+
+
+def test_a_run_without_tasks_or_writing_says_nothing_of_them(complete: Path) -> None:
+    evaluation = json.loads((complete / "evaluation.json").read_text())
+    for model in evaluation["models"].values():
+        del model["tasks"], model["generation"]
+    (complete / "evaluation.json").write_text(json.dumps(evaluation))
+    page = text_of(complete)
+    assert "<h2>Tasks</h2>" not in page
+    assert "<h2>Writing</h2>" not in page
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_is_small(page: str) -> None:

@@ -15,7 +15,7 @@ from shearing.files.durable import read_json
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.stages.choices import Source
-from shearing.runs.stages.recipe import Baseline
+from shearing.runs.stages.evaluation.recipe import Baseline
 
 AT_ONCE = "prune.duration=0 steps"
 

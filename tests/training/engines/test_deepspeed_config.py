@@ -55,6 +55,7 @@ def test_offloading_and_precision() -> None:
     assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert config["bf16"]["enabled"] is True
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError
@@ -14,11 +16,13 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.engines.engine import Engine
+from shearing.training.engines.fsdp2_engine import Fsdp2Engine, require_fsdp2
 from shearing.training.engines.held_state import fill
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
-from shearing.training.recipe import TrainingRecipe
+from shearing.training.recipe import Fsdp2Recipe, TrainingRecipe
 
 CPU = torch.device("cpu")
 
@@ -47,6 +51,28 @@ def _engine(model: nn.Module, optimization: Optimization | None = None) -> Torch
     return engine
 
 
+@pytest.fixture(params=["torch", "fsdp2"])
+def one_of_two(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The engines that need no other package; FSDP2 wants a group of processes, also of this one alone."""
+    yield request.param
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _prepared(name: str, model: nn.Module, optimization: Optimization | None = None) -> Engine:
+    if name == "torch":
+        return _engine(model, optimization)
+    optimization = optimization or _optimization()
+    engine = Fsdp2Engine(optimization, settings=Fsdp2Recipe(), device=CPU, precision=torch.float32)
+    engine.prepare(model)
+    return engine
+
+
+def _whole(parameter: Any) -> Tensor:
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
+
+
 def engine_loss(engine: TorchEngine) -> Tensor:
     return sum(parameter.square().sum() for parameter in engine._parameters.values())  # type: ignore[return-value]
 
@@ -56,11 +82,11 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def test_steps_equal_plain_adamw_with_clipping() -> None:
+def test_steps_equal_plain_adamw_with_clipping(one_of_two: str) -> None:
     model = _model()
     reference = copy.deepcopy(model)
     optimization = _optimization()
-    engine = _engine(model, optimization)
+    engine = _prepared(one_of_two, model, optimization)
     matrices = [p for p in reference.parameters() if p.ndim == 2]
     biases = [p for p in reference.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -68,8 +94,8 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
     )
     for step in range(6):
         inputs = torch.randn(5, 4)
-        for half in inputs.split([3, 2]):
-            engine.backward(model(half).square().sum(), last=True)
+        for half, last in zip(inputs.split([3, 2]), (False, True), strict=True):
+            engine.backward(model(half).square().sum(), last=last)
         skipped = engine.step(step=step)
         reference(inputs).square().sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -80,13 +106,13 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
         assert not skipped
         torch.testing.assert_close(engine.grad_norm(), norm)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(_whole(ours), theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_step_changes_nothing_and_is_reported(bad: float, tmp_path: Path) -> None:
+def test_non_finite_step_changes_nothing_and_is_reported(bad: float, one_of_two: str, tmp_path: Path) -> None:
     model = _model()
-    engine = _engine(model)
+    engine = _prepared(one_of_two, model)
     inputs = torch.randn(5, 4)
     engine.backward(model(inputs).square().sum(), last=True)
     assert not engine.step(step=0)
@@ -102,26 +128,32 @@ def test_non_finite_step_changes_nothing_and_is_reported(bad: float, tmp_path: P
     assert not engine.step(step=2)
 
 
-def test_loaded_engine_continues_bit_for_bit(tmp_path: Path) -> None:
+def test_loaded_engine_continues_bit_for_bit(one_of_two: str, tmp_path: Path) -> None:
     batches = [torch.randn(5, 4) for _ in range(6)]
 
-    def train(model: nn.Module, engine: TorchEngine, steps: range) -> None:
+    def train(model: nn.Module, engine: Engine, steps: range) -> None:
         for step in steps:
             engine.backward(model(batches[step]).square().sum(), last=True)
             engine.step(step=step)
 
     model = _model()
-    engine = _engine(model)
+    engine = _prepared(one_of_two, model)
     train(model, engine, range(3))
     saved = engine.save(tmp_path)
     train(model, engine, range(3, 6))
 
     resumed = _model()
-    resumed_engine = _engine(resumed)
+    resumed_engine = _prepared(one_of_two, resumed)
     resumed_engine.load(tmp_path, saved=saved)
     train(resumed, resumed_engine, range(3, 6))
     for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(_whole(ours), _whole(theirs))
+
+
+def test_a_torch_that_cannot_share_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shearing.training.engines.fsdp2_engine.FSDPModule", object)
+    with pytest.raises(ShearingError, match="install a newer torch"):
+        require_fsdp2()
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from shearing.errors import ShearingError
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
+from shearing.runs.planning.memory import Layerwise
 from shearing.runs.planning.plan import Choice
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import load_recipe
@@ -64,8 +65,18 @@ def test_plans_go_by_what_an_engine_shares_out(tiny_recipe: Path, monkeypatch: p
     assert Choice.of(recipe).zero_stage == 1
 
 
+def test_plans_know_how_fsdp2_shares_out(tiny_recipe: Path) -> None:
+    assert Choice.of(load_recipe(tiny_recipe)).layerwise is None
+    whole = load_recipe(tiny_recipe, overrides=["training.engine=fsdp2", "training.fsdp2.reshard_after_forward=false"])
+    assert Choice.of(whole).layerwise == Layerwise(reshard=False, sums_once=True)
+
+
 def test_only_engines_that_can_train_adapters(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_recipe(tiny_recipe, overrides=["pretrain.lora={}"])
+    load_recipe(tiny_recipe, overrides=["pretrain.lora={}", "training.engine=fsdp2"])
+    with pytest.raises(ShearingError, match=r"pretrain\.lora") as refused:
+        load_recipe(tiny_recipe, overrides=["pretrain.lora={}", "training.engine=deepspeed"])
+    assert "training.engine=torch or fsdp2; it is deepspeed" in str(refused.value)
     _known_as(monkeypatch, adapters=False)
     with pytest.raises(ShearingError, match=r"pretrain\.lora"):
         load_recipe(tiny_recipe, overrides=["pretrain.lora={}"])

@@ -49,7 +49,14 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def make_engine(kind: str, *, processes: Processes, precision: torch.dtype) -> Engine:
+def make_engine(
+    kind: str,
+    *,
+    processes: Processes,
+    precision: torch.dtype,
+    optimization: Optimization = OPTIMIZATION,
+    sequences: int = SEQUENCES,
+) -> Engine:
     """An engine by name; `zero2+offload` is DeepSpeed's at that stage, with the optimiser on the host."""
     training = TrainingRecipe()
     if kind.startswith("zero"):
@@ -61,13 +68,13 @@ def make_engine(kind: str, *, processes: Processes, precision: torch.dtype) -> E
         )
         kind, training = "deepspeed", TrainingRecipe(deepspeed=settings)
     parts = EngineParts(
-        optimization=OPTIMIZATION,
+        optimization=optimization,
         training=training,
         device=CPU,
         precision=precision,
         processes=processes,
         micro_batch_size=1,
-        accumulation=SEQUENCES // processes.size,
+        accumulation=sequences // processes.size,
     )
     return engine_of(kind, parts=parts)
 
@@ -169,8 +176,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         ("zero2+offload", torch.float32, None),
         ("zero3", torch.float32, 2),
         ("zero3+offload", torch.float32, None),
+        ("fsdp2", torch.float32, 2),
+        ("fsdp2", torch.bfloat16, None),
         ("torch", torch.bfloat16, None),
-        ("zero1", torch.bfloat16, None),
+        ("zero1", torch.bfloat16, 2),
+        ("zero1+offload", torch.bfloat16, None),
         ("zero2", torch.bfloat16, 2),
         ("zero3", torch.bfloat16, 2),
     ],
@@ -178,7 +188,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def test_every_engine_keeps_them(
     kind: str, precision: torch.dtype, resume_after: int | None, reference: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    if kind != "torch":
+    if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     spawn(train, tmp_path / "run", kind, precision, resume_after, size=2, folder=tmp_path / "out")
     masks = masks_of(tiny_model("llama"))

@@ -12,26 +12,33 @@ class AllocationFacts:
     """What is known of an allocation before anything is computed.
 
     Attributes:
-        reads_text: whether it needs calibration text.
-        rule: whether levels follow from scores by a formula; a search begins with those of the rules.
+        reads_text: whether it needs calibration text, beyond what the criterion needs.
+        rule: whether levels follow from scores by a formula; a search can begin with those of the rules.
+        starts: whether a search begins with it unless told otherwise.
     """
 
     reads_text: bool
     rule: bool
+    starts: bool = False
 
 
 ALLOCATIONS: Mapping[str, AllocationFacts] = {
     "uniform": AllocationFacts(reads_text=False, rule=False),
-    "depth": AllocationFacts(reads_text=False, rule=True),
-    "alpha": AllocationFacts(reads_text=False, rule=True),
-    "owl": AllocationFacts(reads_text=True, rule=True),
-    "rank": AllocationFacts(reads_text=True, rule=True),
+    "depth": AllocationFacts(reads_text=False, rule=True, starts=True),
+    "alpha": AllocationFacts(reads_text=False, rule=True, starts=True),
+    "owl": AllocationFacts(reads_text=True, rule=True, starts=True),
+    "rank": AllocationFacts(reads_text=True, rule=True, starts=True),
+    "redundancy": AllocationFacts(reads_text=False, rule=True, starts=True),
+    "hessian": AllocationFacts(reads_text=True, rule=True),
     "msp": AllocationFacts(reads_text=True, rule=False),
 }
 """By name, as recipes say it."""
 
 RULES = [name for name, facts in ALLOCATIONS.items() if facts.rule]
 """Names of the rules."""
+
+STARTS = [name for name, facts in ALLOCATIONS.items() if facts.starts]
+"""Names of those that a search begins with: all but what costs as much as the search."""
 
 if TYPE_CHECKING:
     AllocationName = str

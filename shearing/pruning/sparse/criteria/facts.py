@@ -52,6 +52,24 @@ CRITERIA: Mapping[str, CriterionFacts] = {
         group="layer",
         reconstruction="obs",
     ),
+    "ria": CriterionFacts(
+        home="shearing.pruning.sparse.criteria.ria:RelativeImportance",
+        needs=frozenset({"squares"}),
+        group="layer",
+        reconstruction="none",
+    ),
+    "isc": CriterionFacts(
+        home="shearing.pruning.sparse.criteria.isc:ImprovedSaliency",
+        needs=frozenset({"moment"}),
+        group="layer",
+        reconstruction="obs",
+    ),
+    "gblm": CriterionFacts(
+        home="shearing.pruning.sparse.criteria.gblm:GradientBased",
+        needs=frozenset({"squares", "gradients"}),
+        group="row",
+        reconstruction="none",
+    ),
 }
 """By name, as recipes say it."""
 

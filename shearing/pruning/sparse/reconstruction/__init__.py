@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from shearing.pruning.sparse.reconstruction.reconstruction import (
         Choice,
         Reconstruction,
+        prune_matrix,
         reconstructions,
         require_valid,
     )
 
-__all__ = ["RECONSTRUCTIONS", "Choice", "Reconstruction", "ReconstructionFacts", "reconstructions", "require_valid"]
+__all__ = [
+    "RECONSTRUCTIONS",
+    "Choice",
+    "Reconstruction",
+    "ReconstructionFacts",
+    "prune_matrix",
+    "reconstructions",
+    "require_valid",
+]
 
 __getattr__ = late(
     __name__,
@@ -24,6 +33,7 @@ __getattr__ = late(
         "Choice": "reconstruction",
         "Reconstruction": "reconstruction",
         "ReconstructionFacts": "facts",
+        "prune_matrix": "reconstruction",
         "reconstructions": "reconstruction",
         "require_valid": "reconstruction",
     },

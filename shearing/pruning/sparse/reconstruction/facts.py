@@ -31,6 +31,18 @@ RECONSTRUCTIONS: Mapping[str, ReconstructionFacts] = {
     "obs": ReconstructionFacts(
         home="shearing.pruning.sparse.reconstruction.obs:OptimalBrainSurgeon", needs=frozenset({"moment"})
     ),
+    "dsnot": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.dsnot:DynamicSparseNoTraining",
+        needs=frozenset({"sums", "squares"}),
+    ),
+    "admm": ReconstructionFacts(home="shearing.pruning.sparse.reconstruction.admm:Admm", needs=frozenset({"moment"})),
+    "admm_gradual": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.admm:GradualAdmm", needs=frozenset({"moment"})
+    ),
+    "closed_form": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.closed_form:ClosedForm", needs=frozenset({"moment"})
+    ),
+    "alps": ReconstructionFacts(home="shearing.pruning.sparse.reconstruction.alps:Alps", needs=frozenset({"moment"})),
 }
 """By name, as recipes say it."""
 

@@ -18,6 +18,7 @@ class NoReconstruction:
     name: str = "none"
     needs: frozenset[Need] = RECONSTRUCTIONS["none"].needs
     by_columns: bool = False
+    rows_apart: bool = True
 
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:
         """See `Reconstruction`."""

@@ -33,6 +33,7 @@ class OptimalBrainSurgeon:
     name: str = "obs"
     needs: frozenset[Need] = RECONSTRUCTIONS["obs"].needs
     by_columns: bool = True
+    rows_apart: bool = True
 
     def prune(self, weight: Tensor, *, choice: Choice) -> tuple[Tensor, Tensor]:
         """See `Reconstruction`."""

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from shearing.errors import ShearingError
 from shearing.files.tensors import read_tensors, write_tensors
 from shearing.progress import activity
 from shearing.pruning.calibration.dense_layers import DenseLayer, dense_layers, dense_units
-from shearing.pruning.calibration.statistics import InputStatistics
+from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.sparse.allocation.allocator import Request
+from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.patterns import Pattern
-from shearing.pruning.sparse.reconstruction.reconstruction import Choice
+from shearing.pruning.sparse.reconstruction.reconstruction import Choice, keep, prune_matrix
 
 LEVELS_PER_PLANE = 8
 
@@ -30,7 +32,7 @@ LEVELS_PER_PLANE = 8
 class Stacked(Pattern):
     """Several patterns at once, each for its own part of the rows: O rows for each of V patterns, in order.
 
-    Rows do not see each other in Optimal Brain Surgeon, so that all levels of a matrix go through its columns together.
+    Where rows do not see each other, as in Optimal Brain Surgeon, all levels of a matrix are pruned together.
     """
 
     levels: tuple[Pattern, ...]
@@ -60,6 +62,39 @@ class Stacked(Pattern):
     def holds(self, mask: Tensor) -> bool:
         parts = mask.chunk(len(self.levels))
         return all(level.holds(part) for level, part in zip(self.levels, parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A criterion over several copies of a matrix, one below the other, each scored as if it were alone.
+
+    Attributes:
+        criterion: which.
+        copies: how many.
+    """
+
+    criterion: Criterion
+    copies: int
+
+    @property
+    def name(self) -> str:
+        """See `Criterion`."""
+        return self.criterion.name
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See `Criterion`."""
+        return self.criterion.needs
+
+    @property
+    def follows_compensation(self) -> bool:
+        """See `Criterion`."""
+        return self.criterion.follows_compensation
+
+    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+        """See `Criterion`."""
+        parts = weight.chunk(self.copies)
+        return torch.cat([self.criterion.scores(part, statistics=statistics, first=first) for part in parts])
 
 
 class Database:
@@ -160,24 +195,26 @@ def _tensors(layer: DenseLayer, *, request: Request) -> dict[str, Tensor]:
 def _planes_of(weight: Tensor, *, statistics: InputStatistics | None, request: Request) -> dict[int, Tensor]:
     """Planes uint8 [O, I] by number: bit k of plane p is set where level 8 p + k keeps the weight."""
     scores = request.criterion.scores(weight, statistics=statistics)
+    gone = weight == 0
     planes: dict[int, Tensor] = {}
     for index, level in enumerate(request.levels):
         plane, bit = divmod(index, LEVELS_PER_PLANE)
         empty = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
-        planes.setdefault(plane, empty).add_(level.keep(scores).to(torch.uint8) << bit)
+        planes.setdefault(plane, empty).add_(keep(scores, pattern=level, gone=gone).to(torch.uint8) << bit)
     return planes
 
 
 def _levels_of(weight: Tensor, *, statistics: InputStatistics | None, request: Request) -> dict[int, Tensor]:
     """Weights [O, I] in their own dtype by index of the level."""
-    together: dict[tuple[int | None, bool], list[int]] = {}
+    together: dict[Any, list[int]] = {}
     for index, level in enumerate(request.levels):
-        together.setdefault((level.columns_at_once, level.whole_rows), []).append(index)
+        alike = (level.columns_at_once, level.whole_rows) if request.reconstruction.rows_apart else index
+        together.setdefault(alike, []).append(index)
     found: dict[int, Tensor] = {}
     for indices in together.values():
         pattern = Stacked(tuple(request.levels[index] for index in indices))
-        choice = Choice(request.criterion, pattern, statistics)
-        pruned, _ = request.reconstruction.prune(weight.repeat(len(indices), 1), choice=choice)
+        choice = Choice(Apart(request.criterion, len(indices)), pattern, statistics)
+        pruned, _ = prune_matrix(weight.repeat(len(indices), 1), reconstruction=request.reconstruction, choice=choice)
         found |= dict(zip(indices, pruned.to(weight.dtype).chunk(len(indices)), strict=True))
     return {index: tensor.clone() for index, tensor in found.items()}
 

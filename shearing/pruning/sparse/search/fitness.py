@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from shearing.models.anatomy import backbone, head_weight
 from shearing.models.loading import load_source
-from shearing.objectives.cross_entropy import per_token_loss
+from shearing.objectives.cross_entropy import causal_lm_loss, per_token_loss
 from shearing.pruning.sparse.allocation.allocator import Request, Unit
 from shearing.pruning.sparse.search.database import Database
 from shearing.pruning.sparse.search.genome import Genome
@@ -28,8 +29,26 @@ _CHUNK_TOKENS = 1024
 _HOPELESS = 1e30  # for sums that are not finite: such candidates come last, and JSON has no infinity
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a candidate learns before it is compared.
+
+    Attributes:
+        steps: of Adam, under the candidate's masks; 0: it is compared as it is.
+        learning_rate: constant.
+        batch: sequences of a step, calibration text in its order, again from the first after the last.
+    """
+
+    steps: int = 0
+    learning_rate: float = 1e-5
+    batch: int = 4
+
+
 class Fitness:
     """Mean loss in nats per token of the model that a candidate makes; lower is better.
+
+    With `training`, of the model that it becomes by a few steps: its matrices are trained, what is zero in them stays
+    zero, and for the next candidate all are made anew (the offspring selection of DarwinLM, arXiv 2502.07780).
 
     Text is read in stages, each the beginning of the next, so that most candidates cost little. What a candidate's
     first stages gave is kept and only the rest is read.
@@ -41,6 +60,7 @@ class Fitness:
         stages: number of sequences that each stage reads, rising to all.
         kind: loss: cross-entropy of the next token; kl: divergence KL(dense || candidate) of its prediction.
         known: sums over rows by candidate that an earlier process has found: [rows read, sum].
+        training: of candidates, on the calibration text of `request`.
     """
 
     def __init__(
@@ -52,19 +72,26 @@ class Fitness:
         stages: Sequence[int],
         kind: FitnessKind,
         known: Mapping[Genome, tuple[int, float]] | None = None,
+        training: Training = Training(),
     ) -> None:
         compute = request.compute
         self._units: Sequence[Unit] = request.units
         self._database, self._stages, self._kind = database, list(stages), kind
         self._micro_batch_size = compute.micro_batch_size
         self._text = text.to(compute.device)
-        self._model: PreTrainedModel = load_source(
-            str(request.source.folder), device=compute.device, dtype=compute.dtype
-        )
+        # Adam's steps are far below what bf16 tells apart.
+        dtype = torch.float32 if training.steps else compute.dtype
+        self._model: PreTrainedModel = load_source(str(request.source.folder), device=compute.device, dtype=dtype)
         self._parameters = dict(self._model.named_parameters())
         self._now: list[int | None] = [None] * len(self._units)
         self._sums: dict[Genome, tuple[int, float]] = dict(known or {})
         self._dense = self._hidden_of_dense() if kind == "kl" else None
+        self._training = training
+        self._lessons: Tensor | None = None
+        if training.steps:
+            assert request.calibration is not None
+            self._lessons = request.calibration.tokens.to(compute.device)
+        self._trained: Genome | None = None
         self.passes = self.tokens = 0
 
     @property
@@ -83,6 +110,8 @@ class Fitness:
         read, total = self._sums.get(genome, (0, 0.0))
         if read < rows:
             self._make(genome)
+            if self._lessons is not None:
+                self._train(genome, text=self._lessons)
             total += self._sum(read, rows)
             read = rows
             self._sums[genome] = (read, total)
@@ -91,11 +120,38 @@ class Fitness:
 
     @torch.no_grad()
     def _make(self, genome: Genome) -> None:
+        if self._trained not in (None, genome):
+            self._trained, self._now = None, [None] * len(self._units)
         for index, (unit, level) in enumerate(zip(self._units, genome, strict=True)):
             if self._now[index] != level:
                 for matrix in unit.matrices:
                     self._database.put(self._parameters[matrix.name], name=matrix.name, level=level)
                 self._now[index] = level
+
+    def _train(self, genome: Genome, *, text: Tensor) -> None:
+        """The same steps for the same candidate, however often it is made."""
+        if self._trained == genome:
+            return
+        self._model.requires_grad_(requires_grad=False)
+        names = [matrix.name for unit in self._units for matrix in unit.matrices]
+        weights = {name: self._parameters[name].requires_grad_() for name in names}
+        gone = {name: weight == 0 for name, weight in weights.items()}
+        optimizer = torch.optim.Adam(weights.values(), lr=self._training.learning_rate)
+        for step in range(self._training.steps):
+            rows = [(step * self._training.batch + row) % len(text) for row in range(self._training.batch)]
+            batch_BT = text[rows]
+            hidden_BSD = backbone(self._model)(input_ids=batch_BT[:, :-1], use_cache=False).last_hidden_state
+            head = head_weight(self._model)
+            total, each_BS = causal_lm_loss(hidden_BSD, head, batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS)
+            (total / each_BS.numel()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.masked_fill_(gone[name], 0.0)
+            self.tokens += 3 * batch_BT[:, 1:].numel()
+        self._model.requires_grad_(requires_grad=False)
+        self._trained = genome
 
     @torch.no_grad()
     def _sum(self, first: int, last: int) -> float:

@@ -18,7 +18,7 @@ from shearing.pruning.sparse.allocation.allocator import Allocation, Allocator, 
 from shearing.pruning.sparse.allocation.sensitivity import Labels, fisher_trace
 from shearing.pruning.sparse.search.database import build_database
 from shearing.pruning.sparse.search.evolution import Search, SearchSettings
-from shearing.pruning.sparse.search.fitness import Fitness, FitnessKind
+from shearing.pruning.sparse.search.fitness import Fitness, FitnessKind, Training
 from shearing.pruning.sparse.search.genome import Genome, Space
 
 STAGES = (1 / 8, 1 / 2, 1)
@@ -35,6 +35,7 @@ class Msp:
         kind: what is compared.
         seed: of the search, and of sampled labels.
         labels: see `fisher_trace`.
+        training: of candidates before they are compared.
         starts: rules whose allocations join the first population, by name.
     """
 
@@ -43,6 +44,7 @@ class Msp:
     kind: FitnessKind = "loss"
     seed: int = 0
     labels: Labels = "true"
+    training: Training = field(default_factory=Training)
     starts: Mapping[str, Allocator] = field(default_factory=dict)
 
     def allocate(self, request: Request) -> Allocation:
@@ -84,6 +86,7 @@ class Msp:
             stages=sorted({max(1, round(share * rows)) for share in STAGES}),
             kind=self.kind,
             known=search.known,
+            training=self.training,
         )
         winner = self._run(search, fitness=fitness, request=request)
         state, last = search.state, search.state.history[-1]
@@ -99,7 +102,7 @@ class Msp:
                 "forward_passes": state.passes,
                 "tokens": state.tokens,
                 "seconds": round(state.seconds, 3),
-                "settings": asdict(self.settings),
+                "settings": {**asdict(self.settings), "training": asdict(self.training)},
             },
         )
 

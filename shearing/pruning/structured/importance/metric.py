@@ -30,7 +30,7 @@ class Evidence:
 
     Attributes:
         text: tokens [B, S], on the model's device; empty for metrics that read none. The documents are those of rows of
-            S + 1 tokens: whether a label of these S - 1 counts is in `documents.begins[:, :-1]`.
+            S + 1 tokens: whether a label of these S - 1 counts is in `documents.left_out[:, :-1]`.
         target: shape to reach; None where there is only a number of parameters.
         seed: of whatever is drawn.
     """

@@ -25,8 +25,8 @@ _CHUNK_TOKENS = 1024
 def labels_of(batch: Inputs) -> Tensor:
     """The token that each position but the last of its row has to predict, [B, S - 1]; -100 where it does not count."""
     labels_BS = batch.tokens[:, 1:]
-    begins = None if batch.documents is None else batch.documents.begins
-    return labels_BS if begins is None else labels_BS.masked_fill(begins[:, :-1], IGNORED_LABEL)
+    left_out = None if batch.documents is None else batch.documents.left_out
+    return labels_BS if left_out is None else labels_BS.masked_fill(left_out[:, :-1], IGNORED_LABEL)
 
 
 def number_of_labels(text: Sequence[Inputs]) -> int:

@@ -23,7 +23,6 @@ from shearing.models.stored.stored_model import open_source
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
-from shearing.pruning.sparse.allocation import rank as rank_module
 from shearing.pruning.sparse.allocation.allocator import (
     Allocation,
     Allocator,
@@ -32,11 +31,13 @@ from shearing.pruning.sparse.allocation.allocator import (
     patterns_of,
     units_of,
 )
-from shearing.pruning.sparse.allocation.alpha import Alpha, hill_exponent
-from shearing.pruning.sparse.allocation.depth import Depth
 from shearing.pruning.sparse.allocation.level_budget import nearest_budget
-from shearing.pruning.sparse.allocation.owl import Owl
-from shearing.pruning.sparse.allocation.rank import Rank
+from shearing.pruning.sparse.allocation.rules import rank as rank_module
+from shearing.pruning.sparse.allocation.rules.alpha import Alpha, hill_exponent
+from shearing.pruning.sparse.allocation.rules.depth import Depth
+from shearing.pruning.sparse.allocation.rules.owl import Owl
+from shearing.pruning.sparse.allocation.rules.rank import Rank
+from shearing.pruning.sparse.allocation.rules.redundancy import Redundancy, equally_redundant
 from shearing.pruning.sparse.allocation.wanted import progression
 from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.patterns import KeptOf, PerRow
@@ -123,7 +124,7 @@ def test_defaults_mix_eighths(allocator: Allocator, monkeypatch: pytest.MonkeyPa
     assert set(densities(allocator.allocate(request), request)) == {0.375, 0.5, 0.625}
 
 
-@pytest.mark.parametrize("allocator", [Rank(), Depth(), Owl(), Alpha()])
+@pytest.mark.parametrize("allocator", [Rank(), Depth(), Owl(), Alpha(), Redundancy()])
 def test_one_unit_has_the_budget(allocator: Allocator, tmp_path: Path) -> None:
     request = request_of(tmp_path)
     one = Request(**{**vars(request), "matrices": [matrix for matrix in request.matrices if matrix.layer == 1]})
@@ -180,14 +181,14 @@ def test_more_sensitive_is_never_sparser(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("unit", ["block", "matrix"])
-@pytest.mark.parametrize("allocator", [Rank(), Depth(), Owl(), Alpha()])
+@pytest.mark.parametrize("allocator", [Rank(), Depth(), Owl(), Alpha(), Redundancy(outlier_ratio=2.0)])
 def test_budgets_are_exact_on_a_model(allocator: Allocator, unit: str, tmp_path: Path) -> None:
     request = request_of(tmp_path, unit=unit)
     allocation = allocator.allocate(request)
     assert mean_density(allocation.patterns, matrices=request.matrices) == Fraction(1, 2)
     assert allocation.patterns.keys() == {matrix.name for matrix in request.matrices}
     scores, wanted = (facts(allocation, request, name) for name in ("scores", "wanted"))
-    rising = isinstance(allocator, (Rank, Owl))
+    rising = isinstance(allocator, (Rank, Owl, Redundancy))
     assert (
         sorted(wanted)
         == [wanted[index] for index in sorted(range(len(wanted)), key=scores.__getitem__)][:: 1 if rising else -1]
@@ -246,6 +247,50 @@ def test_owl_spreads_by_a_level_at_least(levels: list[Any], spread: float, tmp_p
     request = request_of(tmp_path, levels=levels)
     wanted = facts(Owl(outlier_ratio=2.0).allocate(request), request, "wanted")
     assert max(wanted) - min(wanted) == pytest.approx(2 * spread)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+def test_redundancy_follows_its_formula(criterion: str, tmp_path: Path) -> None:
+    """Shares of outliers of the criterion's own scores; where no bound is met, 1 - o / d is the same everywhere."""
+    model = tiny_model()
+    request = request_of(tmp_path, model=model, criterion=criteria()[criterion], levels=EIGHTHS)
+    allocation = Redundancy(outlier_ratio=2.0, spread=0.3).allocate(request)
+    if criterion == "wanda":
+        shares = owl_shares(model, request, ratio=2.0)
+    else:
+        sizes = [
+            torch.cat([model.get_parameter(matrix.name).detach().double().abs().flatten() for matrix in unit.matrices])
+            for unit in request.units
+        ]
+        shares = [float((of > 2.0 * of.mean()).double().mean()) for of in sizes]
+    assert facts(allocation, request, "scores") == pytest.approx(shares)
+    wanted = facts(allocation, request, "wanted")
+    redundant = [1 - share / density for share, density in zip(shares, wanted, strict=True)]
+    assert redundant == pytest.approx([redundant[0]] * len(redundant))
+    assert sum(wanted) / len(wanted) == pytest.approx(0.5)
+
+
+@given(data=st.data(), sizes=SIZES)
+def test_equal_redundancy_within_bounds(data: st.DataObject, sizes: list[int]) -> None:
+    """What is below its bounds is equally redundant, and a larger budget never takes from anybody."""
+    units = units_of([Matrix(f"m{i}", i, 8, 8 * size) for i, size in enumerate(sizes)], unit="matrix")
+    shares = data.draw(st.lists(st.floats(1e-4, 0.2), min_size=len(sizes), max_size=len(sizes)))
+    budget = data.draw(st.floats(0.2, 0.7))
+    found = equally_redundant(shares, spread=0.1, units=units, budget=budget)
+    weighed = sum(unit.size * density for unit, density in zip(units, found, strict=True))
+    assert weighed / sum(unit.size for unit in units) == pytest.approx(budget)
+    assert all(budget - 0.1 - 1e-9 <= density <= budget + 0.1 + 1e-9 for density in found)
+    inside = [d / s for d, s in zip(found, shares, strict=True) if abs(d - budget) < 0.1 - 1e-6]
+    assert inside == pytest.approx(inside[:1] * len(inside), rel=1e-6)
+    more = equally_redundant(shares, spread=0.1, units=units, budget=budget + 0.05)
+    assert all(after >= before - 1e-9 for before, after in zip(found, more, strict=True))
+    alike = equally_redundant([shares[0]] * len(sizes), spread=0.1, units=units, budget=budget)
+    assert alike == pytest.approx([budget] * len(sizes))
+
+
+def test_no_outliers_is_uniform() -> None:
+    units = units_of(alike(3), unit="matrix")
+    assert equally_redundant([0.0] * 3, spread=0.1, units=units, budget=0.5) == pytest.approx([0.4] * 3)
 
 
 def test_the_hill_exponent_of_a_power_law() -> None:

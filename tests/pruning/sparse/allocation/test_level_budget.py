@@ -13,7 +13,7 @@ from shearing.errors import ShearingError
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.sparse.allocation.allocator import Request, Unit, mean_density, patterns_of, require_fit, units_of
 from shearing.pruning.sparse.allocation.level_budget import closest_levels, nearest_budget
-from shearing.pruning.sparse.allocation.uniform import Uniform
+from shearing.pruning.sparse.allocation.rules.uniform import Uniform
 from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.patterns import KeptOf, PerRow
 from shearing.pruning.sparse.reconstruction import reconstructions

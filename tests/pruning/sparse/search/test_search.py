@@ -28,7 +28,7 @@ from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.allocation.allocator import Allocation, Request, mean_density, patterns_of, units_of
-from shearing.pruning.sparse.allocation.depth import Depth
+from shearing.pruning.sparse.allocation.rules.depth import Depth
 from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.patterns import KeptOf, PerRow, pattern_of, runs_on_2_4
 from shearing.pruning.sparse.reconstruction import reconstructions
@@ -36,7 +36,7 @@ from shearing.pruning.sparse.reconstruction.reconstruction import Choice
 from shearing.pruning.sparse.search import database as database_module
 from shearing.pruning.sparse.search.database import build_database
 from shearing.pruning.sparse.search.evolution import SearchSettings
-from shearing.pruning.sparse.search.fitness import Fitness
+from shearing.pruning.sparse.search.fitness import Fitness, Training
 from shearing.pruning.sparse.search.genome import Genome, Space
 from shearing.pruning.sparse.search.msp import Msp
 from shearing.pruning.sparse.search.population import first_population
@@ -49,7 +49,16 @@ EIGHTHS = [KeptOf(kept, 8) for kept in range(1, 9)]
 NINTHS = [PerRow(Fraction(removed, 10)) for removed in range(9, 0, -1)]
 CALIBRATION = Calibration(tiny_ids(sequences=3, length=20), "random")
 TEXT = Calibration(tiny_ids(sequences=4, length=20, seed=1), "random")
-METHODS = [("magnitude", "none"), ("wanda", "none"), ("sparsegpt", "obs"), ("wanda", "obs")]
+METHODS = [
+    ("magnitude", "none"),
+    ("wanda", "none"),
+    ("sparsegpt", "obs"),
+    ("wanda", "obs"),
+    ("ria", "obs"),
+    ("ria", "dsnot"),
+    ("wanda", "admm_gradual"),
+    ("wanda", "alps"),
+]
 
 
 def request_of(
@@ -211,6 +220,52 @@ def test_candidates_that_overflow_come_last(tmp_path: Path, monkeypatch: pytest.
     with torch.no_grad():
         fitness._model.get_input_embeddings().weight.fill_(float("nan"))
     assert good < fitness((0, 2, 1, 1), 1) < float("inf")
+
+
+TRAINING = Training(steps=3, learning_rate=1e-3, batch=2)
+
+
+@pytest.mark.parametrize("method", [("wanda", "none"), ("sparsegpt", "obs")], ids="-".join)
+def test_fitness_after_training_is_of_the_trained_model(method: tuple[str, str], tmp_path: Path) -> None:
+    """Adam on the calibration text in its order, in a plain loop; zeros stay, and nothing else is trained."""
+    request = request_of(tmp_path, method=method)
+    fitness = fitness_of(request, training=TRAINING)
+    inputs, targets = TEXT.tokens[:, :-1], TEXT.tokens[:, 1:]
+    for genome in [(0, 1, 2, 1), (3, 1, 0, 0)]:
+        model = tiny_model()
+        matrices = [matrix for unit in request.units for matrix in unit.matrices]
+        levels = dict(zip((unit.layer for unit in request.units), genome, strict=True))
+        weights = [model.get_parameter(matrix.name) for matrix in matrices]
+        with torch.no_grad():
+            for matrix, weight in zip(matrices, weights, strict=True):
+                weight.copy_(pruned_alone(request, matrix.name, levels[matrix.layer]))
+        masks = [weight.detach() != 0 for weight in weights]
+        optimizer = torch.optim.Adam(weights, lr=1e-3)
+        for rows in ([0, 1], [2, 0], [1, 2]):
+            text = CALIBRATION.tokens[rows]
+            cross_entropy(model(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for weight, mask in zip(weights, masks, strict=True):
+                    weight *= mask
+        with torch.no_grad():
+            by_row = [cross_entropy(of, wanted) for of, wanted in zip(model(inputs).logits, targets, strict=True)]
+        assert fitness(genome, 0) == pytest.approx(float(by_row[0]), rel=1e-4)
+        assert fitness(genome, 1) == pytest.approx(float(torch.stack(by_row).mean()), rel=1e-4)
+
+
+def test_training_one_candidate_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    request = request_of(tmp_path)
+    one, other = (0, 1, 2, 1), (3, 1, 0, 0)
+    alone = fitness_of(request, training=TRAINING)
+    after = fitness_of(request, training=TRAINING)
+    after(one, 0)
+    assert after(other, 1) == alone(other, 1)
+    first = fitness_of(request, training=TRAINING)
+    assert first(one, 0) == after(one, 0)
+    assert first(one, 1) == after(one, 1)
+    assert after(one, 1) != fitness_of(request)(one, 1)
 
 
 def planted() -> PreTrainedModel:

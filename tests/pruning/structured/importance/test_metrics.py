@@ -18,7 +18,7 @@ from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS, complete_metrics, metric_of
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.rounding import select
-from shearing.runs.stages.recipe import EvaluationRecipe
+from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 

@@ -55,8 +55,8 @@ class LabelsOfModel:
             for hidden_CD in hidden_BSD.flatten(0, 1).split(_CHUNK_TOKENS)
         ]
         labels_BS = torch.cat(drawn).view(batch.tokens.shape)
-        begins_BS = None if batch.documents is None else batch.documents.begins
-        return labels_BS if begins_BS is None else labels_BS.masked_fill(begins_BS, IGNORED_LABEL)
+        left_out_BS = None if batch.documents is None else batch.documents.left_out
+        return labels_BS if left_out_BS is None else labels_BS.masked_fill(left_out_BS, IGNORED_LABEL)
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""Masks that are learned while Hugging Face's `Trainer` trains the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from shearing import ShearingError
+from shearing.pruning.structured import Masking
+
+MASKS = "masks.pt"
+"""Name of the masks' state in a checkpoint of the trainer."""
+
+
+class LearnMasks(TrainerCallback):
+    """Draws masks before each forward pass and makes a step of them after each batch, by an optimiser of their own.
+
+    The trainer's checkpoints get a file more. While the trainer evaluates, and in the end, masks act without noise.
+
+    Args:
+        masking: on the model that the trainer was given.
+    """
+
+    def __init__(self, masking: Masking) -> None:
+        self.masking = masking
+        self._done = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the masks of the checkpoint that is continued.
+
+        Raises:
+            ShearingError: a way to train that has not been shown to be right, or a checkpoint without masks.
+        """
+        one = "one process without it: `shear run` trains on many, with DeepSpeed"
+        for name, found, allowed in (
+            (
+                "fp16",
+                args.fp16,
+                "bf16=True, or neither: losses in fp16 are scaled, and so would be the masks' gradients",
+            ),
+            ("fsdp", bool(args.fsdp), one),
+            ("deepspeed", args.deepspeed is not None, one),
+            ("world_size", args.world_size > 1, "one process: `shear run` trains on many"),
+            ("n_gpu", args.n_gpu > 1, "one GPU: CUDA_VISIBLE_DEVICES=0"),
+        ):
+            if found:
+                raise ShearingError(name, value=getattr(args, name), allowed=allowed, mend="change TrainingArguments")
+        if not state.global_step:
+            return
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / MASKS
+        if not path.exists():
+            raise ShearingError(
+                "resume_from_checkpoint",
+                value=str(path.parent),
+                allowed=f"a checkpoint with {MASKS}, in output_dir",
+                mend="continue from an older one, with the output_dir it was written to",
+            )
+        self.masking.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Masks of the first micro-batch."""
+        self._done = 0
+        self._draw(args, state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Masks of the next one."""
+        self._done += 1
+        self._draw(args, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The masks' gradients."""
+        self.masking.after_backward(step=state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step of the masks."""
+        self.masking.update(step=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Masks without noise, where the trainer is about to evaluate."""
+        if control.should_evaluate:
+            self.masking.settle(step=state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The masks beside the trainer's own files."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            torch.save(self.masking.state_dict(), folder / MASKS)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Masks without noise: what the cut computes."""
+        self.masking.settle(step=state.global_step)
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        size = args.per_device_train_batch_size
+        of = size * args.gradient_accumulation_steps
+        self.masking.draw(step=state.global_step, sequence=self._done * size, of=of)

@@ -1,0 +1,172 @@
+"""How much the loss on calibration text minds each weight: root mean squares of gradients, one layer at a time.
+
+Forward, layer by layer, with what each reads left on disk; then backward, each layer computed once more. Neither the
+model nor its gradients are ever whole in memory: there are one layer's weights, their gradients and sums.
+
+Legend: S tokens of a sequence, d hidden, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from shearing.files.tensors import read_tensors, write_tensors
+from shearing.models.anatomy import anatomy_of
+from shearing.models.loading import skeleton
+from shearing.models.stored.stored_model import Source
+from shearing.objectives.cross_entropy import causal_lm_loss
+from shearing.progress import activity
+from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.calibration.residual_streams import Streams
+from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, fill, not_finite
+from shearing.pruning.calibration.text import Calibration
+
+FOLDER = "gradients"
+
+_CHUNK_TOKENS = 1024
+
+
+def gather_gradients(
+    source: Source, *, matrices: Sequence[Matrix], calibration: Calibration, compute: Compute, console: Console
+) -> None:
+    """Make what `read_gradients` reads, unless it is there: roots of the mean over sequences of (∂l/∂w)².
+
+    w is of a matrix, l the mean cross-entropy of a sequence's S - 1 next-token predictions in nats, by the dense model.
+    Gradients are of one sequence at a time, squared and summed in fp32.
+
+    Args:
+        source: the dense model, of which one layer is read at a time.
+        matrices: whose gradients.
+        calibration: the text, [samples, S].
+        compute: device and dtype (bf16 in place of fp16, in which gradients vanish); files go to its folder.
+        console: for progress.
+
+    Raises:
+        ShearingError: gradients are NaN or infinite.
+    """
+    names: dict[int, list[str]] = {}
+    for matrix in matrices:
+        names.setdefault(matrix.layer, []).append(matrix.name)
+    folder = compute.folder / FOLDER
+    if all(_path(folder, layer).is_file() for layer in names):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = torch.bfloat16 if compute.dtype == torch.float16 else compute.dtype
+    alone = replace(compute, micro_batch_size=1, dtype=dtype, folder=folder / "streams")
+    samples, layers = len(calibration.tokens), source.config.num_hidden_layers
+    total = samples * (2 * layers - min(names) + 1)
+    with _own(alone.folder), activity("gradients", total=total, console=console) as advance:
+        _Pass(source, calibration=calibration, compute=alone, advance=advance).run(names, folder=folder)
+
+
+def gradient_bytes(source: Source, *, matrices: Sequence[Matrix], calibration: Calibration, compute: Compute) -> int:
+    """What `gather_gradients` needs on disk: the result, what every layer reads, and gradients of that."""
+    stream: int = calibration.tokens.numel() * source.config.hidden_size
+    layers: int = source.config.num_hidden_layers
+    return 4 * sum(matrix.size for matrix in matrices) + stream * ((layers + 1) * compute.dtype.itemsize + 4)
+
+
+def read_gradients(name: str, *, layer: int, folder: Path) -> Tensor:
+    """Root mean squares [O, I] fp32 on the CPU that `gather_gradients` has left in `folder`, of a layer's matrix."""
+    return read_tensors(_path(folder / FOLDER, layer), [name])[name]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    source: Source
+    calibration: Calibration
+    compute: Compute
+    advance: Callable[[int], None]
+
+    def run(self, names: dict[int, list[str]], *, folder: Path) -> None:
+        walk = LayerWalk(self.source, calibration=self.calibration, compute=self.compute, advance=self.advance)
+        last = self.source.config.num_hidden_layers - 1
+        reads: list[Streams] = []
+        with torch.no_grad():
+            for layer in range(last + 1):
+                reads.append(self._copied(walk, name=str(layer)))
+                module, _ = walk.load(layer)
+                walk.propagate(layer, module)
+                walk.let_go(module)
+        upstream = self._streams("upstream", dtype=torch.float32)
+        self._through_the_head(walk, upstream)
+        for layer in range(last, min(names) - 1, -1):
+            found = self._back(walk, layer, reads=reads.pop(), upstream=upstream, names=names.get(layer, []))
+            (self.compute.folder / f"{layer}.bin").unlink()
+            if found:
+                write_tensors(_path(folder, layer), found)
+
+    def _back(
+        self, walk: LayerWalk, layer: int, *, reads: Streams, upstream: Streams, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Replaces gradients after the layer by those before it; root mean squares of its weights' by name."""
+        module, _ = walk.load(layer)
+        parameters = {walk.name(layer, name): parameter for name, parameter in module.named_parameters()}
+        weights = [parameters[name].requires_grad_() for name in names]
+        sums = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
+        for chunk in walk.chunks:
+            stream = reads.read(chunk).requires_grad_()
+            after = walk.run(layer, module, stream, chunk)
+            gradient, *of_weights = torch.autograd.grad(after, [stream, *weights], upstream.read(chunk).to(after.dtype))
+            upstream.write(chunk, gradient.float())
+            for total, of_weight in zip(sums, of_weights, strict=True):
+                total += of_weight.float().square()
+            self.advance(1)
+        walk.let_go(module)
+        found = {name: (total / len(walk.chunks)).sqrt().cpu() for name, total in zip(names, sums, strict=True)}
+        for name, root in found.items():
+            if not bool(root.isfinite().all()):
+                raise not_finite(f"the gradient of {name}")
+        return found
+
+    def _through_the_head(self, walk: LayerWalk, upstream: Streams) -> None:
+        """Gradients of each sequence's loss by the last layer's output."""
+        config, device = self.source.config, self.compute.device
+        family = anatomy_of(config)
+        norm: nn.Module = skeleton(config).get_submodule(family.final_norm.name)
+        names = {f"{family.final_norm.name}.{name}": name for name, _ in norm.named_parameters()}
+        fill(norm, names=names, stored=self.source.read(names), device=device, dtype=self.compute.dtype)
+        tied = config.tie_word_embeddings
+        head = f"{family.embedding if tied else family.head}.weight"
+        head_VD = self.source.read([head])[head].to(device, self.compute.dtype)
+        for chunk in walk.chunks:
+            tokens = self.calibration.tokens[chunk].to(device)
+            stream = walk.stream(chunk).requires_grad_()
+            total, _ = causal_lm_loss(norm(stream[:, :-1]), head_VD, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)
+            (gradient,) = torch.autograd.grad(total / (tokens.shape[1] - 1), stream)
+            upstream.write(chunk, gradient.float())
+            self.advance(1)
+
+    def _copied(self, walk: LayerWalk, *, name: str) -> Streams:
+        copy = self._streams(name, dtype=self.compute.dtype)
+        for chunk in walk.chunks:
+            copy.write(chunk, walk.stream(chunk))
+        return copy
+
+    def _streams(self, name: str, *, dtype: torch.dtype) -> Streams:
+        shape = (*self.calibration.tokens.shape, self.source.config.hidden_size)
+        device, folder = self.compute.device, self.compute.folder
+        return Streams(shape, dtype=dtype, device=device, offload="disk", folder=folder, name=name)
+
+
+@contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """A folder that is empty at the beginning and gone at the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"{layer:05d}.safetensors"

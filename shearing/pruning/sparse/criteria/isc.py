@@ -1,0 +1,31 @@
+"""ISC, improved saliency: w² (H_jj + 1 / [H⁻¹]_jj), of one-shot sensitivity-aware pruning (arXiv 2310.09499)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shearing.pruning.calibration.statistics import InputStatistics, Need
+from shearing.pruning.sparse.criteria.facts import CRITERIA
+
+
+@dataclass(frozen=True)
+class ImprovedSaliency:
+    """What removing the weight costs if nothing makes up for it, plus what it costs if everything does.
+
+    H is damped in both terms and [H⁻¹]_jj is of what is left of it, as in SparseGPT's score, so that the second term is
+    at most the first: a score lies between once and twice w² H_jj. (The released code adds 1 / U_jj, not its square.)
+    """
+
+    name: str = "isc"
+    needs: frozenset[Need] = CRITERIA["isc"].needs
+    follows_compensation: bool = True
+
+    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+        """w² (H_jj + 1 / U_jj²); see `InverseFactor`."""
+        assert statistics is not None
+        factor = statistics.factor()
+        columns = slice(first, first + weight.shape[1])
+        saliency = factor.diagonal[columns] + factor.upper.diagonal()[columns].square().reciprocal()
+        return weight.float().square() * saliency

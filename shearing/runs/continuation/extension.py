@@ -1,0 +1,334 @@
+"""Another way on from a checkpoint of a run: a decay, more training, another rate; in another folder or where it is.
+
+A schedule says nothing of its end until its decay begins, so what was trained until then is also the beginning of a
+run that decays earlier, or later: such a branch is the run that had its recipe from the start. Where there is no such
+checkpoint, or none is wanted, a run goes on from the newest: what was before it stays and is written down
+(`changes`), and keys are others from there on. Either way it is an interrupted run then, which `run` continues as any
+other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shearing.errors import CombinedShearingError, ShearingError
+from shearing.files.durable import flush_folder, flush_tree, read_json, write_json, write_text
+from shearing.runs.continuation.changes import (
+    Change,
+    changed_until,
+    changes_of,
+    onward_keys,
+    schedule_keys,
+    write_changes,
+)
+from shearing.runs.recipe import Recipe, load_recipe, overridden
+from shearing.runs.run_directory import RunDirectory
+from shearing.settings.neutral import is_neutral, neutral_keys
+from shearing.settings.quantities import Duration
+from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """A run that begins as another one.
+
+    Attributes:
+        directory: its folder.
+        step: of continued pretraining, that it goes on from.
+        total_steps: of its continued pretraining.
+    """
+
+    directory: RunDirectory
+    step: int
+    total_steps: int
+
+
+def extend(
+    run: RunDirectory,
+    *,
+    to: Path,
+    decay: Duration | None = None,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    onward: bool = False,
+) -> Extension:
+    """Put together a run that goes on from a checkpoint of another one's continued pretraining.
+
+    It is taken from the newest checkpoint until which the learning rates are those of the new recipe, so the result is
+    the run that had this recipe from the start, bit for bit (unless `mixture.reference` is `online`, which looks at the
+    end of the stage from its beginning). Stages before are taken over; files that never change are linked where the
+    file system can. The other run is only read.
+
+    Args:
+        run: with checkpoints of continued pretraining.
+        to: folder of the new run.
+        decay: ends the new run with schedule wsd, decaying from the checkpoint on; None: overrides say what it does.
+        step: the checkpoint to go on from; None: the newest that can be.
+        overrides: `dotted.key=value` on top of the run's recipe.
+        onward: from the newest checkpoint, whatever the rates were until there; see `change`.
+
+    Raises:
+        ShearingError: no such checkpoint, a key that changes what was before it, or a folder that is not empty.
+    """
+    _require_run(run, decay=decay)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ShearingError(
+            "NEW_DIR", value=str(to), allowed="a folder that is new or empty", mend="choose another, or remove that one"
+        )
+    before = load_recipe(run.recipe)
+    start = before.model_dump(mode="json") if onward else _in_steps(before)
+    way = _Way(start | {"run_dir": str(to)}, decay=decay, overrides=overrides, onward=onward)
+    first, checkpoint, recipe = _choose(run, way, step=step)
+    changes = changes_of(run)
+    if onward and (changed := Change.between(before, recipe, step=first)).keys:
+        changes.append(changed)
+    _put_together(run, recipe, checkpoint=checkpoint, to=to, changes=changes)
+    return Extension(directory=RunDirectory(to), step=first, total_steps=_total(recipe))
+
+
+def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Sequence[str] = ()) -> Extension:
+    """Have a run go on from its newest checkpoint with other keys, where it is, finished or not.
+
+    Weights, moments, samples and domain weights go on where they are. What was trained stays as it was; which keys
+    changed, and at which step, is in pretrain/changes.json and on the page about the run. What a finished run has
+    made is kept under names with its step.
+
+    Args:
+        run: with checkpoints of continued pretraining.
+        decay: ends the run with schedule wsd, decaying from the checkpoint on; None: overrides say what it does.
+        overrides: `dotted.key=value` on top of the run's recipe.
+
+    Raises:
+        ShearingError: no checkpoint, a key that changes what was before it, nothing left to do, or a run at work.
+    """
+    _require_run(run, decay=decay)
+    with run.locked():
+        before = load_recipe(run.recipe)
+        way = _Way(before.model_dump(mode="json"), decay=decay, overrides=overrides, onward=True)
+        first, _, recipe = _choose(run, way, step=None)
+        if recipe.run_dir != before.run_dir:
+            raise ShearingError(
+                "run_dir",
+                value=str(recipe.run_dir),
+                allowed=f"{before.run_dir}, as it is: the run goes on where it is",
+                mend="for a run of its own: shear extend RUN_DIR NEW_DIR --onward",
+            )
+        changed = Change.between(before, recipe, step=first)
+        # In this order, killed anywhere, it is the run that it was or the one that it is to be.
+        earlier = changes_of(run)
+        if earlier and _is_undone(earlier[-1], before):
+            earlier.pop()
+        write_changes(run, [*earlier, *([changed] if changed.keys else [])])
+        _set_aside(run, step=_total(before))
+        write_text(run.recipe, recipe.to_yaml())
+    return Extension(directory=run, step=first, total_steps=_total(recipe))
+
+
+def _require_run(run: RunDirectory, *, decay: Duration | None) -> None:
+    if not run.recipe.is_file():
+        raise ShearingError(
+            "RUN_DIR",
+            value=str(run.path),
+            allowed="the folder of a run",
+            mend="check the path: recipe.yaml is not there",
+        )
+    if decay is not None and (decay.fraction is not None or 0 in (decay.steps, decay.tokens)):
+        raise ShearingError(
+            "--decay",
+            value=str(decay),
+            allowed="at least one step, in steps or tokens: a share of what is not known yet",
+            mend="write '100 steps' or '0.1B tokens'",
+        )
+
+
+def _is_undone(change: Change, recipe: Recipe) -> bool:
+    """Whether a change was written down, and killed before the recipe was."""
+    now = recipe.flat()
+    return any(now.get(key) == was != is_to_be for key, (was, is_to_be) in change.keys.items())
+
+
+def _set_aside(run: RunDirectory, *, step: int) -> None:
+    """Keep what a finished run has made, under names with its last step, and have its last stages run again."""
+    mark = run.pretrain / f"complete-step-{step:08d}.json"
+    if run.is_complete("pretrain"):
+        run.complete("pretrain").rename(mark)  # first: without its model the run is not complete
+        flush_folder(run.pretrain)
+    if not mark.is_file():
+        return
+    for model in (run.model, run.kept_tokens):
+        if model.is_dir():
+            aside = run.path / f"{model.name}-step-{step:08d}"
+            shutil.rmtree(aside, ignore_errors=True)  # of the same step
+            model.rename(aside)
+    evaluation = read_json(run.evaluation) if run.evaluation.is_file() else {"models": {}}
+    if "final" in evaluation["models"]:
+        write_json(run.path / f"evaluation-step-{step:08d}.json", evaluation)
+        del evaluation["models"]["final"]
+        write_json(run.evaluation, evaluation)
+
+
+def _total(recipe: Recipe) -> int:
+    return recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)
+
+
+def _in_steps(recipe: Recipe) -> dict[str, Any]:
+    """A recipe whose past does not depend on how long it goes on: what was a share of pretraining, in steps."""
+    data: dict[str, Any] = recipe.model_dump(mode="json")
+    rates = recipe.learning_rates("pretrain")
+    for stage in recipe.training_stages if recipe.one_schedule else ("pretrain",):
+        data[stage] |= {"warmup": f"{rates.warmup_steps} steps", "decay": f"{rates.decay_steps} steps"}
+    length = recipe.data.sequence_length
+    interval = recipe.pretrain.in_steps(recipe.mixture.pretrain_interval, sequence_length=length)
+    data["mixture"]["pretrain_interval"] = f"{max(1, interval)} steps"
+    return data
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a run is to go on.
+
+    Attributes:
+        start: its recipe so far, as plain values.
+        decay, overrides, onward: see `extend`.
+    """
+
+    start: dict[str, Any]
+    decay: Duration | None
+    overrides: Sequence[str]
+    onward: bool
+
+    def recipe(self, *, step: int) -> Recipe:
+        """The recipe from a step on: as it was, but for what was asked for."""
+        recipe = Recipe.model_validate(self.start)
+        said = []
+        if self.decay is not None:
+            per_step = recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length)
+            steps = self.decay.in_steps(tokens_per_step=per_step)
+            said.append(f"pretrain.duration={step + steps} steps")
+            for stage in recipe.training_stages if recipe.one_schedule else ("pretrain",):
+                said += [f"{stage}.schedule=wsd", f"{stage}.decay={steps} steps"]
+        return overridden(recipe, overrides=[*said, *self.overrides])
+
+    def may_change(self, recipe: Recipe) -> set[str]:
+        """The keys that may be others from a checkpoint on."""
+        return onward_keys(recipe) if self.onward else schedule_keys(recipe)
+
+
+def _choose(run: RunDirectory, way: _Way, *, step: int | None) -> tuple[int, Path, Recipe]:
+    """The newest step and checkpoint from which a run may go on that way, and its recipe."""
+    before = Recipe.model_validate(way.start)
+    settled = changed_until(run)
+    found = checkpoints_in(run.checkpoints("pretrain"))
+    wanted = found if step is None else {at: folder for at, folder in found.items() if at == step}
+    for at, checkpoint in reversed(wanted.items()):
+        recipe = way.recipe(step=at)
+        _require_past(before, recipe, way=way)
+        old, new = before.learning_rates("pretrain"), recipe.learning_rates("pretrain")
+        same_past = way.onward or all(old.at(done) == new.at(done) for done in range(settled or -new.first_step, at))
+        longer = _total(recipe) > at >= settled
+        if longer and same_past and damage_of(checkpoint) is None:
+            return at, checkpoint, recipe
+        if way.onward and damage_of(checkpoint) is None:
+            break  # what came after an older one would be trained anew
+    raise _no_checkpoint(run, before, steps=list(found), step=step, way=way)
+
+
+def _no_checkpoint(
+    run: RunDirectory, before: Recipe, *, steps: Sequence[int], step: int | None, way: _Way
+) -> ShearingError:
+    """That there is none to go on from, and why."""
+    there = f"the checkpoints of continued pretraining are of steps {', '.join(map(str, steps)) or '(none)'}"
+    stable = before.learning_rates("pretrain").stable_steps
+    if way.onward:
+        last = max(steps, default=0)
+        return ShearingError(
+            "RUN_DIR" if step is None else "--from",
+            value=str(run.path) if step is None else step,
+            allowed=f"a run with an undamaged checkpoint before step {_total(way.recipe(step=last))}, its end; {there}",
+            mend=f"say how long it is to be: pretrain.duration='{last + _total(before)} steps', say"
+            if steps
+            else "change the keys in its recipe: what has not begun takes them as they are",
+        )
+    return ShearingError(
+        "RUN_DIR" if step is None else "--from",
+        value=str(run.path) if step is None else step,
+        allowed="a run with an undamaged checkpoint until which its learning rates are those of the new one, which "
+        f"ends later; {there}" + ("" if stable is None else f", the decay begins after step {stable}"),
+        mend="add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
+        "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every",
+    )
+
+
+def _require_past(before: Recipe, recipe: Recipe, *, way: _Way) -> None:
+    """Nothing that has been used is another now, but for lengths and shapes of schedules, whose rates are compared."""
+    allowed = way.may_change(recipe)
+    earlier, now, neutral = before.flat(), recipe.flat(), neutral_keys(Recipe)
+    errors = [
+        ShearingError(
+            name,
+            value=value,
+            allowed=f"{earlier.get(name)}, with which the run began; an extension sets " + ", ".join(sorted(allowed)),
+            mend="add --onward, to go on with it from the newest checkpoint on"
+            if not way.onward and name in onward_keys(recipe)
+            else "leave it as it was, or start a run of its own",
+        )
+        for name, value in now.items()
+        if value != earlier.get(name) and name not in allowed and not is_neutral(name, among=neutral)
+    ]
+    if errors:
+        raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
+    hidden, steps = None if recipe.distill is None else recipe.distill.hidden, [_total(before), _total(recipe)]
+    if not way.onward and hidden is not None and hidden.decay.fraction is not None and steps[0] != steps[1]:
+        raise ShearingError(
+            "distill.hidden.decay",
+            value=str(hidden.decay),
+            allowed="steps or tokens in a run that is extended: the weight fell as in one of its own length",
+            mend=f"start with distill.hidden.decay='{steps[1]} steps', say",
+        )
+
+
+def _put_together(run: RunDirectory, recipe: Recipe, *, checkpoint: Path, to: Path, changes: list[Change]) -> None:
+    """Write the new folder as a whole or not at all."""
+    beside = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    new = RunDirectory(beside)
+    try:
+        for stage in ("prune", "compact", "sparsify"):
+            if run.folder(stage).is_dir():
+                _take_over(run.folder(stage), new.folder(stage), without=run.path / "prune" / "checkpoints")
+        _take_over(checkpoint, new.checkpoints("pretrain") / checkpoint.name)
+        for path in run.pretrain.glob("*.json*"):
+            if not path.name.startswith(run.complete("pretrain").stem):
+                shutil.copyfile(path, new.pretrain / path.name)
+        if changes:
+            write_changes(new, changes)
+        write_text(new.recipe, recipe.to_yaml())
+        flush_tree(beside)
+        if to.exists():
+            to.rmdir()
+        beside.rename(to)
+        flush_folder(to.absolute().parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _take_over(folder: Path, to: Path, *, without: Path | None = None) -> None:
+    """Link or copy what is below a folder; logs, which a run goes on writing, are copied."""
+    for path in folder.rglob("*"):
+        place = to / path.relative_to(folder)
+        if not path.is_file() or (without is not None and path.is_relative_to(without)):
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix == ".jsonl":
+                shutil.copyfile(path, place)
+            else:
+                os.link(path, place)
+        except OSError:
+            shutil.copyfile(path, place)

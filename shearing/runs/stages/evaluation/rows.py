@@ -1,0 +1,139 @@
+"""The models that a run has so far and their baselines: what each is called and cost, and how it is loaded."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from shearing.files.durable import read_json
+from shearing.models.cutting import Selection
+from shearing.models.masked import Masks
+from shearing.models.shape import Shape
+from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.runs.context import RunContext
+from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
+from shearing.runs.stages.evaluation.recipe import Baseline
+from shearing.training.recipe import StageRecipe
+
+OF_RUN = ("source", "compact", "sparse", "final")
+"""The names of rows that are no baselines, in the order in which a run makes them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model to measure.
+
+    Attributes:
+        group: of those of the same shape, at the same place of a run.
+        flops: of choosing its units, the refit and its training.
+        units: hash of the units that it kept, asked for once it is loaded; None: all.
+        learned: what mask learning made of its start.
+    """
+
+    name: str
+    label: str
+    group: str
+    shape: Shape
+    training_tokens: int
+    flops: float
+    fingerprint: str
+    load: Callable[[], PreTrainedModel]
+    units: Callable[[], str | None] = lambda: None
+    learned: Learned | None = None
+
+    @property
+    def of_run(self) -> bool:
+        """Whether it is the source or one of the run's own models, and no baseline."""
+        return self.name in OF_RUN
+
+
+def rows_of(context: RunContext) -> list[Row]:
+    """The models that exist, in the order of the table."""
+    recipe, run, source = context.recipe, context.directory, Source(context)
+    source_fingerprint = fingerprint_of(Path(recipe.model.source), recipe.model.revision)
+    whole = Shape.of(context.config)
+    rows = [Row("source", "source", "source", whole, 0, 0.0, source_fingerprint, source.model)]
+    learned: Learned | None = None
+    units: Callable[[], str | None] = lambda: None  # noqa: E731
+
+    def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> Row:
+        def load() -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+            )
+            model.to(context.device)  # type: ignore[arg-type]
+            return model
+
+        shape = Shape.of(AutoConfig.from_pretrained(folder))
+        mark = fingerprint_of(folder, None)
+        return Row(name, label, group, shape, training_tokens, flops, mark, load, units, learned)
+
+    tokens, flops, made_by = 0, 0.0, []
+    shape, length = whole, recipe.data.sequence_length
+    if recipe.prune is not None and run.is_complete("compact"):
+        tokens += _tokens_of(recipe.prune, recipe)
+        shape = Shape.of(AutoConfig.from_pretrained(run.compact))
+        summary = run.prune / "summary.json"
+        learned = Learned.of(context, summary=read_json(summary) if summary.is_file() else {})
+        units = functools.partial(_units_of_run, run, source=whole, shape=shape)
+        flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
+        flops += training_flops(whole, teacher=context.teacher_shape, tokens=tokens, sequence_length=length)
+        made_by.append(learned.title)
+        rows += [
+            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
+            for name, baseline in recipe.evaluation.by_name().items()
+        ]
+        rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
+    if recipe.sparsify is not None and run.is_complete("sparsify"):
+        manifest = read_manifest(run.sparse)
+        made_by.append(f"{manifest['criterion']} {manifest['pattern']}")
+        rows.append(of_run("sparse", ", ".join(made_by), "sparse", run.sparse, tokens))
+    if run.is_complete("pretrain"):
+        trained = _tokens_of(recipe.pretrain, recipe)
+        tokens += trained
+        flops += training_flops(shape, teacher=context.teacher_shape, tokens=trained, sequence_length=length)
+        rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model, tokens))
+    return rows
+
+
+def _baseline(
+    context: RunContext, name: str, baseline: Baseline, *, source: Source, source_fingerprint: str, target: Shape
+) -> Row:
+    wanted = made_from(context, metric=baseline.metric, target=target)
+    fingerprint = f"{source_fingerprint} {name} {json.dumps(wanted, sort_keys=True)}"
+    flops = choosing_flops(context, metric=baseline.metric, refitted=baseline.refitted, target=target)
+    load = functools.partial(source.cut, baseline, target=target)
+    units = functools.partial(source.digest, baseline, target=target)
+    return Row(name, baseline.title, "cut", target, 0, flops, fingerprint, load, units)
+
+
+def _units_of_run(run: RunDirectory, *, source: Shape, shape: Shape) -> str | None:
+    """Hash of the units that the final masks keep; None where the masks are gone."""
+    path = run.prune / "masks.safetensors"
+    if not path.is_file():
+        return None
+    return Selection.of(Masks(**load_file(path)), source=source, target=shape).digest
+
+
+def fingerprint_of(source: Path, revision: str | None) -> str:
+    """Tells a model from another in the same place: sizes and times of its weight files, or hub name and revision."""
+    if not source.is_dir():
+        return f"{source}@{revision}"
+    files = [
+        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(source.glob("*.safetensors"))
+    ]
+    return " ".join([str(source), *files])
+
+
+def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:
+    length = recipe.data.sequence_length
+    return stage.total_steps(sequence_length=length) * stage.tokens_per_step(sequence_length=length)

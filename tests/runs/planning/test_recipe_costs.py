@@ -1,0 +1,75 @@
+"""docs/recipes.md has what `shear plan` says of the recipes, and every recipe can be planned from its config alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from shearing.models.loading import load_config
+from shearing.models.shape import Shape, resolve_target
+from shearing.runs.recipe import load_recipe
+from tests.cli.test_cli import shear
+from tests.repository import RECIPES, ROOT
+
+
+def costs() -> Any:
+    """The script that makes the tables."""
+    spec = importlib.util.spec_from_file_location("costs", RECIPES / "costs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COSTS = costs()
+
+
+def test_the_page_has_the_figures_of_today() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert COSTS.embedded(page) == page, "make docs"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-3b", 2_977_582_080),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("smollm2-0.7b", 688_977_408),
+        ("llama-3.2-1.2b", 1_206_470_656),
+        ("sheared-llama-370m", 373_867_520),
+    ],
+)
+def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int) -> None:
+    config = load_config(str(RECIPES / "sources" / COSTS.SOURCES[name]))
+    target = load_recipe(RECIPES / f"{name}.yaml").target
+    assert target is not None
+    count = resolve_target(target, source=config).num_parameters()
+    assert count == parameters
+
+
+@pytest.mark.parametrize(
+    ("source", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("qwen3-4b", 4_022_468_096),
+        ("smollm2-1.7b", 1_711_376_384),
+    ],
+)
+def test_sources_have_the_sizes_of_the_published_models(source: str, parameters: int) -> None:
+    """As their cards and safetensors headers count."""
+    assert Shape.of(load_config(str(RECIPES / "sources" / source))).num_parameters() == parameters
+
+
+@pytest.mark.parametrize("name", list(COSTS.SOURCES))
+def test_the_command_says_the_same(name: str) -> None:
+    source = f"model.source={RECIPES / 'sources' / COSTS.SOURCES[name]}"
+    result = shear("plan", RECIPES / f"{name}.yaml", source, "--gpus", "8", "--gpu", "H100")
+    assert result.exit_code == 0, result.output
+    [made, _] = COSTS.planned(name, machine="8 x H100 of 80 GB")
+    assert f"{made.target.num_parameters():,}" in result.stdout
+    assert name in result.stdout
