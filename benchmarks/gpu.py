@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mask_overhead import SMOLLM2_135M  # of this folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -70,16 +71,6 @@ class Size:
         return self.micro_batch_size * self.micro_batches * self.sequence_length
 
 
-SMOLLM2_135M = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 SHEARED_LLAMA_1_3B = {
     "vocab_size": 32000,
     "hidden_size": 2048,
