@@ -21,7 +21,8 @@ def anatomy_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
     """Family of a model or config, without the parameters that its config leaves out.
 
     Raises:
-        ShearingError: the architecture is not supported; the supported ones are listed.
+        ShearingError: the architecture is not supported, and the supported ones are listed; or something that the config
+            has is not.
     """
     config: Any = getattr(model_or_config, "config", model_or_config)
     family = FAMILIES.get(config.model_type)
@@ -31,6 +32,13 @@ def anatomy_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
             value=config.model_type,
             allowed=", ".join(sorted(FAMILIES)),
             mend="choose a source model of a supported family, or declare the family under shearing/models/families",
+        )
+    if (refused := family.refuses(config)) is not None:
+        raise ShearingError(
+            "source (architecture)",
+            value=refused,
+            allowed=f"a {family.model_type} without it",
+            mend="choose another source model",
         )
     family = family.of(config)
     if isinstance(model_or_config, nn.Module):

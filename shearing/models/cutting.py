@@ -18,6 +18,7 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Axes, Unit
+from shearing.models.families.experts.cutting import columns_of_stack, cut_stack, select_experts
 from shearing.models.families.norms import Norm
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
@@ -35,7 +36,8 @@ class Selection:
         hidden: [d'] residual dimensions.
         kv_groups: [L', K'] KV groups of each new layer.
         query_heads: [L', K', G'] query heads inside each of those groups.
-        intermediate: [L', m'] MLP units of each new layer.
+        intermediate: [L', m'] MLP units of each new layer; of a model with experts [L', E', m'], those of each expert.
+        experts: [L', E'] experts of each new layer; None: the model has none.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -43,6 +45,7 @@ class Selection:
     kv_groups: Tensor
     query_heads: Tensor
     intermediate: Tensor
+    experts: Tensor | None = None
 
     @classmethod
     def of(cls, masks: Masks, *, source: Shape, target: Shape) -> Selection:
@@ -68,7 +71,7 @@ class Selection:
         every_group = torch.ones(source.num_hidden_layers, groups, dtype=torch.bool)
         every_head = torch.ones(source.num_hidden_layers, groups, per_group, dtype=torch.bool)
         every_unit = torch.ones(source.num_hidden_layers, source.intermediate_size, dtype=torch.bool)
-        kv_groups, query_heads, intermediate = [], [], []
+        kv_groups, query_heads, intermediate, experts = [], [], [], []
         for a, m in layers:
             kept = _indices(
                 alive.get("kv_groups", every_group)[a], target.num_key_value_heads, name=f"KV groups, layer {a}"
@@ -79,8 +82,19 @@ class Selection:
             query_heads.append(
                 torch.stack([_indices(heads[group], target.query_heads_per_group, name=name) for group in kept])
             )
-            units = alive.get("intermediate", every_unit)[m]
-            intermediate.append(_indices(units, target.intermediate_size, name=f"intermediate units, layer {m}"))
+            if source.num_experts:
+                of_layer, units = select_experts(
+                    alive,
+                    layer=m,
+                    sizes=(source.num_experts, source.intermediate_size),
+                    keep=(target.num_experts, target.intermediate_size),
+                    indices=_indices,
+                )
+                experts.append(of_layer)
+            else:
+                row, name = alive.get("intermediate", every_unit)[m], f"intermediate units, layer {m}"
+                units = _indices(row, target.intermediate_size, name=name)
+            intermediate.append(units)
         every_dimension = torch.ones(source.hidden_size, dtype=torch.bool)
         return cls(
             layers=layers,
@@ -88,14 +102,15 @@ class Selection:
             kv_groups=torch.stack(kv_groups),
             query_heads=torch.stack(query_heads),
             intermediate=torch.stack(intermediate),
+            experts=torch.stack(experts) if experts else None,
         )
 
     @property
     def digest(self) -> str:
         """Short hash of the units: the same for the same units, however they were chosen."""
         digest = hashlib.blake2b(digest_size=4)
-        parts = (torch.tensor(self.layers), self.hidden, self.kv_groups, self.query_heads, self.intermediate)
-        for part in parts:
+        parts = [torch.tensor(self.layers), self.hidden, self.kv_groups, self.query_heads, self.intermediate]
+        for part in parts if self.experts is None else [*parts, self.experts]:
             digest.update(repr(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -105,7 +120,8 @@ class Selection:
             source,
             num_hidden_layers=len(self.layers),
             hidden_size=self.hidden.numel(),
-            intermediate_size=self.intermediate.shape[1],
+            intermediate_size=self.intermediate.shape[-1],
+            num_experts=source.num_experts if self.experts is None else self.experts.shape[1],
             num_attention_heads=self.query_heads.shape[1] * self.query_heads.shape[2],
             num_key_value_heads=self.kv_groups.shape[1],
         )
@@ -199,6 +215,8 @@ def _embedding_scale(source: Shape, target: Shape) -> float:
 
 
 def _cut(weight: Tensor, axes: Axes, units: Mapping[Unit, Tensor], *, sizes: Mapping[Unit, int]) -> Tensor:
+    if weight.ndim > 2:
+        return cut_stack(weight, axes, units, sizes=sizes)
     for position, axis in enumerate(axes[: weight.ndim]):  # an optimiser's step count has no axes
         kept = axis.kept(units, sizes=sizes)
         if kept is not None:
@@ -241,9 +259,15 @@ def _cut_layer(
         "kv_groups": _head_rows(groups, source.head_dim),
         "intermediate": units,
     }
+    experts = None if selection.experts is None else selection.experts[new]
+    if experts is not None:
+        kept["experts"] = experts
     z_heads = masks.heads(attention_layer)
     head_columns = None if z_heads is None else _take(_expand(z_heads, source), query_rows)
-    unit_columns = None if masks.intermediate is None else _take(masks.intermediate[mlp_layer], units)
+    if experts is not None:
+        unit_columns = columns_of_stack(masks.experts, masks.intermediate, layer=mlp_layer, kept=experts, units=units)
+    else:
+        unit_columns = None if masks.intermediate is None else _take(masks.intermediate[mlp_layer], units)
     rows = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
     state: dict[str, Tensor] = {}
     for sublayer, layer, z, columns in (
@@ -259,13 +283,12 @@ def _cut_layer(
         if sublayer.after is not None and z_layer is not None:
             _scale_gain(cut, sublayer.after, by=z_layer.double())
         in_write = None if sublayer.after is not None else z_layer
-        for part in ("weight", "bias"):
-            name = f"{sublayer.write}.{part}"
+        for name in sublayer.written:
             if name in cut:
                 cut[name] = _scale(
                     cut[name],
-                    columns=columns if part == "weight" else None,
-                    rows=_both(rows, None if in_write is None else in_write.expand(len(cut[name]))),
+                    columns=columns if cut[name].ndim > 1 else None,
+                    rows=_both(rows, None if in_write is None else in_write.expand(selection.hidden.numel())),
                 )
         state.update({f"{family.layers}.{new}.{name}": weight for name, weight in cut.items()})
     return state

@@ -31,7 +31,12 @@ class TargetRecipe(Section):
 
     num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
     hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
-    intermediate_size: int | None = Field(None, ge=1, description="Units kept in each MLP.")
+    intermediate_size: int | None = Field(
+        None, ge=1, description="Units kept in each MLP; of a model with experts, in each expert."
+    )
+    num_experts: int | None = Field(
+        None, ge=1, description="Experts kept in each MLP of a model that has some: at least those of a token."
+    )
     num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
     num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
     parameters: ParameterCount | None = Field(

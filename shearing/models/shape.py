@@ -1,6 +1,6 @@
 """Sizes of a model, what they cost in parameters, and which sizes an ordinary config accepts.
 
-Legend: L layers, d hidden, m intermediate, H query heads, K KV groups, G = H / K query heads per group.
+Legend: L layers, d hidden, m intermediate, H query heads, K KV groups, G = H / K query heads per group, E experts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ SIZE_NAMES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+EXPERTS = "num_experts"
+"""The size that a model with experts has beside those."""
+EXPERT_ALIGNMENT = 8
+"""Rows of an expert's matrices have to be whole multiples of 16 bytes for transformers' grouped products."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,8 +38,11 @@ class Shape:
     """The sizes of a model, and the family that says what they cost.
 
     Attributes:
+        intermediate_size: of an MLP, or of each expert.
         tied: the embedding is the head.
         family: as the model's config has it (`anatomy_of`).
+        num_experts: of each MLP; 0: MLPs have none.
+        num_experts_per_tok: how many of them a token is computed by.
     """
 
     num_hidden_layers: int
@@ -47,6 +54,8 @@ class Shape:
     vocab_size: int
     tied: bool
     family: Family
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
@@ -64,8 +73,8 @@ class Shape:
         return self.num_attention_heads // self.num_key_value_heads
 
     def sizes(self) -> dict[str, int]:
-        """The five sizes that can be pruned, by their config names."""
-        return {name: getattr(self, name) for name in SIZE_NAMES}
+        """The sizes that can be pruned, by their config names: five, and the number of experts if there are any."""
+        return {name: getattr(self, name) for name in (*SIZE_NAMES, *([EXPERTS] if self.num_experts else []))}
 
     def facts(self) -> dict[str, int | bool]:
         """Sizes and what there is, as a record keeps them."""
@@ -79,6 +88,7 @@ class Shape:
             "output_bias": attention.has_bias(attention.write),
             "mlp_bias": mlp.has_bias(mlp.write),
             "qk_norms": bool(attention.inside),
+            **({"num_experts_per_tok": self.num_experts_per_tok} if self.num_experts else {}),
         }
 
     def units(self) -> dict[Unit, int]:
@@ -88,6 +98,7 @@ class Shape:
             "query_heads": self.num_attention_heads * self.head_dim,
             "kv_groups": self.num_key_value_heads * self.head_dim,
             "intermediate": self.intermediate_size,
+            "experts": self.num_experts,
             "head": self.head_dim,
             "vocabulary": self.vocab_size,
         }
@@ -107,6 +118,13 @@ class Shape:
         """Number of parameters; `embeddings=False` leaves out the embedding and the head."""
         outer: int = count(self.outer_parameters(embeddings=embeddings), self.units())
         return self.num_hidden_layers * sum(self.layer_parameters()) + outer
+
+
+    def active_parameters(self, *, embeddings: bool = True) -> int:
+        """Parameters that a token is computed by: of the experts those that it is sent to; see `num_parameters`."""
+        stacks: int = count(self.family.mlp.stacks, self.units())
+        idle = 0 if not self.num_experts else stacks - stacks * self.num_experts_per_tok // self.num_experts
+        return self.num_parameters(embeddings=embeddings) - self.num_hidden_layers * idle
 
 
 def config_for(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequence[int]) -> PretrainedConfig:
@@ -137,7 +155,8 @@ def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
             refused; the nearest valid sizes are listed.
     """
     have = Shape.of(source)
-    wanted = {name: getattr(target, name) for name in SIZE_NAMES}
+    wanted = {name: getattr(target, name) for name in (*SIZE_NAMES, EXPERTS)}
+    _require_experts(wanted[EXPERTS], have=have)
     if wanted["num_attention_heads"] is not None and wanted["num_key_value_heads"] is None:
         mha = have.num_attention_heads == have.num_key_value_heads
         wanted["num_key_value_heads"] = wanted["num_attention_heads"] if mha else have.num_key_value_heads
@@ -154,6 +173,15 @@ def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
                 allowed=f"1 to {limit}, the source's size",
                 mend=f"set {key(name)}={limit} to leave it as it is, or something smaller",
             )
+    if shape.num_experts < have.num_experts_per_tok:
+        raise ShearingError(
+            EXPERTS,
+            value=shape.num_experts,
+            allowed=f"{have.num_experts_per_tok} to {have.num_experts}: each token is computed by "
+            f"{have.num_experts_per_tok} experts (num_experts_per_tok), and stays so",
+            mend=f"set {key(EXPERTS)}={have.num_experts_per_tok}, or more",
+        )
+    _require_aligned(shape, have=have)
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     if heads % groups or heads // groups > have.query_heads_per_group:
         valid = [groups * per_group for per_group in range(1, have.query_heads_per_group + 1)]
@@ -166,6 +194,31 @@ def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
         )
     _refuse_unexportable(shape, source=source)
     return shape
+
+
+def _require_experts(wanted: int | None, *, have: Shape) -> None:
+    if wanted is not None and not have.num_experts:
+        raise ShearingError(
+            EXPERTS,
+            value=wanted,
+            allowed=f"nothing: the MLPs of this {have.family.model_type} are not made of experts",
+            mend=f"remove {key(EXPERTS)}",
+        )
+
+
+def _require_aligned(shape: Shape, *, have: Shape) -> None:
+    """Widths that experts read and write, as transformers' product for all experts at once wants them."""
+    for name in ("hidden_size", "intermediate_size") if shape.num_experts else ():
+        size = getattr(shape, name)
+        if size != getattr(have, name) and size % EXPERT_ALIGNMENT:
+            near = max(EXPERT_ALIGNMENT, round(size / EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT)
+            raise ShearingError(
+                name,
+                value=size,
+                allowed=f"multiples of {EXPERT_ALIGNMENT} in a model with experts, whose products transformers cannot "
+                "compute otherwise",
+                mend=f"set {key(name)}={near}",
+            )
 
 
 def _refuse_unexportable(shape: Shape, *, source: PretrainedConfig) -> None:

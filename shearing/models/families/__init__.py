@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shearing.models.families.axes import (
+    EXPERTS,
     HIDDEN,
     INTERMEDIATE,
     KV_GROUPS,
@@ -14,6 +15,10 @@ from shearing.models.families.axes import (
     flag,
     linear,
 )
+from shearing.models.families.experts.mixtral import MIXTRAL
+from shearing.models.families.experts.olmoe import OLMOE
+from shearing.models.families.experts.qwen3_moe import QWEN3_MOE
+from shearing.models.families.experts.sub_layer import experts_mlp, sizes_with_experts, values_with_experts
 from shearing.models.families.family import Family, SubLayer
 from shearing.models.families.llama import LLAMA
 from shearing.models.families.mistral import MISTRAL
@@ -23,6 +28,7 @@ from shearing.models.families.qwen3 import QWEN3
 from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 __all__ = [
+    "EXPERTS",
     "FAMILIES",
     "HIDDEN",
     "INTERMEDIATE",
@@ -38,11 +44,16 @@ __all__ = [
     "Parameter",
     "SubLayer",
     "always",
+    "experts_mlp",
     "flag",
     "gated_mlp",
     "linear",
     "separate_attention",
+    "sizes_with_experts",
+    "values_with_experts",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN2, QWEN3, QWEN3_MOE)
+}
 """`config.model_type` -> family; one that a project declares for itself is added here too."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shearing.models.families.axes import HIDDEN, VOCABULARY, Axes, Parameter
+from shearing.models.families.axes import EXPERTS, HIDDEN, VOCABULARY, Axes, Parameter
+from shearing.models.families.experts.declaration import Experts
 from shearing.models.families.norms import Norm
 
 
@@ -25,6 +26,7 @@ class SubLayer:
         before: norm of what it reads from the residual stream.
         after: norm of what it writes, before that is added to the residual stream.
         inside: norms of queries and keys.
+        experts: what it is made of, if it is an MLP of experts; `write` then is the module that computes them.
     """
 
     module: str
@@ -33,6 +35,7 @@ class SubLayer:
     before: Norm | None = None
     after: Norm | None = None
     inside: tuple[Norm, ...] = ()
+    experts: Experts | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -53,6 +56,21 @@ class SubLayer:
     def readers(self) -> tuple[str, ...]:
         """The linear layers that read the residual stream, in the order in which they are computed."""
         return tuple(p.name.removesuffix(".weight") for p in self.linears if p.axes[1:] == (HIDDEN,))
+
+    @property
+    def reads(self) -> str:
+        """A module that reads what the sub-layer computes from: the residual stream, or that normalised."""
+        return self.module if self.experts is not None else self.readers[0]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the weight, and of the bias if there is one, that write into the residual stream."""
+        return (f"{self.write}.weight", f"{self.write}.bias") if self.experts is None else (self.experts.write,)
+
+    @property
+    def stacks(self) -> tuple[Parameter, ...]:
+        """Those of its parameters that are stacks of all experts' matrices."""
+        return tuple(p for p in self.linears if p.axes[0] == EXPERTS and len(p.axes) > 2)
 
     @property
     def entry(self) -> str:
@@ -97,13 +115,18 @@ def standard_values(values: Mapping[str, Any], *, sizes: Mapping[str, int], head
 
     Args:
         values: of the source's config.
-        sizes: the five that can be pruned.
+        sizes: those that can be pruned.
         head_dim: written where the config has it, or where it does not follow from the sizes.
     """
     changed = {**values, **sizes}
     if "head_dim" in values or head_dim != sizes["hidden_size"] // sizes["num_attention_heads"]:
         changed["head_dim"] = head_dim
     return changed
+
+
+def nothing(_config: Any) -> str | None:
+    """There is nothing in any config that is not supported."""
+    return None
 
 
 def unscaled(_hidden_size: int) -> float:
@@ -123,6 +146,7 @@ class Family:
         embedding_scale: what the embedding's module multiplies by, from the hidden size.
         per_layer: attributes of the config that are lists with one entry for each layer's attention.
         read_sizes, write_values: the sizes of a config, and a config's values at other sizes.
+        refuses: what a config has that is not supported, in words; None: nothing.
     """
 
     model_type: str
@@ -137,6 +161,7 @@ class Family:
     per_layer: tuple[str, ...] = ("layer_types",)
     read_sizes: Callable[[Any], dict[str, int]] = standard_sizes
     write_values: Callable[..., dict[str, Any]] = standard_values
+    refuses: Callable[[Any], str | None] = nothing
 
     @property
     def sublayers(self) -> dict[str, SubLayer]:

@@ -16,7 +16,7 @@ from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
 
-GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
+GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "experts", "hidden"]
 STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class PruneRecipe(StageRecipe):
     )
     granularities: list[GranularityName] = Field(
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
-        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
+        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart; `experts`, of "
+        "models that have some, with their rows of the router.",
     )
     masks: MaskingName = Field(
         "learned",

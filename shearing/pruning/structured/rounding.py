@@ -17,9 +17,14 @@ from shearing.pruning.structured.granularities import Granularity, as_masks, gra
 EVERY_GRANULARITY = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 
 
+def every_granularity(source: Shape) -> tuple[str, ...]:
+    """All that can go of a model: of one that has experts, those too."""
+    return (*EVERY_GRANULARITY, "experts") if source.num_experts else EVERY_GRANULARITY
+
+
 def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tuple[Masks, Selection]:
     """The best units of every row at the target shape: binary masks and what they select."""
-    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    granularities = granularities_of(every_granularity(source), source=source, target=target)
     masks = as_masks(round_to_target(scores, granularities=granularities))
     return masks, Selection.of(masks, source=source, target=target)
 
@@ -160,11 +165,14 @@ def changed_units(kept: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> di
     masks, changed = as_masks(kept), {}
     for name, mask in kept.items():
         gained = (mask > 0) & (start[name].to(mask.device) == 0)
-        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, "intermediate": masks.mlp}.get(name)
+        of_mlp = {"intermediate": masks.mlp, "experts": masks.mlp}
+        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, **of_mlp}.get(name)
         if layers is not None:
             gained &= (layers > 0).view(-1, *[1] * (gained.ndim - 1))
         if name == "query_heads" and masks.kv_groups is not None:
             gained &= (masks.kv_groups > 0)[..., None]
+        if name == "intermediate" and masks.experts is not None:
+            gained &= (masks.experts > 0)[..., None]
         changed[name] = int(gained.sum())
     return changed
 
@@ -186,13 +194,16 @@ def shape_of(masks: Masks, *, source: Shape) -> Shape:
     groups = kept(alive_groups, source.num_key_value_heads)
     first_group = first(alive_groups)
     heads = None if masks.query_heads is None else masks.query_heads[attention][first_group]
+    experts = None if masks.experts is None else masks.experts[mlp]
+    units = None if masks.intermediate is None else masks.intermediate[mlp]
+    if units is not None and source.num_experts:
+        units = units[first(experts)]
     return dataclasses.replace(
         source,
         num_hidden_layers=kept(masks.attention, source.num_hidden_layers),
         hidden_size=kept(masks.hidden, source.hidden_size),
-        intermediate_size=kept(
-            None if masks.intermediate is None else masks.intermediate[mlp], source.intermediate_size
-        ),
+        intermediate_size=kept(units, source.intermediate_size),
+        num_experts=kept(experts, source.num_experts),
         num_attention_heads=groups * kept(heads, source.query_heads_per_group),
         num_key_value_heads=groups,
     )

@@ -26,7 +26,7 @@ from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, 
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit
-from shearing.pruning.structured.rounding import EVERY_GRANULARITY, round_to_target, select_across_layers
+from shearing.pruning.structured.rounding import every_granularity, round_to_target, select_across_layers
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
 from shearing.runs.race.methods import Contender, Ranking
@@ -98,7 +98,8 @@ def choose(contender: Contender, *, scores: Scores, source: Shape, target: Shape
     assert isinstance(how, Ranking)
     gives = METRICS[how.metric].gives
     apart = "layers" not in gives and {"attention", "mlp"} <= gives
-    names = [name for name in EVERY_GRANULARITY if not (apart and name == "layers")] + (["sublayers"] if apart else [])
+    every = every_granularity(source)
+    names = [name for name in every if not (apart and name == "layers")] + (["sublayers"] if apart else [])
     granularities = granularities_of(names, source=source, target=target)
     masks = as_masks(round_to_target(scores, granularities=granularities))
     return masks, Selection.of(masks, source=source, target=target)
