@@ -21,8 +21,8 @@ def anatomy_of(model_or_config: PreTrainedModel | PretrainedConfig) -> Family:
     """Family of a model or config, without the parameters that its config leaves out.
 
     Raises:
-        ShearingError: the architecture is not supported, and the supported ones are listed; or something that the config
-            has is not.
+        ShearingError: the architecture is not supported, and the supported ones are listed; or something in the config
+            is not.
     """
     config: Any = getattr(model_or_config, "config", model_or_config)
     family = FAMILIES.get(config.model_type)

@@ -4,8 +4,8 @@ Only the writes into the residual stream are masked: columns of `o_proj` and `do
 intermediate units' masks, their rows by the hidden and layer masks, and the embedding's output by the hidden
 mask. The residual stream then is masked already, and RMSNorm needs no more than the number of alive
 dimensions as its divisor. Where a norm stands between a write and the residual stream, which would undo any
-scale, it is this norm's gain that the layer mask scales. Experts: `families.experts.masked`. Nothing has a dynamic shape and nothing waits for
-the device.
+scale, it is this norm's gain that the layer mask scales. Experts are masked as `families.experts.masked`
+says. Nothing has a dynamic shape and nothing waits for the device.
 
 Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV groups, G query heads per group,
 dh head dimension; T = B*S tokens.
@@ -286,7 +286,10 @@ class MaskedModel(nn.Module):
                 normalises=experts.normalises(self.model.config),
                 weights_in_fp32=experts.weights_in_fp32,
             )
-            write, router = self._swap(prefix + sublayer.write, MaskedExperts), self._swap(prefix + experts.router, route)
+            write, router = (
+                self._swap(prefix + sublayer.write, MaskedExperts),
+                self._swap(prefix + experts.router, route),
+            )
         before, after = (
             None if norm is None else self._swap_norm(norm, prefix=prefix) for norm in (sublayer.before, sublayer.after)
         )

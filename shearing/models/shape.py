@@ -119,7 +119,6 @@ class Shape:
         outer: int = count(self.outer_parameters(embeddings=embeddings), self.units())
         return self.num_hidden_layers * sum(self.layer_parameters()) + outer
 
-
     def active_parameters(self, *, embeddings: bool = True) -> int:
         """Parameters that a token is computed by: of the experts those that it is sent to; see `num_parameters`."""
         stacks: int = count(self.family.mlp.stacks, self.units())

@@ -22,7 +22,7 @@ from tests.models.tiny import CONFIGS, SCALED_ROPE, SIZES
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 OF_QWEN3 = {**SIZES, **EXPERTS, "hidden_size": 40, "moe_intermediate_size": 24, "norm_topk_prob": True}
 # Heads share out the residual stream, and are as many groups.
-OF_OLMOE = {**SIZES, **EXPERTS, "intermediate_size": 24, "hidden_size": 48, "pad_token_id": None, "eos_token_id": 1}
+OF_OLMOE = {**SIZES, **EXPERTS, "intermediate_size": 24, "hidden_size": 48, "pad_token_id": None, "eos_token_id": None}
 OF_MIXTRAL = {**SIZES, "num_local_experts": 6, "hidden_size": 40, "intermediate_size": 24}
 EXPERT_CONFIGS: dict[str, Callable[..., Any]] = {
     "mixtral": lambda **kw: MixtralConfig(**OF_MIXTRAL | {"sliding_window": 4} | kw),

@@ -14,6 +14,7 @@ from torch import Tensor
 from shearing.errors import ShearingError, key
 from shearing.files.durable import write_json
 from shearing.files.tensors import write_tensors
+from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.spellings import in_both_spellings
 
 if TYPE_CHECKING:
@@ -82,7 +83,12 @@ def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     stored = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return {**dict(model.named_parameters()), **buffers}
+    whole = {**dict(model.named_parameters()), **buffers}
+    return {
+        part.name: part.of(tensor)
+        for name, tensor in whole.items()
+        for part in parts_of(model.config, name, shape=tuple(tensor.shape))
+    }
 
 
 def _stored(tensor: Tensor, *, name: str, dtype: torch.dtype) -> Tensor:

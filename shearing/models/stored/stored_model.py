@@ -121,7 +121,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
     built = skeleton(config)
     headers.require_weights(folder, model=built, source=name)
-    needed = set(built.state_dict())
+    needed = set(headers.shapes_in_files(built))
     if getattr(config, "tie_word_embeddings", False):
         needed.discard(f"{anatomy_of(config).head}.weight")
     source = _opened(folder, config, original=folder)

@@ -1,8 +1,8 @@
 """What may be pruned, on which rows it is counted, and how much of it the target keeps.
 
 A row is the last axis of a granularity's `log_alpha`: all of the residual stream for `hidden`, all layers for
-`layers`, the units of one layer for `kv_groups`, `intermediate` and `experts`, the heads of one group for `query_heads`;
-where there are experts, the units of one expert for `intermediate`.
+`layers`, the units of one layer for `kv_groups`, `intermediate` and `experts`, the heads of one group for
+`query_heads`; where there are experts, the units of one expert for `intermediate`.
 """
 
 from __future__ import annotations

@@ -157,9 +157,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     multiple_of = math.lcm(budget.multiple_of, EXPERT_ALIGNMENT) if source.num_experts else budget.multiple_of
     units = mean("intermediate", _with_experts(masks, mlp=mlp), source.intermediate_size)
     widths = sorted(
-        range(multiple_of, source.hidden_size + 1, multiple_of)
-        if "hidden" in masks
-        else [source.hidden_size],
+        range(multiple_of, source.hidden_size + 1, multiple_of) if "hidden" in masks else [source.hidden_size],
         key=lambda value: (abs(value - width), value),
     )
     for hidden_size in widths:

@@ -50,7 +50,7 @@ def refit(
     to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Inputs
     x' come from layers that are refitted already (as in SparseGPT). Where a write has a bias, it is refitted with it,
     free of δ: so it holds the mean of what goes (as in FLAP, arXiv 2312.11983). Other biases, norms, embedding and head
-    stay as they are.
+    stay as they are, and so do experts and their routers.
 
     Args:
         model: masked model, on any device; its masks are left as `masks`.
@@ -100,6 +100,11 @@ def refit(
             masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
         if _kept(masks.mlp, index):
             normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
+            if family.mlp.experts is not None:
+                mlp = layer.get_submodule(family.mlp.module)
+                masked = [stream + mlp(x) for stream, x in zip(masked, normed, strict=True)]
+                advance(1)
+                continue
             _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
             inputs = [_inputs_of_write(layer, family, x) for x in normed]
             write = family.mlp.write
@@ -109,7 +114,7 @@ def refit(
 
 
 def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
-    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations.
+    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations, or two.
 
     A system with n inputs that take part and O outputs takes 2 T n (n + O) for its sums, n^3 / 3 for the factor and
     2 n^2 O for the solution.
@@ -122,7 +127,8 @@ def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
     d, kept = source.hidden_size, target.hidden_size
     heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
     flops = 0.0
-    for inputs, outputs in ((kept, d), (heads, kept), (kept, d), (units, kept)):
+    of_attention, of_mlp = ((kept, d), (heads, kept)), ((kept, d), (units, kept))
+    for inputs, outputs in of_attention if source.num_experts else of_attention + of_mlp:
         flops += 2.0 * text_tokens * inputs * (inputs + outputs)
         flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
     return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)

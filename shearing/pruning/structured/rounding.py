@@ -32,10 +32,10 @@ def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tup
 def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> Masks:
     """The best heads and intermediate units of all layers in one ranking: sizes by layer, as many parameters.
 
-    What FLAP (arXiv 2312.11983, AL-AM) does with the heads and units of the layers that stay. Layers and hidden
-    dimensions go as in `select`; of heads and units, whichever the target shrinks, those of the highest scores stay as
-    long as their parameters fit into those that the target has for them. The best unit of every row always stays. Where
-    KV groups go, groups are ranked, and their query heads go as in `select`.
+    What FLAP (arXiv 2312.11983, AL-AM) does with the heads and units of the layers that stay. Layers, hidden
+    dimensions and experts go as in `select`; of heads and units, whichever the target shrinks, those of the highest
+    scores stay as long as their parameters fit into those that the target has for them. The best unit of every row
+    always stays. Where KV groups go, groups are ranked, and their query heads go as in `select`.
 
     Args:
         scores: comparable across layers, and between heads and units; see `MetricFacts.across_layers`.
@@ -54,6 +54,8 @@ def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target:
     budget, values, places = 0, [], []
     for name in ranked:
         of_layers = layers.view(-1, *[1] * (z[name].ndim - 1)).expand_as(z[name]) > 0
+        if name == "intermediate" and "experts" in z:
+            of_layers = of_layers & (z["experts"] > 0)[..., None]
         budget += costs[name] * int(z[name][of_layers].sum())
         best = (top_k(scores[name], keep=1) > 0) & of_layers
         budget -= costs[name] * int(best.sum())
@@ -78,10 +80,11 @@ def _parameters_of_units(shape: Shape) -> dict[str, int]:
         "query_heads": {"num_attention_heads": heads + 1},
         "intermediate": {"intermediate_size": shape.intermediate_size + 1},
     }
-    return {
+    found = {
         name: sum(dataclasses.replace(shape, **sizes).layer_parameters()) - attention - mlp
         for name, sizes in more.items()
     }
+    return {**found, "intermediate": found["intermediate"] // max(1, shape.num_experts)}
 
 
 def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:

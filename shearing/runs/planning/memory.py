@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 from shearing.models.families.axes import count
 from shearing.models.families.norms import Norm
 from shearing.models.shape import Shape
+from shearing.runs.planning.expert_memory import each_width, saved_by_experts, units_per_token, width_read
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
@@ -265,6 +266,8 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
 
 def _saved_by_mlp(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
     saved = _saved_by_norms(shape, "mlp", workload=workload, weight_bytes=weight_bytes)
+    if shape.num_experts:
+        return saved | saved_by_experts(shape, product_bytes=workload.product_bytes, masked=workload.masked)
     products = workload.product_bytes * _width_read(shape, "mlp")
     units = workload.product_bytes * shape.intermediate_size
     saved |= {"MLP's products": products, "MLP's activations": units}
@@ -311,7 +314,7 @@ def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dic
             "attention's output": product * query,
             "attention's write": product * shape.hidden_size,
             "MLP's products": product * _width_read(shape, "mlp"),
-            "MLP's write": product * shape.hidden_size,
+            "MLP's write": product * (each_width(shape) if shape.num_experts else shape.hidden_size),
         }
         if workload.eager_attention:
             kept["attention scores"] = product * shape.num_attention_heads * workload.sequence_length
@@ -418,19 +421,19 @@ def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> I
     """The moments at which a layer's backward pass can hold most."""
     tokens, mlp = workload.tokens, shape.family.mlp
     product, sizes = workload.product_bytes, shape.units()
-    d, m, query, kv = (sizes[unit] for unit in ("hidden", "intermediate", "query_heads", "kv_groups"))
+    d, query, kv = (sizes[unit] for unit in ("hidden", "query_heads", "kv_groups"))
+    write, scaled = _weights(shape, "mlp", writes=True), workload.masked and not shape.num_experts
     casts = product != weight_bytes
     stream = tokens * weight_bytes * d
-    units = tokens * product * m
+    units = tokens * product * units_per_token(shape)
     yield _Part(
         name=mlp.write.rpartition(".")[2],
         activations=stream + (tokens * product * d if casts else 0) + units,
         finished=0,
         # The gradient, the bf16 one it is cast from, and under masks its product with the weight.
-        loose=(weight_bytes + (product if casts else 0) + (weight_bytes if workload.masked else 0)) * m * d,
+        loose=(weight_bytes + (product if casts else 0) + (weight_bytes if scaled else 0)) * write,
     )
     # The gradients of both factors and of their product, which is itself released.
-    write = _weights(shape, "mlp", writes=True)
     yield _Part(name="gate", activations=stream + tokens * product * _width_read(shape, "mlp"), finished=write, loose=0)
     released = tokens * sum(_saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes).values())
     if workload.eager_attention:
@@ -461,6 +464,8 @@ def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
 def _width_read(shape: Shape, name: str) -> int:
     """Numbers per token that the products put out with which a sub-layer reads the residual stream."""
     sublayer, sizes = shape.family.sublayers[name], shape.units()
+    if sublayer.experts is not None:
+        return width_read(shape)
     widths: list[int] = [sublayer.weight(reader).axes[0].size(sizes) for reader in sublayer.readers]
     return sum(widths)
 
@@ -468,15 +473,20 @@ def _width_read(shape: Shape, name: str) -> int:
 def _weights(shape: Shape, name: str, *, writes: bool) -> int:
     """Entries of a sub-layer's matrix that writes into the residual stream, or of those that read it."""
     sublayer = shape.family.sublayers[name]
-    linears = (sublayer.write,) if writes else sublayer.readers
-    found: int = count((sublayer.weight(linear) for linear in linears), shape.units())
+    matrices = (parameter for parameter in sublayer.linears if len(parameter.axes) > 1)
+    found: int = count((each for each in matrices if (each.name in sublayer.written) == writes), shape.units())
     return found
 
 
 def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     """Weights of a layer's products; without those that masks scale, which are cast each time they are used."""
-    kinds = (False,) if masked else (False, True)
-    return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
+    # Masks of experts scale what they compute and not their weights.
+    uncast = {"attention": masked, "mlp": masked and not shape.num_experts}
+    return sum(
+        _weights(shape, name, writes=writes)
+        for name, scaled in uncast.items()
+        for writes in ((False,) if scaled else (False, True))
+    )
 
 
 def _sharded(

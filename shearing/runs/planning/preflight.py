@@ -30,7 +30,7 @@ from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
-from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
+from shearing.pruning.structured.granularities import PRUNED_BY, require_granularities, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
@@ -108,6 +108,7 @@ def preflight(
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_uncompiled(recipe, source=source))
     attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
@@ -139,7 +140,7 @@ def preflight(
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
+        doubts=[*_doubts(recipe, source=source), *_odd_sizes(recipe, source=source)],
         notes=gpus.notes,
         disk=disk,
         free=bytes_free(recipe.run_dir),
@@ -410,8 +411,24 @@ def _require_refit(recipe: Recipe, *, source: Shape) -> None:
         require_refittable(source.family)
 
 
-def _doubts(recipe: Recipe) -> Iterator[str]:
+def _require_uncompiled(recipe: Recipe, *, source: Shape) -> None:
+    """Layers of experts are not compiled: which tokens an expert has is not known before the router has run."""
+    if recipe.training.compile and source.num_experts:
+        raise ShearingError(
+            "training.compile",
+            value=True,
+            allowed=f"false with the experts of a {source.family.model_type}",
+            mend="set training.compile=false",
+        )
+
+
+def _doubts(recipe: Recipe, *, source: Shape) -> Iterator[str]:
     if recipe.prune is not None:
+        if source.num_experts and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
+            yield (
+                "prune.compensate refits what stays of the attention alone: experts and routers stay as they are, and "
+                "what goes of them is made up for in training"
+            )
         per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
         settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
         yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
@@ -502,6 +519,7 @@ def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
 def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
     """The target shape, or None for a budget."""
     source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
+    require_granularities(chosen, source=source)
     if wanted.parameters is not None:
         smallest = smallest_shape(chosen, source=source).num_parameters()
         if not smallest <= wanted.parameters < source.num_parameters():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from shearing.pruning.structured.granularities import as_masks, granularities_of
 from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, with_biases
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.parameter_budget import count_parameters
 from shearing.pruning.structured.refitting import refit
 from shearing.pruning.structured.rounding import every_granularity, round_to_target, select_across_layers
 from shearing.runs.context import RunContext
@@ -131,31 +131,10 @@ def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> d
     seconds["refit"] = round(time.perf_counter() - started, 3) if adapted else 0.0
     masked.set_masks(masks)
     return {
-        "parameters": _parameters_of(masks, source=source, target=target),
+        "parameters": int(count_parameters({name: z.double() for name, z in masks.tensors().items()}, source=source)),
         "losses": {"after_cutting": losses_of(masked, context=context)},
         "seconds": seconds,
     }
-
-
-def _parameters_of(masks: Masks, *, source: Shape, target: Shape) -> int:
-    """Of a model whose layers have the sizes that masks leave, embeddings included."""
-    alive = {name: mask.cpu() for name, mask in masks.tensors().items()}
-    everything = torch.ones(source.num_hidden_layers)
-    total = target.num_parameters() - target.num_hidden_layers * sum(target.layer_parameters())
-    for layer in range(source.num_hidden_layers):
-        groups = alive.get("kv_groups", torch.ones(source.num_hidden_layers, source.num_key_value_heads))[layer]
-        heads = masks.heads(layer)
-        units = alive.get("intermediate", torch.ones(source.num_hidden_layers, source.intermediate_size))[layer]
-        shape = replace(
-            target,
-            num_key_value_heads=int(groups.sum()),
-            num_attention_heads=source.num_attention_heads if heads is None else int((heads != 0).sum()),
-            intermediate_size=int(units.sum()),
-        )
-        attention, mlp = shape.layer_parameters()
-        total += attention * int(alive.get("attention", everything)[layer])
-        total += mlp * int(alive.get("mlp", everything)[layer])
-    return total
 
 
 def cut_of(row: Row, *, context: RunContext, folder: RaceFolder) -> Path:

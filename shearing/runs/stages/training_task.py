@@ -12,8 +12,10 @@ from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.recipe import DataRecipe
+from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.correspondence import Correspondence
+from shearing.models.families.experts.products import compute_experts_under_autocast
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
@@ -68,6 +70,8 @@ def task_of(
     per_step = settings.tokens_per_step(sequence_length=data.sequence_length)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     _attend(model, data=data)
+    if anatomy_of(model.config).mlp.experts is not None:
+        compute_experts_under_autocast(model)
     if training.activation_checkpointing != "none":
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:

@@ -1,4 +1,4 @@
-"""Experts computed together: the pairs of a token and an expert are sorted by expert, and each stack is multiplied once.
+"""Experts computed together: pairs of a token and an expert are sorted by expert, and each stack is multiplied once.
 
 transformers' grouped products take no part in autocast: fp32 weights would be multiplied in fp32 there. Its `eager`
 loop asks the device which experts have tokens, and gives every one of them a gradient of all.
@@ -51,6 +51,7 @@ def experts_output(
     down: Tensor,
     activation: Callable[[Tensor], Tensor],
     units_EM: Tensor | None = None,
+    listener: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """What the experts of each token put out, added up by their weights.
 
@@ -61,6 +62,8 @@ def experts_output(
         down: [E, D, M].
         activation: of the gates.
         units_EM: scales each expert's units; None: nothing does.
+        listener: is told of the pairs, sorted by expert: what their units have [P, M], what their experts put out
+            [P, D], and which of the pairs, token after token, each is [P].
 
     Returns:
         [T, D] in the dtype of `x_TD`, or autocast's.
@@ -76,6 +79,8 @@ def experts_output(
     if units_EM is not None:
         inner_PM = _ScaledUnits.apply(inner_PM, units_EM, expert_P)  # type: ignore[no-untyped-call]
     out_PD = product(inner_PM, down)
+    if listener is not None:
+        listener(inner_PM, out_PD, order_P)
     # In the order of the tokens again, where they are added up in a fixed order.
     out_PD = out_PD[order_P.argsort()] * weights_TK.reshape(-1, 1)
     return out_PD.view(*index_TK.shape, -1).sum(1).to(dtype)
@@ -110,7 +115,7 @@ def _ends(expert_P: Tensor, *, experts: int) -> Tensor:
 
 
 def _products(ends_E: Tensor, *, dtype: torch.dtype, widths: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """x [P, I] of sorted pairs times the transposed matrix of each one's expert, of a stack [E, O, I]."""
+    """X [P, I] of sorted pairs times the transposed matrix of each one's expert, of a stack [E, O, I]."""
     if _has_kernel(ends_E.device, dtype) and all(width % _ALIGNED == 0 for width in widths):
         offsets = ends_E.to(torch.int32)
         return lambda x, stack: torch._grouped_mm(x, stack.to(dtype).mT, offs=offsets)  # noqa: SLF001 - no older name
@@ -124,7 +129,7 @@ def _products(ends_E: Tensor, *, dtype: torch.dtype, widths: tuple[int, ...]) ->
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is one product for all experts that does not wait for the device to say how many tokens each has."""
+    """Whether there is a product for all experts that need not know on the host how many tokens each has."""
     return device.type == "cuda" and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm") and _is_ampere_or_newer()
 
 

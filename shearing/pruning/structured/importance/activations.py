@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.expert_activations import ExpertRecorder
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Activations:
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
     over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
-    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
+    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Experts and their units: see
+    `ExpertRecorder`.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
@@ -87,6 +89,7 @@ class ActivationRecorder:
             "mlp": of_layers("mlp"),
             "kv_groups": heads.sum(-1).sqrt(),
             "query_heads": heads.sqrt(),
+            **({"experts": of_layers("experts").sqrt()} if source.num_experts else {}),
             "intermediate": of_layers("intermediate").sqrt(),
             "hidden": (of_layers("attention read").sqrt() + of_layers("mlp read").sqrt()).sum(0),
         }
@@ -104,15 +107,25 @@ class ActivationRecorder:
                 ("attention", family.attention, "heads"),
                 ("mlp", family.mlp, "intermediate"),
             ):
-                first_reader, write = (layer.get_submodule(linear) for linear in (sublayer.readers[0], sublayer.write))
-                handles += [
-                    first_reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))),
-                    write.register_forward_pre_hook(partial(self._input, (units, index))),
-                ]
+                reader, write = (layer.get_submodule(module) for module in (sublayer.reads, sublayer.write))
+                handles.append(reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))))
+                if sublayer.experts is None:
+                    handles.append(write.register_forward_pre_hook(partial(self._input, (units, index))))
+                else:
+                    handles.append(
+                        ExpertRecorder(
+                            write,
+                            sequences=lambda: self._mlp_input.shape[0],
+                            add=partial(self._add_of_experts, index),
+                        )
+                    )
         return handles
 
     def _add(self, key: tuple[str, int], value: Tensor) -> None:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def _add_of_experts(self, layer: int, name: str, value: Tensor) -> None:
+        self._add((name, layer), value)
 
     def _channels(self, key: tuple[str, int], x_BSC: Tensor) -> None:
         self._add(key, x_BSC.float().abs().mean(1).square().sum(0))

@@ -2,7 +2,7 @@
 
 Metrics grade the start of mask learning and serve as baselines of the same shape.
 
-Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group.
+Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group, E experts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[str, Tensor]
-"""Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m];
-hidden [d]; of the units of a row the higher are kept."""
+"""Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m]
+or [L, E, m]; experts [L, E]; hidden [d]; of the units of a row the higher are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,8 @@ def _diagonal_blocks(matrix_II: Tensor, *, width: int) -> Tensor:
 class Reconstruction:
     """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `Activations`.
 
+    Units of experts are among the rest: few of the text's tokens pass through each of them.
+
     A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
     divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
 
@@ -167,6 +169,7 @@ class Reconstruction:
         """One forward pass over the text, its second moments, and an elimination in every layer."""
         goes, d = _units_that_go(source, target=evidence.target), source.hidden_size
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        m = 0 if source.num_experts else m
         heads = K * G * source.head_dim
         flops = 2.0 * evidence.text_tokens * (heads**2 + m**2)
         columns = {"kv_groups": G * source.head_dim, "query_heads": K * source.head_dim, "intermediate": 1}
@@ -188,19 +191,24 @@ class Reconstruction:
         goes = _units_that_go(source, target=evidence.target)
         rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
         orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
-        places = named_places(family, "attention write", "mlp norm", "mlp write")
+        eliminates_units = family.mlp.experts is None
+        places = named_places(family, "attention write", "mlp norm", *(["mlp write"] if eliminates_units else []))
         streams, calls = first_inputs(model, evidence.text)
         with ActivationRecorder.listening(model) as recorder:
             for index, layer in enumerate(decoder_layers(model)):
-                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
-                heads, units = (_statistics_for(write) for write in writes)
+                writes = [weight_of(layer, family.attention.write)]
+                if eliminates_units:
+                    writes.append(weight_of(layer, family.mlp.write))
+                statistics = [_statistics_for(write) for write in writes]
                 for batch, of_layers in enumerate(calls):
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
-                    heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
-                    units.add(seen["mlp write"], weights=token_weights(after))
+                    statistics[0].add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
+                    if eliminates_units:
+                        statistics[1].add(seen["mlp write"], weights=token_weights(after))
                     streams[batch] = after
                 for name, earlier in orders.items():
-                    weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
+                    of_mlp = name == "intermediate"
+                    weight, read = writes[of_mlp], statistics[of_mlp]
                     rows, count = rows_of[name]
                     order = elimination_order(weight, read.token_moment, rows=rows, units=count, remove=goes[name])
                     earlier.append(order.cpu())
@@ -225,12 +233,14 @@ def _units_that_go(source: Shape, *, target: Shape | None) -> dict[str, int]:
     """Units of a row that are removed, by granularity."""
     K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
     if target is None:
-        return {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
-    return {
-        "kv_groups": K - target.num_key_value_heads,
-        "query_heads": G - target.query_heads_per_group,
-        "intermediate": m - target.intermediate_size,
-    }
+        goes = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
+    else:
+        goes = {
+            "kv_groups": K - target.num_key_value_heads,
+            "query_heads": G - target.query_heads_per_group,
+            "intermediate": m - target.intermediate_size,
+        }
+    return {**goes, "intermediate": 0} if source.num_experts else goes
 
 
 def _statistics_for(weight: Tensor) -> InputStatistics:

@@ -102,8 +102,8 @@ def matrix_gradients(
 
 
 def matrices_of(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are matrices; a tied embedding once."""
-    return [parameter for parameter in module.parameters() if parameter.ndim == 2]
+    """The parameters that are matrices, or stacks of experts' matrices; a tied embedding once."""
+    return [parameter for parameter in module.parameters() if parameter.ndim > 1]
 
 
 def _from_the_head_down(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.shape import Shape
 from shearing.pruning.calibration.places import weight_of
@@ -72,8 +73,18 @@ class WriteInputMetric(ABC):
         self._needs = needs
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One pass for each batch of the text."""
-        del source
+        """One pass for each batch of the text.
+
+        Raises:
+            ShearingError: the MLPs are made of experts, which have no one write.
+        """
+        if source.num_experts:
+            raise ShearingError(
+                "initial_masks",
+                value=f"by what the writes of {source.family.model_type} read",
+                allowed="models whose MLPs are not made of experts",
+                mend="choose another metric, as activations",
+            )
         return len(evidence.text)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
