@@ -16,6 +16,7 @@ RECIPES = Path(__file__).parent
 SOURCES = {
     "llama-3.1-3b": "llama-3.1-8b",
     "qwen3-1.7b": "qwen3-4b",
+    "qwen3-30b-a3b-half": "qwen3-30b-a3b",
     "smollm2-0.7b": "smollm2-1.7b",
     "llama-3.2-1.2b": "llama-3.2-3b",
     "sheared-llama-2.7b": "llama-2-7b",

@@ -59,9 +59,9 @@ class LanguageModelLoss(Objective):
         if self._balance is None or not self.training:
             hidden_BSD: Tensor = backbone(self.model)(**inputs.keywords()).last_hidden_state
             return hidden_BSD, None
-        with self._balance.listening(sequences=len(inputs.tokens)) as found:
+        with self._balance.listening() as heard:
             hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
-        return hidden_BSD, self._balance.weighed(found)
+        return hidden_BSD, self._balance.weighed(heard, sequences=len(inputs.tokens))
 
 
 def with_balance(total: Tensor, balance_B: Tensor | None, *, labels_B: Tensor) -> Tensor:

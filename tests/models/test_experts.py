@@ -185,13 +185,13 @@ def test_balance_is_that_of_transformers(family):
     balance = RouterBalance.of(model)
     assert balance is not None
     assert balance.coefficient == model.config.router_aux_loss_coef
-    with balance.listening(sequences=2) as found:
+    with balance.listening() as heard:
         logits = model(tiny_ids(), output_router_logits=True).router_logits
-    for (loss_B, _), of_layer in zip(found, logits, strict=True):
+    losses_LB = balance.of_layers(heard, sequences=2)
+    for loss_B, of_layer in zip(losses_LB, logits, strict=True):
         for loss, rows in zip(loss_B, of_layer.view(2, 16, 6), strict=True):
             torch.testing.assert_close(loss, load_balancing_loss_func((rows,), 6, 2))
-    mean_B = torch.stack([loss_B for loss_B, _ in found]).mean(0)
-    torch.testing.assert_close(balance.weighed(found), balance.coefficient * mean_B)
+    torch.testing.assert_close(balance.weighed(heard, sequences=2), balance.coefficient * losses_LB.mean(0))
 
 
 def test_balance_of_a_masked_model_is_that_of_the_cut_one():
@@ -202,10 +202,10 @@ def test_balance_of_a_masked_model_is_that_of_the_cut_one():
     def measured(of) -> tuple[Tensor, Tensor]:
         balance = RouterBalance.of(of)
         assert balance is not None
-        with balance.listening(sequences=2) as found:
+        with balance.listening() as heard:
             of(tiny_ids())
         routers = [p for name, p in of.named_parameters() if "mlp.gate" in name]
-        total = balance.weighed(found).sum()
+        total = balance.weighed(heard, sequences=2).sum()
         return total, torch.stack([g.norm() for g in torch.autograd.grad(total, routers)])
 
     masked = MaskedModel(model)

@@ -45,7 +45,7 @@ def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target:
     Returns:
         Binary masks with rows of unequal size: for a `MaskedModel`, as no ordinary config holds them.
     """
-    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    granularities = granularities_of(every_granularity(source), source=source, target=target)
     z = round_to_target(scores, granularities=granularities)
     layers = z.get("layers", torch.ones(source.num_hidden_layers))
     ranked = [name for name in ("kv_groups", "query_heads", "intermediate") if name in z]

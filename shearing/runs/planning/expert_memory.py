@@ -27,7 +27,7 @@ def saved_by_experts(shape: Shape, *, product_bytes: int, masked: bool) -> dict[
     each, units, width = shape.num_experts_per_tok, units_per_token(shape), each_width(shape)
     return {
         "router's probabilities": (_FP32 + (1 if masked else 0)) * shape.num_experts,
-        "experts of each token, their weights and order": each * (4 * _INDEX + 2 * _FP32),
+        "experts of each token, their weights and order": each * (3 * _INDEX + 2 * _FP32),
         "experts' input": product_bytes * width,
         "experts' products": product_bytes * 2 * units,
         "experts' activations": product_bytes * units,
@@ -44,3 +44,12 @@ def each_width(shape: Shape) -> int:
 def width_read(shape: Shape) -> int:
     """Numbers per token that the products put out that read what the MLP reads: the router's and the experts'."""
     return shape.num_experts + 2 * units_per_token(shape)
+
+
+def balance_kept(shape: Shape, *, product_bytes: int) -> dict[str, int]:
+    """Bytes per token that each layer's part in the load-balancing loss keeps; nothing without experts."""
+    return (
+        {"router's logits, and what the balance is of": (product_bytes + _FP32) * shape.num_experts}
+        if (shape.num_experts)
+        else {}
+    )

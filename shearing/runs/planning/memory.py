@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 from shearing.models.families.axes import count
 from shearing.models.families.norms import Norm
 from shearing.models.shape import Shape
-from shearing.runs.planning.expert_memory import each_width, saved_by_experts, units_per_token, width_read
+from shearing.runs.planning.expert_memory import balance_kept, each_width, saved_by_experts, units_per_token, width_read
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
@@ -304,9 +304,10 @@ def _saved_by_norm(norm: Norm, *, shape: Shape, input_bytes: int) -> dict[str, i
 
 def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
     """Bytes per token that each decoder layer keeps until the backward pass; see `saved_by_layer`."""
+    balance = balance_kept(shape, product_bytes=workload.product_bytes)
     if workload.checkpointing == "none":
-        return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes)
-    kept = {"layer's input": weight_bytes * shape.hidden_size}
+        return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes) | balance
+    kept = {"layer's input": weight_bytes * shape.hidden_size} | balance
     if workload.checkpointing == "selective":
         product, query = workload.product_bytes, shape.units()["query_heads"]
         kept |= {

@@ -37,6 +37,7 @@ def test_the_page_has_the_figures_of_today() -> None:
     [
         ("llama-3.1-3b", 2_977_582_080),
         ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-30b-a3b-half", 16_030_316_544),
         ("smollm2-0.7b", 688_977_408),
         ("llama-3.2-1.2b", 1_206_470_656),
         ("sheared-llama-370m", 373_867_520),
@@ -57,6 +58,7 @@ def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int)
         ("llama-3.1-8b", 8_030_261_248),
         ("llama-3.2-3b", 3_212_749_824),
         ("qwen3-4b", 4_022_468_096),
+        ("qwen3-30b-a3b", 30_532_122_624),
         ("smollm2-1.7b", 1_711_376_384),
     ],
 )

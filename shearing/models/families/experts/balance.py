@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from shearing.models.families.experts.masked import MaskedRouter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Heard(NamedTuple):
+    """Of a router: logits of all tokens [T, E], and which experts [E] and whether the layer is there; None: all of it."""
+
+    logits: Tensor
+    alive: Tensor | None
+    counts: Tensor | None
 
 
 class RouterBalance:
@@ -62,41 +70,50 @@ class RouterBalance:
         )
 
     @contextmanager
-    def listening(self, *, sequences: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Of each layer of the forward pass inside, its loss [B], and 1 or 0, whether the layer is there.
+    def listening(self) -> Iterator[list[Heard]]:
+        """What the routers say in the forward pass inside, layer by layer.
 
-        Args:
-            sequences: B.
+        Nothing is computed of it inside: a layer that is computed again in the backward pass would miss that.
         """
-        found: list[tuple[Tensor, Tensor]] = []
+        heard: list[Heard] = []
 
         def listen(router: nn.Module, _arguments: Any, output: tuple[Tensor, ...]) -> None:
-            alive = counts = None
-            if isinstance(router, MaskedRouter):
-                alive, counts = router.alive, router.counts
-            logits_BSE = output[0].view(sequences, -1, output[0].shape[-1])
-            loss_B = balance_loss(logits_BSE, per_token=self._per_token, alive=alive)
-            found.append((loss_B, torch.ones_like(loss_B[0]) if counts is None else counts))
+            masked = isinstance(router, MaskedRouter)
+            heard.append(Heard(output[0], router.alive if masked else None, router.counts if masked else None))
 
         routers = [layer.get_submodule(self._router) for layer in self._layers]
         handles = [router.register_forward_hook(listen) for router in routers]
         try:
-            yield found
+            yield heard
         finally:
             for handle in handles:
                 handle.remove()
 
-    def weighed(self, found: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The loss of each sequence [B], with its coefficient, of what `listening` heard."""
-        losses_LB = torch.stack([loss_B * there for loss_B, there in found])
-        return self.coefficient * losses_LB.sum(0) / torch.stack([there for _, there in found]).sum().clamp_min(1.0)
+    def of_layers(self, heard: list[Heard], *, sequences: int) -> Tensor:
+        """The loss of each layer and sequence [L, B]."""
+        return torch.stack(
+            [
+                balance_loss(
+                    of.logits.view(sequences, -1, of.logits.shape[-1]), per_token=self._per_token, alive=of.alive
+                )
+                for of in heard
+            ]
+        )
+
+    def weighed(self, heard: list[Heard], *, sequences: int) -> Tensor:
+        """The loss of each sequence [B], the mean over layers that are there, with its coefficient."""
+        losses_LB = self.of_layers(heard, sequences=sequences)
+        if heard[0].counts is None:
+            return self.coefficient * losses_LB.mean(0)
+        there_L = torch.stack([of.counts for of in heard if of.counts is not None])
+        return self.coefficient * (there_L[:, None] * losses_LB).sum(0) / there_L.sum().clamp_min(1.0)
 
 
 def balance_loss(logits_BSE: Tensor, *, per_token: int, alive: Tensor | None = None) -> Tensor:
     """The loss of one layer, [B] in fp32.
 
     Args:
-        logits_BSE: of its router; those of experts that are masked away are as low as can be.
+        logits_BSE: of its router, S positions of each sequence; those of experts that are masked away are as low as can be.
         per_token: K.
         alive: [E] above 0 for experts that are there; None: all are.
     """

@@ -22,7 +22,7 @@ from shearing.pruning.structured.rounding import select, select_across_layers, s
 from tests.models.experts import expert_configs
 from tests.models.tiny import tiny_ids, tiny_model
 
-READ_WRITES = ("fluctuation", "wanda")
+READ_WRITES = ("fluctuation", "wanda", "policy_gradient")  # the last starts by Wanda
 TEXT = [Inputs(tiny_ids(seed=seed)) for seed in range(2)]
 
 
