@@ -93,7 +93,9 @@ class SubLayer:
     def of(self, config: Any) -> SubLayer:
         """The sub-layer without the parameters that `config` does not have."""
         linears = tuple(parameter for parameter in self.linears if parameter.when(config))
-        return replace(self, linears=linears, inside=tuple(norm for norm in self.inside if norm.when(config)))
+        inside = tuple(norm for norm in self.inside if norm.when(config))
+        experts = None if self.experts is None else replace(self.experts, count=config.num_experts)
+        return replace(self, linears=linears, inside=inside, experts=experts)
 
 
 def standard_sizes(config: Any) -> dict[str, int]:

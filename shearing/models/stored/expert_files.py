@@ -5,17 +5,18 @@ That is how these models are published, and what readers other than transformers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from shearing.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Place = EllipsisType | tuple[int, slice]
 
@@ -73,3 +74,32 @@ def name_in_files(family: Family, name: str) -> str:
         return name
     written = experts.spellings[0].parts[0].partition(".")[0]
     return name.replace(f".{family.mlp.module}.", f".{written}.")
+
+
+def whole_masks(model: PreTrainedModel, masks: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Masks of tensors in files as those of parameters; what of a stack has none is kept.
+
+    Args:
+        model: whose parameters they are of.
+        masks: by name in files, layer after layer; those of a layer's stacks are in memory together.
+    """
+    config = model.config
+    places = {
+        part.name: (name, part)
+        for name, parameter in model.named_parameters()
+        for part in parts_of(config, name, shape=tuple(parameter.shape))
+        if part.place is not ...
+    }
+    layer, stacks = "", dict[str, Tensor]()
+    for name, mask in masks:
+        if name not in places:
+            yield name, mask
+            continue
+        parameter, part = places[name]
+        if parameter.split(".experts.")[0] != layer:
+            yield from stacks.items()
+            layer, stacks = parameter.split(".experts.")[0], {}
+        if parameter not in stacks:
+            stacks[parameter] = torch.ones(model.get_parameter(parameter).shape, dtype=torch.bool)
+        stacks[parameter][part.place] = mask
+    yield from stacks.items()

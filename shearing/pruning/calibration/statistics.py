@@ -54,9 +54,12 @@ class InputStatistics:
         self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if "moment" in needs else None
         self._factor: list[InverseFactor] = []  # one, shared by all that `with_gradients` makes of this
 
-    def add(self, inputs: Tensor, *, weights: Tensor | None = None) -> None:
-        """Inputs of whole sequences [n, S, I], any dtype, and how much each token counts [n, S]; None: each once."""
-        self.sequences += inputs.shape[0]
+    def add(self, inputs: Tensor, *, weights: Tensor | None = None, sequences: int | None = None) -> None:
+        """Inputs of whole sequences [n, S, I], any dtype, and how much each token counts [n, S]; None: each once.
+
+        Where an expert has only some of their tokens, these [T, I], and the number of `sequences`.
+        """
+        self.sequences += inputs.shape[0] if sequences is None else sequences
         x_TI = inputs.flatten(0, -2).float()
         weighted_TI = weigh(x_TI, weights)
         self.tokens += x_TI.shape[0] if weights is None else weights.sum()
@@ -100,6 +103,16 @@ class InputStatistics:
     def token_moment(self) -> Tensor:
         """C: mean over tokens of x xᵀ [I, I], each token by its weight."""
         return self.products / self.tokens
+
+    def assume_alike_if_none(self) -> None:
+        """An expert that no token of the text was sent to: as if its inputs were alike, so that its weights decide."""
+        if self.tokens > 0:
+            return
+        self.tokens += 1
+        if self._squares is not None:
+            self._squares += 1
+        if self._products is not None:
+            self._products.diagonal().add_(1)
 
     def is_finite(self) -> bool:
         """Whether every input that was seen was finite."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.families.experts.separate import separate_experts
 from shearing.models.loading import skeleton
+from shearing.models.stored.expert_files import name_in_files
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
@@ -69,6 +71,7 @@ class LayerWalk:
         self._source, self._compute, self._advance = source, compute, advance
         self._family = anatomy_of(source.config)
         self._model = skeleton(source.config)
+        separate_experts(self._model)
         _move_buffers(self._model, device=compute.device)
         self._calls: dict[int, list[Call]] = {}
         self._chunks: list[slice] = []
@@ -77,8 +80,8 @@ class LayerWalk:
             self._streams = self._first_streams(calibration)
 
     def name(self, layer: int, member: str) -> str:
-        """Name in the model's state dict of what a layer calls `member`."""
-        return f"{self._family.layers}.{layer}.{member}"
+        """Name in the model's files of what a layer calls `member`."""
+        return name_in_files(self._family, f"{self._family.layers}.{layer}.{member}")
 
     def load(self, layer: int, *, instead: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
         """A layer with its weights on the compute device, and the same by full name as they are stored.
@@ -132,15 +135,15 @@ class LayerWalk:
         }
         until = None if propagate else places[-1].name
         for chunk in self._chunks:
-            seen, after = run_layer(
-                module, module, self._streams.read(chunk), self._call(layer, chunk), places=places, until=until
-            )
+            stream = self._streams.read(chunk)
+            seen, after = run_layer(module, module, stream, self._call(layer, chunk), places=places, until=until)
             for name, inputs in seen.items():
-                statistics[name].add(inputs)
+                statistics[name].add(inputs, sequences=len(stream))
             if propagate:
                 self._streams.write(chunk, after)
             self._advance(1)
         for name, of_place in statistics.items():
+            of_place.assume_alike_if_none()
             if not of_place.is_finite():
                 raise not_finite(f"layer {layer} ({name})")
         return statistics

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -212,4 +213,6 @@ class _Pruning:
 
 def _groups(places: Sequence[Place], *, method: Method) -> list[list[Place]]:
     """Places whose inputs are read in one pass, and whose matrices are pruned after it."""
-    return [[place] for place in places] if method.true_sequential else [list(places)]
+    if not method.true_sequential:
+        return [list(places)]
+    return [list(group) for _, group in groupby(places, key=lambda place: place.side_by_side)]

@@ -24,6 +24,7 @@ from shearing.models.loading import require_weights, skeleton
 from shearing.models.serving import BLOCK
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.models.stored.companions import folder_of
+from shearing.models.stored.headers import shapes_in_files
 from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
 from shearing.models.tokenizer import load_tokenizer
@@ -483,15 +484,17 @@ def _require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
         )
     if one_shot.kept_of is None:
         return
-    pattern, layers = KeptOf(*one_shot.kept_of), f"{anatomy_of(config).layers}."
-    for name, parameter in skeleton(config).named_parameters():
+    family = anatomy_of(config)
+    pattern, layers = KeptOf(*one_shot.kept_of), f"{family.layers}."
+    router = None if family.mlp.experts is None else family.mlp.experts.spellings[0].parts[0]
+    for name, shape in shapes_in_files(skeleton(config)).items():
         module = name.removesuffix(".weight")
         chosen = any(fnmatchcase(module, each) for each in one_shot.include or ["*"])
-        if parameter.ndim == 2 and name.startswith(layers) and chosen:
+        if len(shape) == 2 and name.startswith(layers) and chosen and not (router and name.endswith(router)):
             if any(fnmatchcase(module, each) for each in one_shot.exclude):
                 continue
             with named(ONE_SHOT_NAMES):
-                pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)
+                pattern.check(rows=shape[0], columns=shape[1], name=name)
 
 
 def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:

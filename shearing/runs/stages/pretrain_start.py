@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.models.loading import load_config, skeleton
 from shearing.models.stored.companions import folder_of
+from shearing.models.stored.expert_files import whole_masks
 from shearing.models.stored.saving import DTYPES
 from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.objectives.objective import PARAMETER_PREFIX
@@ -60,7 +62,8 @@ class Start:
     def kept(self, *, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Names of masked weights, after a prefix, and their bool masks, one at a time; nothing for a dense model."""
         if self.masks is not None:
-            for name, mask in read_masks(self.masks):
+            model = skeleton(load_config(self.source, revision=self.revision))
+            for name, mask in whole_masks(model, read_masks(self.masks)):
                 yield prefix + name, mask
 
     def adapt(self, model: PreTrainedModel, *, lora: LoraRecipe, seed: int) -> PeftModel:

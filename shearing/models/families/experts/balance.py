@@ -9,7 +9,7 @@ transformers' `load_balancing_loss_func` says of one layer and one sequence. Tha
 sequences of a forward pass before it multiplies: then expert 5 of one layer counts with expert 5 of another, which
 changes when experts are renumbered, and a step would depend on how its batch is shared out.
 
-Legend: B sequences, S positions, E experts, K experts of a token.
+Legend: B sequences, S positions, T = B * S tokens, E experts, K experts of a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Heard(NamedTuple):
-    """Of a router: logits of all tokens [T, E], and which experts [E] and whether the layer is there; None: all of it."""
+    """Of a router: logits of all tokens [T, E]; which experts [E], and whether the layer, are there; None: all is."""
 
     logits: Tensor
     alive: Tensor | None
@@ -113,7 +113,7 @@ def balance_loss(logits_BSE: Tensor, *, per_token: int, alive: Tensor | None = N
     """The loss of one layer, [B] in fp32.
 
     Args:
-        logits_BSE: of its router, S positions of each sequence; those of experts that are masked away are as low as can be.
+        logits_BSE: of its router; those of experts that are masked away are as low as can be.
         per_token: K.
         alive: [E] above 0 for experts that are there; None: all are.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shearing.models.families.axes import When
 
@@ -40,7 +40,8 @@ class Experts:
         write: stack of what writes, [E, d, m].
         normalises: which configs have the weights of a token's experts add up to one.
         weights_in_fp32: these weights stay fp32; else they get the dtype of the router's product.
-        spellings: how files call the parameters.
+        spellings: how files call the parameters: the router's weight, what reads, what writes.
+        count: E, of a family as a config has it.
     """
 
     router: str
@@ -50,3 +51,12 @@ class Experts:
     normalises: When
     weights_in_fp32: bool
     spellings: Sequence[Spelling]
+    count: int = field(default=0, compare=False)
+
+    def matrices(self, expert: int) -> tuple[str, str, str]:
+        """What an expert's gate, up and down projections are called in a layer where each is a module of its own."""
+        mlp = self.module.partition(".")[0]
+        parts = [part for spelling in self.spellings if spelling.by_expert for part in spelling.parts]
+        inside = [part.partition(".")[2].removesuffix(".weight").format(expert=expert) for part in parts]
+        gate, up, down = (f"{mlp}.{name}" for name in inside)
+        return gate, up, down

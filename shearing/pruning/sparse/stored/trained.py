@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from shearing.errors import ShearingError
 from shearing.files.durable import write_json
 from shearing.files.tensors import read_header, read_tensors
+from shearing.models.stored.expert_files import whole_masks
+from shearing.models.stored.headers import shapes_in_files
 from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, masks_file, read_masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def masks_beside(folder: Path) -> Path | None:
@@ -36,13 +40,13 @@ def masks_beside(folder: Path) -> Path | None:
     return masks if found else None
 
 
-def require_masks_fit(masks: Path, *, model: nn.Module) -> None:
-    """Check that every mask is of a parameter of the model, which may be a skeleton.
+def require_masks_fit(masks: Path, *, model: PreTrainedModel) -> None:
+    """Check that every mask is of a parameter of the model as files have it; the model may be a skeleton.
 
     Raises:
         ShearingError: one is not.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = shapes_in_files(model)
     for name, shape in mask_shapes(masks).items():
         if shapes.get(name) != shape:
             raise _not_of_this_model(
@@ -53,14 +57,14 @@ def require_masks_fit(masks: Path, *, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def require_zeros(masks: Path, *, model: nn.Module) -> None:
+def require_zeros(masks: Path, *, model: PreTrainedModel) -> None:
     """Check that what the masks drop is 0 in the model.
 
     Raises:
         ShearingError: the masks are of another model, or the model was changed after they were stored.
     """
     require_masks_fit(masks, model=model)
-    for name, mask in read_masks(masks):
+    for name, mask in whole_masks(model, read_masks(masks)):
         weight = model.get_parameter(name)
         if wrong := int((weight.ne(0) & ~mask.to(weight.device)).sum()):
             raise _not_of_this_model(
