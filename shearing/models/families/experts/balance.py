@@ -78,8 +78,10 @@ class RouterBalance:
         heard: list[Heard] = []
 
         def listen(router: nn.Module, _arguments: Any, output: tuple[Tensor, ...]) -> None:
-            masked = isinstance(router, MaskedRouter)
-            heard.append(Heard(output[0], router.alive if masked else None, router.counts if masked else None))
+            alive = counts = None
+            if isinstance(router, MaskedRouter):
+                alive, counts = router.alive, router.counts
+            heard.append(Heard(output[0], alive, counts))
 
         routers = [layer.get_submodule(self._router) for layer in self._layers]
         handles = [router.register_forward_hook(listen) for router in routers]

@@ -29,7 +29,7 @@ class ExpertRecorder:
 
     def __init__(self, experts: nn.Module, *, sequences: Callable[[], int], add: Callable[[str, Tensor], None]) -> None:
         self._experts, self._sequences, self._add = experts, sequences, add
-        experts.forward = self._forward  # type: ignore[method-assign]
+        experts.forward = self._forward
 
     def remove(self) -> None:
         """Puts the module's own forward pass back."""
