@@ -148,11 +148,12 @@ def require_granularities(names: Sequence[str], *, source: Shape) -> None:
         ShearingError: experts of a model that has none.
     """
     if "experts" in names and not source.num_experts:
+        others = [name for name in names if name != "experts"]
         raise ShearingError(
             "granularities",
             value=list(names),
             allowed=f"without 'experts': the MLPs of this {source.family.model_type!r} are not made of experts",
-            mend=f"set {key('granularities')}=[{', '.join(name for name in names if name != 'experts')}]",
+            mend=f"set {key('granularities')}=[{', '.join(others)}]" if others else "name what the target shrinks",
         )
 
 

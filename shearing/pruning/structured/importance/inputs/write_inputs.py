@@ -81,7 +81,7 @@ class WriteInputMetric(ABC):
         if source.num_experts:
             raise ShearingError(
                 "initial_masks",
-                value=f"by what the writes of {source.family.model_type} read",
+                value=f"a metric of what writes read, as wanda, for {source.family.model_type}",
                 allowed="models whose MLPs are not made of experts",
                 mend="choose another metric, as activations",
             )
