@@ -56,6 +56,14 @@ class Selection:
         attention = _indices(alive.get("attention", everything), target.num_hidden_layers, name="attention sub-layers")
         mlp = _indices(alive.get("mlp", everything), target.num_hidden_layers, name="MLP sub-layers")
         layers = tuple(zip(attention.tolist(), mlp.tolist(), strict=True))
+        if source.family.parallel and any(a != m for a, m in layers):
+            raise ShearingError(
+                "kept units (sub-layers)",
+                value=layers,
+                allowed=f"attention and MLP of the same layers: in this {source.family.model_type!r} both read what "
+                "their layer reads",
+                mend="choose whole layers",
+            )
         if any(a > m for a, m in layers) or any(m >= a for (_, m), (a, _) in pairwise(layers)):
             raise ShearingError(
                 "kept units (sub-layers)",

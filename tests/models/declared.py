@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, Olmo2Config, Phi3Config, Starcoder2Config
+from transformers import Gemma2Config, Olmo2Config, Starcoder2Config
 
 from shearing.models.families import (
     FAMILIES,
@@ -19,7 +19,6 @@ from shearing.models.families import (
     QUERY_HEADS,
     RMS,
     RMS_ONE_PLUS,
-    Axis,
     Family,
     Norm,
     SubLayer,
@@ -30,27 +29,6 @@ from shearing.models.families import (
 )
 from tests.models.tiny import CONFIGS, SIZES
 
-PHI3 = Family(  # fused matrices
-    model_type="phi3",
-    attention=SubLayer(
-        module="self_attn",
-        linears=(
-            *linear("self_attn.qkv_proj", Axis(("query_heads", "kv_groups", "kv_groups")), HIDDEN),
-            *linear("self_attn.o_proj", HIDDEN, QUERY_HEADS),
-        ),
-        write="self_attn.o_proj",
-        before=Norm("input_layernorm"),
-    ),
-    mlp=SubLayer(
-        module="mlp",
-        linears=(
-            *linear("mlp.gate_up_proj", Axis(("intermediate", "intermediate")), HIDDEN),
-            *linear("mlp.down_proj", HIDDEN, INTERMEDIATE),
-        ),
-        write="mlp.down_proj",
-        before=Norm("post_attention_layernorm"),
-    ),
-)
 GEMMA2 = Family(  # norms of 1 + w, before and after each sub-layer; an embedding scaled by the width
     model_type="gemma2",
     attention=separate_attention(
@@ -99,9 +77,8 @@ STARCODER2 = Family(  # layer norms with biases, and an MLP without a gate
     final_norm=Norm("model.norm", kind=LAYER, bias=True),
 )
 
-DECLARED = {family.model_type: family for family in (PHI3, GEMMA2, OLMO2, STARCODER2)}
+DECLARED = {family.model_type: family for family in (GEMMA2, OLMO2, STARCODER2)}
 DECLARED_CONFIGS: dict[str, Callable[..., Any]] = {
-    "phi3": lambda **kw: Phi3Config(**{"pad_token_id": None, **SIZES, **kw}),
     "gemma2": lambda **kw: Gemma2Config(**{"sliding_window": 4, **SIZES, **kw}),
     "gemma2-biases": lambda **kw: Gemma2Config(**{"sliding_window": 4, "attention_bias": True, **SIZES, **kw}),
     "olmo2": lambda **kw: Olmo2Config(**{"pad_token_id": None, **SIZES, **kw}),

@@ -94,7 +94,8 @@ def test_parameter_counts_are_those_of_the_real_model(family):
             model = AutoModelForCausalLM.from_config(config)
         shape = Shape.of(config)
         assert shape.num_parameters() == sum(p.numel() for p in model.parameters())
-        outer = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" in n or "lm_head" in n)
+        embeddings = {parameter.name for parameter in shape.family.embeddings}
+        outer = sum(p.numel() for n, p in model.named_parameters() if n in embeddings)
         assert shape.num_parameters(embeddings=False) == shape.num_parameters() - outer
 
 

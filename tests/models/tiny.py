@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCAB_SIZE = 97
 SIZES = {
@@ -26,6 +35,13 @@ SCALED_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0],
+}
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**SIZES | kw),
     "llama-mha": lambda **kw: LlamaConfig(**SIZES | {"num_key_value_heads": 6} | kw),
@@ -37,7 +53,25 @@ CONFIGS = {
         **SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2} | kw
     ),
     "qwen3": lambda **kw: Qwen3Config(**SIZES | kw),
+    "phi3": lambda **kw: Phi3Config(**SIZES | {"pad_token_id": None} | kw),
+    # Their configs work out the head dimension of 8 from the width.
+    "phi3-longrope": lambda **kw: Phi3Config(
+        **SIZES
+        | {"hidden_size": 48, "rope_parameters": dict(LONG_ROPE), "original_max_position_embeddings": 8}
+        | {"pad_token_id": None}
+        | kw
+    ),
+    "gpt_neox": lambda **kw: _gpt_neox(use_parallel_residual=True, **kw),
+    "gpt_neox-in-turn": lambda **kw: _gpt_neox(use_parallel_residual=False, **kw),
 }
+
+
+def _gpt_neox(**changes: Any) -> GPTNeoXConfig:
+    values = SIZES | {"hidden_size": 48, "rotary_pct": 0.5} | changes
+    return GPTNeoXConfig(**{name: value for name, value in values.items() if name in GPT_NEOX_NAMES})
+
+
+GPT_NEOX_NAMES = {*vars(GPTNeoXConfig()), "rotary_pct", "use_parallel_residual"}
 
 
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: Any) -> PreTrainedModel:

@@ -15,9 +15,11 @@ from shearing.models.families.axes import (
     linear,
 )
 from shearing.models.families.family import Family, SubLayer
+from shearing.models.families.gpt_neox import GPT_NEOX
 from shearing.models.families.llama import LLAMA
 from shearing.models.families.mistral import MISTRAL
 from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, Norm
+from shearing.models.families.phi3 import PHI3
 from shearing.models.families.qwen2 import QWEN2
 from shearing.models.families.qwen3 import QWEN3
 from shearing.models.families.sub_layers import gated_mlp, separate_attention
@@ -44,5 +46,5 @@ __all__ = [
     "separate_attention",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT_NEOX, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3)}
 """`config.model_type` -> family; one that a project declares for itself is added here too."""

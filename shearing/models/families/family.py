@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shearing.models.families.axes import HIDDEN, VOCABULARY, Axes, Parameter
+from shearing.models.families.axes import HIDDEN, VOCABULARY, Axes, Parameter, When, never
 from shearing.models.families.norms import Norm
 
 
@@ -119,9 +119,12 @@ class Family:
         model_type: `config.model_type` of Hugging Face.
         attention, mlp: the sub-layers of a decoder layer.
         backbone, layers, embedding, head: names of modules in the model.
+        stored_head: what files call the head, where that is another name.
         final_norm: the norm of what the head reads.
         embedding_scale: what the embedding's module multiplies by, from the hidden size.
         per_layer: attributes of the config that are lists with one entry for each layer's attention.
+        side_by_side: which configs have attention and MLP read the same residual stream, and add both to it.
+        parallel: whether a config is one of those; see `of`.
         read_sizes, write_values: the sizes of a config, and a config's values at other sizes.
     """
 
@@ -132,9 +135,12 @@ class Family:
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    stored_head: str | None = None
     final_norm: Norm = Norm("model.norm")  # noqa: RUF009 - frozen
     embedding_scale: Callable[[int], float] = unscaled
     per_layer: tuple[str, ...] = ("layer_types",)
+    side_by_side: When = never
+    parallel: bool = False
     read_sizes: Callable[[Any], dict[str, int]] = standard_sizes
     write_values: Callable[..., dict[str, Any]] = standard_values
 
@@ -162,6 +168,19 @@ class Family:
         inner = name[len(prefix) :].split(".", 1)[1]
         return {**self.attention.axes, **self.mlp.axes}[inner]
 
+    def stored_name(self, name: str) -> str:
+        """What files call a parameter."""
+        return f"{self.stored_head}.weight" if self.stored_head and name == f"{self.head}.weight" else name
+
+    def own_name(self, stored: str) -> str:
+        """What the model calls a parameter that has the name `stored` in a file."""
+        return f"{self.head}.weight" if self.stored_head and stored == f"{self.stored_head}.weight" else stored
+
     def of(self, config: Any) -> Family:
         """The family as `config` has it: without the parameters that the config leaves out."""
-        return replace(self, attention=self.attention.of(config), mlp=self.mlp.of(config))
+        return replace(
+            self,
+            attention=self.attention.of(config),
+            mlp=self.mlp.of(config),
+            parallel=self.side_by_side(config),
+        )

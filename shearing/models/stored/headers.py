@@ -85,10 +85,11 @@ def require_weights(folder: Path, *, model: PreTrainedModel, source: str) -> Non
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places, shapes, dtypes = _read_headers(folder, weight_files(folder, source=source))
-    prefix = f"{model.base_model_prefix}."
-    names = {name if name in expected else prefix + name: name for name in places}
+    prefix, family = f"{model.base_model_prefix}.", anatomy_of(model)
+    own = {name: family.own_name(name) for name in places}
+    names = {name if name in expected else prefix + name: stored for stored, name in own.items()}
     _refuse_unknown(names, expected=expected, ignored=_ignored(model), source=source)
-    head, embedding = f"{anatomy_of(model).head}.weight", f"{anatomy_of(model).embedding}.weight"
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     optional = {head} if tied and embedding in names else {embedding} if tied and head in names else set()
     if missing := sorted(expected.keys() - names.keys() - optional):

@@ -14,6 +14,7 @@ from torch import Tensor
 from shearing.errors import ShearingError, key
 from shearing.files.durable import write_json
 from shearing.files.tensors import write_tensors
+from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.spellings import in_both_spellings
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, 
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    stored = model.state_dict().keys()
+    stored, family = model.state_dict().keys(), anatomy_of(model.config)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return {**dict(model.named_parameters()), **buffers}
+    return {family.stored_name(name): tensor for name, tensor in (*model.named_parameters(), *buffers.items())}
 
 
 def _stored(tensor: Tensor, *, name: str, dtype: torch.dtype) -> Tensor:

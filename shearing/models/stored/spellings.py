@@ -12,6 +12,9 @@ from typing import Any
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 """What version 4 has at the top of the config, and 5 among `rope_parameters`."""
 
+_OF_FAMILY = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+"""What version 4 calls them in a family that has its own names."""
+
 _FLOATS = frozenset({"factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"})
 """Parameters that version 4 warns of where JSON has them without a decimal point."""
 
@@ -30,14 +33,18 @@ def in_both_spellings(content: Mapping[str, Any]) -> dict[str, Any]:
         both.setdefault("torch_dtype", content["dtype"])
     rope = content.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope and not {"rope_theta", "rope_scaling"} & content.keys():
-        both |= {name: rope[name] for name in _BESIDE_SCALING if name in rope}
-        both["rope_scaling"] = _scaling(rope)
+        names = _OF_FAMILY.get(str(content.get("model_type")), {})
+        both |= {names.get(name, name): rope[name] for name in _BESIDE_SCALING if name in rope}
+        both["rope_scaling"] = _scaling(rope, model_type=content.get("model_type"))
     return both
 
 
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+def _scaling(rope: Mapping[str, Any], *, model_type: object) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
         return None
+    if model_type == "phi3":  # whose config of version 4 refuses any more names
+        return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {
         name: float(value) if name in _FLOATS and value is not None else value
         for name, value in rope.items()

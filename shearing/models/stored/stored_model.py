@@ -8,7 +8,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ class Source:
         files: tensor name -> file in `folder`.
         entries: tensor name -> where it is in its file.
         identity: file -> size and time of change of the weights that were found, converted or not.
+        stored_names: tensor name -> what its file calls it, where that is another name.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Source:
     files: dict[str, str]
     entries: dict[str, Entry]
     identity: dict[str, list[int]]
+    stored_names: dict[str, str] = field(default_factory=dict)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, on the CPU, as they are stored.
@@ -64,7 +66,8 @@ class Source:
             wanted.setdefault(self.files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, of_file in wanted.items():
-            tensors |= read_tensors(self.folder / file, of_file)
+            stored = {self.stored_names.get(name, name): name for name in of_file}
+            tensors |= {stored[name]: tensor for name, tensor in read_tensors(self.folder / file, stored).items()}
         for name, tensor in tensors.items():
             _require_finite(tensor, name=name, folder=self.folder)
         return tensors
@@ -211,13 +214,16 @@ def dtype_of(source: Source, name: str) -> torch.dtype:
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
     files: dict[str, str] = {}
     entries: dict[str, Entry] = {}
+    own_name, renamed = anatomy_of(config).own_name, {}
     for name in headers.weight_files(folder, source=str(folder)):
         of_file, _ = read_header(folder / name)
-        entries |= of_file
-        files |= dict.fromkeys(of_file, name)
+        own = {stored: own_name(stored) for stored in of_file}
+        entries |= {own[stored]: entry for stored, entry in of_file.items()}
+        files |= dict.fromkeys(own.values(), name)
+        renamed |= {tensor: stored for stored, tensor in own.items() if tensor != stored}
     stats = {path.name: path.stat() for path in sorted(original.iterdir()) if path.suffix in STORED}
     identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return Source(folder, config, files, entries, identity)
+    return Source(folder, config, files, entries, identity, renamed)
 
 
 def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) -> None:

@@ -102,8 +102,10 @@ def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | Non
         target: sizes to reach; None for a parameter budget, where every named granularity takes part.
 
     Raises:
-        ShearingError: a size has to shrink and no granularity that is named can shrink it.
+        ShearingError: a size has to shrink and no granularity that is named can shrink it; see also
+            `require_granularities`.
     """
+    require_granularities(names, source=source)
     sizes = unit_sizes(source)
     expanded = [part for name in names for part in (("attention", "mlp") if name == "sublayers" else (name,))]
     if target is None:
@@ -126,6 +128,23 @@ def granularities_of(names: Sequence[str], *, source: Shape, target: Shape | Non
                 mend=f"add '{named}' to {key('granularities')}, or leave target sizes of this kind as in the source",
             )
     return tuple(found)
+
+
+def require_granularities(names: Sequence[str], *, source: Shape) -> None:
+    """Check that the family of a model has the granularities that are named.
+
+    Raises:
+        ShearingError: sub-layers alone, where attention and MLP of a layer read the same residual stream.
+    """
+    if "sublayers" in names and source.family.parallel:
+        others = [name for name in names if name != "sublayers"]
+        raise ShearingError(
+            "granularities",
+            value=list(names),
+            allowed=f"without 'sublayers': in this {source.family.model_type!r} attention and MLP of a layer read the "
+            "same residual stream, and no ordinary config has one of them alone",
+            mend=f"name 'layers' in its place: set {key('granularities')}=[{', '.join(['layers', *others])}]",
+        )
 
 
 def as_masks(z: Mapping[str, Tensor]) -> Masks:

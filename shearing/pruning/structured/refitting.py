@@ -78,12 +78,20 @@ def refit(
     for index, layer in enumerate(decoder_layers(source_model)):
         model.set_masks(None)
         dense = [
-            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
+            run_layer(
+                layer.forward,
+                layer,
+                stream,
+                of_layers[index],
+                places=(attention_read, attention_write, mlp_norm, mlp_read),
+            )
             for stream, of_layers in zip(whole, calls, strict=True)
         ]
+        between = _between(layer, family, whole, dense)
         whole = [after for _, after in dense]
         model.set_masks(masks)
         units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
+        read = masked
         if _kept(masks.attention, index):
             heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
             norm = layer.get_submodule(family.attention.entry)
@@ -94,12 +102,11 @@ def refit(
                 run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
                 for x, of_layers in zip(masked, calls, strict=True)
             ]
-            wanted = [seen[mlp_norm.name] for seen, _ in dense]
             inputs = [seen[attention_write.name] for seen, _ in found]
             write = family.attention.write
-            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
+            masked = _refit_write(layer, write, masked, inputs, between, rows=hidden, columns=heads, ridge=ridge)
         if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
+            normed = [layer.get_submodule(family.mlp.entry)(x) for x in (read if family.parallel else masked)]
             _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
             inputs = [_inputs_of_write(layer, family, x) for x in normed]
             write = family.mlp.write
@@ -189,6 +196,19 @@ def _refit_write(
     if bias is not None:
         bias[index_O] += fit.intercept(correction).to(bias.dtype)
     return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
+
+
+def _between(
+    layer: nn.Module,
+    family: Family,
+    streams: Sequence[Tensor],
+    dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+) -> list[Tensor]:
+    """The whole model's residual stream with what attention adds, and without what the MLP adds."""
+    if not family.parallel:
+        return [seen["mlp norm"] for seen, _ in dense]
+    write = layer.get_submodule(family.attention.write)
+    return [stream + write(seen["attention write"]) for stream, (seen, _) in zip(streams, dense, strict=True)]
 
 
 def _kept(mask: Tensor | None, index: int) -> bool:

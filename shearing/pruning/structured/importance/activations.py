@@ -29,7 +29,8 @@ class Activations:
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
     over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
-    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
+    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Where both sub-layers of a layer
+    read the same, the output of one is what it reads with what it adds.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
@@ -97,9 +98,19 @@ class ActivationRecorder:
         for index, layer in enumerate(decoder_layers(model)):
             handles += [
                 layer.register_forward_pre_hook(self._enter_layer),
-                layer.get_submodule(family.mlp.entry).register_forward_pre_hook(partial(self._enter_mlp, index)),
                 layer.register_forward_hook(partial(self._leave_layer, index)),
             ]
+            if family.parallel:
+                handles += [
+                    layer.get_submodule(sublayer.write).register_forward_hook(partial(self._write, (name, index)))
+                    for name, sublayer in family.sublayers.items()
+                ]
+            else:
+                entry = layer.get_submodule(family.mlp.entry)
+                handles += [
+                    entry.register_forward_pre_hook(partial(self._enter_mlp, index)),
+                    layer.register_forward_hook(partial(self._leave_mlp, index)),
+                ]
             for name, sublayer, units in (
                 ("attention", family.attention, "heads"),
                 ("mlp", family.mlp, "intermediate"),
@@ -130,7 +141,11 @@ class ActivationRecorder:
         self._mlp_input = arguments[0]
         self._influence(("attention", layer), self._layer_input, arguments[0])
 
+    def _write(self, key: tuple[str, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        self._influence(key, self._layer_input, self._layer_input + output)
+
+    def _leave_mlp(self, layer: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self._influence(("mlp", layer), self._mlp_input, output[0] if isinstance(output, tuple) else output)
+
     def _leave_layer(self, layer: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        after = output[0] if isinstance(output, tuple) else output
-        self._influence(("mlp", layer), self._mlp_input, after)
-        self._influence(("layers", layer), self._layer_input, after)
+        self._influence(("layers", layer), self._layer_input, output[0] if isinstance(output, tuple) else output)

@@ -196,7 +196,9 @@ class Reconstruction:
                 heads, units = (_statistics_for(write) for write in writes)
                 for batch, of_layers in enumerate(calls):
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
-                    heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
+                    # Side by side, both are added to what the next norm reads.
+                    written = after if family.parallel else seen["mlp norm"]
+                    heads.add(seen["attention write"], weights=token_weights(written))
                     units.add(seen["mlp write"], weights=token_weights(after))
                     streams[batch] = after
                 for name, earlier in orders.items():
