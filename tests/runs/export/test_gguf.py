@@ -25,6 +25,7 @@ from tests.runs.export.tokenizers import BYTE_LEVEL, TEXTS, write_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
+KNOWN = [family for family in sorted(CONFIGS) if not family.startswith(("gpt_neox", "phi3"))]
 QUIET = Console(quiet=True)
 ROWS = 416
 IDS = torch.arange(40).view(2, 20) * 9 % ROWS
@@ -65,7 +66,7 @@ def test_transformers_alone_computes_the_same(family: str, tied: bool, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [("f16", "llama"), ("bf16", "qwen3"), *(("q8_0", family) for family in sorted(CONFIGS))]
+    ("kind", "family"), [("f16", "llama"), ("bf16", "qwen3"), *(("q8_0", family) for family in KNOWN)]
 )
 def test_every_family_and_kind_is_what_was_rounded(kind: str, family: str, tmp_path: Path) -> None:
     model = written(tmp_path / "source", family=family, hidden_size=96, head_dim=16)

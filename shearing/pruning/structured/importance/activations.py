@@ -29,8 +29,8 @@ class Activations:
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
     over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
-    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Where both sub-layers of a layer
-    read the same, the output of one is what it reads with what it adds.
+    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Where both sub-layers of a
+    layer read the same, the output of one is what it reads with what it adds.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
