@@ -143,9 +143,11 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
         selection: the units to keep.
 
     Returns:
-        A plain Hugging Face model of the selection's shape, in the dtype and on the device of `model`.
+        A plain Hugging Face model of the selection's shape, in the dtype and on the device of `model`; of another
+        architecture where that of `model` refuses the shape, see `config_for`.
     """
     from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     family = anatomy_of(model)
     source = Shape.of(model.config)
@@ -163,8 +165,10 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
         if source.tied:
             _scale_gain(state, family.final_norm, by=1.0 / values.double())
 
+    own = type(config) is type(model.config)
+    architecture: Any = type(model) if own else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False):
-        result: Any = type(model)(config)
+        result: Any = architecture(config)
     if source.tied:
         state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
     result.load_state_dict(state, strict=True, assign=True)

@@ -112,6 +112,9 @@ class Shape:
 def config_for(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequence[int]) -> PretrainedConfig:
     """The source's config at another shape; everything else (RoPE, activations, tokens) is kept.
 
+    Where the source's own class refuses the shape, the config is of the first architecture of `Family.holders` that
+    computes the same.
+
     Args:
         source: config of the source model.
         shape: target sizes.
@@ -120,13 +123,47 @@ def config_for(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequ
     Raises:
         ValueError: Hugging Face's own validation refuses the combination.
     """
+    from transformers import AutoConfig
+
+    values = _values_at(source, shape=shape, attention_layers=attention_layers)
+    try:
+        return _accepted(type(source).from_dict(values))
+    except Exception:  # see `export_error`
+        for holder in shape.family.holders:
+            if (others := holder(values)) is not None:
+                return _accepted(AutoConfig.for_model(**others))
+        raise
+
+
+def _values_at(source: PretrainedConfig, *, shape: Shape, attention_layers: Sequence[int]) -> dict[str, Any]:
     values = source.to_dict()
     for name in shape.family.per_layer:
         if values.get(name):
             values[name] = [values[name][layer] for layer in attention_layers]
-    values = shape.family.write_values(values, sizes=shape.sizes(), head_dim=shape.head_dim)
-    config: PretrainedConfig = type(source).from_dict(values)
+    return shape.family.write_values(values, sizes=shape.sizes(), head_dim=shape.head_dim)
+
+
+def _accepted(config: PretrainedConfig) -> PretrainedConfig:
+    validate = getattr(config, "validate_architecture", None)
+    if validate is not None:
+        validate()
     return config
+
+
+def other_architecture(shape: Shape, *, source: PretrainedConfig) -> str | None:
+    """Hugging Face's class of a model of this shape, where the source's own config refuses it; None where it does not.
+
+    Args:
+        shape: one that `export_error` has nothing against.
+        source: config of the source model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = config_for(source, shape=shape, attention_layers=range(shape.num_hidden_layers))
+    if type(config) is type(source):
+        return None
+    name: str = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return name
 
 
 def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
@@ -178,10 +215,17 @@ def _refuse_unexportable(shape: Shape, *, source: PretrainedConfig) -> None:
         for width in range(shape.num_attention_heads, have.hidden_size + 1)
         if export_error(dataclasses.replace(shape, hidden_size=width), source=source) is None
     ]
+    grouped = have.query_heads_per_group > 1
+    groups = shape.num_key_value_heads
+    counts = range(groups, have.num_attention_heads + 1, groups) if grouped else range(1, have.num_attention_heads + 1)
     heads = [
         count
-        for count in range(shape.num_key_value_heads, have.num_attention_heads + 1, shape.num_key_value_heads)
-        if export_error(dataclasses.replace(shape, num_attention_heads=count), source=source) is None
+        for count in counts
+        if export_error(
+            dataclasses.replace(shape, num_attention_heads=count, num_key_value_heads=groups if grouped else count),
+            source=source,
+        )
+        is None
     ]
     raise ShearingError(
         "hidden_size",
@@ -195,17 +239,27 @@ def _refuse_unexportable(shape: Shape, *, source: PretrainedConfig) -> None:
     )
 
 
-def export_error(shape: Shape, *, source: PretrainedConfig) -> str | None:
-    """What Hugging Face's config validation says against a shape, or None when it accepts it."""
+def export_error(shape: Shape, *, source: PretrainedConfig, own: bool = False) -> str | None:
+    """What Hugging Face's config validation says against a shape, or None when it accepts it.
+
+    Args:
+        shape: sizes to write.
+        source: config of the source model.
+        own: the source's own class has to accept it, not another that computes the same.
+    """
     layers = range(shape.num_hidden_layers)
     try:
-        config = config_for(source, shape=shape, attention_layers=layers)
-        validate = getattr(config, "validate_architecture", None)
-        if validate is not None:
-            validate()
+        if own:
+            values = _values_at(source, shape=shape, attention_layers=layers)
+            config = _accepted(type(source).from_dict(values))
+        else:
+            config = config_for(source, shape=shape, attention_layers=layers)
     except Exception as error:  # noqa: BLE001 - the hub's validators raise classes of their own, not ValueError
         return str(error).strip().splitlines()[-1].strip()
-    if Shape.of(config) != shape:
+    held = Shape.of(config)
+    if type(config) is not type(source):
+        held = dataclasses.replace(held, family=shape.family)
+    if held != shape:
         return f"{type(source).__name__} cannot hold head_dim={shape.head_dim} beside these sizes"
     return None
 

@@ -15,6 +15,7 @@ from shearing.errors import ShearingError
 from shearing.models.cutting import Selection, compact, compact_moments
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
+from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.granularities import granularities_of
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
@@ -138,6 +139,36 @@ def test_the_result_is_an_ordinary_checkpoint(family, tmp_path):
     assert loaded.config.rope_parameters == model.config.rope_parameters
     generated = loaded.generate(ids, max_new_tokens=4, do_sample=False)
     assert generated.shape == (2, 20)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "llama-rope-scaling"])
+def test_heads_that_llama_refuses_are_exact_in_the_nearest_architecture(family, tied, tmp_path):
+    """Three heads of a width of 25, as transformers alone opens them."""
+    model = tiny_model(family, tied=tied)
+    source = Shape.of(model.config)
+    masks, target = masks_and_target(source, GRANULARITIES, fractional=True, seed=4)
+    hidden = random_mask((36,), keep=25, fractional=True, generator=torch.Generator().manual_seed(4))
+    heads = torch.zeros(4, 3, 2)
+    heads[..., 1] = 0.7
+    masks = dataclasses.replace(masks, hidden=hidden, kv_groups=None, query_heads=heads)
+    target = dataclasses.replace(target, hidden_size=25, num_attention_heads=3, num_key_value_heads=3)
+    masked = MaskedModel(model)
+    masked.set_masks(masks)
+    with torch.no_grad():
+        expected = masked.model(tiny_ids()).logits
+    small = compact(masked.release(), masks=masks, selection=Selection.of(masks, source=source, target=target))
+    assert small.config.model_type == ("seed_oss" if family == "llama-biases" else "mistral")
+    write_model(small, tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    found = loaded(tiny_ids()).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    assert loaded.generate(tiny_ids(), max_new_tokens=4, do_sample=False).shape == (2, 20)
+    for name in ("hidden_act", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
 
 
 def test_sublayers_out_of_order_are_refused():

@@ -11,7 +11,7 @@ from shearing.models.anatomy import anatomy_of
 from shearing.models.families import FAMILIES
 from shearing.models.loading import load_config, load_source
 from shearing.models.recipe import TargetRecipe
-from shearing.models.shape import Shape, resolve_target
+from shearing.models.shape import Shape, export_error, other_architecture, resolve_target
 from tests.models.tiny import CONFIGS, tiny_model
 
 
@@ -38,7 +38,6 @@ def test_heads_follow_groups():
             "num_attention_heads",
             "set num_attention_heads=2",
         ),
-        ({"hidden_size": 25, "num_attention_heads": 3}, "hidden_size", "hidden_size=24"),
     ],
 )
 def test_impossible_targets_name_the_nearest_valid_one(target, field, mend):
@@ -46,6 +45,36 @@ def test_impossible_targets_name_the_nearest_valid_one(target, field, mend):
         resolve_target(TargetRecipe(**target), source=CONFIGS["llama"]())
     assert caught.value.field == field
     assert mend in caught.value.mend
+
+
+def test_heads_that_llama_refuses_are_held_by_the_nearest_architecture():
+    odd = TargetRecipe(hidden_size=25, num_attention_heads=3)
+    for biases, architecture in (
+        ({}, "MistralForCausalLM"),
+        ({"attention_bias": True}, "SeedOssForCausalLM"),
+        ({"mlp_bias": True}, "SeedOssForCausalLM"),
+    ):
+        source = CONFIGS["llama"](**biases)
+        shape = resolve_target(odd, source=source)
+        assert other_architecture(shape, source=source) == architecture
+        assert export_error(shape, source=source, own=True) is not None  # what a budget may end in
+        even = resolve_target(TargetRecipe(hidden_size=24, num_attention_heads=3), source=source)
+        assert other_architecture(even, source=source) is None
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3-longrope"])
+def test_where_the_config_counts_head_dimensions_the_nearest_sizes_are_named(family):
+    source = CONFIGS[family]()
+    per_group = Shape.of(source).query_heads_per_group
+    groups = 4 // per_group
+    with pytest.raises(ShearingError) as caught:
+        resolve_target(TargetRecipe(hidden_size=24, num_key_value_heads=groups), source=source)
+    assert caught.value.field == "hidden_size"
+    assert "[32" in caught.value.allowed
+    assert "num_attention_heads [3" in caught.value.allowed or per_group > 1
+    assert "hidden_size=32" in caught.value.mend
+    fitting = resolve_target(TargetRecipe(hidden_size=32, num_key_value_heads=groups), source=source)
+    assert (fitting.num_attention_heads, fitting.head_dim) == (4, 8)
 
 
 def test_an_unsupported_architecture_is_refused_by_name():

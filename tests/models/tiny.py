@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
 )
 
 VOCAB_SIZE = 97
@@ -61,6 +62,7 @@ CONFIGS = {
         | {"pad_token_id": None}
         | kw
     ),
+    "seed_oss": lambda **kw: SeedOssConfig(**SIZES | {"pad_token_id": None, "attention_out_bias": True} | kw),
     "gpt_neox": lambda **kw: _gpt_neox(use_parallel_residual=True, **kw),
     "gpt_neox-in-turn": lambda **kw: _gpt_neox(use_parallel_residual=False, **kw),
 }

@@ -22,6 +22,7 @@ from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, Norm
 from shearing.models.families.phi3 import PHI3
 from shearing.models.families.qwen2 import QWEN2
 from shearing.models.families.qwen3 import QWEN3
+from shearing.models.families.seed_oss import SEED_OSS
 from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 __all__ = [
@@ -46,5 +47,7 @@ __all__ = [
     "separate_attention",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT_NEOX, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (GPT_NEOX, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, SEED_OSS)
+}
 """`config.model_type` -> family; one that a project declares for itself is added here too."""

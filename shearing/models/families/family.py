@@ -106,6 +106,10 @@ def standard_values(values: Mapping[str, Any], *, sizes: Mapping[str, int], head
     return changed
 
 
+Holder = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
+"""From the values of a family's config, those of another architecture's that computes the same; None if it cannot."""
+
+
 def unscaled(_hidden_size: int) -> float:
     """An embedding that is looked up and no more."""
     return 1.0
@@ -126,6 +130,7 @@ class Family:
         side_by_side: which configs have attention and MLP read the same residual stream, and add both to it.
         parallel: whether a config is one of those; see `of`.
         read_sizes, write_values: the sizes of a config, and a config's values at other sizes.
+        holders: other architectures, for sizes that the family's own config refuses; the most widely known first.
     """
 
     model_type: str
@@ -143,6 +148,7 @@ class Family:
     parallel: bool = False
     read_sizes: Callable[[Any], dict[str, int]] = standard_sizes
     write_values: Callable[..., dict[str, Any]] = standard_values
+    holders: tuple[Holder, ...] = ()
 
     @property
     def sublayers(self) -> dict[str, SubLayer]:

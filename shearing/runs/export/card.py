@@ -85,11 +85,18 @@ def _what(origin: Origin, *, shape: Shape, dtype: str) -> Iterator[str]:
     yield f"{format_parameters(shape.num_parameters())} parameters in {dtype}, made of `{source}` with shearing.{at}"
     yield "## Shape"
     rows = ["| model | parameters | without embeddings | shape |", "|---|---:|---:|---|"]
+    of_source = shape.family.model_type
     try:
         rows.append(f"| source | {' | '.join(shape_cells(Shape.of(origin.context.config)))} |")
+        of_source = origin.context.config.model_type
     except ShearingError:
         rows.append("| source | | | its files are no longer where they were |")
     yield "\n".join([*rows, f"| this model | {' | '.join(shape_cells(shape))} |"])
+    if shape.family.model_type != of_source:
+        yield (
+            f"Stored as `{shape.family.model_type}`, which computes the same: transformers' config of `{of_source}` "
+            "refuses these sizes."
+        )
 
 
 def _method(origin: Origin) -> Iterator[str]:

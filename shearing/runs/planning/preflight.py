@@ -22,7 +22,7 @@ from shearing.evaluation.tasks.opening import open_harness
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import require_weights, skeleton
 from shearing.models.serving import BLOCK
-from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.shape import Shape, config_for, other_architecture, resolve_target
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
@@ -30,7 +30,7 @@ from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
-from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
+from shearing.pruning.structured.granularities import PRUNED_BY, require_granularities, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
@@ -41,7 +41,7 @@ from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.plan import heldout_shares
 from shearing.runs.planning.rows import rows_read
-from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
+from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes, written_as
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.engines.deepspeed_config import user_config
@@ -140,7 +140,7 @@ def preflight(
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
         doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
-        notes=gpus.notes,
+        notes=[*gpus.notes, *_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -499,6 +499,11 @@ def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
         )
 
 
+def _architecture(target: Shape | None, *, config: PretrainedConfig) -> Iterator[str]:
+    if target is not None and (other := other_architecture(target, source=config)) is not None:
+        yield written_as(other, instead_of=type(skeleton(config)).__name__)
+
+
 def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
     """The target shape, or None for a budget."""
     source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
@@ -513,6 +518,7 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
                 mend="choose a budget in between",
             )
         return None
+    require_granularities(chosen, source=source)
     target = resolve_target(wanted, source=config)
     for size, granularities in PRUNED_BY.items():
         if getattr(target, size) != getattr(source, size) and not set(granularities) & set(chosen):

@@ -156,6 +156,14 @@ def shape_cells(shape: Shape) -> tuple[str, str, str]:
     return f"{shape.num_parameters():,}", f"{shape.num_parameters(embeddings=False):,}", sizes
 
 
+def written_as(architecture: str, *, instead_of: str) -> str:
+    """What is said of a result that is of another architecture than its source, whose config refuses its sizes."""
+    return (
+        f"written as {architecture}, which computes the same: in transformers the config of {instead_of} refuses "
+        "these sizes"
+    )
+
+
 def gigabytes(count: int) -> str:
     """A number of bytes for people."""
     return f"{count / 1e9:.1f} GB"

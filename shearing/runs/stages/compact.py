@@ -20,6 +20,7 @@ from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 
 CHECK_TOKENS = 64
@@ -70,6 +71,8 @@ def compact(context: RunContext) -> dict[str, Any]:
         "target": {**target.sizes(), "parameters": target.num_parameters()},
         "parameters_without_embeddings": target.num_parameters(embeddings=False),
         "layers": [{"attention": a, "mlp": m} for a, m in selection.layers],
+        "architecture": type(small).__name__,
+        "source_architecture": type(model).__name__,
         "relative_logit_difference": difference,
     }
     beside = run.path / ".compact.partial"
@@ -88,6 +91,9 @@ def compact(context: RunContext) -> dict[str, Any]:
         f"({', '.join(f'{name} {size}' for name, size in target.sizes().items())}); "
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"
     )
+    if type(small) is not type(model):
+        said = written_as(type(small).__name__, instead_of=type(model).__name__)
+        context.console.print(said, soft_wrap=True, highlight=False)
     return shape
 
 

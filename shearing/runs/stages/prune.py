@@ -221,7 +221,7 @@ def _target(context: RunContext, *, model: PreTrainedModel) -> Shape | Parameter
         parameters=wanted.parameters,
         uniform=wanted.uniform,
         multiple_of=wanted.multiple_of,
-        accepts=lambda shape: export_error(shape, source=model.config) is None,
+        accepts=lambda shape: export_error(shape, source=model.config, own=True) is None,
     )
 
 

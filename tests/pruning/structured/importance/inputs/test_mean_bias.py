@@ -62,10 +62,11 @@ def test_biases_of_zero_change_nothing_and_are_there_where_the_config_can_have_t
     torch.testing.assert_close(logits_of(biased, ids), logits_of(model, ids))
     masks = plant_masks(Shape.of(model.config))
     both = ("attention", "mlp")
-    folded = {"llama": both, "gpt_neox": both, "qwen3": ("attention",)}.get(family.partition("-")[0], ())
+    known = {"llama": both, "gpt_neox": both, "seed_oss": both, "qwen3": ("attention",)}
+    folded = known.get(family.partition("-")[0], ())
     found = fold_means(MaskedModel(biased), masks=masks, batches=BATCHES)
     assert found == MeanBias(folded, tuple(kind for kind in ("attention", "mlp") if kind not in folded))
-    if folded and family != "llama-biases" and not family.startswith("gpt_neox"):
+    if folded and family != "llama-biases" and not family.startswith(("gpt_neox", "seed_oss")):
         assert not any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
 
 
