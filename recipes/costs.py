@@ -21,6 +21,7 @@ SOURCES = {
     "sheared-llama-2.7b": "llama-2-7b",
     "sheared-llama-1.3b": "llama-2-7b",
     "sheared-llama-370m": "llama-2-7b",
+    "sheared-pythia-160m": "pythia-410m",
 }
 """Recipe -> folder with its source's config."""
 

@@ -40,6 +40,7 @@ def test_the_page_has_the_figures_of_today() -> None:
         ("smollm2-0.7b", 688_977_408),
         ("llama-3.2-1.2b", 1_206_470_656),
         ("sheared-llama-370m", 373_867_520),
+        ("sheared-pythia-160m", 162_322_944),
     ],
 )
 def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int) -> None:
