@@ -73,7 +73,7 @@ def _gpt_neox(**changes: Any) -> GPTNeoXConfig:
     return GPTNeoXConfig(**{name: value for name, value in values.items() if name in GPT_NEOX_NAMES})
 
 
-GPT_NEOX_NAMES = {*vars(GPTNeoXConfig()), "rotary_pct", "use_parallel_residual"}
+GPT_NEOX_NAMES = {*vars(GPTNeoXConfig()), "rotary_pct", "use_parallel_residual", "attn_implementation"}
 
 
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: Any) -> PreTrainedModel:

@@ -239,7 +239,11 @@ def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> di
         Name of each tensor -> its bytes per token.
     """
     attention = _saved_by_attention(shape, workload=workload, weight_bytes=weight_bytes)
-    return attention | _saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes)
+    saved = attention | _saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes)
+    before = shape.family.mlp.before
+    if shape.family.parallel and before is not None and before.kind.centred:
+        del saved[f"{before.name}'s input"]  # the same tensor that the attention's norm reads
+    return saved
 
 
 def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
@@ -248,11 +252,15 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
     saved = _saved_by_norms(shape, "attention", workload=workload, weight_bytes=weight_bytes)
     # Without a fused kernel, keys and values are repeated for every query head.
     attended = query if workload.eager_attention else kv
+    # Of a fused product the values are a view, which keeps all of it; queries and keys are rotated, and so copies, which
+    # lie head by head: so does what attention puts out, and its write reads a copy.
+    fused = len(shape.family.attention.readers) == 1 and not workload.eager_attention
     saved |= {
         "queries": product * query,
         "keys": product * attended,
-        "values": product * attended,
+        "values": product * (_width_read(shape, "attention") if fused else attended),
         "attention's output": product * query,
+        "attention's output, token by token": product * query if fused else 0,
     }
     if workload.eager_attention:
         weights = shape.num_attention_heads * workload.sequence_length

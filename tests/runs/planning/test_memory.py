@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, PreTrainedModel, Qwen3Config
 
+from shearing.models.anatomy import backbone
 from shearing.models.attention import drop_attention_mask
 from shearing.models.correspondence import Correspondence
 from shearing.models.families import FAMILIES
@@ -40,6 +41,7 @@ from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
 from tests.models.declared import DECLARED
+from tests.models.tiny import CONFIGS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -65,7 +67,7 @@ def model_of(
     family: Callable[..., Any] = LlamaConfig, *, layers: int, attention: str = "sdpa", tied: bool = True
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = family(**SIZES, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention)
+    config = family(**{**SIZES, **getattr(family, "keywords", {})}, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).train()
     drop_attention_mask(model, sequence_length=WORKLOAD.sequence_length)
     return model
@@ -86,7 +88,7 @@ def bytes_saved(model: PreTrainedModel, *, bf16: bool) -> int:
 
     tokens = torch.zeros(WORKLOAD.micro_batch_size, WORKLOAD.sequence_length, dtype=torch.int64)
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model.model(input_ids=tokens, use_cache=False)
+        backbone(model)(input_ids=tokens, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
@@ -107,6 +109,14 @@ def test_norms_of_other_kinds_and_in_other_places_are_counted(
     for model_type in ("gemma2", "olmo2"):
         monkeypatch.setitem(FAMILIES, model_type, DECLARED[model_type])
     check_saved(family, attention="eager", precision=precision)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "autocast"])
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "gpt_neox-in-turn"])
+def test_fused_products_and_sub_layers_side_by_side_are_counted(family: str, attention: str, precision: str) -> None:
+    # No product of the text is as large as a matrix, by which those are told apart here.
+    check_saved(partial(CONFIGS[family], intermediate_size=120), attention=attention, precision=precision)
 
 
 def check_saved(family: Callable[..., Any], *, attention: str, precision: str) -> None:
