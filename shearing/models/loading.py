@@ -49,7 +49,7 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
                     mend="choose a source model of a supported family, "
                     "or declare the family under shearing/models/families",
                 )
-        with _said_of_config(source):
+        with said_of_config(source):
             config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise ShearingError(
@@ -129,7 +129,7 @@ def skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with _said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
+    with said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attn_implementation
         )
@@ -157,8 +157,12 @@ def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
 
 
 @contextmanager
-def _said_of_config(source: str) -> Iterator[None]:
-    """What transformers refuses of a config, in one message; it has no one kind of error for it."""
+def said_of_config(source: str) -> Iterator[None]:
+    """What transformers refuses of a config, in one message; it has no one kind of error for it.
+
+    Raises:
+        ShearingError: it does.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:

@@ -68,8 +68,24 @@ def weight_of(module: nn.Module, member: str) -> Tensor:
     return weight
 
 
+def places_in(source: Source) -> list[Place]:
+    """As `places_of`; of a model that no family declares, each linear layer of its first decoder layer by itself."""
+    if source.structure is None:
+        return places_of(anatomy_of(source.config))
+    return [Place(linear.member, (linear.member,)) for linear in source.structure.linears if linear.block == 0]
+
+
+def num_blocks(source: Source) -> int:
+    """Decoder layers; of a model that no family declares, all that it has of blocks with linear layers."""
+    blocks: int = source.config.num_hidden_layers if source.structure is None else source.structure.num_blocks
+    return blocks
+
+
 def matrices_of(source: Source) -> list[Matrix]:
-    """Every linear layer inside the decoder layers, layer by layer."""
+    """Every linear layer inside the decoder layers, layer by layer; see `num_blocks`."""
+    if source.structure is not None:
+        shapes = {linear: source.entries[linear.name].shape for linear in source.structure.linears}
+        return [Matrix(linear.name, linear.block, *shape) for linear, shape in shapes.items()]
     family = anatomy_of(source.config)
     found = []
     for layer in range(source.config.num_hidden_layers):

@@ -252,7 +252,7 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
     saved = _saved_by_norms(shape, "attention", workload=workload, weight_bytes=weight_bytes)
     # Without a fused kernel, keys and values are repeated for every query head.
     attended = query if workload.eager_attention else kv
-    # Of a fused product the values are a view, which keeps all of it; queries and keys are rotated, and so copies, which
+    # Of a fused product the values are a view, which keeps all of it; queries and keys are rotated, and so copies that
     # lie head by head: so does what attention puts out, and its write reads a copy.
     fused = len(shape.family.attention.readers) == 1 and not workload.eager_attention
     saved |= {

@@ -67,7 +67,12 @@ def model_of(
     family: Callable[..., Any] = LlamaConfig, *, layers: int, attention: str = "sdpa", tied: bool = True
 ) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = family(**{**SIZES, **getattr(family, "keywords", {})}, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention)
+    config = family(
+        **{**SIZES, **getattr(family, "keywords", {})},
+        num_hidden_layers=layers,
+        tie_word_embeddings=tied,
+        attn_implementation=attention,
+    )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).train()
     drop_attention_mask(model, sequence_length=WORKLOAD.sequence_length)
     return model
