@@ -167,6 +167,8 @@ def said_of_config(source: str) -> Iterator[None]:
 
     try:
         yield
+    except ShearingError:
+        raise
     except (
         ArithmeticError,
         AssertionError,

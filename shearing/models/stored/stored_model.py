@@ -8,9 +8,10 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -155,14 +156,17 @@ def open_any(name: str, *, revision: str | None, converted: Path, towers: bool) 
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     require_place(name, revision=revision)
-    values = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+    values: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # which are said below
+        values = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     known = values.get("model_type")
     if known in FAMILIES or known not in CONFIG_MAPPING or values.get("quantization_config"):
         return open_source(name, revision=revision, converted=converted)
     folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
     with said_of_config(name):
         config = AutoConfig.from_pretrained(folder)
-        entries, files = _entries(folder)
+    entries, files = _entries(folder)
+    with said_of_config(name):
         structure = structure_of(config, stored=entries, towers=towers)
     return Source(folder, config, files, entries, _identity(folder), structure=structure)
 

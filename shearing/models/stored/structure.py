@@ -107,8 +107,9 @@ def _built(config: PretrainedConfig) -> PreTrainedModel:
     import transformers
     from accelerate import init_empty_weights
 
-    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
-    architecture: Any = next((found for found in named if found is not None), None)
+    named: list[Any] = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    of_config = [found for found in named if found is not None and isinstance(config, found.config_class)]
+    architecture: Any = next(iter(of_config), None)
     with init_empty_weights(include_buffers=False):
         if architecture is None:
             auto = transformers.AutoModelForCausalLM
