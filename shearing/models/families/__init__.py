@@ -15,14 +15,14 @@ from shearing.models.families.axes import (
     linear,
 )
 from shearing.models.families.family import Family, SubLayer
-from shearing.models.families.gpt_neox import GPT_NEOX
 from shearing.models.families.llama import LLAMA
+from shearing.models.families.matrices.gpt_neox import GPT_NEOX
+from shearing.models.families.matrices.phi3 import PHI3
+from shearing.models.families.matrices.seed_oss import SEED_OSS
 from shearing.models.families.mistral import MISTRAL
 from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, Norm
-from shearing.models.families.phi3 import PHI3
 from shearing.models.families.qwen2 import QWEN2
 from shearing.models.families.qwen3 import QWEN3
-from shearing.models.families.seed_oss import SEED_OSS
 from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 __all__ = [
