@@ -39,7 +39,7 @@ def in_both_spellings(content: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _scaling(rope: Mapping[str, Any], *, model_type: object) -> dict[str, Any] | None:
+def _scaling(rope: Mapping[str, Any], *, model_type: object = None) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

@@ -198,11 +198,14 @@ class LayerWalk:
 
     def _by_embeddings(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
         """What becomes of tokens [B, S] before the first layer, from the embedding alone."""
-        name = f"{anatomy_of(self._source.config).embedding}.weight"
+        family = anatomy_of(self._source.config)
+        name = f"{family.embedding}.weight"
         embedding = self._source.read([name])[name]
+        scale = family.embedding_scale(embedding.shape[1])
 
         def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
             embedded = embedding[tokens].to(self._compute.device, self._compute.dtype)
+            embedded = embedded if scale == 1.0 else embedded * torch.full((), scale).to(embedded)
             return layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
 
         return enter
