@@ -162,7 +162,8 @@ def other_architecture(shape: Shape, *, source: PretrainedConfig) -> str | None:
     config = config_for(source, shape=shape, attention_layers=range(shape.num_hidden_layers))
     if type(config) is type(source):
         return None
-    name: str = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    architectures: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    name: str = architectures[type(config)].__name__
     return name
 
 

@@ -114,10 +114,11 @@ def _built(config: PretrainedConfig) -> PreTrainedModel:
         if architecture is None:
             auto = transformers.AutoModelForCausalLM
             architecture = auto if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else transformers.AutoModel
-            model: PreTrainedModel = architecture.from_config(config)
+            built = architecture.from_config(config)
         else:
-            model = architecture(config)
-    return model.eval()
+            built = architecture(config)
+    model: PreTrainedModel = built.eval()
+    return model
 
 
 def _stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -169,8 +170,10 @@ def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig, *, besides
 
     text = config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
-    known = {of_class for _, of_class in MODEL_FOR_CAUSAL_LM_MAPPING.items()}
-    if type(model) not in known or getattr(config, "is_encoder_decoder", False):
+    architectures: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if not any(of_config is type(model) for _, of_config in architectures.items()) or getattr(
+        config, "is_encoder_decoder", False
+    ):
         return None
     lists = [
         name

@@ -258,8 +258,6 @@ def _settings(
 ) -> dict[str, Any]:
     neutral = neutral_keys(SparsifyRecipe)
     settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in neutral}
-    if not recipe.include_towers:
-        del settings["include_towers"]  # which runs of earlier versions do not know
     return {
         **settings,
         "allocation": settings["allocation"] if allocation is None else allocation.fingerprint,

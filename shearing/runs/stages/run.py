@@ -197,7 +197,7 @@ def _architecture(directory: RunDirectory) -> str | None:
     """What there is to say of a cut model that is of another architecture than its source."""
     path = directory.compact / "shape.json"
     cut = read_json(path) if path.is_file() else {}
-    written, instead_of = cut.get("architecture"), cut.get("source_architecture")
+    written, instead_of = (str(cut.get(name)) for name in ("architecture", "source_architecture"))
     return None if written == instead_of else written_as(written, instead_of=instead_of)
 
 
