@@ -171,9 +171,8 @@ def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig, *, besides
     text = config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
     architectures: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    if not any(of_config is type(model) for _, of_config in architectures.items()) or getattr(
-        config, "is_encoder_decoder", False
-    ):
+    predicts = any(architecture is type(model) for _, architecture in architectures.items())
+    if not predicts or getattr(config, "is_encoder_decoder", False):
         return None
     lists = [
         name
