@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,9 @@ ANY = {
 }
 
 
-def run(folder: Path, output: Path, **keys: Any) -> Path:
+def run(folder: Path, output: Path, *, console: Console = QUIET, **keys: Any) -> Path:
     recipe = {"criterion": "magnitude", "sparsity": 0.5, **keys}
-    return sparsify(SparsifyRecipe.model_validate({"model": str(folder), "output": output, **recipe}), console=QUIET)
+    return sparsify(SparsifyRecipe.model_validate({"model": str(folder), "output": output, **recipe}), console=console)
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -169,6 +170,9 @@ def test_magnitude_prunes_the_layers_of_any_architecture(name: str, tmp_path: Pa
 
 def test_towers_are_pruned_where_they_are_asked_for(tmp_path: Path) -> None:
     built(transformers.LlavaForConditionalGeneration, llava(), tmp_path / "model")
+    said = Console(file=StringIO(), width=300)
+    run(tmp_path / "model", tmp_path / "without", console=said)
+    assert "left dense: model.vision_tower; include_towers=true" in said.file.getvalue()  # type: ignore[attr-defined]
     run(tmp_path / "model", tmp_path / "out", include_towers=True)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     of_tower = [weight for name, weight in stored.items() if "vision" in name and name.endswith("fc1.weight")]
