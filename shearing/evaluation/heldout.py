@@ -20,7 +20,7 @@ from shearing.data.corpus.format import HeldOutSplit
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.errors import ShearingError
 from shearing.evaluation.text_bytes import token_bytes
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of, head_weight
 from shearing.models.attention import attention_within_documents
 from shearing.models.masked import MaskedModel
 from shearing.objectives.cross_entropy import per_token_loss
@@ -228,7 +228,7 @@ def _sum_of_losses(
 ) -> Tensor:
     hidden_BSD = backbone(model)(**Inputs(batch_BT[:, :-1], documents).keywords()).last_hidden_state
     labels_BS = batch_BT[:, 1:] if documents is None else documents.labels(batch_BT)
-    loss_BS = per_token_loss(hidden_BSD, head_weight(model), labels_BS, chunk_tokens=chunk_tokens)
+    loss_BS = per_token_loss(hidden_BSD, head_of(model), labels_BS, chunk_tokens=chunk_tokens)
     return loss_BS.sum(dtype=torch.float64)
 
 

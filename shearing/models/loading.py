@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
+from shearing.models.attention import requested
 from shearing.models.families import FAMILIES
+from shearing.models.families.unsupported import unsupported
 from shearing.models.place import folder_here, require_place
 from shearing.models.stored import headers
 
@@ -39,16 +41,9 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
             mend=f"point {key('source')} at the folder that holds config.json",
         )
     try:
-        if Path(source).is_dir():
-            model_type = json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if model_type not in FAMILIES:
-                raise ShearingError(
-                    "source (architecture)",
-                    value=model_type,
-                    allowed=", ".join(sorted(FAMILIES)),
-                    mend="choose a source model of a supported family, "
-                    "or declare the family under shearing/models/families",
-                )
+        values = _values(source, revision=revision)
+        if values.get("model_type") not in FAMILIES:
+            raise unsupported(values)
         with _said_of_config(source):
             config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, json.JSONDecodeError, AttributeError) as error:
@@ -67,6 +62,17 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
         )
     anatomy_of(config)
     return config
+
+
+def _values(source: str, *, revision: str | None) -> dict[str, Any]:
+    """What config.json says, also of a model that transformers would not load."""
+    from transformers import PretrainedConfig
+
+    if Path(source).is_dir():
+        values: dict[str, Any] = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    else:
+        values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    return values
 
 
 def require_weights(source: str, *, revision: str | None = None) -> None:
@@ -100,7 +106,11 @@ def load_source(
     require_weights(source, revision=revision)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=requested(attn_implementation),
+            use_safetensors=True,
         )
     except OSError as error:
         raise ShearingError(
@@ -131,7 +141,7 @@ def skeleton(
 
     with _said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation
+            config, dtype=torch.float32, attn_implementation=requested(attn_implementation)
         )
     model.tie_weights()
     placeholders: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied

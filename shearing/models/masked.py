@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shearing.models.anatomy import anatomy_of, backbone, head_weight
+from shearing.models.anatomy import Head, anatomy_of, backbone, head_of
 from shearing.models.families.axes import Unit
 from shearing.models.families.family import SubLayer
 from shearing.models.families.norms import Norm, NormKind
@@ -329,9 +329,9 @@ class MaskedModel(nn.Module):
         hidden: Tensor = backbone(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
-    def head_weight(self) -> Tensor:
-        """Weight [V, d] of the head."""
-        return head_weight(self.model)
+    def head(self) -> Head:
+        """What makes logits of those."""
+        return head_of(self.model)
 
     def release(self) -> PreTrainedModel:
         """Puts the original modules back and returns the model."""

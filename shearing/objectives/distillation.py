@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.data.mixture.origins import Origins
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of, head_weight
 from shearing.objectives.distilled import distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
 from shearing.objectives.hidden import HiddenMatching
@@ -112,7 +112,7 @@ class Distillation(LanguageModelLoss):
             )
         found = distilled_loss(
             hidden_BSD,
-            head_weight(self.model),
+            head_of(self.model),
             labels_BS,
             targets=targets,
             weights_BS=weights_BS,

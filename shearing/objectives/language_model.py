@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.data.mixture.origins import Origins
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.objectives.objective import Losses, Objective, Parts
 
@@ -39,8 +39,6 @@ class LanguageModelLoss(Objective):
         inputs = Inputs(tokens_BT[:, :-1], documents)
         hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
-        total, losses_BS = causal_lm_loss(
-            hidden_BSD, head_weight(self.model), labels_BS, chunk_tokens=self.chunk_tokens
-        )
+        total, losses_BS = causal_lm_loss(hidden_BSD, head_of(self.model), labels_BS, chunk_tokens=self.chunk_tokens)
         rows_B, labels_B = losses_BS.sum(1), (labels_BS != IGNORED_LABEL).sum(1)
         return Losses(total, rows_B, labels_B, rows_B.new_zeros(len(rows_B), len(self.measures)))

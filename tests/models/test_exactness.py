@@ -85,8 +85,9 @@ def test_masked_equals_compacted_for_every_family(family, tied, fractional):
 
 
 @pytest.mark.parametrize("granularities", [*SUBSETS, ("sublayers",), ("sublayers", "hidden", "intermediate")])
-def test_masked_equals_compacted_for_every_subset_of_granularities(granularities):
-    assert relative_difference("qwen3", granularities, tied=True, fractional=True, seed=2) < 1e-5
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "olmo3", "gemma2"])
+def test_masked_equals_compacted_for_every_subset_of_granularities(family, granularities):
+    assert relative_difference(family, granularities, tied=True, fractional=True, seed=2) < 1e-5
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,8 +115,11 @@ def test_the_result_is_an_ordinary_checkpoint(family, tmp_path):
     ids = tiny_ids()
     torch.testing.assert_close(loaded(ids).logits, small(ids).logits, rtol=0, atol=0)
     assert loaded.config.rope_parameters == model.config.rope_parameters
-    generated = loaded.generate(ids, max_new_tokens=4, do_sample=False)
+    generated, again = (
+        loaded.generate(ids, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)
+    )
     assert generated.shape == (2, 20)
+    assert torch.equal(generated, again)
 
 
 def test_sublayers_out_of_order_are_refused():

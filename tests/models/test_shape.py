@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    SiglipVisionConfig,
+    SmolLM3Config,
+)
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import FAMILIES
 from shearing.models.loading import load_config, load_source
 from shearing.models.recipe import TargetRecipe
-from shearing.models.shape import Shape, resolve_target
-from tests.models.tiny import CONFIGS, tiny_model
+from shearing.models.shape import Shape, config_for, resolve_target
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 
 def test_sizes_left_out_are_the_sources():
@@ -54,6 +66,66 @@ def test_an_unsupported_architecture_is_refused_by_name():
     assert all(family in caught.value.allowed for family in FAMILIES)
 
 
+REFUSED = {
+    "gemma3": (
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        "gemma3, which reads more than text",
+        "its text model alone can be the source: save it as the gemma3_text",
+    ),
+    "other text": (
+        {"model_type": "blip_2", "text_config": {"model_type": "opt"}},
+        "blip_2, which reads more than text",
+        "its text model, opt, is of no supported family either",
+    ),
+    "linear attention": (
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+        "qwen3_next, whose layers are not all attention and MLP",
+        "choose a source model whose layers are",
+    ),
+    "Mamba": ({"model_type": "bamba", "mamba_d_state": 128}, "bamba, whose layers are not all", "states of its own"),
+    "remote code": (
+        {"model_type": "internlm", "auto_map": {"AutoConfig": "configuration.C"}},
+        "internlm, with code of its own",
+        "code that comes with a model is not run",
+    ),
+    "both directions": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        "gemma3_text that attends in both directions",
+        "without use_bidirectional_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_of_no_family_is_told_what_is_supported_and_what_of_it_could_be(kind, tmp_path):
+    values, value, mend = REFUSED[kind]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ShearingError) as refused:
+        load_config(str(tmp_path))
+    assert value in str(refused.value.value)
+    assert mend in refused.value.mend
+    assert refused.value.allowed == ", ".join(sorted(FAMILIES))
+
+
+def test_the_text_model_of_one_that_sees_is_a_source(tmp_path):
+    """As docs/families.md takes it out."""
+    text = CONFIGS["gemma3"](tie_word_embeddings=True, final_logit_softcapping=None)
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ShearingError, match="its text model alone can be the source"):
+        load_config(str(tmp_path / "whole"))
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype="auto")
+    alone = AutoModelForCausalLM.from_config(whole.config.text_config, dtype=whole.dtype)
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    alone.save_pretrained(tmp_path / "text")
+    source = load_source(str(tmp_path / "text"))
+    assert anatomy_of(source) == FAMILIES["gemma3_text"].of(text)
+    torch.testing.assert_close(source(tiny_ids()).logits, whole.eval()(tiny_ids()).logits)
+
+
 def test_undeclared_parameters_are_refused():
     model = tiny_model()
     model.model.layers[0].self_attn.extra = torch.nn.Linear(2, 2)
@@ -84,6 +156,34 @@ def test_missing_weights_are_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ShearingError, match="up_proj"):
         load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kept", "turns", "interval"),
+    [
+        (range(36), [1, 1, 1, 0] * 9, 4),
+        (range(24), [1, 1, 1, 0] * 6, 4),
+        ([0, 1, 3, 4, 5, 7], [1, 1, 0] * 2, 3),
+        ([0, 1, 2], [1, 1, 1], 4),
+        ([0, 3, 7, 8], [1, 0, 0, 1], 4),  # none fits: the list decides
+    ],
+)
+def test_layers_without_positions_stay_those_that_are_kept(kept, turns, interval):
+    source = SmolLM3Config()
+    shape = dataclasses.replace(Shape.of(source), num_hidden_layers=len(kept))
+    config = config_for(source, shape=shape, attention_layers=kept)
+    assert config.no_rope_layers == turns
+    assert config.no_rope_layer_interval == interval
+    again = SmolLM3Config.from_dict(config.to_dict())
+    assert again.no_rope_layers == turns
+
+
+def test_layers_with_windows_stay_those_that_are_kept():
+    source = Gemma3TextConfig(num_hidden_layers=12)
+    shape = dataclasses.replace(Shape.of(source), num_hidden_layers=3)
+    config = config_for(source, shape=shape, attention_layers=[4, 5, 11])
+    assert config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    assert config.rope_parameters == source.rope_parameters
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -5,7 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 VOCAB_SIZE = 97
 SIZES = {
@@ -26,6 +39,17 @@ SCALED_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**SIZES | kw),
     "llama-mha": lambda **kw: LlamaConfig(**SIZES | {"num_key_value_heads": 6} | kw),
@@ -37,7 +61,30 @@ CONFIGS = {
         **SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2} | kw
     ),
     "qwen3": lambda **kw: Qwen3Config(**SIZES | kw),
+    "smollm3": lambda **kw: SmolLM3Config(
+        **SIZES
+        | {
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "mlp_bias": True,
+        }
+        | kw
+    ),
+    "granite": lambda **kw: GraniteConfig(**SIZES | GRANITE_SCALES | kw),
+    "olmo2": lambda **kw: Olmo2Config(**SIZES | {"pad_token_id": None} | kw),
+    "olmo3": lambda **kw: Olmo3Config(
+        **SIZES | {"pad_token_id": None, "sliding_window": 4, "attention_bias": True, "rope_parameters": TWO_ROPES} | kw
+    ),
+    "gemma2": lambda **kw: Gemma2Config(**SIZES | {"sliding_window": 4, "final_logit_softcapping": 5.0} | kw),
+    "gemma3": lambda **kw: Gemma3TextConfig(
+        **SIZES
+        | {"sliding_window": 4, "layer_types": WINDOWS, "attention_bias": True, "final_logit_softcapping": 5.0}
+        | kw
+    ),
 }
+"""Where a family has flags, some config has what they switch on."""
 
 
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: Any) -> PreTrainedModel:

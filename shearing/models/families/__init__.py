@@ -17,10 +17,14 @@ from shearing.models.families.axes import (
 from shearing.models.families.family import Family, SubLayer
 from shearing.models.families.llama import LLAMA
 from shearing.models.families.mistral import MISTRAL
-from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, Norm
+from shearing.models.families.norms import LAYER, RMS, RMS_ONE_PLUS, RMS_WHOLE_FP32, Norm
 from shearing.models.families.qwen2 import QWEN2
 from shearing.models.families.qwen3 import QWEN3
 from shearing.models.families.sub_layers import gated_mlp, separate_attention
+from shearing.models.families.variations.gemma import GEMMA2, GEMMA3
+from shearing.models.families.variations.granite import GRANITE
+from shearing.models.families.variations.olmo import OLMO2, OLMO3
+from shearing.models.families.variations.smollm3 import SMOLLM3
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +35,7 @@ __all__ = [
     "QUERY_HEADS",
     "RMS",
     "RMS_ONE_PLUS",
+    "RMS_WHOLE_FP32",
     "VOCABULARY",
     "Axis",
     "Family",
@@ -44,5 +49,17 @@ __all__ = [
     "separate_attention",
 ]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_SHIPPED = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    GRANITE,
+    OLMO2,
+    OLMO3,
+    GEMMA2,
+    GEMMA3,
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _SHIPPED}
 """`config.model_type` -> family; one that a project declares for itself is added here too."""

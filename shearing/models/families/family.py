@@ -67,11 +67,6 @@ class SubLayer:
         """Whether a linear layer has a bias; see `Family.of`."""
         return any(parameter.name == f"{linear}.bias" for parameter in self.linears)
 
-    @property
-    def adds_its_write(self) -> bool:
-        """Whether what it writes is added to the residual stream as it is: no norm stands in between."""
-        return self.after is None
-
     def of(self, config: Any) -> SubLayer:
         """The sub-layer without the parameters that `config` does not have."""
         linears = tuple(parameter for parameter in self.linears if parameter.when(config))
@@ -121,7 +116,14 @@ class Family:
         backbone, layers, embedding, head: names of modules in the model.
         final_norm: the norm of what the head reads.
         embedding_scale: what the embedding's module multiplies by, from the hidden size.
+        residual_multiplier: attribute of the config that what sub-layers write is multiplied by as it is added to the
+            residual stream; "" where nothing is.
+        logits_divisor: attribute of the config that logits are divided by, or "".
+        logits_cap: attribute of the config c, or None, of logits that are c tanh(l / c), or "".
+        attention_cap: the same of attention scores; torch's fused attention has no such cap, so transformers' own
+            attention computes them.
         per_layer: attributes of the config that are lists with one entry for each layer's attention.
+        models: which models are stored as it, for people.
         read_sizes, write_values: the sizes of a config, and a config's values at other sizes.
     """
 
@@ -134,7 +136,12 @@ class Family:
     head: str = "lm_head"
     final_norm: Norm = Norm("model.norm")  # noqa: RUF009 - frozen
     embedding_scale: Callable[[int], float] = unscaled
+    residual_multiplier: str = ""
+    logits_divisor: str = ""
+    logits_cap: str = ""
+    attention_cap: str = ""
     per_layer: tuple[str, ...] = ("layer_types",)
+    models: str = ""
     read_sizes: Callable[[Any], dict[str, int]] = standard_sizes
     write_values: Callable[..., dict[str, Any]] = standard_values
 
@@ -161,6 +168,10 @@ class Family:
             return self.outer_axes[name]
         inner = name[len(prefix) :].split(".", 1)[1]
         return {**self.attention.axes, **self.mlp.axes}[inner]
+
+    def multiplier(self, config: Any) -> float:
+        """What of a write reaches the residual stream; see `residual_multiplier`."""
+        return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
 
     def of(self, config: Any) -> Family:
         """The family as `config` has it: without the parameters that the config leaves out."""

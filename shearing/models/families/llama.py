@@ -9,6 +9,7 @@ from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 LLAMA = Family(
     model_type="llama",
+    models="Llama 1 to 3, and what is stored as such: SmolLM 2, TinyLlama, Vicuna and others",
     attention=separate_attention(
         before=Norm("input_layernorm"), qkv_bias=flag("attention_bias"), output_bias=flag("attention_bias")
     ),

@@ -62,7 +62,7 @@ class Matrix:
 
 
 def weight_of(module: nn.Module, member: str) -> Tensor:
-    """Weight [O, I] of a linear layer inside a layer."""
+    """Weight [O, I] of a linear layer inside a layer, or [d] of a norm."""
     weight = module.get_submodule(member).weight
     assert isinstance(weight, Tensor)
     return weight

@@ -176,8 +176,10 @@ class LayerWalk:
         streams = Streams(
             shape, dtype=compute.dtype, device=compute.device, offload=compute.offload, folder=compute.folder
         )
+        scale = self._family.embedding_scale(embedding.shape[1])
         for chunk in self._chunks:
             embedded = embedding[calibration.tokens[chunk]].to(compute.device, compute.dtype)
+            embedded = embedded if scale == 1.0 else embedded * torch.full((), scale).to(embedded)
             first, calls = layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
             self._calls.setdefault(chunk.stop - chunk.start, calls)
             streams.write(chunk, first)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from shearing.data.documents import Inputs
-from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
-from shearing.models.families import Family
+from shearing.models.families import Family, SubLayer
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.pruning.calibration.inverse import damped_factors
@@ -47,7 +49,9 @@ def refit(
         W + argmin_D Σ_t w_t |y_t - (W + D) x'_t|² + δ tr(D diag(Σ_t w_t x'_t x'_tᵀ) Dᵀ),   δ = `ridge`
 
     over the columns and rows that stay. For what reads the residual stream, y = W x. For what writes into it, y leads
-    to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Inputs
+    to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Where a
+    norm stands behind the write, y is what the whole model writes in front of it, and w_t has its inverse mean square
+    as a factor: a norm takes the scale away, and with it what the layers below lack could not be told. Inputs
     x' come from layers that are refitted already (as in SparseGPT). Where a write has a bias, it is refitted with it,
     free of δ: so it holds the mean of what goes (as in FLAP, arXiv 2312.11983). Other biases, norms, embedding and head
     stay as they are.
@@ -58,13 +62,9 @@ def refit(
         batches: tokens [B, S], on the model's device.
         ridge: how strongly weights are held where they are.
         advance: called with 1 after every layer.
-
-    Raises:
-        ShearingError: the model is of a family that cannot be refitted, see `require_refittable`.
     """
     source_model = model.model
     family = anatomy_of(source_model)
-    require_refittable(family)
     was_training = source_model.training
     source_model.eval()
     model.set_masks(None)
@@ -72,38 +72,58 @@ def refit(
     model.set_masks(masks)
     masked, _ = first_inputs(source_model, batches)
     hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
-    attention_read, attention_write, mlp_norm, mlp_read = named_places(
-        family, "attention read", "attention write", "mlp norm", "mlp read"
+    attention_read, attention_write, mlp_norm, mlp_read, mlp_write = named_places(
+        family, "attention read", "attention write", "mlp norm", "mlp read", "mlp write"
     )
+    multiplier = family.multiplier(source_model.config)
+    listened = [attention_read, mlp_read]
+    listened += [] if family.attention.after is None else [attention_write]
+    listened += [] if family.mlp.after is None else [mlp_write]
     for index, layer in enumerate(decoder_layers(source_model)):
         model.set_masks(None)
         dense = [
-            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
+            run_layer(layer.forward, layer, stream, of_layers[index], places=(*listened, mlp_norm))
             for stream, of_layers in zip(whole, calls, strict=True)
         ]
         whole = [after for _, after in dense]
+        attention_wanted = _wanted_writes(layer, family.attention, attention_write, mlp_norm, dense=dense)
+        mlp_wanted = _wanted_writes(layer, family.mlp, mlp_write, None, dense=dense)
         model.set_masks(masks)
         units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
         if _kept(masks.attention, index):
             heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
-            norm = layer.get_submodule(family.attention.entry)
-            inputs = [norm(x) for x in masked]
-            _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
+            inputs = _read(layer, family.attention, masked)
+            _refit_readers(
+                layer,
+                attention_read,
+                inputs=inputs,
+                dense=dense,
+                columns=hidden,
+                ridge=ridge,
+                normed=family.attention.before is not None,
+            )
             places = (attention_write, mlp_norm)
             found = [
                 run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
                 for x, of_layers in zip(masked, calls, strict=True)
             ]
-            wanted = [seen[mlp_norm.name] for seen, _ in dense]
             inputs = [seen[attention_write.name] for seen, _ in found]
-            write = family.attention.write
-            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
+            write = _Write.of(layer, family.attention, multiplier=multiplier)
+            masked = _refit_write(write, masked, inputs, attention_wanted, rows=hidden, columns=heads, ridge=ridge)
         if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
-            _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
-            inputs = [_inputs_of_write(layer, family, x) for x in normed]
-            write = family.mlp.write
-            masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
+            inputs = _read(layer, family.mlp, masked)
+            _refit_readers(
+                layer,
+                mlp_read,
+                inputs=inputs,
+                dense=dense,
+                columns=hidden,
+                ridge=ridge,
+                normed=family.mlp.before is not None,
+            )
+            inputs = [_inputs_of_write(layer, family, x) for x in inputs]
+            write = _Write.of(layer, family.mlp, multiplier=multiplier)
+            masked = _refit_write(write, masked, inputs, mlp_wanted, rows=hidden, columns=units, ridge=ridge)
         advance(1)
     source_model.train(was_training)
 
@@ -122,26 +142,12 @@ def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
     d, kept = source.hidden_size, target.hidden_size
     heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
     flops = 0.0
+    for sublayer, inputs in zip(source.family.sublayers.values(), (heads, units), strict=True):
+        flops += 2.0 * text_tokens * inputs * d if sublayer.after else 0.0  # what the whole model writes
     for inputs, outputs in ((kept, d), (heads, kept), (kept, d), (units, kept)):
         flops += 2.0 * text_tokens * inputs * (inputs + outputs)
         flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
     return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)
-
-
-def require_refittable(family: Family) -> None:
-    """Check that each sub-layer is norm, write, add: what is solved for here is that the residual stream is a sum.
-
-    Raises:
-        ShearingError: one has no norm before it, or one after its write.
-    """
-    if not all(sublayer.before and sublayer.adds_its_write for sublayer in family.sublayers.values()):
-        raise ShearingError(
-            "source (architecture)",
-            value=family.model_type,
-            allowed="for refitting the weights that stay, a family whose sub-layers read the residual stream through a "
-            "norm and add what they write to it as it is",
-            mend=f"switch {key('compensate')} off",
-        )
 
 
 def _refit_readers(
@@ -152,11 +158,14 @@ def _refit_readers(
     dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
     columns: Tensor | None,
     ridge: float,
+    normed: bool,
 ) -> None:
     """Corrects what reads the residual stream, from its inputs with masks and without."""
     fit = _Fit(weight_of(layer, place.members[0]), columns=columns, outputs=inputs[0].shape[-1], ridge=ridge)
     for x, (seen, _) in zip(inputs, dense, strict=True):
-        fit.add(x, lacks=seen[place.name] - x)
+        # Where no norm makes tokens alike, those of large streams would outweigh all others.
+        weights = None if normed else token_weights(seen[place.name])
+        fit.add(x, lacks=seen[place.name] - x, weights=weights)
     gain = fit.solve()
     for name in place.members:
         weight = weight_of(layer, name)
@@ -164,31 +173,104 @@ def _refit_readers(
         weight[:, fit.columns] += (weight.double() @ gain.T).to(weight.dtype)
 
 
-def _refit_write(
+@dataclass(frozen=True)
+class _Write:
+    """What writes into the residual stream, and what stands in between.
+
+    Attributes:
+        linear: [O, I].
+        after: the norm behind it.
+        multiplier: of what is added.
+    """
+
+    linear: nn.Module
+    after: nn.Module | None
+    multiplier: float
+
+    @classmethod
+    def of(cls, layer: nn.Module, sublayer: SubLayer, *, multiplier: float) -> Self:
+        after = None if sublayer.after is None else layer.get_submodule(sublayer.after.name)
+        return cls(layer.get_submodule(sublayer.write), after, multiplier)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        """The stream behind it, when it reads x."""
+        written = self.linear(x)
+        written = written if self.after is None else self.after(written)
+        behind: Tensor = stream + self.multiplier * written
+        return behind
+
+    def lacks(self, stream: Tensor, x: Tensor, *, wanted: _Wanted) -> Tensor:
+        """What its output lacks, when it reads x."""
+        if wanted.written is not None:
+            return wanted.written - self.linear(x)
+        return (wanted.stream - stream) / self.multiplier - self.linear(x)
+
+
+class _Wanted(NamedTuple):
+    """What a write should lead to, [B, S, d].
+
+    Attributes:
+        stream: the residual stream behind it.
+        written: what it puts out, where a norm is behind it; else None.
+    """
+
+    stream: Tensor
+    written: Tensor | None
+
+    def weights(self) -> Tensor:
+        """How much each token counts, [B, S]."""
+        weights = token_weights(self.stream)
+        return weights if self.written is None else weights * token_weights(self.written)
+
+
+def _wanted_writes(
     layer: nn.Module,
-    name: str,
+    sublayer: SubLayer,
+    read: Place,
+    behind: Place | None,
+    *,
+    dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+) -> list[_Wanted]:
+    """Of the whole model; without masks. `behind` reads the stream behind the write; None: the layer ends there."""
+    streams = [after if behind is None else seen[behind.name] for seen, after in dense]
+    if sublayer.after is None:
+        return [_Wanted(stream, None) for stream in streams]
+    write = layer.get_submodule(sublayer.write)
+    return [_Wanted(stream, write(seen[read.name])) for stream, (seen, _) in zip(streams, dense, strict=True)]
+
+
+def _read(layer: nn.Module, sublayer: SubLayer, streams: Sequence[Tensor]) -> list[Tensor]:
+    """What a sub-layer makes of residual streams before anything else."""
+    if sublayer.before is None:
+        return list(streams)
+    norm = layer.get_submodule(sublayer.before.name)
+    return [norm(stream) for stream in streams]
+
+
+def _refit_write(
+    write: _Write,
     streams: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
+    wanted: Sequence[_Wanted],
     *,
     rows: Tensor | None,
     columns: Tensor | None,
     ridge: float,
 ) -> list[Tensor]:
     """Corrects what writes into the residual stream; returns the stream after it."""
-    write, weight = layer.get_submodule(name), weight_of(layer, name)
-    index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    bias = write.bias
+    weight, bias = write.linear.weight, write.linear.bias
+    assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
+    index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
     fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge, intercept=bias is not None)
     for stream, x, y in zip(streams, inputs, wanted, strict=True):
-        lacks = y - stream - write(x)
-        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
+        lacks = write.lacks(stream, x, wanted=y)
+        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=y.weights())
     correction = fit.solve()
     weight[index_O[:, None], fit.columns] += correction.T.to(weight.dtype)
     if bias is not None:
         bias[index_O] += fit.intercept(correction).to(bias.dtype)
-    return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
+    return [write.add(stream, x) for stream, x in zip(streams, inputs, strict=True)]
 
 
 def _kept(mask: Tensor | None, index: int) -> bool:

@@ -258,6 +258,7 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
         weights = shape.num_attention_heads * workload.sequence_length
         saved["attention weights"] = _FP32 * weights  # softmax runs in fp32
         saved["attention weights in bf16"] = _BF16 * weights if workload.bf16 else 0
+        saved["capped scores"] = product * weights if shape.family.attention_cap else 0
     else:
         saved["attention's log of sums"] = _FP32 * shape.num_attention_heads
     return saved

@@ -16,6 +16,7 @@ import torch
 from shearing.data.corpus.corpus import whole_rows
 from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.errors import ShearingError, named
+from shearing.models.attention import is_eager
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.registry import DIVERGENCES
@@ -396,7 +397,7 @@ def _stage_plan(
             checkpointing=recipe.training.activation_checkpointing,
             chunk_tokens=recipe.training.loss_chunk_tokens,
             masked=stage == "prune",
-            eager_attention=recipe.model.attn_implementation == "eager",
+            eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
         ),
         sequences=sequences,
         processes=hardware.processes,

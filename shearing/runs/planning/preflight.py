@@ -34,7 +34,6 @@ from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
-from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
@@ -107,7 +106,6 @@ def preflight(
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: _require_metric(recipe, source=source))
-    attempt(lambda: _require_refit(recipe, source=source))
     attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
@@ -380,19 +378,17 @@ def _require_tasks(recipe: Recipe, *, last: bool) -> None:
 
 
 def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
-    """What chooses the units of baselines, and their refit, are for models of this family."""
+    """What chooses the units of baselines is for models of this family."""
     baselines = {} if recipe.prune is None else recipe.evaluation.by_name()
 
-    def refusal(metric: str, *, refitted: bool) -> ShearingError | None:
+    def refusal(metric: str) -> ShearingError | None:
         try:
             metric_of(metric).units_of_work(source, evidence=Evidence())
-            if refitted:
-                require_refittable(source.family)
         except ShearingError as error:
             return error
         return None
 
-    found = {name: refusal(each.metric, refitted=each.refitted) for name, each in baselines.items()}
+    found = {name: refusal(each.metric) for name, each in baselines.items()}
     refused = {name: error for name, error in found.items() if error is not None}
     if refused:
         left = ", ".join(name for name in baselines if name not in refused)
@@ -402,12 +398,6 @@ def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
             allowed="; ".join(dict.fromkeys(error.allowed for error in refused.values())),
             mend=f"set evaluation.baselines=[{left}]",
         )
-
-
-def _require_refit(recipe: Recipe, *, source: Shape) -> None:
-    """The weights that stay can be refitted in models of this family, if they are to be."""
-    if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
-        require_refittable(source.family)
 
 
 def _doubts(recipe: Recipe) -> Iterator[str]:

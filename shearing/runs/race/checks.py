@@ -10,7 +10,6 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import SIZE_OF
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, complete_metrics, metric_of
-from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.race.flops import metrics_of
 from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Stages
 from shearing.runs.race.rows import RaceSettings, Row, Steps
@@ -162,5 +161,3 @@ def unfit(contender: Contender, *, recipe: Recipe, source: Shape, target: Shape)
             "prune.sparsity_warmup of 0",
             mend=f"set those, give --refit without, or leave {contender.method} out of --methods",
         )
-    elif contender.refitted:
-        yield from collected(lambda: require_refittable(source.family))

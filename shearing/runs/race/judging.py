@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HeldOutSplit
 from shearing.evaluation.heldout import heldout_loss, macro_mean
+from shearing.models.attention import requested
 from shearing.models.masked import MaskedModel
 from shearing.progress import activity
 from shearing.runs.context import RunContext
@@ -23,7 +24,7 @@ SPLIT: HeldOutSplit = "test"
 def load_model(folder: Path, *, context: RunContext) -> PreTrainedModel:
     """A stored model in fp32, where the context computes."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=context.recipe.model.attn_implementation
+        folder, dtype=torch.float32, attn_implementation=requested(context.recipe.model.attn_implementation)
     )
     model.to(context.device)  # type: ignore[arg-type]
     return model

@@ -24,7 +24,9 @@ def residual_streams(model: MaskedModel, ids: torch.Tensor) -> list[torch.Tensor
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2-sliding", "qwen3", "smollm3", "granite", "olmo3", "gemma2", "gemma3"]
+)
 def test_layers_one_by_one_are_the_whole_model(family: str) -> None:
     model = MaskedModel(tiny_model(family))
     batch = Inputs(tiny_ids(sequences=2))

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
-from shearing.models.families import Family
+from shearing.models.families import SubLayer
 from shearing.models.shape import Shape
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import named_places, weight_of
@@ -148,19 +147,17 @@ class Reconstruction:
     """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `Activations`.
 
     A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
-    divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
+    divides by; so attention sinks, a thousand times as large as anything else, count like other tokens. Where a norm
+    with gain g stands between the write and the residual stream, it is g W whose output counts, and a token by the
+    inverse mean square of what is written too: the norm's differential, but for its part along the output itself.
 
     See `Metric`. Layers are visited one after the other, with one layer's moments at a time. The target says how many
     units of a row go; without one, half of each row.
-
-    Both methods raise `ShearingError` for a family whose sub-layers have a norm after their write: the residual stream
-    has not what they write in it, but that normalised.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each layer."""
         del evidence
-        _require_added_writes(source.family)
         return source.num_hidden_layers
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
@@ -169,6 +166,8 @@ class Reconstruction:
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
         heads = K * G * source.head_dim
         flops = 2.0 * evidence.text_tokens * (heads**2 + m**2)
+        for sublayer, inputs in zip(source.family.sublayers.values(), (heads, m), strict=True):
+            flops += 2.0 * evidence.text_tokens * inputs * d if sublayer.after else 0.0
         columns = {"kv_groups": G * source.head_dim, "query_heads": K * source.head_dim, "intermediate": 1}
         for name, inputs in ((name, m if name == "intermediate" else heads) for name, count in goes.items() if count):
             # Inverse of the moment: n^3 for the factor and its use; the Gram matrix of the weights.
@@ -183,7 +182,6 @@ class Reconstruction:
     ) -> Scores:
         """See `Reconstruction`."""
         source, family = Shape.of(model.config), anatomy_of(model)
-        _require_added_writes(family)
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
         goes = _units_that_go(source, target=evidence.target)
         rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
@@ -192,12 +190,15 @@ class Reconstruction:
         streams, calls = first_inputs(model, evidence.text)
         with ActivationRecorder.listening(model) as recorder:
             for index, layer in enumerate(decoder_layers(model)):
-                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
+                writes = _added_write(layer, family.attention), _added_write(layer, family.mlp)
                 heads, units = (_statistics_for(write) for write in writes)
                 for batch, of_layers in enumerate(calls):
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
-                    heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
-                    units.add(seen["mlp write"], weights=token_weights(after))
+                    for sublayer, read, x, stream in (
+                        (family.attention, heads, seen["attention write"], seen["mlp norm"]),
+                        (family.mlp, units, seen["mlp write"], after),
+                    ):
+                        read.add(x, weights=_token_weights(layer, sublayer, x, stream=stream))
                     streams[batch] = after
                 for name, earlier in orders.items():
                     weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
@@ -210,15 +211,20 @@ class Reconstruction:
         return {**recorder.scores(source), **eliminated}
 
 
-def _require_added_writes(family: Family) -> None:
-    if not all(sublayer.adds_its_write for sublayer in family.sublayers.values()):
-        raise ShearingError(
-            "source (architecture)",
-            value=family.model_type,
-            allowed="for importance by reconstruction, a family whose sub-layers add what they write to the residual "
-            "stream as it is, without a norm in between",
-            mend=f"choose another {key('initial_masks')}, as activations",
-        )
+def _added_write(layer: nn.Module, sublayer: SubLayer) -> Tensor:
+    """Weight of a sub-layer's write, its rows times the gain of the norm behind it."""
+    weight = weight_of(layer, sublayer.write)
+    if sublayer.after is None:
+        return weight
+    return weight * (sublayer.after.kind.offset + weight_of(layer, sublayer.after.name))[:, None]
+
+
+def _token_weights(layer: nn.Module, sublayer: SubLayer, x: Tensor, *, stream: Tensor) -> Tensor:
+    """How much tokens [B, S] count, from what the write reads and the stream behind it."""
+    weights = token_weights(stream)
+    if sublayer.after is None:
+        return weights
+    return weights * token_weights(layer.get_submodule(sublayer.write)(x))
 
 
 def _units_that_go(source: Shape, *, target: Shape | None) -> dict[str, int]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shearing.files.durable import read_json
+from shearing.models.attention import requested
 from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
@@ -68,7 +69,7 @@ def rows_of(context: RunContext) -> list[Row]:
     def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> Row:
         def load() -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+                folder, dtype=torch.float32, attn_implementation=requested(recipe.model.attn_implementation)
             )
             model.to(context.device)  # type: ignore[arg-type]
             return model

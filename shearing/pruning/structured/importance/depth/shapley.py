@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import head_weight
+from shearing.models.anatomy import Head, head_of
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.depth.passage import (
     Passage,
@@ -65,21 +65,21 @@ class ShapleyLike:
         parts = parts_of(self._parts, layers=model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(evidence.seed)
         require_labels(number_of_labels(evidence.text))
-        head = head_weight(model)
-        gram = head.float().T @ head.float() if self._harm == "logits" else None
+        head = head_of(model) if self._harm == "logits" else None
+        gram = None if head is None or head.cap is not None else gram_of(head)
         totals = torch.zeros(len(parts), dtype=torch.float64)
         for batch in evidence.text:
             passage = Passage(model, batch)
-            whole = None if gram is None else passage.to_end(passage.stream, gone=frozenset())
+            whole = None if head is None else passage.to_end(passage.stream, gone=frozenset())
 
             def harm(
                 gone: SubLayers, passage: Passage = passage, whole: Tensor | None = whole, batch: Inputs = batch
             ) -> float:
                 hidden = passage.to_end(passage.stream, gone=gone)
-                if whole is None or gram is None:
+                if whole is None or head is None:
                     total = float(sum_of_losses(model, hidden, batch)) / max(1, number_of_labels([batch]))
                 else:
-                    total = float(logit_distances(whole, hidden, gram=gram).mean())
+                    total = float(logit_distances(whole, hidden, head=head, gram=gram).mean())
                 return finite(total, metric="Shapley-like")
 
             for _ in range(self._pairs):
@@ -94,14 +94,26 @@ class ShapleyLike:
         return as_scores(self._parts, totals / (self._pairs * max(1, len(evidence.text))))
 
 
-def logit_distances(whole: Tensor, hidden: Tensor, *, gram: Tensor) -> Tensor:
-    """Euclidean distances of the logits of two models with the same head, without the logits: [B, S].
+def gram_of(head: Head) -> Tensor:
+    """WᵀW [D, D] of a head without a cap, W what it multiplies hidden states by."""
+    weight = head.weight.float() / head.divisor
+    return weight.T @ weight
 
-    |W (h - h')|² = (h - h')ᵀ WᵀW (h - h').
+
+def logit_distances(whole: Tensor, hidden: Tensor, *, head: Head, gram: Tensor | None) -> Tensor:
+    """Euclidean distances of the logits of two models with the same head: [B, S].
+
+    |W (h - h')|² = (h - h')ᵀ WᵀW (h - h'), so without logits where the head has no cap.
 
     Args:
         whole, hidden: hidden states [B, S, D] after the final norm.
-        gram: WᵀW [D, D] of the head.
+        head: of both.
+        gram: `gram_of` it; None: it has a cap.
     """
+    if gram is None:
+        rows = zip(whole, hidden, strict=True)
+        return torch.stack(
+            [(head.logits(one).float() - head.logits(other).float()).norm(dim=-1) for one, other in rows]
+        )
     difference = (whole - hidden).float()
     return ((difference @ gram) * difference).sum(-1).clamp_min(0).sqrt()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shearing.data.documents import IGNORED_LABEL, Inputs
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_of
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.pruning.structured.importance.text_loss import labels_of
 
@@ -49,9 +49,9 @@ class LabelsOfModel:
         """See `Labels`."""
         if self._generator is None:
             self._generator = torch.Generator(hidden_BSD.device).manual_seed(self._seed)
-        weight_VD = head_weight(model)
+        head = head_of(model)
         drawn = [
-            torch.multinomial((hidden_CD @ weight_VD.T).float().softmax(-1), 1, generator=self._generator)
+            torch.multinomial(head.logits(hidden_CD).float().softmax(-1), 1, generator=self._generator)
             for hidden_CD in hidden_BSD.flatten(0, 1).split(_CHUNK_TOKENS)
         ]
         labels_BS = torch.cat(drawn).view(batch.tokens.shape)
@@ -93,9 +93,10 @@ def matrix_gradients(
                 handle.remove()
         labels_BS = labels(model, hidden_BSD.detach(), batch)
         # By itself: where it is the embedding too, the whole graph would lead to it.
-        head = head_weight(model).detach().requires_grad_(True)
+        whole = head_of(model)
+        head = whole.weight.detach().requires_grad_(True)
         with torch.enable_grad():
-            loss, _ = causal_lm_loss(hidden_BSD, head, labels_BS, chunk_tokens=_CHUNK_TOKENS)
+            loss, _ = causal_lm_loss(hidden_BSD, whole.with_weight(head), labels_BS, chunk_tokens=_CHUNK_TOKENS)
         del hidden_BSD
         gradients = _from_the_head_down(model, loss, streams, head=head)
         yield int((labels_BS != IGNORED_LABEL).sum()), gradients
