@@ -34,6 +34,7 @@ docs: setup
 	$(BIN)/python -m shearing.pruning.sparse.recipe docs/sparsity.md
 	$(BIN)/python -m data_tools.preparation.recipe docs/data.md
 	$(BIN)/python recipes/costs.py docs/recipes.md
+	$(BIN)/python docs/families_page.py
 
 # The documents as a site in site/, every link checked: mkdocs reads names from the source text, so it needs nothing of
 # ours, and has an environment of its own.

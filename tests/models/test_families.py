@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.cutting import Selection, compact
+from shearing.models.families import FAMILIES
 from shearing.models.families.axes import Axis, Unit
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.recipe import TargetRecipe
@@ -18,6 +21,7 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.structured.parameter_budget import count_parameters
 from tests.models import test_exactness as exactness, tiny
 from tests.models.declared import DECLARED, DECLARED_CONFIGS, declared_families
+from tests.repository import ROOT
 
 EVERY_CONFIG = {**tiny.CONFIGS, **DECLARED_CONFIGS}
 
@@ -146,6 +150,26 @@ def test_a_budget_counts_what_a_cut_leaves(family):
     source = Shape.of(EVERY_CONFIG[family](tie_word_embeddings=False))
     masks, target = exactness.masks_and_target(source, exactness.GRANULARITIES, fractional=False, seed=0)
     assert int(count_parameters(masks.tensors(), source=source)) == target.num_parameters()
+
+
+def page() -> Any:
+    """The script that writes what the documents take from the declarations."""
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_documents_have_the_families_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = page()
+    monkeypatch.setattr(script, "FAMILIES", {name: f for name, f in FAMILIES.items() if name not in DECLARED})
+    assert all(family.models for family in script.FAMILIES.values()), "which models are of it?"
+    for document in script.PARTS:
+        assert script.written(document) == (ROOT / document).read_text(encoding="utf-8"), "make docs"
+    shown = (ROOT / script.SHOWN).read_text(encoding="utf-8")
+    assert len(shown.splitlines()) < 60
 
 
 SIZES_OF_UNITS: dict[Unit, int] = {"query_heads": 8, "kv_groups": 4, "head": 2, "intermediate": 3}

@@ -201,9 +201,9 @@ class _Write:
 
     def lacks(self, stream: Tensor, x: Tensor, *, wanted: _Wanted) -> Tensor:
         """What its output lacks, when it reads x."""
-        if wanted.written is not None:
-            return wanted.written - self.linear(x)
-        return (wanted.stream - stream) / self.multiplier - self.linear(x)
+        should = (wanted.stream - stream) / self.multiplier if wanted.written is None else wanted.written
+        written: Tensor = self.linear(x)
+        return should - written
 
 
 class _Wanted(NamedTuple):

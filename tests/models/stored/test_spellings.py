@@ -108,6 +108,29 @@ def test_a_share_of_the_head_that_is_turned_is_beside_the_scaling() -> None:
     assert both["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "thetas", "added"),
+    [
+        ("gemma3_text", (1e6, 1e4), {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("olmo3", (5e5, 5e5), {"rope_theta": 5e5}),
+        ("olmo3", (5e5, 1e4), None),
+    ],
+)
+def test_rope_of_layers_with_windows_has_the_names_of_its_family(
+    kind: str, thetas: tuple[float, float], added: RoPE | None
+) -> None:
+    """`Gemma3TextConfig` and `Olmo3Config` of 4.57: the scaling is for layers without windows."""
+    whole, window = ({"rope_theta": theta, "rope_type": "default"} for theta in thetas)
+    whole |= {"rope_type": "linear", "factor": 8}
+    content = {"model_type": kind, "rope_parameters": {"full_attention": whole, "sliding_attention": window}}
+    both = in_both_spellings(content)
+    if added is None:
+        assert both == content
+        return
+    assert both == {**content, **added, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert AutoConfig.for_model(**both).rope_parameters == AutoConfig.for_model(**content).rope_parameters
+
+
 def test_rope_that_differs_between_layers_is_left() -> None:
     nested = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
     assert in_both_spellings(nested) == nested

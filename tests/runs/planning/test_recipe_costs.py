@@ -40,6 +40,9 @@ def test_the_page_has_the_figures_of_today() -> None:
         ("smollm2-0.7b", 688_977_408),
         ("llama-3.2-1.2b", 1_206_470_656),
         ("sheared-llama-370m", 373_867_520),
+        ("smollm3-1.5b", 1_518_300_672),
+        ("olmo-2-3b", 3_009_702_400),
+        ("gemma-3-2b", 2_009_431_040),
     ],
 )
 def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int) -> None:
@@ -58,6 +61,9 @@ def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int)
         ("llama-3.2-3b", 3_212_749_824),
         ("qwen3-4b", 4_022_468_096),
         ("smollm2-1.7b", 1_711_376_384),
+        ("smollm3-3b", 3_075_098_624),
+        ("olmo-2-7b", 7_298_617_344),
+        ("gemma-3-4b", 3_880_263_168),
     ],
 )
 def test_sources_have_the_sizes_of_the_published_models(source: str, parameters: int) -> None:

@@ -135,7 +135,7 @@ def _measured(model: PreTrainedModel, *, text: _Text, source: Read, itself: bool
     content: dict[str, Any] = {"agreement": None, "kl_from_source": None}
     if not itself:
         own = text.read_by(model)
-        if len(own.head_Vd) == len(source.head_Vd):
+        if len(own.head.weight) == len(source.head.weight):
             near = agreement(own, source, device=context.device)
             content = {"agreement": near.greedy, "kl_from_source": near.kl, "tokens": near.tokens}
     if not text.prompts:
