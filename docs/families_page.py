@@ -104,13 +104,17 @@ def shown_file() -> Iterator[str]:
     """The file of a family as a block of Markdown, with the package's public names."""
     text = (ROOT / SHOWN).read_text(encoding="utf-8").rstrip("\n")
     beside = re.compile(r"from shearing\.models\.families\.\w+ import (.*)\n")
-    names = sorted({name for found in beside.findall(text) for name in found.split(", ")}, key=str.swapcase)
+    names = sorted({name for found in beside.findall(text) for name in found.split(", ")}, key=_as_imports_are_sorted)
     first = beside.search(text)
     assert first is not None
     imported = "from shearing.models.families import (\n" + "".join(f"    {name},\n" for name in names) + ")\n"
     yield "```python"
     yield text[: first.start()] + imported + beside.sub("", text[first.start() :])
     yield "```"
+
+
+def _as_imports_are_sorted(name: str) -> tuple[bool, bool, str]:
+    return not name.isupper(), not name[0].isupper(), name
 
 
 PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {

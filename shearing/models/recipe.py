@@ -18,7 +18,9 @@ class ModelRecipe(Section):
 
     source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
     revision: str | None = Field(None, description="Hub revision; only for hub names.")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel; sdpa is eager for Gemma 2, whose scores have a cap."
+    )
     save_dtype: Neutral[Literal["source", "fp32", "bf16", "fp16"]] = Field(
         "source",
         description="Of the weights in model/, the final model; source: as the source's are stored. "
