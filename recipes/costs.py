@@ -26,13 +26,6 @@ SOURCES = {
 
 MACHINES = {"8 x H100 of 80 GB": (8, "H100"), "one RTX 4090 of 24 GB": (1, "RTX 4090")}
 MFU = 0.4
-OFFLOADED = [
-    "training.deepspeed.zero_stage=3",
-    "training.deepspeed.offload_optimizer=cpu",
-    "training.deepspeed.offload_parameters=cpu",
-]
-"""The last resort: layers come over PCIe one after the other."""
-
 BEGIN, END = "<!-- costs: made by recipes/costs.py -->", "<!-- /costs -->"
 
 
@@ -44,14 +37,11 @@ def planned(name: str, *, machine: str) -> tuple[RunPlan, list[str]] | None:
     made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source]), hardware=hardware)
     if made.advice is None:
         return made, []
-    ways = [override for way in what_would_fit(made) or [] for override in way.split()]
-    for overrides in (ways, OFFLOADED):
-        if overrides and "--gpus" not in overrides:
-            recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides])
-            made = plan(recipe, hardware=hardware)
-            if made.advice is None:
-                return made, overrides
-    return None
+    overrides = [override for way in what_would_fit(made) or [] for override in way.split()]
+    if not overrides or "--gpus" in overrides:
+        return None
+    made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides]), hardware=hardware)
+    return None if made.advice is not None else (made, overrides)
 
 
 def tables() -> Iterator[str]:
@@ -82,7 +72,7 @@ def _row(name: str, *, machine: str) -> str:
         return f"| {name} | | | does not fit | | | |"
     made, overrides = found
     hours = [f"{stage.seconds / 3600:,.1f}" if stage.seconds else "" for stage in made.stages]
-    held = [stage.memory[made.choice.zero_stage] for stage in made.stages]
+    held = [stage.held(made.choice) for stage in made.stages]
     memory = " and ".join(f"{stage.total / 1e9:.0f}" for stage in held)
     host = " and ".join(f"{stage.host / 1e9:.0f}" for stage in held)
     disk = max(stage.disk for stage in made.stages) / 1e9

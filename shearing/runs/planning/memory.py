@@ -1,9 +1,10 @@
-"""What a training step holds in memory: pure arithmetic on a shape and settings, every term a tensor one can name.
+"""What a training step holds in memory, from moments at which that can be largest, and what each process holds of them.
 
-A step's memory is estimated at the moments when it can be largest: while the loss is computed, at both ends of the
-backward pass, and while the optimiser steps. The largest of them is the estimate. `benchmarks/memory.py` compares it
-with what allocators measure. Left out are what allocators lose to fragmentation, the CUDA context and the workspaces
-of libraries, the masks themselves (a few thousand numbers), and what `training.compile` saves.
+What is alive at such a moment is measured (`traced_step`). Which share of weights, gradients and optimiser state a
+process has at it follows from how its engine shares them out. The same moments by pure arithmetic, every term a tensor
+one can name, are what the measured ones are compared with (`estimate`), and stand for them where a model cannot be
+traced. `benchmarks/memory.py` compares both with what allocators measure. Left out are what allocators lose to
+fragmentation, the CUDA context and the workspaces of libraries, and what `training.compile` saves.
 
 Legend: d hidden, m intermediate, H query heads, K KV groups, dh head dimension, L layers, V vocabulary; T tokens of a
 micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N processes.
@@ -11,10 +12,12 @@ micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
+
+import torch
 
 from shearing.models.families.axes import count
 from shearing.models.families.norms import Norm
@@ -164,7 +167,8 @@ class Memory:
         activations: all that depends on the number of tokens, the loss included.
         host: bytes in host memory beside it: what is offloaded.
         staging: bytes in host memory that a checkpoint adds while it is written: this process's share of it.
-        teacher: of a model that is listened to, its weights, hidden states and chunk.
+        teacher: of a model that is listened to, its weights; of an estimate also its hidden states and chunk.
+        traced: whether a step was traced, and not only estimated.
     """
 
     moment: str
@@ -175,6 +179,7 @@ class Memory:
     host: int
     staging: int
     teacher: int = 0
+    traced: bool = False
 
     @property
     def total(self) -> int:
@@ -183,7 +188,7 @@ class Memory:
 
 
 def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening: Listening | None = None) -> Memory:
-    """Peak memory of a training step of one process.
+    """Peak memory of a training step of one process, by arithmetic alone.
 
     Args:
         shape: the model that is trained: the source's while masks are learned.
@@ -191,25 +196,55 @@ def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening:
         sharding: what of it this process holds.
         listening: to whom; None: to nobody.
     """
-    weight_bytes = _BF16 if workload.bf16 and sharding.zero_stage else _FP32
-    phases = _phases(shape, workload=workload, weight_bytes=weight_bytes)
+    moments = _moments(shape, workload=workload, weight_bytes=weight_dtype(workload, sharding=sharding).itemsize)
+    taught = None if listening is None else partial(_teacher, listening, shape, workload=workload)
+    host = 0 if listening is None else listening.host
+    return largest(moments, shape=shape, workload=workload, sharding=sharding, teacher=taught, host=host)
+
+
+def weight_dtype(workload: Workload, *, sharding: Sharding) -> torch.dtype:
+    """Dtype of the weights that are multiplied: bf16 ones only where fp32 ones are shared out beside them."""
+    return torch.bfloat16 if workload.bf16 and sharding.zero_stage else torch.float32
+
+
+def largest(
+    moments: Iterable[Moment],
+    *,
+    shape: Shape,
+    workload: Workload,
+    sharding: Sharding,
+    teacher: Callable[[str], int] | None,
+    host: int,
+) -> Memory:
+    """What one process holds at the moment when it holds most.
+
+    Args:
+        moments: of a step, before anything is shared out.
+        shape: of the model that is trained.
+        workload: what a step computes.
+        sharding: what of it this process holds.
+        teacher: bytes that a teacher adds at a moment of a name; None: there is none.
+        host: bytes of it in host memory.
+    """
     held = _sharded if sharding.layerwise is None else partial(_layer_by_layer, sharding.layerwise)
-    moments = (
-        held(
-            phase,
-            shape=shape,
-            workload=workload,
-            sharding=sharding,
-            weight_bytes=weight_bytes,
-            teacher=0 if listening is None else _teacher(listening, shape, workload=workload, phase=phase.name),
-            host=0 if listening is None else listening.host,
-        )
-        for phase in phases
+    return max(
+        (
+            held(
+                moment,
+                shape=shape,
+                workload=workload,
+                sharding=sharding,
+                weight_bytes=weight_dtype(workload, sharding=sharding).itemsize,
+                teacher=0 if teacher is None else teacher(moment.name),
+                host=host,
+            )
+            for moment in moments
+        ),
+        key=lambda memory: memory.total,
     )
-    return max(moments, key=lambda memory: memory.total)
 
 
-def _teacher(listening: Listening, student: Shape, *, workload: Workload, phase: str) -> int:
+def _teacher(listening: Listening, student: Shape, phase: str, *, workload: Workload) -> int:
     """Bytes that a teacher adds at a moment: its weights always, its last hidden states and a chunk during the loss.
 
     What its layers compute on the way is gone before the student's activations come, but for the streams that are
@@ -321,8 +356,8 @@ def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dic
 
 
 @dataclass(frozen=True)
-class _Phase:
-    """A moment of a step, before anything is shared out.
+class Moment:
+    """A moment of a step, as it is before anything is shared out.
 
     Attributes:
         name: for people.
@@ -339,7 +374,7 @@ class _Phase:
     loose: int
 
 
-def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[_Phase]:
+def _moments(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[Moment]:
     """The moments of a step's last micro-batch at which memory can be largest."""
     tokens, layers, d = workload.tokens, shape.num_hidden_layers, shape.hidden_size
     product = workload.product_bytes
@@ -362,7 +397,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     waiting = weight_bytes * head if shape.tied else 0
     done = 0 if shape.tied else head
 
-    yield _Phase(
+    yield Moment(
         name=LOSS,
         # The hidden states and their gradient are of the stream's size.
         activations=layers * kept + outside + final_norm + 2 * stream + _loss_buffers(shape, workload=workload),
@@ -370,7 +405,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
         accumulated=before,
         loose=_FP32 * head,
     )
-    yield _Phase(
+    yield Moment(
         name=FINAL_NORM,
         # Gradients of the norm's two ways to its input, of the mean, and two factors of the square's.
         activations=layers * kept + outside + final_norm + stream + 3 * tokens * _FP32 * d,
@@ -380,21 +415,21 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     )
     for name, behind, finished in (("last", layers - 1, 0), ("first", 0, layers - 1)):
         for part in _layer_backward(shape, workload=workload, weight_bytes=weight_bytes):
-            yield _Phase(
+            yield Moment(
                 name=f"backward, {part.name} of the {name} layer",
                 activations=behind * kept + saved + outside + part.activations,
                 copies=layer_copies if name == "first" else copies_behind,
                 accumulated=max(before, done + finished * layer + part.finished),
                 loose=waiting + part.loose,
             )
-    yield _Phase(
+    yield Moment(
         name="backward, embedding",
         activations=outside + stream,
         copies=0,
         accumulated=max(before, total - head),
         loose=waiting + weight_bytes * head,
     )
-    yield _Phase(name="optimizer", activations=0, copies=0, accumulated=total, loose=0)
+    yield Moment(name="optimizer", activations=0, copies=0, accumulated=total, loose=0)
 
 
 @dataclass(frozen=True)
@@ -480,7 +515,7 @@ def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
 
 
 def _sharded(
-    phase: _Phase,
+    phase: Moment,
     *,
     shape: Shape,
     workload: Workload,
@@ -536,7 +571,7 @@ def _sharded(
 
 def _layer_by_layer(
     way: Layerwise,
-    phase: _Phase,
+    phase: Moment,
     *,
     shape: Shape,
     workload: Workload,

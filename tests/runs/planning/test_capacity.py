@@ -64,7 +64,7 @@ def test_what_is_tight_and_what_can_be_done_elsewhere_are_only_said(source: str)
     tight, evaluation = (
         next(note for note in found.notes if note.startswith(start)) for start in ("tight", "perhaps too large")
     )
-    assert "a step of prune takes 33.5 GB of 34.0 GB" in tight
+    assert "a step of prune takes 33.7 GB of 34.0 GB" in tight
     assert "evaluation takes 45." in evaluation
 
 

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pytest
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.runs.recipe import load_recipe
 from tests.cli.test_cli import shear
-from tests.repository import RECIPES, ROOT
+from tests.repository import RECIPES, ROOT, script
 
-
-def costs() -> Any:
-    """The script that makes the tables."""
-    spec = importlib.util.spec_from_file_location("costs", RECIPES / "costs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-COSTS = costs()
+COSTS = script("costs")
 
 
 def test_the_page_has_the_figures_of_today() -> None:
