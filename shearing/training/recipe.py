@@ -175,6 +175,11 @@ class TrainingRecipe(Section):
         "refuse", description="What to do where the plan says that a GPU cannot hold the run."
     )
     loss_chunk_tokens: Neutral[int] = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
+    checkpoint_writing: Neutral[Literal["background", "foreground"]] = Field(
+        "background",
+        description="background: training waits for a copy in host memory alone, and goes on while that is written; "
+        "foreground: it waits until the checkpoint is on disk.",
+    )
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: Neutral[int] = Field(
         10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."

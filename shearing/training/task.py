@@ -66,7 +66,7 @@ class Callback:
         """What this callback's `tell` returned on every process, by rank."""
 
     def after_save(self, run: Run, folder: Path) -> None:
-        """A checkpoint is complete, in `folder`."""
+        """A checkpoint is complete, in `folder`; written in the background, some steps after the one it is of."""
 
     def end(self, run: Run) -> None:
         """The last step is done and saved."""

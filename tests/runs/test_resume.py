@@ -195,6 +195,35 @@ def test_kills_inside_a_checkpoint(sign: str, pruned: Path, tiny_inputs: Path, t
     _assert_same("prune", whole=pruned, folder=tmp_path / "run")
 
 
+def _half_of_the_second_checkpoint(recipe: Recipe) -> None:
+    """Train, with a disk that takes half of a file and then nothing for a long time."""
+    from shearing.training.checkpoints.pieces import StagedPieces
+
+    write = StagedPieces.write
+
+    def stuck(staged: StagedPieces, path: Path) -> dict[str, int]:
+        if "step-00000004" in str(path):
+            path.write_bytes(b"half")
+            time.sleep(SECONDS)
+        return write(staged, path)
+
+    StagedPieces.write = stuck  # type: ignore[method-assign]
+    run(recipe, stages=("prune",))
+
+
+def test_a_kill_while_a_checkpoint_is_written_beside_training(pruned: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_inputs, run_dir=tmp_path / "run")
+    prune = RunDirectory(tmp_path / "run").prune
+    process = PROCESSES.Process(target=_half_of_the_second_checkpoint, args=(recipe,))
+    process.start()
+    half, metrics = prune / "checkpoints" / ".writing-step-00000004", prune / "metrics.jsonl"
+    # Step 5 is trained meanwhile; the checkpoint of step 6 would wait for that of step 4.
+    assert _kill_when(process, lambda: any(half.glob("shard-*")) and '"step": 5' in metrics.read_text())
+    assert (prune / "checkpoints" / "latest").read_text().strip() == "step-00000002"
+    _finish(recipe, stage="prune")
+    _assert_same("prune", whole=pruned, folder=tmp_path / "run")
+
+
 def test_lines_after_the_checkpoint_and_half_a_line_are_dropped(
     pruned: Path, tiny_inputs: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_neutral_keys_of_a_run() -> None:
         "compile",
         "device",
         "loss_chunk_tokens",
+        "checkpoint_writing",
         "log_interval",
         "trackers",
         "timeout",

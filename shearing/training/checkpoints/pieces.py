@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shearing.errors import ShearingError, key
 from shearing.files.tensors import write_tensors
-from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
+from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint, require_same
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -77,24 +77,49 @@ class SavedState(Protocol):
         ...
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerprints:
-    """Write this process's pieces to one safetensors file; returns their fingerprints.
+class StagedPieces:
+    """Copies in host memory of the pieces that a process holds, so that they can be written while training goes on.
 
     Args:
-        path: the file.
         pieces: what this process writes; over all processes every element occurs once.
         step: AdamW's step count, the same for all parameters.
     """
-    held = list(pieces)
-    tensors = {
+
+    def __init__(self, pieces: Iterable[Piece], *, step: float) -> None:
         # The parts of one flat tensor share its storage, which the format does not allow: copies, on the host.
-        f"{kind}/{piece.name}@{piece.start}": value.detach().to("cpu", copy=True)
-        for piece in held
-        for kind, value in piece.values.items()
-    }
-    shapes = {piece.name: piece.shape for piece in held}
-    write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(step), "shapes": shapes})})
-    return fingerprints(held)
+        self._pieces = [
+            replace(piece, values={kind: value.detach().to("cpu", copy=True) for kind, value in piece.values.items()})
+            for piece in pieces
+        ]
+        self._step = step
+
+    def write(self, path: Path) -> Fingerprints:
+        """Write them to one safetensors file, and read back what is there now.
+
+        Returns:
+            Their fingerprints.
+
+        Raises:
+            ShearingError: the file does not hold what was written.
+        """
+        tensors = {
+            f"{kind}/{piece.name}@{piece.start}": value
+            for piece in self._pieces
+            for kind, value in piece.values.items()
+        }
+        shapes = {piece.name: piece.shape for piece in self._pieces}
+        write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(self._step), "shapes": shapes})})
+        meant = fingerprints(self._pieces)
+        with safe_open(path, framework="pt") as file:
+            read = (
+                replace(
+                    piece,
+                    values={kind: file.get_tensor(f"{kind}/{piece.name}@{piece.start}") for kind in piece.values},
+                )
+                for piece in self._pieces
+            )
+            require_same(fingerprints(read), saved=meant, folder=path)
+        return meant
 
 
 def fingerprints(pieces: Iterable[Piece]) -> Fingerprints:
@@ -106,7 +131,7 @@ def fingerprints(pieces: Iterable[Piece]) -> Fingerprints:
 
 
 class ShardedState:
-    """What `write_pieces` wrote into the files `shard-*.safetensors` of a folder.
+    """What `StagedPieces` wrote into the files `shard-*.safetensors` of a folder.
 
     Raises:
         ShearingError: the files do not belong together.

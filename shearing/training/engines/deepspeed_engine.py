@@ -33,11 +33,11 @@ from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedSt
 from shearing.training.engines.deepspeed_config import deepspeed_config
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
+    StagedShard,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
     whole_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
@@ -178,11 +178,11 @@ class DeepSpeedEngine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(shared=True), optimizer=self._optimizer, processes=self._processes)
+        return StagedShard(self._pieces(shared=True), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""

@@ -33,11 +33,11 @@ from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
+    StagedShard,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
 from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
@@ -159,11 +159,11 @@ class Fsdp2Engine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(), optimizer=self._optimizer, processes=self._processes)
+        return StagedShard(self._pieces(), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""

@@ -22,9 +22,9 @@ from shearing.training.checkpoints.pieces import (
     Piece,
     SavedState,
     ShardedState,
+    StagedPieces,
     fingerprints,
     require_parameters,
-    write_pieces,
 )
 from shearing.training.engines.optimizer import set_steps
 
@@ -68,18 +68,23 @@ def whole_pieces(
         )
 
 
-def save_pieces(
-    folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes
-) -> Fingerprints:
-    """Write this process's file of a checkpoint."""
-    counts = {float(state[STEP]) for state in optimizer.state.values()}
-    if len(counts) > 1:
-        raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
-    return write_pieces(
-        folder / f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors",
-        pieces,
-        step=counts.pop() if counts else 0.0,
-    )
+class StagedShard(StagedPieces):
+    """The file that this process writes of a checkpoint.
+
+    Args:
+        pieces, optimizer, processes: of the engine; all of AdamW's state has one step count.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        counts = {float(state[STEP]) for state in optimizer.state.values()}
+        if len(counts) > 1:
+            raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
+        super().__init__(pieces, step=counts.pop() if counts else 0.0)
+        self._name = f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors"
+
+    def write_into(self, folder: Path) -> Fingerprints:
+        """See `StagedPieces.write`."""
+        return self.write(folder / self._name)
 
 
 def load_pieces(folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, shapes: Shapes) -> None:

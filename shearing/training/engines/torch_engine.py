@@ -18,11 +18,11 @@ from shearing.training.checkpoints.pieces import Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.gradient_sum import GradientSum
 from shearing.training.engines.held_state import (
+    StagedShard,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
     whole_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
@@ -104,11 +104,11 @@ class TorchEngine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._shares(), optimizer=self._optimizer, processes=self._processes)
+        return StagedShard(self._shares(), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""

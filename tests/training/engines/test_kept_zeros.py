@@ -109,7 +109,7 @@ def train(folder: Path, kind: str, precision: torch.dtype, resume_after: int | N
             place = folder / str(last)
             place.mkdir(parents=True, exist_ok=True)
             processes.barrier()
-            everyone = processes.gather(engine.save(place))
+            everyone = processes.gather(engine.stage().write_into(place))
             if processes.is_main:
                 (folder / f"{last}.json").write_text(json.dumps(add_fingerprints(everyone)))
             processes.barrier()
@@ -133,7 +133,7 @@ def test_dropped_weights_stay_zero_and_kept_ones_that_are_zero_learn(tmp_path: P
         engine.backward(model(torch.randn(3, 6)).square().sum(), last=True)
         engine.step(step=step)
         assert torch.equal(model[0].weight != 0, mask)
-    engine.save(tmp_path)
+    engine.stage().write_into(tmp_path)
 
 
 def test_a_weight_that_came_back_is_never_saved(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_weight_that_came_back_is_never_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].weight[1, 2] = 1e-30  # type: ignore[index]
     with pytest.raises(ShearingError, match=r"1 dropped weights are not 0"):
-        engine.save(tmp_path)
+        engine.stage().write_into(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
