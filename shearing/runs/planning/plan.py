@@ -21,7 +21,7 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
-from shearing.pruning.structured.granularities import granularities_of
+from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes
 from shearing.runs.planning.hardware import GPU, forward_flops_per_token, gpu_of, training_flops_per_token
@@ -355,8 +355,8 @@ def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
 
 def _masked(recipe: Recipe, *, source: Shape, target: Shape | None) -> tuple[str, ...]:
     """Granularities that masks act on, of those that have something to prune."""
-    names = recipe.pruning.prune.granularities
-    return tuple(each.name for each in granularities_of(names, source=source, target=target))
+    chosen = granularities_of(recipe.pruning.prune.granularities, source=source, target=None)
+    return tuple(each.name for each in chosen if target is None or getattr(target, SIZE_OF[each.name]) < each.units)
 
 
 def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype) -> Taught | None:

@@ -250,8 +250,7 @@ def _aligned(
         if not all(name in trace for trace in traces):
             continue
         intervals = [trace[name] for trace in traces]
-        pairs = [places(intervals[0].operators, interval.operators) for interval in intervals]
-        places_KC = np.array([[*first, *last] for first, last in pairs])
+        places_KC = np.array([places(intervals[0].operators, interval.operators) for interval in intervals])
         common_C = (places_KC >= 0).all(0)
         if common_C.any():
             alive = [np.array(interval.alive, dtype=np.float64) for interval in intervals]
@@ -260,21 +259,20 @@ def _aligned(
     return found
 
 
-def places(calls: Sequence[str], others: Sequence[str]) -> tuple[list[int], list[int]]:
+def places(calls: Sequence[str], others: Sequence[str]) -> list[int]:
     """Of each call the same one among others, -1 where there is none.
 
-    A loop may have more turns there: once its first turns are the same as the first ones here, and once the last ones.
+    A loop may have more turns there. Its last turn is the same as the last one here, and its first as the first: those
+    may hold something that the turns between them do not.
     """
     same = [own == other for own, other in zip(calls, others, strict=False)]
     same_behind = [own == other for own, other in zip(reversed(calls), reversed(others), strict=False)]
     first = next((place for place, is_same in enumerate(same) if not is_same), len(same))
     behind = next((place for place, is_same in enumerate(same_behind) if not is_same), len(same_behind))
     turn, shift = len(calls) - behind, len(others) - len(calls)
-
-    def until(begin: int, end: int) -> list[int]:
-        return [place if place < begin else place + shift if place >= end else -1 for place in range(len(calls))]
-
-    return until(first, max(first, turn)), until(min(first, turn), turn)
+    if turn <= first:
+        turn = first = max(turn, first - shift)  # one more turn is as long as the difference
+    return [place if place < first else place + shift if place >= turn else -1 for place in range(len(calls))]
 
 
 @lru_cache(maxsize=1024)

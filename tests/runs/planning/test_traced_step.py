@@ -82,46 +82,62 @@ def test_what_is_alive_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "first", "last"),
+    ("calls", "others", "expected"),
     [
-        ("abcxyd", [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]),
-        # The loop bcxy has three turns instead of one.
-        ("abcxybcxybcxyd", [0, 1, 2, 3, 4, 13], [0, 9, 10, 11, 12, 13]),
-        ("abcqqd", [0, 1, 2, -1, -1, 5], [0, 1, 2, -1, -1, 5]),
+        ("abcxyd", "abcxyd", [0, 1, 2, 3, 4, 5]),
+        ("abcbcd", "abcbcbcd", [0, 1, 2, 5, 6, 7]),  # of the loop bc the first turn and the last
+        ("abcxyd", "abcxybcxybcxyd", [0, 9, 10, 11, 12, 13]),
+        ("abcxyd", "abcqqd", [0, 1, 2, -1, -1, 5]),
     ],
 )
-def test_calls_of_loops_with_more_turns_are_found(others: str, first: list[int], last: list[int]) -> None:
-    assert traced_step.places(list("abcxyd"), list(others)) == (first, last)
+def test_calls_of_loops_with_more_turns_are_found(calls: str, others: str, expected: list[int]) -> None:
+    assert traced_step.places(list(calls), list(others)) == expected
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("taught", [False, True])
+def test_a_teacher_s_layers_take_turns() -> None:
+    """What one of its layers holds on the way is gone before the next one's, however many there are."""
+    distill = DistillRecipe.model_validate({"domains": "all"})
+    held = []
+    for layers in (3, 12):
+        config = LlamaConfig(**{**SMALL.to_dict(), "num_hidden_layers": layers})
+        taught = Taught(config=config, distill=distill, dtype=torch.float32)
+        moments = traced_moments(StepModel(config=config, taught=taught), workload=WORKLOAD, dtype=torch.float32)
+        held.append(next(each.activations for each in moments if each.name == "forward, before the layers"))
+    assert held[1] == pytest.approx(held[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "masked", "taught", "dtype"),
+    [
+        ("none", True, False, torch.float32),
+        ("full", False, False, torch.bfloat16),
+        ("selective", False, True, torch.bfloat16),
+        ("full", True, True, torch.float32),
+    ],
+)
 def test_many_layers_and_sequences_follow_from_few(
-    checkpointing: Checkpointing, masked: bool, taught: bool, monkeypatch: pytest.MonkeyPatch
+    checkpointing: Checkpointing, masked: bool, taught: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six layers and five sequences, against the same step traced as it is."""
     workload = dataclasses.replace(WORKLOAD, checkpointing=checkpointing, masked=masked)
     distill = DistillRecipe.model_validate({"domains": "all", "hidden": {}, "temperature": 2.0})
     listening = Taught(config=SMALL, distill=distill, dtype=torch.bfloat16) if taught else None
     model = StepModel(config=SMALL, granularities=GRANULARITIES if masked else (), taught=listening)
-    for dtype in (torch.float32, torch.bfloat16):
-        found = traced_moments(model, workload=workload, dtype=dtype)
-        with monkeypatch.context() as patched:
-            # More layers than there are: nothing is left to follow from anything.
-            patched.setattr(traced_step, "_LAYERS", (6, 6))
-            patched.setattr(traced_step, "_few_sequences", lambda *_, **__: 100)
-            whole = {each.name: each for each in traced_moments(model, workload=workload, dtype=dtype)}
-        assert len(found) > 10
-        assert [each.accumulated for each in found] == [whole[each.name].accumulated for each in found]
-        ours, theirs = (
-            {each.name: each.activations + each.copies + each.loose for each in moments}
-            for moments in (found, whole.values())
-        )
-        assert max(ours.values()) == pytest.approx(max(theirs.values()), rel=0.005)
-        # Less exact where less is alive: gradients of masks do not grow with the sequences, and what is between two
-        # loops of different lengths has no place.
-        assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=0.15)
+    found = traced_moments(model, workload=workload, dtype=dtype)
+    # More layers than there are: nothing is left to follow from anything.
+    monkeypatch.setattr(traced_step, "_LAYERS", (6, 6))
+    monkeypatch.setattr(traced_step, "_few_sequences", lambda *_, **__: 100)
+    whole = {each.name: each for each in traced_moments(model, workload=workload, dtype=dtype)}
+    assert len(found) > 10
+    assert [each.accumulated for each in found] == [whole[each.name].accumulated for each in found]
+    ours, theirs = (
+        {each.name: each.activations + each.copies + each.loose for each in moments}
+        for moments in (found, whole.values())
+    )
+    assert max(ours.values()) == pytest.approx(max(theirs.values()), rel=0.005)
+    # Less exact where less is alive: gradients of masks do not grow with the sequences, and what is between two loops
+    # of different lengths has no place.
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=0.15)
 
 
 @pytest.mark.parametrize(
