@@ -27,6 +27,7 @@ from shearing.pruning.structured.recipe import (
 )
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.runs.search.recipe import SearchRecipe, search_contradictions
 from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
@@ -74,6 +75,7 @@ class Recipe(Section):
     distill: DistillRecipe | None = None
     training: TrainingRecipe = TrainingRecipe()
     evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
+    search: Neutral[SearchRecipe | None] = None
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
@@ -296,6 +298,8 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     if recipe.distill is not None:
         yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
+    if recipe.search is not None:
+        yield from _below("search", search_contradictions(recipe.search))
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -332,6 +336,12 @@ def _renamed(errors: Iterable[ShearingError], *, names: Mapping[str, str] = COMP
     for error in errors:
         error.rename(names)
         yield error
+
+
+def _below(section: str, errors: Iterable[ShearingError]) -> Iterator[ShearingError]:
+    """Errors that name keys of a section, under its name."""
+    for error in errors:
+        yield ShearingError(f"{section}.{error.field}", value=error.value, allowed=error.allowed, mend=error.mend)
 
 
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:

@@ -91,6 +91,7 @@ def test_neutral_keys_of_a_run() -> None:
         "distill.cache_missing",
         *(f"training.{name}" for name in training),
         "evaluation",
+        "search",
     }
 
 

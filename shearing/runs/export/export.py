@@ -38,7 +38,7 @@ from shearing.runs.export.gguf_file import (
 )
 from shearing.runs.export.hub import files_to_push, push, require_repository_name
 from shearing.runs.export.origin import Origin, open_origin
-from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
+from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.settings.quantities import format_parameters
 
 NAMES = {

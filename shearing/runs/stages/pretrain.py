@@ -26,7 +26,7 @@ from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
-from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
+from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
 from shearing.training.checkpoints.state import seed_random
