@@ -24,8 +24,12 @@ def search(
     join: Annotated[
         bool, typer.Option("--join", help="Take candidates of a search that another process has begun.")
     ] = False,
-    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="Keep the weights of candidates that are out.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run candidates again that have failed.")] = False,
+    keep_runs: Annotated[
+        bool, typer.Option("--keep-runs", help="Keep the weights of candidates that are out.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run candidates again that have failed.")
+    ] = False,
 ) -> None:
     """Race shapes at a budget (section `search`) by successive halving. An interrupted search continues."""
     resolved = load(recipe, overrides)

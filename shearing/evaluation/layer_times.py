@@ -41,10 +41,8 @@ class Times:
     next_token: float
 
     def plus(self, other: Times, *, times: float = 1.0) -> Times:
-        """This and so many of another."""
-        return Times(
-            prompt=self.prompt + times * other.prompt, next_token=self.next_token + times * other.next_token
-        )
+        """What it takes with so many of another."""
+        return Times(prompt=self.prompt + times * other.prompt, next_token=self.next_token + times * other.next_token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +170,7 @@ def times_of(models: Mapping[str, PreTrainedModel], *, context: int) -> dict[str
         models: by name, on their devices.
         context: tokens of the prompt, and in the cache when the next token is timed.
     """
-    speeds = measure_speed(
-        models, prompt_tokens=context, decode_context=context, decode_tokens=_DECODED, repetitions=5
-    )
+    speeds = measure_speed(models, prompt_tokens=context, decode_context=context, decode_tokens=_DECODED, repetitions=5)
     return {
         name: Times(prompt=1000 * context / speed.prefill_tokens_per_second, next_token=speed.decode_milliseconds)
         for name, speed in speeds.items()

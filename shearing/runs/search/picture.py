@@ -49,9 +49,7 @@ def draw_search(results: Mapping[str, Any], *, path: Path) -> None:
         save_picture(figure, path)
 
 
-def _panel(
-    axes: Axes, results: Mapping[str, Any], *, value: Callable[[Mapping[str, Any]], float | None]
-) -> None:
+def _panel(axes: Axes, results: Mapping[str, Any], *, value: Callable[[Mapping[str, Any]], float | None]) -> None:
     rounds = len(results["rounds"])
     for number, each in enumerate(results["rounds"]):
         lines = [line for line in results["candidates"] if len(line["rounds"]) > number and value(line) is not None]

@@ -1,10 +1,11 @@
-"""What a search will run, checked before anything is run: its candidates, the recipes of their rounds, what it takes."""
+"""What a search will run, checked before anything is run: candidates, the recipes of their rounds, what it takes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +175,7 @@ def steps_of(recipe: Recipe) -> list[int]:
     search = search_of(recipe)
     per_step = recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length)
     steps = [-(-each.tokens // per_step) for each in search.parsed_rounds]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         if after <= before:
             raise ShearingError(
                 "search.rounds",
@@ -310,7 +311,5 @@ def _choosing(recipe: Recipe, *, source: Shape, target: Shape) -> float:
         evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
         flops += flops_of(metric_of(name).cost(source, evidence=evidence), source, sequence_length=length)
     if prune.refits(sequence_length=length):
-        flops += flops_of(
-            refit_cost(source, target=target, text_tokens=rows * length), source, sequence_length=length
-        )
+        flops += flops_of(refit_cost(source, target=target, text_tokens=rows * length), source, sequence_length=length)
     return flops

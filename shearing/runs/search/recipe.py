@@ -76,8 +76,8 @@ class SearchRecipe(Section):
     )
     memory: Annotated[str | None, BeforeValidator(_as_text), AfterValidator(_bytes_text)] = Field(
         None,
-        description="Budget: bytes ('500 MB') of the weights and of the KV cache of `batch_size` sequences of `context` "
-        "tokens, in `dtype`.",
+        description="Budget: bytes ('500 MB') of the weights and of the KV cache of `batch_size` sequences of "
+        "`context` tokens, in `dtype`.",
     )
     latency: Positive | None = Field(
         None, description="Budget: milliseconds on this device, predicted from a table of layer times measured on it."
@@ -96,7 +96,9 @@ class SearchRecipe(Section):
         8, ge=1, description="hidden_size and intermediate_size of candidates are multiples of it; 64 suits most GPUs."
     )
     keep_heads: bool = Field(False, description="Whether candidates keep all query heads and KV groups of the source.")
-    layers: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="Least and most layers, as shares of the source's.")
+    layers: tuple[Fraction, Fraction] = Field(
+        (0.3, 1.0), description="Least and most layers, as shares of the source's."
+    )
     hidden: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="The same of hidden_size.")
     mlp: tuple[Fraction, Fraction] = Field((0.3, 1.0), description="The same of intermediate_size.")
     heads: tuple[Fraction, Fraction] = Field((0.5, 1.0), description="The same of query heads and of KV groups.")

@@ -84,9 +84,8 @@ class Runner:
         context = RunContext(load_recipe(directory.recipe), console=self.console)
         steps = steps_of(self.recipe)
         found: dict[str, Any] = {
-            "tokens": steps[number - 1] * context.recipe.pretrain.tokens_per_step(
-                sequence_length=context.recipe.data.sequence_length
-            ),
+            "tokens": steps[number - 1]
+            * context.recipe.pretrain.tokens_per_step(sequence_length=context.recipe.data.sequence_length),
             "steps": steps[number - 1],
         }
         if number == 1:

@@ -33,7 +33,6 @@ from shearing.runs.race.records import RaceFolder, model_fingerprint, require_sa
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.search.candidates import (
     DTYPES,
-    Budget,
     Candidate,
     budget_of,
     candidates_at,

@@ -1,4 +1,4 @@
-"""Several processes of this machine that work on one search: each with a device, or a share of the cores, of its own."""
+"""Several processes of this machine on one search: each with a device, or a share of the cores, of its own."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Bounds:
             least, most = (_within(share, whole) for share in shares)
             found = [value for value in range(multiple, most + 1, multiple) if value >= least]
             # The source's own size is allowed whatever it is a multiple of.
-            return found + [whole] if most == whole and whole % multiple else found
+            return [*found, whole] if most == whole and whole % multiple else found
 
         heads = [(source.num_attention_heads, source.num_key_value_heads)]
         if not search.keep_heads:
@@ -183,17 +183,17 @@ def _spread(shapes: Sequence[Shape], *, count: int, source: Shape) -> list[Shape
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
     places_NF = np.log([[getattr(shape, size) / getattr(source, size) for size in sizes] for shape in shapes])
 
-    def distances_N(index: int) -> npt.NDArray[np.float64]:
+    def distances(index: int) -> npt.NDArray[np.float64]:
         found: npt.NDArray[np.float64] = np.linalg.norm(places_NF - places_NF[index], axis=1)
         return found
 
     chosen = [int(np.linalg.norm(places_NF - places_NF.mean(axis=0), axis=1).argmin())]
-    nearest_N = distances_N(chosen[0])
+    nearest_N = distances(chosen[0])
     while len(chosen) < count:
         chosen.append(int(nearest_N.argmax()))
-        nearest_N = np.minimum(nearest_N, distances_N(chosen[-1]))
+        nearest_N = np.minimum(nearest_N, distances(chosen[-1]))
     for _ in range(_MOVES):
-        owner_N = np.stack([distances_N(index) for index in chosen]).argmin(axis=0)
+        owner_N = np.stack([distances(index) for index in chosen]).argmin(axis=0)
         moved = []
         for number in range(count):
             own = np.flatnonzero(owner_N == number)

@@ -30,7 +30,7 @@ def plan_table(
     Args:
         plan: of it.
         recipe: of it.
-        flops_per_second: of the hardware; None: not known.
+        flops_per_second: of all devices together; None: not known.
         left: seconds that are left, from the pace so far; None: not known.
     """
     per_step = recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length)
@@ -53,7 +53,7 @@ def plan_table(
     if left is not None:
         said += f"; about {left / 3600:.1f} h left"
     elif flops_per_second is not None:
-        said += f"; {flops / flops_per_second / 3600:,.2g} h of one device"
+        said += f"; {flops / flops_per_second / 3600:,.2g} h"
     return Group(_rich("candidates", shapes), _rich("rounds", rounds), Text(said))
 
 

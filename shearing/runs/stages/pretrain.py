@@ -20,13 +20,13 @@ from shearing.models.stored.saving import round_weights, write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
+from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start, result_dtype
 from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
-from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
 from shearing.training.checkpoints.state import seed_random
