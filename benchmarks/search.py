@@ -67,7 +67,9 @@ def main() -> None:
         differences = []
         for seed in seeds:
             losses = {
-                name: loss_on_test(recipe, target=target, seed=seed, tokens=tokens, folder=output / f"{name}-seed{seed}")
+                name: loss_on_test(
+                    recipe, target=target, seed=seed, tokens=tokens, folder=output / f"{name}-seed{seed}"
+                )
                 for name, target in targets.items()
             }
             differences.append(losses["searched"]["mean"] - losses["default"]["mean"])

@@ -375,6 +375,14 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="false with distill.hidden, which listens to layers where a compiled one cannot be heard",
             mend="set training.compile=false, or leave distill.hidden out",
         )
+    rotates = recipe.prune is not None and recipe.prune.rotate != "none"
+    if rotates and recipe.distill is not None and recipe.distill.hidden is not None:
+        yield ShearingError(
+            "prune.rotate",
+            value="pca",
+            allowed="none with distill.hidden, which compares the residual stream with the teacher's by dimension",
+            mend="set prune.rotate=none, or leave distill.hidden out",
+        )
     if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
         able = " or ".join(name for name, facts in ENGINES.items() if facts.adapters)
         yield ShearingError(

@@ -100,6 +100,12 @@ class PruneRecipe(StageRecipe):
     calibration_tokens: int = Field(
         65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
     )
+    rotate: Literal["none", "pca"] = Field(
+        "none",
+        description="pca: the residual stream is first rotated into the principal components of what norms read on "
+        "`calibration_tokens`, so that hidden dimensions that go are directions. The rotated model computes the same "
+        "function; but where the head is the embedding, the last norm's gain is fitted, and what that loses is said.",
+    )
     mask_draws: int = Field(
         1,
         ge=1,

@@ -28,6 +28,7 @@ from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
 from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
+from shearing.pruning.rotation.basis import require_rotatable
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
 from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
@@ -405,9 +406,11 @@ def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
 
 
 def _require_refit(recipe: Recipe, *, source: Shape) -> None:
-    """The weights that stay can be refitted in models of this family, if they are to be."""
+    """The weights that stay can be refitted in models of this family, and the stream rotated, if they are to be."""
     if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
         require_refittable(source.family)
+    if recipe.prune is not None and recipe.prune.rotate != "none":
+        require_rotatable(source.family)
 
 
 def _doubts(recipe: Recipe) -> Iterator[str]:

@@ -88,6 +88,13 @@ def _recipe_mistakes(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="for a race, sizes by name: all rows have one shape",
             mend="set target.parameters=null and the sizes",
         )
+    if recipe.prune is not None and recipe.prune.rotate != "none":
+        yield ShearingError(
+            "prune.rotate",
+            value=recipe.prune.rotate,
+            allowed="none in a race: rows are cut from the source as it is",
+            mend="set prune.rotate=none",
+        )
     if recipe.sparsify is not None:
         yield ShearingError(
             "sparsify", value="a section", allowed="none in a race of what is cut", mend="set sparsify=null"

@@ -52,6 +52,7 @@ def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict
         "sequence_length": recipe.data.sequence_length,
         "calibration_tokens": recipe.pruning.prune.calibration_tokens,
         "attention": recipe.data.attention,
+        **({"rotate": recipe.pruning.prune.rotate} if recipe.pruning.prune.rotate != "none" else {}),
     }
 
 
@@ -112,7 +113,9 @@ class Source:
 
     def _scores(self, metric: str, *, target: Shape) -> Scores:
         context = self.context
-        kept = kept_scores(context, metric=metric, target=target)
+        # Those of a run that rotates are of other coordinates; baselines are cut from the source as it is.
+        rotates = context.recipe.pruning.prune.rotate != "none"
+        kept = None if rotates else kept_scores(context, metric=metric, target=target)
         if kept is not None:
             return kept
         evidence = evidence_for(context, metric=metric, target=target)

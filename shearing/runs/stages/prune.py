@@ -26,6 +26,8 @@ from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
+from shearing.pruning.rotation.basis import Basis, rotate
+from shearing.pruning.rotation.components import principal_basis
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
@@ -46,6 +48,9 @@ from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
 from shearing.training.task import Task
+
+ROTATION = "rotation.safetensors"
+"""In the folder of mask learning: the basis that the source was rotated into."""
 
 
 @named(COMPONENT_NAMES)
@@ -79,6 +84,8 @@ def prune(context: RunContext) -> dict[str, Any]:
         lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
     )
     said = full_disk_said(lambda: no_space(run.prune))
+    if recipe.pruning.prune.rotate != "none":
+        processes.on_main(said(lambda: _rotate(context, model=model)))
     path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
     masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
     task = task_of(
@@ -152,6 +159,24 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
         f"{summary['ever_in_doubt'][name]:,} of {summary['total_units'][name]:,} ever in doubt, "
         f"{summary['rounding_gap'][name]:,} flipped in rounding"
     )
+
+
+def _rotate(context: RunContext, *, model: PreTrainedModel) -> None:
+    """Rotate the source into its principal components, into the same ones however often the run is interrupted."""
+    path = context.directory.prune / ROTATION
+    if not path.is_file():
+        batches = context.calibration_batches()
+        with (
+            attention_within_documents(model, on=context.document_rules.attention_within),
+            activity("principal components", total=len(batches), console=context.console) as advance,
+        ):
+            found = principal_basis(model, batches, advance=advance)
+        write_tensors(path, {"rotation": found.rotation.contiguous(), "moment": found.moment.contiguous()})
+    lost = rotate(model, Basis(**load_file(path)))
+    if lost:
+        context.console.print(
+            f"rotated; the head is the embedding, and its fitted gain changes logits by {lost:.2%} (root mean square)"
+        )
 
 
 def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
