@@ -21,6 +21,7 @@ from rich.console import Console
 from structured import quick_inputs
 
 from shearing.files.durable import read_json, write_json
+from shearing.models.shape import SIZE_NAMES
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
 from shearing.runs.recipe import Recipe, load_recipe, overridden
@@ -62,8 +63,7 @@ def main() -> None:
         recipe = load_recipe(path, overrides=overrides)
         found = search(SearchSettings(recipe=recipe, output=output / "candidates"), console=Console(width=150))
         best = next(line for line in found["candidates"] if line["name"] == found["winner"])
-        sizes = [name for name in best if name in type(recipe.pruning.target).model_fields]
-        targets = {"searched": [f"target.{name}={best[name]}" for name in sizes], "default": []}
+        targets = {"searched": [f"target.{name}={best[name]}" for name in SIZE_NAMES], "default": []}
         differences = []
         for seed in seeds:
             losses = {

@@ -184,7 +184,8 @@ def model_by_chance(
     small = config_for(copy.deepcopy(config), shape=shape, attention_layers=[0] * shape.num_hidden_layers)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _weights(values: Sequence[int], value: int) -> list[tuple[int, float]]:

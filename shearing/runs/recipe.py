@@ -25,6 +25,7 @@ from shearing.pruning.structured.recipe import (
     granularity_contradictions,
     masking_contradictions,
 )
+from shearing.runs.continuation.recipe import CascadeRecipe, cascade_contradictions, split_list
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.search.recipe import SearchRecipe, search_contradictions
@@ -76,6 +77,12 @@ class Recipe(Section):
     training: TrainingRecipe = TrainingRecipe()
     evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
     search: Neutral[SearchRecipe | None] = None
+    cascade: CascadeRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_in_a_list(cls, data: Any) -> Any:
+        return split_list(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
@@ -296,10 +303,7 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
-    if recipe.distill is not None:
-        yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
-    if recipe.search is not None:
-        yield from _below("search", search_contradictions(recipe.search))
+    yield from _optional_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -342,6 +346,40 @@ def _below(section: str, errors: Iterable[ShearingError]) -> Iterator[ShearingEr
     """Errors that name keys of a section, under its name."""
     for error in errors:
         yield ShearingError(f"{section}.{error.field}", value=error.value, allowed=error.allowed, mend=error.mend)
+
+
+def _optional_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """Of sections that need not be there."""
+    if recipe.distill is not None:
+        yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
+    if recipe.search is not None:
+        yield from _below("search", search_contradictions(recipe.search))
+    if recipe.cascade is not None:
+        yield from _cascade_contradictions(recipe, recipe.cascade)
+
+
+def _cascade_contradictions(recipe: Recipe, cascade: CascadeRecipe) -> Iterator[ShearingError]:
+    if recipe.target is None or recipe.prune is None:
+        yield ShearingError(
+            "cascade",
+            value="given",
+            allowed="with the sections target and prune: a cascade cuts",
+            mend="add them, or remove cascade",
+        )
+        return
+    yield from _below("cascade", cascade_contradictions(cascade, target=recipe.target))
+    for key, section in (
+        ("sparsify", recipe.sparsify),
+        ("pretrain.lora", recipe.pretrain.lora),
+        ("distill.hidden", None if recipe.distill is None else recipe.distill.hidden),
+    ):
+        if section is not None:
+            yield ShearingError(
+                key,
+                value="a section",
+                allowed="none in a cascade, whose runs go on from what the one before has trained",
+                mend=f"remove {key}, or cascade",
+            )
 
 
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:

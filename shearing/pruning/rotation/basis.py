@@ -102,8 +102,7 @@ def rotate(model: PreTrainedModel, basis: Basis) -> float:
     for layer in decoder_layers(model):
         for sublayer in family.sublayers.values():
             _rotate_sublayer(layer, sublayer, rotation=rotation)
-    embedding = model.get_submodule(family.embedding).weight
-    head = model.get_submodule(family.head).weight
+    embedding, head = (weight_of(model, name) for name in (family.embedding, family.head))
     norm = model.get_submodule(family.final_norm.name)
     gain = _gain(norm, family.final_norm)
     if head is embedding:
@@ -160,13 +159,16 @@ def _rotate_sublayer(layer: nn.Module, sublayer: SubLayer, *, rotation: Tensor) 
             weight.copy_((double if gain is None else double * gain) @ rotation)
 
 
-def _gain(module: nn.Module, norm: Norm) -> Tensor:
-    weight = module.weight
+def weight_of(module: nn.Module, name: str = "") -> Tensor:
+    """The weight of a module below another, or of this one."""
+    weight = module.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    return weight.double() + norm.kind.offset
+    return weight
+
+
+def _gain(module: nn.Module, norm: Norm) -> Tensor:
+    return weight_of(module).double() + norm.kind.offset
 
 
 def _set_gain(module: nn.Module, norm: Norm, gain: Tensor) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    weight.copy_(gain - norm.kind.offset)
+    weight_of(module).copy_(gain - norm.kind.offset)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
-from shearing.pruning.rotation.basis import Basis
+from shearing.pruning.rotation.basis import Basis, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,7 @@ def principal_basis(
         advance: called with 1 after every batch.
     """
     family, device = anatomy_of(model), next(model.parameters()).device
-    d = model.get_submodule(family.embedding).weight.shape[1]
+    d = weight_of(model, family.embedding).shape[1]
     total = torch.zeros(d, d, dtype=torch.float64, device=device)
     final = torch.zeros_like(total)
     tokens = torch.zeros((), dtype=torch.float64, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -105,6 +106,11 @@ class PruneRecipe(StageRecipe):
         description="pca: the residual stream is first rotated into the principal components of what norms read on "
         "`calibration_tokens`, so that hidden dimensions that go are directions. The rotated model computes the same "
         "function; but where the head is the embedding, the last norm's gain is fitted, and what that loses is said.",
+    )
+    moments_of: Path | None = Field(
+        None,
+        description="Folder of the run that has trained the source model: its optimiser's state goes on. null: from "
+        "nothing. A `cascade` sets it.",
     )
     mask_draws: int = Field(
         1,

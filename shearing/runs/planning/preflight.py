@@ -37,6 +37,7 @@ from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import require_shrinking
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
@@ -107,6 +108,7 @@ def preflight(
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
+    attempt(lambda: require_shrinking(recipe, source=config))
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_refit(recipe, source=source))
     attempt(lambda: _require_vocabulary(recipe))

@@ -52,25 +52,28 @@ def draw_search(results: Mapping[str, Any], *, path: Path) -> None:
 def _panel(axes: Axes, results: Mapping[str, Any], *, value: Callable[[Mapping[str, Any]], float | None]) -> None:
     rounds = len(results["rounds"])
     for number, each in enumerate(results["rounds"]):
-        lines = [line for line in results["candidates"] if len(line["rounds"]) > number and value(line) is not None]
-        if not lines:
+        dots = {
+            line["name"]: (x, line["rounds"][number]["validation"])
+            for line in results["candidates"]
+            if len(line["rounds"]) > number and (x := value(line)) is not None
+        }
+        if not dots:
             continue
         strength = 0.35 + 0.65 * (number + 1) / rounds
         axes.plot(
-            [value(line) for line in lines],
-            [line["rounds"][number]["validation"] for line in lines],
+            [x for x, _ in dots.values()],
+            [y for _, y in dots.values()],
             "o",
             color=BLUE if number == rounds - 1 else GREY,
             alpha=strength,
             markersize=4,
         )
-        won = [line for line in lines if line["name"] == results["winner"]]
-        for line in won:
-            axes.plot([value(line)], [line["rounds"][number]["validation"]], "o", color=ORANGE, markersize=5)
-        right = max(lines, key=lambda line: value(line) or 0.0)
+        if results["winner"] in dots:
+            x, y = dots[results["winner"]]
+            axes.plot([x], [y], "o", color=ORANGE, markersize=5)
         axes.annotate(
             format_tokens(each["tokens"]),
-            (value(right) or 0.0, right["rounds"][number]["validation"]),
+            max(dots.values()),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",

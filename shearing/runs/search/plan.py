@@ -20,6 +20,7 @@ from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit_cost
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
 from shearing.runs.recipe import Recipe, overridden
+from shearing.runs.run_directory import Stage
 from shearing.runs.search.candidates import Candidate, search_of
 from shearing.runs.search.recipe import Round
 from shearing.settings.quantities import Duration
@@ -27,7 +28,7 @@ from shearing.settings.quantities import Duration
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-STAGES = ("prune", "compact", "pretrain")
+STAGES: Sequence[Stage] = ("prune", "compact", "pretrain")
 """Of a candidate's run; it is judged by the search."""
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
-from shearing.errors import named
+from shearing.errors import ShearingError, named
 from shearing.files.durable import write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_tensors
@@ -38,10 +38,11 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
 from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
 from shearing.runs.stages.training_task import task_of
-from shearing.training.checkpoints.checkpoints import no_space
+from shearing.training.checkpoints.checkpoints import checkpoints_in, no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
@@ -95,6 +96,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
+        moments=None if recipe.pruning.prune.moments_of is None else processes.each(lambda: _moments(context)),
         before_first_step=partial(_refit, context, model=masking.model, choice=choice),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
@@ -159,6 +161,21 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
         f"{summary['ever_in_doubt'][name]:,} of {summary['total_units'][name]:,} ever in doubt, "
         f"{summary['rounding_gap'][name]:,} flipped in rounding"
     )
+
+
+def _moments(context: RunContext) -> ShardedState:
+    """The optimiser's state at the end of the run that has trained the source."""
+    folder = context.recipe.pruning.prune.moments_of
+    assert folder is not None
+    found = checkpoints_in(RunDirectory(folder).checkpoints("pretrain"))
+    if not found:
+        raise ShearingError(
+            "prune.moments_of",
+            value=str(folder),
+            allowed="the folder of a run with a checkpoint of pretrain",
+            mend="run that one to its end, or set prune.moments_of=null",
+        )
+    return ShardedState(found[max(found)])
 
 
 def _rotate(context: RunContext, *, model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from shearing.files.durable import write_text
 from shearing.processes.processes import Processes
 from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.preflight import preflight
@@ -53,7 +54,15 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
             console = Console(quiet=True)
             logging.getLogger("shearing").setLevel(logging.CRITICAL)
             transformers.utils.logging.set_verbosity_error()
-        context = RunContext(recipe, console=console, processes=processes)
+        *before, last = cascade_of(recipe)
+        if before and stages is None:
+            context = RunContext(recipe, console=console, processes=processes)
+            require_shrinking(recipe, source=context.config)
+            for each in before:
+                console.rule(f"[bold]cascade: {each.name}")
+                context = RunContext(each, console=console, processes=processes)
+                _run(context, stages=[stage for stage in each.stages if stage != "evaluate"])
+        context = RunContext(last, console=console, processes=processes)
         return _run(context, stages=recipe.stages if stages is None else stages)
 
 

@@ -72,7 +72,7 @@ def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said:
 
 
 def test_a_rotated_source_is_cut_in_the_basis_it_was_first_rotated_into(tiny_recipe: Path) -> None:
-    """Interrupted after the rotation, a run goes on in the same coordinates; what is cut is what the masked model is."""
+    """Interrupted after the rotation, a run goes on in the same coordinates; the cut model is the masked one."""
     recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, "prune.rotate=pca", "training.precision=fp32"])
     run = shearing.run(recipe, stages=["prune", "compact"])
     plain = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, f"run_dir={tiny_recipe.parent / 'plain'}"])
