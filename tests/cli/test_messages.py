@@ -68,6 +68,12 @@ SITUATIONS = [
     ("nothing", "compare RECIPE --methods start --tokens many"),
     ("nothing", "compare RECIPE --methods start --tokens 320 --refit maybe"),
     ("no corpus", "compare RECIPE --methods start --tokens 320"),
+    ("nothing", "search RECIPE search.parameters=10 -o HERE/out"),
+    ("nothing", "search RECIPE search.memory=1GB -o HERE/out"),
+    ("nothing", "search RECIPE -o HERE/out --join"),
+    ("no corpus", "search RECIPE -o HERE/out"),
+    ("nothing", 'config check RECIPE target=[{"hidden_size":16},{"hidden_size":24}]'),
+    ("nothing", 'config check RECIPE target=[{"hidden_size":32},{"hidden_size":24}]'),
     ("nothing", "run RECIPE prune.batch_size=8tokens"),
     *(
         ("nothing", f"config check RECIPE {keys}")
