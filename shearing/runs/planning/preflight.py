@@ -142,7 +142,7 @@ def preflight(
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
+        doubts=[*_doubts(recipe, source=source), *_odd_sizes(recipe, source=source)],
         notes=gpus.notes,
         disk=disk,
         free=bytes_free(recipe.run_dir),
@@ -415,8 +415,10 @@ def _require_refit(recipe: Recipe, *, source: Shape) -> None:
         require_rotatable(source.family)
 
 
-def _doubts(recipe: Recipe) -> Iterator[str]:
+def _doubts(recipe: Recipe, *, source: Shape) -> Iterator[str]:
     if recipe.prune is not None:
+        if recipe.prune.rotate != "none" and source.tied:
+            yield "prune.rotate with a head that is the embedding: the last norm's gain is fitted, which changes logits"
         per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
         settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
         yield from doubts(settings, opens=recipe.prune.initial_masks == "open")

@@ -95,6 +95,10 @@ def _recipe_mistakes(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="none in a race: rows are cut from the source as it is",
             mend="set prune.rotate=none",
         )
+    if recipe.cascade is not None:
+        yield ShearingError(
+            "cascade", value="a section", allowed="none in a race: all rows have one shape", mend="set cascade=null"
+        )
     if recipe.sparsify is not None:
         yield ShearingError(
             "sparsify", value="a section", allowed="none in a race of what is cut", mend="set sparsify=null"

@@ -283,7 +283,11 @@ def mistakes(recipe: Recipe) -> list[ShearingError]:
                 mend="set prune.initial_masks=reconstruction, and prune.masks=learned",
             )
         )
-    for key, section in (("sparsify", recipe.sparsify), ("pretrain.lora", recipe.pretrain.lora)):
+    for key, section in (
+        ("sparsify", recipe.sparsify),
+        ("pretrain.lora", recipe.pretrain.lora),
+        ("cascade", recipe.cascade),
+    ):
         if section is not None:
             found.append(
                 ShearingError(
