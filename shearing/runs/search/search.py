@@ -49,8 +49,8 @@ from shearing.runs.search.tables import markdown_tables, plan_table, rich_tables
 PAUSE = 1.0
 """Seconds between two looks at what other processes have done."""
 
-_BYTES_PER_PARAMETER = CHECKPOINT_BYTES_PER_PARAMETER * 2 + 8
-"""Of a candidate: two checkpoints while one is written, the cut model and the trained one."""
+_BYTES_PER_PARAMETER = CHECKPOINT_BYTES_PER_PARAMETER + 8
+"""Of a candidate that waits for the next round: a checkpoint, the cut model and the trained one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +323,9 @@ class Search:
         return {**common, "search": search_of(self._recipe).model_dump(mode="json")}
 
     def _require_disk(self, plan: SearchPlan) -> None:
-        """All candidates of the first round are there at once, and each is cut from weights of the source's size."""
+        """All candidates of the first round wait at once, and one is cut from weights of the source's size meanwhile."""
         needed = _BYTES_PER_PARAMETER * sum(candidate.shape.num_parameters() for candidate in plan.candidates)
-        needed += _BYTES_PER_PARAMETER * self._source.num_parameters() - bytes_in(self.folder.path)
+        needed += 2 * _BYTES_PER_PARAMETER * self._source.num_parameters() - bytes_in(self.folder.path)
         free = bytes_free(self.folder.path)
         if needed > free:
             raise ShearingError(
