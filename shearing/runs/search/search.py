@@ -323,7 +323,7 @@ class Search:
         return {**common, "search": search_of(self._recipe).model_dump(mode="json")}
 
     def _require_disk(self, plan: SearchPlan) -> None:
-        """All candidates of the first round wait at once, and one is cut from weights of the source's size meanwhile."""
+        """All candidates of the first round wait at once, and one is cut from weights of the source's size."""
         needed = _BYTES_PER_PARAMETER * sum(candidate.shape.num_parameters() for candidate in plan.candidates)
         needed += 2 * _BYTES_PER_PARAMETER * self._source.num_parameters() - bytes_in(self.folder.path)
         free = bytes_free(self.folder.path)
