@@ -6,7 +6,7 @@ Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -140,24 +140,12 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     from accelerate import init_empty_weights
 
     family = anatomy_of(model)
-    source = Shape.of(model.config)
-    target = selection.shape(source)
-    config = config_for(model.config, shape=target, attention_layers=[a for a, _ in selection.layers])
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = _cut_all(family, weights, masks, selection, source)
-    scale = _embedding_scale(source, target)
-    if masks.hidden is not None or scale != 1.0:
-        device = weights[f"{family.embedding}.weight"].device
-        hidden = torch.ones(source.hidden_size, device=device) if masks.hidden is None else masks.hidden
-        values = _take(hidden, selection.hidden) * scale
-        embedding = f"{family.embedding}.weight"
-        state[embedding] = _scale(state[embedding], columns=values)
-        if source.tied:
-            _scale_gain(state, family.final_norm, by=1.0 / values.double())
-
+    state = dict(cut_in_turn(model.config, weights, masks=masks, selection=selection))
+    config = cut_config(model.config, selection=selection)
     with init_empty_weights(include_buffers=False):
         result: Any = type(model)(config)
-    if source.tied:
+    if Shape.of(model.config).tied:
         state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
     result.load_state_dict(state, strict=True, assign=True)
     result.tie_weights()
@@ -166,30 +154,89 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     return compacted
 
 
+def cut_config(config: PretrainedConfig, *, selection: Selection) -> PretrainedConfig:
+    """The config of the model that is left of a source with this one."""
+    shape = selection.shape(Shape.of(config))
+    return config_for(config, shape=shape, attention_layers=[a for a, _ in selection.layers])
+
+
+def cut_in_turn(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], *, masks: Masks, selection: Selection
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the model that `compact` makes, of which only a layer's exist at a time.
+
+    Args:
+        config: the source's.
+        weights: of the source, by name; each is asked for when its turn comes.
+        masks, selection: see `compact`.
+
+    Returns:
+        Name in the cut model and weight, in the dtype and on the device of the source's; each once where it is tied.
+    """
+    family, source = anatomy_of(config), Shape.of(config)
+    scale = _embedding_scale(source, selection.shape(source))
+    folds = masks.hidden is not None or scale != 1.0
+    embedding = f"{family.embedding}.weight"
+    gain: dict[str, Tensor] = {}
+    values: Tensor | None = None
+    for name, weight in _in_turn(family, weights, masks, selection, source):
+        if folds and name == embedding:
+            hidden = torch.ones(source.hidden_size, device=weight.device) if masks.hidden is None else masks.hidden
+            values = _take(hidden, selection.hidden) * scale
+            weight = _scale(weight, columns=values)
+        if folds and source.tied and name in {parameter.name for parameter in family.final_norm.parameters}:
+            gain[name] = weight
+        else:
+            yield name, weight
+    if gain:
+        assert values is not None
+        _scale_gain(gain, family.final_norm, by=1.0 / values.double())
+        yield from gain.items()
+
+
 def compact_moments(
     model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]], *, selection: Selection
 ) -> dict[str, dict[str, Tensor]]:
-    """An optimiser's state for each weight that is kept, under the names of the cut model.
-
-    Taken as it is: under masks of 0 and 1 the gradient of a weight that is kept is the same before and after the cut.
+    """An optimiser's state for each weight that is kept, under the names of the cut model; see `moments_in_turn`.
 
     Args:
         model: the source model, for its anatomy; its weights are not read.
         moments: kind -> parameter of `model` -> tensor of its shape, or a scalar.
         selection: the units to keep.
     """
-    family, source = anatomy_of(model), Shape.of(model.config)
-    cut = {kind: _cut_all(family, of_kind, Masks(), selection, source) for kind, of_kind in moments.items()}
-    scale = _embedding_scale(source, selection.shape(source))
-    if scale != 1.0:
-        # A weight that is scaled has a gradient that is divided.
-        for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-            for parameter in family.final_norm.parameters if source.tied else ():
-                if parameter.name in cut.get(kind, {}):
-                    cut[kind][parameter.name] *= scale**power
-            if (embedding := f"{family.embedding}.weight") in cut.get(kind, {}):
-                cut[kind][embedding] /= scale**power
+    cut: dict[str, dict[str, Tensor]] = {kind: {} for kind in moments}
+    for kind, name, moment in moments_in_turn(model.config, moments, selection=selection):
+        cut[kind][name] = moment
     return cut
+
+
+def moments_in_turn(
+    config: PretrainedConfig, moments: Mapping[str, Mapping[str, Tensor]], *, selection: Selection
+) -> Iterator[tuple[str, str, Tensor]]:
+    """An optimiser's state for each weight that is kept, of which only a layer's exists at a time.
+
+    Taken as it is: under masks of 0 and 1 the gradient of a weight that is kept is the same before and after the cut.
+
+    Args:
+        config: the source's.
+        moments: kind -> parameter of the source -> tensor of its shape, or a scalar; asked for when its turn comes.
+        selection: the units to keep.
+
+    Returns:
+        Kind, name in the cut model, and moment.
+    """
+    family, source = anatomy_of(config), Shape.of(config)
+    scale = _embedding_scale(source, selection.shape(source))
+    final = {parameter.name for parameter in family.final_norm.parameters} if source.tied else set()
+    for kind, of_kind in moments.items():
+        # A weight that is scaled has a gradient that is divided.
+        power = {"exp_avg": 1, "exp_avg_sq": 2}.get(kind, 0)
+        for name, moment in _in_turn(family, of_kind, Masks(), selection, source):
+            if scale != 1.0 and name in final:
+                moment = moment * scale**power
+            elif scale != 1.0 and name == f"{family.embedding}.weight":
+                moment = moment / scale**power
+            yield kind, name, moment
 
 
 def _embedding_scale(source: Shape, target: Shape) -> float:
@@ -206,20 +253,16 @@ def _cut(weight: Tensor, axes: Axes, units: Mapping[Unit, Tensor], *, sizes: Map
     return weight.clone()
 
 
-def _cut_all(
+def _in_turn(
     family: Family, weights: Mapping[str, Tensor], masks: Masks, selection: Selection, source: Shape
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's kept part, sub-layer masks folded in; the hidden mask of the embedding is not."""
     hidden: dict[Unit, Tensor] = {"hidden": selection.hidden}
-    sizes = source.units()
-    state = {
-        name: _cut(weights[name], axes, hidden, sizes=sizes)
-        for name, axes in family.outer_axes.items()
-        if name in weights
-    }
+    for name, axes in family.outer_axes.items():
+        if name in weights:
+            yield name, _cut(weights[name], axes, hidden, sizes=source.units())
     for new, (attention_layer, mlp_layer) in enumerate(selection.layers):
-        state.update(_cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer))
-    return state
+        yield from _cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer).items()
 
 
 def _cut_layer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ from shearing.models.anatomy import anatomy_of
 from shearing.models.families import FAMILIES
 from shearing.models.place import folder_here, require_place
 from shearing.models.stored import headers
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.paged import Pages, no_weight, not_finite, places_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,9 +100,16 @@ def load_source(
     from transformers import AutoModelForCausalLM
 
     require_weights(source, revision=revision)
+    # Tensor by tensor to where it is wanted: never whole on the host.
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            **placed,
         )
     except OSError as error:
         raise ShearingError(
@@ -112,10 +121,73 @@ def load_source(
     if not Path(source).is_dir():
         require_weights(source, revision=revision)  # now that the hub's are here
     anatomy_of(model)
+    model.to(device)  # type: ignore[arg-type]  # buffers too
     refuse_nonfinite(model, source=source)
     model.config.use_cache = False
-    model.to(device)  # type: ignore[arg-type]
     model.eval()
+    return model
+
+
+def load_paged(
+    source: str,
+    *,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    device: torch.device | str = "cpu",
+    changes: Path | None = None,
+    keeps: bool = True,
+) -> PreTrainedModel:
+    """A model as `load_source` has it in fp32, whose weights stay in their files; see `stored.paged`.
+
+    A model whose parameters are not stored as they are, but made of what is, is loaded whole.
+
+    Args:
+        source, revision: of the model.
+        attn_implementation: see transformers.
+        device: where it runs.
+        changes: folder for layers that are changed before an engine takes the model over.
+        keeps: whether this process writes them.
+
+    Raises:
+        ShearingError: see `load_source`.
+    """
+    config = load_config(source, revision=revision)
+    folder = folder_of(source, revision=revision, also=["*.safetensors"])
+    headers.require_weights(folder, model=skeleton(config), source=source)
+    files = [folder / name for name in headers.weight_files(folder, source=source)]
+    model = paged_model(
+        config,
+        files=files,
+        pages=Pages(source, torch.device(device), changes, keeps),
+        attn_implementation=attn_implementation,
+    )
+    if model is None:
+        return load_source(source, revision=revision, attn_implementation=attn_implementation, device=device)
+    return model
+
+
+def paged_model(
+    config: PretrainedConfig, *, files: Sequence[Path], pages: Pages, attn_implementation: str = "sdpa"
+) -> PreTrainedModel | None:
+    """A model whose weights stay in these files; None where its parameters are made of what is in them.
+
+    Args:
+        config: the model's.
+        files: safetensors.
+        pages: new ones; where the model runs, and what it is called.
+        attn_implementation: see transformers.
+
+    Raises:
+        ShearingError: the architecture is not supported, or a weight outside of the layers is not finite.
+    """
+    model = skeleton(config, attn_implementation=attn_implementation, device=pages.device)
+    anatomy_of(model)
+    if (places := places_of(model, files=files)) is None:
+        return None
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(pages.device))
+    pages.open(model, places)
     return model
 
 
@@ -137,7 +209,7 @@ def skeleton(
     placeholders: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            empty = no_weight(parameter, device=torch.device(device))
             setattr(module, name, placeholders.setdefault(id(parameter), nn.Parameter(empty)))
     model.config.use_cache = False
     model.eval()
@@ -145,15 +217,11 @@ def skeleton(
 
 
 def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
-    """Raises `ShearingError` naming the first parameter that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ShearingError(
-                f"source (parameter {name})",
-                value=source,
-                allowed="finite weights",
-                mend="the checkpoint holds NaN or infinity: fetch or convert it again",
-            )
+    """Raises `ShearingError` naming the first parameter that holds NaN or infinity; waits for the device once."""
+    names, finite = zip(*((name, torch.isfinite(each).all()) for name, each in model.named_parameters()), strict=True)
+    for name, is_finite in zip(names, torch.stack(finite).tolist(), strict=True):
+        if not is_finite:
+            raise not_finite(name, source=source)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
+from shearing.models.stored.paged import layers_in_turn
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need, add_products, weigh
@@ -75,7 +76,7 @@ def refit(
     attention_read, attention_write, mlp_norm, mlp_read = named_places(
         family, "attention read", "attention write", "mlp norm", "mlp read"
     )
-    for index, layer in enumerate(decoder_layers(source_model)):
+    for index, layer in enumerate(layers_in_turn(source_model, changing=True)):
         model.set_masks(None)
         dense = [
             run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))

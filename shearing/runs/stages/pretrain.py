@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError, named
@@ -24,7 +26,7 @@ from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start, result_dtype
-from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.source_model import load_to_train, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.training.checkpoints.checkpoints import no_space
@@ -60,9 +62,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     before = {stage: run.read_complete(stage) for stage in recipe.stages[: recipe.stages.index("pretrain")]}
     mixture = context.initial_mixture()
     start = processes.each(lambda: Start.of(context))
-    model = processes.each(
-        lambda: load_whole_or_skeleton(context, source=start.source, revision=start.revision, whole=processes.is_main)
-    )
+    model = processes.each(lambda: load_to_train(context, source=start.source, revision=start.revision))
     if start.masks is not None:
         processes.on_main(partial(require_zeros, start.masks, model=model))
     learned = before.get("prune")
@@ -115,7 +115,10 @@ def pretrain(context: RunContext) -> dict[str, Any]:
 
 def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
     """The source model, whose own losses may be the reference: the one to be trained, or the dense one before it."""
-    return model if start.source == context.recipe.model.source else load_source_model(context)
+    source = context.recipe.model
+    if start.source == source.source:
+        return model
+    return load_to_train(context, source=source.source, revision=source.revision)
 
 
 def _correspondence(context: RunContext) -> Correspondence:
@@ -127,15 +130,19 @@ def _correspondence(context: RunContext) -> Correspondence:
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
     run, lora = context.directory, context.recipe.pretrain.lora
-    model = start.merged(start.restored(ShardedState(trained.checkpoint), lora=lora))
+    state = ShardedState(trained.checkpoint)
     record = {
         "steps": complete["steps"],
         "tokens": complete["tokens"],
         "adapters": None if lora is None else lora.model_dump(mode="json"),
         "versions": environment(context.device),
     }
-    _save_model(model, run=run, start=start, record=record, dtype=result_dtype(context))
-    if (size := None if context.recipe.target is None else context.recipe.target.vocab_size) is not None:
+    size = None if context.recipe.target is None else context.recipe.target.vocab_size
+    model, weights = start.skeleton(), start.weights(state)
+    if lora is not None or size is not None:
+        model, weights = start.merged(start.restored(state, lora=lora)), None
+    _save_model(model, weights, run=run, start=start, record=record, dtype=result_dtype(context))
+    if size is not None:
         cut = _save_with_kept_tokens(model, context=context, size=size, start=start, record=record)
         context.console.print(str(cut), soft_wrap=True, highlight=False)
     run.mark_complete("pretrain", complete)
@@ -182,16 +189,31 @@ def _moments(context: RunContext) -> SavedMoments | None:
 
 
 def _save_model(
-    model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any], dtype: torch.dtype
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]] | None,
+    *,
+    run: RunDirectory,
+    start: Start,
+    record: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
-    """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained."""
+    """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained.
+
+    Args:
+        model: what was trained; a skeleton where there are `weights`.
+        weights: one after the other; None: those of the model.
+        run: of this folder.
+        start: what training began with.
+        record: see `write_trained`.
+        dtype: of the weights in the files.
+    """
     beside = run.path / ".model.partial"
     for folder in (beside, run.model):
         if folder.exists():
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            write_model(model, beside, dtype=dtype)
+            write_model(model, beside, weights=weights, dtype=dtype)
             copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside, source=start.folder, record=record)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.models.loading import load_config, skeleton
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.saving import DTYPES
 from shearing.models.stored.stored_model import dtype_of_weights
@@ -79,6 +80,19 @@ class Start:
             targets=lora.targets,
         )
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, its config as it is stored."""
+        config = load_config(self.source, revision=self.revision)
+        uses_cache = config.use_cache
+        model = skeleton(config)
+        model.config.use_cache = uses_cache
+        return model
+
+    def weights(self, state: ShardedState) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a checkpoint of this model one after the other, fp32 on the CPU."""
+        for name, weight in state.whole(WEIGHT):
+            yield name.removeprefix(PARAMETER_PREFIX), weight
+
     @torch.no_grad()
     def restored(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel | PeftModel:
         """The model with the weights of a checkpoint as training has it, fp32 on the CPU; adapters are beside it."""
@@ -86,8 +100,8 @@ class Start:
             self.source, revision=self.revision, dtype=torch.float32
         )
         adapted = None if lora is None else self.adapt(model, lora=lora, seed=0)
-        for name, weight in state.whole(WEIGHT):
-            model.get_parameter(name.removeprefix(PARAMETER_PREFIX)).copy_(weight)
+        for name, weight in self.weights(state):
+            model.get_parameter(name).copy_(weight)
         return model if adapted is None else adapted
 
     @torch.no_grad()

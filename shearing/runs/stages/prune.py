@@ -5,12 +5,16 @@ Of a stage without steps, the start is what stays: graded, refitted, and cut at 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -18,16 +22,18 @@ from shearing.data.mixture.sampler import Mixture
 from shearing.errors import named
 from shearing.files.durable import write_json
 from shearing.files.full_disk import full_disk_said
-from shearing.files.tensors import write_tensors
+from shearing.files.tensors import write_in_turn, write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.correspondence import Correspondence
-from shearing.models.cutting import compact_moments
+from shearing.models.cutting import cut_config, moments_in_turn
+from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
+from shearing.models.stored.paged import all_at_once
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Scores
-from shearing.pruning.structured.importance.registry import metric_of
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.masking.facts import MASKINGS
@@ -37,7 +43,7 @@ from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
-from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.source_model import load_to_train, reference_losses
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
@@ -45,7 +51,10 @@ from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
-from shearing.training.task import Task
+from shearing.training.task import Callback, Run, Task
+
+REFITTED = ".refitted"
+"""In the folder of mask learning, until training begins: refitted layers of a model that no process holds whole."""
 
 
 @named(COMPONENT_NAMES)
@@ -69,12 +78,11 @@ def prune(context: RunContext) -> dict[str, Any]:
     """
     recipe, run, processes = context.recipe, context.directory, context.processes
     mixture = context.initial_mixture()
+    refitted = run.prune / REFITTED
+    processes.on_main(lambda: _make_folder(run.prune, without=refitted))
     model = processes.each(
-        lambda: load_whole_or_skeleton(
-            context, source=recipe.model.source, revision=recipe.model.revision, whole=processes.is_main
-        )
+        lambda: load_to_train(context, source=recipe.model.source, revision=recipe.model.revision, changes=refitted)
     )
-    processes.on_main(lambda: run.prune.mkdir(parents=True, exist_ok=True))
     reference = processes.on_main(
         lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
     )
@@ -91,12 +99,31 @@ def prune(context: RunContext) -> dict[str, Any]:
         before_first_step=partial(_refit, context, model=masking.model, choice=choice),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
+    task = replace(task, callbacks=(*task.callbacks, _Remove(refitted)))
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
     return processes.on_main(
         said(lambda: _finish(context, model=model, task=task, choice=choice, trained=trained, mixture=mixture))
     )
+
+
+def _make_folder(folder: Path, *, without: Path) -> None:
+    """The folder of the stage, without what a refit that was interrupted has left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(without, ignore_errors=True)
+
+
+class _Remove(Callback):
+    """Removes a folder once the engine has the weights that are in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def start(self, run: Run) -> None:
+        """See `Callback`."""
+        if run.task.processes.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _finish(
@@ -113,11 +140,17 @@ def _finish(
     masks = choice.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if context.recipe.pretrain.carries and (isinstance(choice.target, Shape) or choice.target.uniform):
-        moments = state.moments(prefix=PARAMETER_PREFIX)
-        write_moments(run.moments, compact_moments(model, moments, selection=choice.selection()))
+        selection = choice.selection()
+        bones = skeleton(cut_config(model.config, selection=selection))
+        write_moments(
+            run.moments,
+            moments_in_turn(model.config, state.moments(prefix=PARAMETER_PREFIX), selection=selection),
+            shapes={name: tuple(parameter.shape) for name, parameter in bones.named_parameters()},
+        )
     # A tied weight appears once among the named parameters, as safetensors wants it.
-    weights = {name.removeprefix(PARAMETER_PREFIX): weight for name, weight in state.whole(WEIGHT)}
-    write_tensors(run.prune / "model.safetensors", weights)
+    like = {name.removeprefix(PARAMETER_PREFIX): torch.empty(of, device="meta") for name, of in state.shapes.items()}
+    weights = ((name.removeprefix(PARAMETER_PREFIX), weight) for name, weight in state.whole(WEIGHT))
+    write_in_turn(run.prune / "model.safetensors", like, tensors=weights, metadata={})
     end = task.schedule.total_steps * task.schedule.sequences_per_step
     summary: dict[str, Any] = {
         **_by_figure(choice.summary()),
@@ -165,6 +198,7 @@ def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | No
     evidence, metric = evidence_for(context, metric=name, target=target), metric_of(name)
     work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
     with (
+        nullcontext() if METRICS[name].by_layer else all_at_once(model),
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):

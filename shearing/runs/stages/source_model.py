@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shearing.data.mixture.reference import resolve_reference
 from shearing.errors import named
 from shearing.files.durable import read_json, write_json
-from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.loading import load_paged, load_source
 from shearing.objectives.teacher import teacher_precision
 from shearing.progress import activity
 from shearing.runs.context import RunContext
@@ -19,33 +19,59 @@ from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
+from shearing.training.engines.facts import ENGINES
 
 
-def load_whole_or_skeleton(context: RunContext, *, source: str, revision: str | None, whole: bool) -> PreTrainedModel:
-    """A model with fp32 weights, or without any, which the engine then brings over from the main process.
+def load_to_train(
+    context: RunContext, *, source: str, revision: str | None, changes: Path | None = None
+) -> PreTrainedModel:
+    """A model with fp32 weights that runs on every process, and that the engine then takes over.
+
+    Whole where the engine holds all weights in fp32 on every process. Where it shares them out, or rounds what it holds
+    whole, weights stay in their files until then; see `models.stored.paged`.
 
     Args:
         context: says on which device and with which attention.
         source, revision: of the model.
-        whole: with its weights.
+        changes: folder for layers that are changed before the engine takes over; empty. None: none are.
 
     Raises:
         ShearingError: see `load_source`.
     """
     attention, device = context.recipe.model.attn_implementation, context.device
-    if not whole:
-        return skeleton(load_config(source, revision=revision), attn_implementation=attention, device=device)
-    return load_source(source, revision=revision, attn_implementation=attention, device=device, dtype=torch.float32)
+    if not _shared_out(context):
+        return load_source(source, revision=revision, attn_implementation=attention, device=device)
+    return load_paged(
+        source,
+        revision=revision,
+        attn_implementation=attention,
+        device=device,
+        changes=changes,
+        keeps=context.processes.is_main,
+    )
+
+
+def _shared_out(context: RunContext) -> bool:
+    training = context.recipe.training
+    stage = ENGINES[training.engine].holds_as
+    if stage is None:
+        stage = training.deepspeed.zero_stage
+    return stage == 3 or (stage > 0 and context.precision == torch.bfloat16)
 
 
 def load_source_model(context: RunContext) -> PreTrainedModel:
-    """The source model itself, whole.
+    """The source model itself, whole and in fp32.
 
     Raises:
         ShearingError: see `load_source`.
     """
     source = context.recipe.model
-    return load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True)
+    return load_source(
+        source.source,
+        revision=source.revision,
+        attn_implementation=source.attn_implementation,
+        device=context.device,
+    )
 
 
 @named(TEACHER_NAMES)

@@ -15,14 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
-from shearing.files.tensors import write_tensors
+from shearing.files.tensors import Entry, read_header, read_range, write_in_turn, write_tensors
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
 
 WEIGHT = "weight"
@@ -114,17 +113,17 @@ class ShardedState:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
-        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._pieces: dict[str, list[tuple[int, Path, Entry]]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
         steps = set()
-        for file in self._files:
-            saved = json.loads(file.metadata()[_SAVED])
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            entries, metadata = read_header(path)
+            saved = json.loads(metadata[_SAVED])
             steps.add(saved[STEP])
             self.shapes |= {name: tuple(shape) for name, shape in saved["shapes"].items()}
-            for piece in file.keys():  # noqa: SIM118  not a dict
+            for piece, entry in entries.items():
                 whole, _, start = piece.rpartition("@")
-                self._pieces[whole].append((int(start), file.get_slice(piece).get_shape()[0], file, piece))
+                self._pieces[whole].append((int(start), path, entry))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
         if len(steps) != 1:
@@ -145,10 +144,10 @@ class ShardedState:
         """
         found: list[Tensor] = []
         position, end = start, start + numel
-        for first, count, file, piece in self._pieces.get(f"{kind}/{name}", []):
-            if first <= position < min(end, first + count):
-                stop = min(end, first + count)
-                found.append(file.get_slice(piece)[position - first : stop - first])
+        for first, path, entry in self._pieces.get(f"{kind}/{name}", []):
+            stop = min(end, first + entry.numel)
+            if first <= position < stop:
+                found.append(read_range(path, entry, start=position - first, numel=stop - position))
                 position = stop
         if position < end:
             raise ShearingError(
@@ -157,7 +156,7 @@ class ShardedState:
                 allowed="all shards of the checkpoint",
                 mend="remove this checkpoint; the one before it is used",
             )
-        return torch.cat(found) if found else torch.empty(0)
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and its whole tensor of one kind, on the CPU."""
@@ -233,30 +232,34 @@ class SavedMoments:
     """
 
     def __init__(self, path: Path, *, prefix: str = "") -> None:
-        self._file, self._prefix = safe_open(path, framework="pt"), prefix
+        self._path, self._prefix = path, prefix
+        self._entries, _ = read_header(path)
         self.kinds = frozenset(MOMENTS)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.step = 0.0
-        for tensor in self._file.keys():  # noqa: SIM118  not a dict
+        for tensor, entry in self._entries.items():
             kind, name = tensor.split("/", 1)
             if kind == MOMENTS[0]:
-                self.shapes[prefix + name] = tuple(self._file.get_slice(tensor).get_shape())
+                self.shapes[prefix + name] = entry.shape
             elif kind == STEP:
-                self.step = max(self.step, float(self._file.get_tensor(tensor)))
+                self.step = max(self.step, float(read_range(path, entry)))
 
     def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
         """See `SavedState.read`."""
-        if not numel:
-            return torch.empty(0)
-        row = int(torch.Size(self.shapes[name][1:]).numel())
-        first, last = start // row, -(-(start + numel) // row)
-        rows = self._file.get_slice(f"{kind}/{name.removeprefix(self._prefix)}")[first:last]
-        values: Tensor = rows.reshape(-1)[start - first * row :][:numel]
-        return values
+        entry = self._entries[f"{kind}/{name.removeprefix(self._prefix)}"]
+        return read_range(self._path, entry, start=start, numel=numel)
 
 
-def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write AdamW state by kind and parameter to one file with keys `KIND/PARAMETER`."""
-    write_tensors(
-        path, {f"{kind}/{name}": value for kind, of_kind in moments.items() for name, value in of_kind.items()}
-    )
+def write_moments(
+    path: Path, moments: Iterable[tuple[str, str, Tensor]], *, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Write AdamW state to one file with keys `KIND/PARAMETER`; only one tensor has to exist at a time.
+
+    Args:
+        path: file to write.
+        moments: kind, parameter and tensor, in any order: moments and the step count of all parameters.
+        shapes: of the parameters.
+    """
+    like = {f"{kind}/{name}": torch.empty(shape, device="meta") for kind in MOMENTS for name, shape in shapes.items()}
+    like |= {f"{STEP}/{name}": torch.empty((), device="meta") for name in shapes}
+    write_in_turn(path, like, tensors=((f"{kind}/{name}", value) for kind, name, value in moments), metadata={})

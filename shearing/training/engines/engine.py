@@ -62,7 +62,11 @@ class Engine(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
 
-        The main process's weights are taken. On the others they may be placeholders (see `models.loading.skeleton`).
+        Weights that are in files are read there, by each process what it will hold (see `models.stored.paged`). Of all
+        else the main process's are taken; on the others they may be placeholders (see `models.loading.skeleton`).
+
+        Raises:
+            ShearingError: a weight that is not finite.
         """
         ...
 

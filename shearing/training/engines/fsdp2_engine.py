@@ -11,7 +11,7 @@ optimiser, with the same kernel, as that of the other engines.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,14 @@ from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import decoder_layers
+from shearing.models.stored.paged import Stored, stop_paging
 from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
+    fill_from_files,
     fill_moments,
     load_pieces,
     materialise,
@@ -116,11 +118,14 @@ class Fsdp2Engine:
         self._processes.require_group(self.device)
         materialise(model.buffers(), device=self.device, processes=self._processes)
         layers = decoder_layers(model.model) if isinstance(model, Objective) else ()
-        self._cut_up([*layers, model])
+        places = stop_paging(model)
+        by_name = {name: places[parameter] for name, parameter in model.named_parameters() if parameter in places}
+        self._cut_up([*layers, model], places=places)
         self._held = {name: self._held_of(parameter) for name, parameter in model.named_parameters()}
         self._trained = [held for held in self._held.values() if held.cut.requires_grad]
         trained = [held.own for held in self._trained if held.own.numel()]
         self._optimizer = adamw(trained, optimization=self._optimization)
+        fill_from_files(self._pieces(), by_name, processes=self._processes)
         start_state(self._optimizer)
         return model
 
@@ -196,15 +201,19 @@ class Fsdp2Engine:
         self._optimizer.param_groups.clear()
         self._units, self._held, self._trained, self._zeros = [], {}, [], None
 
-    def _cut_up(self, units: Sequence[nn.Module]) -> None:
-        """Bring the main process's weights over and share them out: a layer at a time, then all that is left."""
+    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[nn.Parameter, Stored]) -> None:
+        """Share out the weights: a layer at a time, then all that is left; those that are in files come later."""
         products = torch.bfloat16 if self._precision == torch.bfloat16 else None
         everyone = dist.group.WORLD
         assert everyone is not None
         mesh = DeviceMesh.from_group(everyone, self.device.type)
         for unit in units:
             whole = [parameter for parameter in unit.parameters() if not _is_cut(parameter)]
-            materialise(whole, device=self.device, processes=self._processes)
+            for parameter in whole:
+                if parameter in places:  # what is cut up is room for it
+                    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            in_memory = [parameter for parameter in whole if parameter not in places]
+            materialise(in_memory, device=self.device, processes=self._processes)
             outer = unit is units[-1]
             fully_shard(
                 unit,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import Self
 
+from shearing.models.stored.paged import stop_paging
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import Piece, SavedState
@@ -61,7 +62,9 @@ class TorchEngine:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""
-        materialise((*model.parameters(), *model.buffers()), device=self.device, processes=self._processes)
+        places = stop_paging(model)
+        tensors = (*model.parameters(), *model.buffers())
+        materialise(tensors, device=self.device, processes=self._processes, places=places)
         self._parameters = dict(model.named_parameters())
         trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         self._optimizer = adamw(trained, optimization=self._optimization)

@@ -30,7 +30,8 @@ def _moments() -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> SavedMoments:
-    write_moments(tmp_path / "moments.safetensors", _moments())
+    moments = ((kind, name, moment) for kind, of_kind in _moments().items() for name, moment in of_kind.items())
+    write_moments(tmp_path / "moments.safetensors", moments, shapes=SHAPES)
     return SavedMoments(tmp_path / "moments.safetensors", prefix="model.")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from shearing.errors import ShearingError
 from shearing.files.durable import write_json
 from shearing.files.tensors import read_header, read_tensors
+from shearing.models.stored.paged import weight_in
 from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, masks_file, read_masks
 
@@ -61,7 +62,7 @@ def require_zeros(masks: Path, *, model: nn.Module) -> None:
     """
     require_masks_fit(masks, model=model)
     for name, mask in read_masks(masks):
-        weight = model.get_parameter(name)
+        weight = weight_in(model, name)
         if wrong := int((weight.ne(0) & ~mask.to(weight.device)).sum()):
             raise _not_of_this_model(
                 masks, found=f"{wrong} weights of {name} that the mask drops are not 0", allowed="0 wherever it drops"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.shape import Shape
+from shearing.models.stored.paged import layers_in_turn
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import named_places, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
@@ -191,7 +192,7 @@ class Reconstruction:
         places = named_places(family, "attention write", "mlp norm", "mlp write")
         streams, calls = first_inputs(model, evidence.text)
         with ActivationRecorder.listening(model) as recorder:
-            for index, layer in enumerate(decoder_layers(model)):
+            for index, layer in enumerate(layers_in_turn(model)):
                 writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
                 heads, units = (_statistics_for(write) for write in writes)
                 for batch, of_layers in enumerate(calls):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of
 from shearing.models.families.axes import HIDDEN, Unit
 from shearing.models.shape import Shape
+from shearing.models.stored.paged import layers_in_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def unit_sums(
         parameter = outside.get(name)
         if parameter is not None and parameter.ndim == 2:
             hidden += of_vector(of(parameter).sum(1 - axes.index(HIDDEN)))
-    for layer in decoder_layers(model):
+    for layer in layers_in_turn(model):
         parameters = dict(layer.named_parameters())
         by_unit: dict[Unit, Tensor] = {
             "query_heads": torch.zeros(source.num_attention_heads * dh, dtype=torch.float64),
