@@ -238,7 +238,7 @@ def weight_in(model: nn.Module, name: str) -> Tensor:
     return parameter if stored is None else stored.read(dtype=parameter.dtype).view(parameter.shape)
 
 
-def stop_paging(model: nn.Module) -> dict[nn.Parameter, Stored]:
+def stop_paging(model: nn.Module) -> dict[Tensor, Stored]:
     """Make a model that is paged a skeleton for good; returns where the weights of its parameters are, if it was one.
 
     Args:
@@ -248,7 +248,9 @@ def stop_paging(model: nn.Module) -> dict[nn.Parameter, Stored]:
     if pages is None:
         return {}
     pages.close()
-    found = {parameter: stored for parameter in model.parameters() if (stored := stored_of(parameter)) is not None}
+    found: dict[Tensor, Stored] = {
+        parameter: stored for parameter in model.parameters() if (stored := stored_of(parameter)) is not None
+    }
     for parameter in found:
         delattr(parameter, _STORED)
     return found

@@ -138,9 +138,11 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
         "versions": environment(context.device),
     }
     size = None if context.recipe.target is None else context.recipe.target.vocab_size
-    model, weights = start.skeleton(), start.weights(state)
+    weights: Iterable[tuple[str, Tensor]] | None = None
     if lora is not None or size is not None:
-        model, weights = start.merged(start.restored(state, lora=lora)), None
+        model = start.merged(start.restored(state, lora=lora))
+    else:
+        model, weights = start.skeleton(), start.weights(state)
     _save_model(model, weights, run=run, start=start, record=record, dtype=result_dtype(context))
     if size is not None:
         cut = _save_with_kept_tokens(model, context=context, size=size, start=start, record=record)

@@ -201,7 +201,7 @@ class Fsdp2Engine:
         self._optimizer.param_groups.clear()
         self._units, self._held, self._trained, self._zeros = [], {}, [], None
 
-    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[nn.Parameter, Stored]) -> None:
+    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[Tensor, Stored]) -> None:
         """Share out the weights: a layer at a time, then all that is left; those that are in files come later."""
         products = torch.bfloat16 if self._precision == torch.bfloat16 else None
         everyone = dist.group.WORLD
