@@ -4,7 +4,9 @@
 
 A random model, stored in bf16, goes through mask learning (loaded, reference losses, ranked, refitted, shared out,
 trained, saved), is cut, trained on and evaluated, by the stages of a run as they are, on several processes over gloo.
-Text is as little as will do: activations are next to nothing, so what is measured is where weights are.
+Text is as little as will do: activations are next to nothing, so what is measured is where weights are. Buffers whose
+sizes are fixed numbers, made for models of billions, are set to what they are of such a model; FSDP2 sums gradients
+after each micro-batch (`training.fsdp2.sum_gradients: micro_batch`), or every process would add up whole ones.
 
 What a process holds is sampled from outside, 200 times a second: memory that is its own (no pages of files), less what
 it had when it began to load. Its *share* is what the engine's steps cannot do without: weights, gradients and two
@@ -50,6 +52,14 @@ from shearing.models.shape import Shape
 from shearing.models.stored.saving import write_model
 
 MODELS: Mapping[str, dict[str, Any]] = {
+    "8M": {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
     "34M": {
         "vocab_size": 8192,
         "hidden_size": 512,
@@ -62,7 +72,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "hidden_size": 1536,
         "intermediate_size": 4096,
-        "num_hidden_layers": 16,
+        "num_hidden_layers": 14,
         "num_attention_heads": 12,
         "num_key_value_heads": 12,
     },
@@ -75,11 +85,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "num_key_value_heads": 16,
     },
 }
-ENGINES: Mapping[str, dict[str, Any]] = {
-    "fsdp2": {"engine": "fsdp2"},
-    "zero3": {"engine": "deepspeed", "deepspeed": {"zero_stage": 3}},
-    "torch": {"engine": "torch"},
-}
+ENGINES = ("fsdp2", "zero3", "torch")
 STEPS: Mapping[str, str] = {
     "shearing.runs.stages.prune:load_to_train": "load",
     "shearing.runs.stages.prune:reference_losses": "reference losses",
@@ -137,6 +143,22 @@ def write_inputs(folder: Path, config: LlamaConfig) -> None:
     writer.finish()
 
 
+def num_parameters(model: Mapping[str, Any]) -> int:
+    """Of all of a model; embedding and head are two."""
+    return Shape.of(LlamaConfig(**model, tie_word_embeddings=False)).num_parameters()
+
+
+def training_of(engine: str, *, parameters: int) -> dict[str, Any]:
+    """The section of a recipe."""
+    if engine != "zero3":
+        return {"engine": engine, "fsdp2": {"sum_gradients": "micro_batch"}}
+    buffer = parameters // 32  # of 7B, what DeepSpeed and its section here have for every model
+    sizes = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    live = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), parameters // 8)
+    zero = {**dict.fromkeys(sizes, buffer), **live}
+    return {"engine": "deepspeed", "deepspeed": {"zero_stage": 3, "config": {"zero_optimization": zero}}}
+
+
 def recipe_of(inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: str, processes: int) -> dict[str, Any]:
     """Two steps of each stage, to half of the layers and of everything in them."""
     stage = {
@@ -157,7 +179,8 @@ def recipe_of(inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: 
         "mixture": {"interval": "2 steps", "pretrain_interval": "2 steps", "heldout_tokens": 32},
         "prune": {**stage, "initial_masks": "activations", "calibration_tokens": 64, "freeze": "1 step"},
         "pretrain": stage,
-        "training": {"precision": "fp32", "device": "cpu", "memory_check": "warn", **ENGINES[engine]},
+        "training": {"precision": "fp32", "device": "cpu", "memory_check": "warn"}
+        | training_of(engine, parameters=num_parameters(model)),
         "evaluation": {"tokens_per_domain": 32, "baselines": [], "speed": False, "generation": {"prompts": 0}},
     }
 
@@ -259,9 +282,11 @@ def _own_bytes(status: Path) -> int:
 def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -> dict[str, Any]:
     """One run on fresh processes."""
     config = MODELS[model]
-    parameters = Shape.of(LlamaConfig(**config)).num_parameters()
+    parameters = num_parameters(config)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*sorted({place.partition(":")[0] for place in STEPS}), "deepspeed"])
+    context.set_forkserver_preload(
+        sorted({place.partition(":")[0] for place in STEPS} | ({"deepspeed"} if engine == "zero3" else set()))
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -298,7 +323,7 @@ def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -
 
 def no_room(model: str, size: int) -> str | None:
     """Why a run is left out; None: it is not."""
-    parameters = Shape.of(LlamaConfig(**MODELS[model])).num_parameters()
+    parameters = num_parameters(MODELS[model])
     wanted = 1.5 * BYTES_OF_PARAMETER * parameters + size * 0.5e9
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

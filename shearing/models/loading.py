@@ -17,7 +17,8 @@ from shearing.models.families import FAMILIES
 from shearing.models.place import folder_here, require_place
 from shearing.models.stored import headers
 from shearing.models.stored.companions import folder_of
-from shearing.models.stored.paged import Pages, no_weight, not_finite, places_of
+from shearing.models.stored.paged import Pages
+from shearing.models.stored.places import give_places, no_weight, not_finite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -158,7 +159,8 @@ def load_paged(
     model = paged_model(
         config,
         files=files,
-        pages=Pages(source, torch.device(device), changes, keeps),
+        source=source,
+        pages=Pages(torch.device(device), changes, keeps),
         attn_implementation=attn_implementation,
     )
     if model is None:
@@ -167,14 +169,15 @@ def load_paged(
 
 
 def paged_model(
-    config: PretrainedConfig, *, files: Sequence[Path], pages: Pages, attn_implementation: str = "sdpa"
+    config: PretrainedConfig, *, files: Sequence[Path], source: str, pages: Pages, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel | None:
     """A model whose weights stay in these files; None where its parameters are made of what is in them.
 
     Args:
         config: the model's.
         files: safetensors.
-        pages: new ones; where the model runs, and what it is called.
+        source: what the model is called.
+        pages: new ones; where the model runs.
         attn_implementation: see transformers.
 
     Raises:
@@ -182,12 +185,12 @@ def paged_model(
     """
     model = skeleton(config, attn_implementation=attn_implementation, device=pages.device)
     anatomy_of(model)
-    if (places := places_of(model, files=files)) is None:
+    if not give_places(model, files=files, source=source):
         return None
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(pages.device))
-    pages.open(model, places)
+    pages.open(model)
     return model
 
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from shearing.cli.frame import app
 from shearing.files import tensors as tensor_files
 from shearing.files.durable import read_json, write_json
+from shearing.models.stored import saving
 from shearing.processes import processes
 from shearing.training import trackers
 from shearing.training.engines.deepspeed_config import OWNED
@@ -236,6 +237,8 @@ DAMAGES: dict[str, Callable[[Place], object]] = {
 
 def _on_full_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_files, "save_file", _full)
+    for module in (tensor_files, saving):
+        patch.setattr(module, "opened_in_turn", _full)
 
 
 def _full(*_: Any, **__: Any) -> None:

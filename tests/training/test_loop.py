@@ -235,17 +235,17 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
-    save_file, saves = tensor_files.save_file, 0
+    open_file, saves = tensor_files.opened_in_turn, 0
 
-    def full(*arguments: Any, **keywords: Any) -> None:
+    def full(path: Path, *arguments: Any, **keywords: Any) -> Any:
         nonlocal saves
-        saves += "shard-" in str(arguments[1])
+        saves += "shard-" in str(path)
         if saves > 1:
             raise OSError(28, "No space left on device")
-        save_file(*arguments, **keywords)
+        return open_file(path, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "save_file", full)
+        patch.setattr(tensor_files, "opened_in_turn", full)
         with pytest.raises(ShearingError, match="free space"):
             _prune(recipe)
     checkpoints = tmp_path / "run" / "prune" / "checkpoints"

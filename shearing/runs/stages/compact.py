@@ -156,7 +156,6 @@ def _relative_difference(
 
 
 def _opened(config: PretrainedConfig, files: Sequence[Path]) -> PreTrainedModel:
-    pages = Pages(str(files[0]), torch.device("cpu"))
-    model = paged_model(config, files=files, pages=pages)
+    model = paged_model(config, files=files, source=str(files[0].parent), pages=Pages(torch.device("cpu")))
     assert model is not None, "what was written here has every parameter"
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -98,6 +99,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console)
+    gc.collect()  # as after mask learning
 
     num_samples = task.schedule.total_steps * task.schedule.sequences_per_step
     end = first + num_samples

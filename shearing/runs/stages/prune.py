@@ -5,6 +5,7 @@ Of a stage without steps, the start is what stays: graded, refitted, and cut at 
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -103,6 +104,7 @@ def prune(context: RunContext) -> dict[str, Any]:
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
+    gc.collect()  # an engine that refers to itself would be there until Python comes to it
     return processes.on_main(
         said(lambda: _finish(context, model=model, task=task, choice=choice, trained=trained, mixture=mixture))
     )

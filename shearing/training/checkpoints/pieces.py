@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
-from shearing.files.tensors import Entry, read_header, read_range, write_in_turn, write_tensors
+from shearing.files.tensors import Entry, read_header, read_range, write_in_turn
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
 
 WEIGHT = "weight"
@@ -77,7 +77,7 @@ class SavedState(Protocol):
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerprints:
-    """Write this process's pieces to one safetensors file; returns their fingerprints.
+    """Write this process's pieces to one safetensors file, one after the other; returns their fingerprints.
 
     Args:
         path: the file.
@@ -85,14 +85,15 @@ def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerp
         step: AdamW's step count, the same for all parameters.
     """
     held = list(pieces)
-    tensors = {
-        # The parts of one flat tensor share its storage, which the format does not allow: copies, on the host.
-        f"{kind}/{piece.name}@{piece.start}": value.detach().to("cpu", copy=True)
-        for piece in held
-        for kind, value in piece.values.items()
-    }
+    values = {f"{kind}/{piece.name}@{piece.start}": each for piece in held for kind, each in piece.values.items()}
     shapes = {piece.name: piece.shape for piece in held}
-    write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(step), "shapes": shapes})})
+    write_in_turn(
+        path,
+        {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in values.items()},
+        # Copies: memory that has once been lent to numpy can never be given back by an engine that closes.
+        tensors=((name, value.detach().to("cpu", copy=True)) for name, value in values.items()),
+        metadata={_SAVED: json.dumps({STEP: float(step), "shapes": shapes})},
+    )
     return fingerprints(held)
 
 

@@ -28,7 +28,8 @@ from torch.nn.utils import get_total_norm
 from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
-from shearing.models.stored.paged import Stored, stop_paging
+from shearing.models.stored.paged import stop_paging
+from shearing.models.stored.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
@@ -223,7 +224,7 @@ class DeepSpeedEngine:
     # -- placement -------------------------------------------------------------------------------------------------
 
     def _place(
-        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Stored]
+        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Place]
     ) -> dict[str, Tensor]:
         """Bring weights to the devices, cut up for ZeRO-3; returns the buffers as they are."""
         if self._stage < 3:
@@ -236,7 +237,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _cut_up(
-        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Stored]
+        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Place]
     ) -> None:
         """ZeRO-3: one module's weights at a time exist whole; DeepSpeed hands out those of the main process."""
         dtype = torch.bfloat16 if self._low_precision else torch.float32
@@ -265,7 +266,7 @@ class DeepSpeedEngine:
                 if self._processes.size > 1:
                     dist.broadcast(buffer.data, src=0)
 
-    def _originals(self, model: nn.Module, *, places: Mapping[Tensor, Stored]) -> dict[str, Tensor]:
+    def _originals(self, model: nn.Module, *, places: Mapping[Tensor, Place]) -> dict[str, Tensor]:
         """The main process's fp32 weights on the host: DeepSpeed makes its master weights from rounded ones."""
         if not self._processes.is_main:
             return {}
@@ -276,7 +277,7 @@ class DeepSpeedEngine:
         }
 
     @torch.no_grad()
-    def _restore_precision(self, originals: Mapping[str, Tensor], *, places: Mapping[Tensor, Stored]) -> None:
+    def _restore_precision(self, originals: Mapping[str, Tensor], *, places: Mapping[Tensor, Place]) -> None:
         if not self._low_precision:
             return
         by_name = {name: places[parameter] for name, parameter in self._parameters.items() if parameter in places}

@@ -27,7 +27,8 @@ from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import decoder_layers
-from shearing.models.stored.paged import Stored, stop_paging
+from shearing.models.stored.paged import stop_paging
+from shearing.models.stored.places import Place
 from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
@@ -201,7 +202,7 @@ class Fsdp2Engine:
         self._optimizer.param_groups.clear()
         self._units, self._held, self._trained, self._zeros = [], {}, [], None
 
-    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[Tensor, Stored]) -> None:
+    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[Tensor, Place]) -> None:
         """Share out the weights: a layer at a time, then all that is left; those that are in files come later."""
         products = torch.bfloat16 if self._precision == torch.bfloat16 else None
         everyone = dist.group.WORLD

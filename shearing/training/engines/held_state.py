@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError, key
-from shearing.models.stored.paged import Stored
+from shearing.models.stored.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
 from shearing.training.checkpoints.pieces import (
@@ -39,7 +39,7 @@ def materialise(
     *,
     device: torch.device,
     processes: Processes,
-    places: Mapping[Tensor, Stored] | None = None,
+    places: Mapping[Tensor, Place] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Put weights or buffers on the device: from their files, or the main process's on all processes.
@@ -52,10 +52,10 @@ def materialise(
         dtype: of what is read; None: that of the tensor.
 
     Raises:
-        ShearingError: see `Stored.read`.
+        ShearingError: see `Place.read`.
     """
     in_memory: list[Tensor] = []
-    stored: list[tuple[Tensor, Stored]] = []
+    stored: list[tuple[Tensor, Place]] = []
     for tensor in tensors:
         place = None if places is None else places.get(tensor)
         if place is None:
@@ -73,13 +73,13 @@ def materialise(
             dist.broadcast(tensor.data, src=0)
 
 
-def _read(stored: Iterable[tuple[Tensor, Stored]], *, device: torch.device, dtype: torch.dtype | None) -> None:
+def _read(stored: Iterable[tuple[Tensor, Place]], *, device: torch.device, dtype: torch.dtype | None) -> None:
     for tensor, place in stored:
         tensor.data = place.read(device=device, dtype=dtype or tensor.dtype).view(tensor.shape)
 
 
 @torch.no_grad()
-def fill_from_files(pieces: Iterable[Piece], places: Mapping[str, Stored], *, processes: Processes) -> None:
+def fill_from_files(pieces: Iterable[Piece], places: Mapping[str, Place], *, processes: Processes) -> None:
     """Fill the weights that this process holds from the files of the model.
 
     Args:
@@ -88,7 +88,7 @@ def fill_from_files(pieces: Iterable[Piece], places: Mapping[str, Stored], *, pr
         processes: all of which call this.
 
     Raises:
-        ShearingError: see `Stored.read`.
+        ShearingError: see `Place.read`.
     """
 
     def fill_own() -> None:

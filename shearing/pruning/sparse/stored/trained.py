@@ -13,7 +13,7 @@ from torch import nn
 from shearing.errors import ShearingError
 from shearing.files.durable import write_json
 from shearing.files.tensors import read_header, read_tensors
-from shearing.models.stored.paged import weight_in
+from shearing.models.stored.places import weight_in
 from shearing.pruning.sparse.stored.manifest import MANIFEST, file_entries, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME as MASKS, mask_shapes, masks_file, read_masks
 
