@@ -185,3 +185,17 @@ class TrainingRecipe(Section):
     timeout: Neutral[Positive] = Field(
         1800.0, description="Seconds that a process waits for the others in one exchange."
     )
+
+    @property
+    def holds_as(self) -> int:
+        """The stage of ZeRO that shares out what the engine shares out."""
+        holds_as = ENGINES[self.engine].holds_as
+        return self.deepspeed.zero_stage if holds_as is None else holds_as
+
+    def holds_all_in_fp32(self, *, bf16: bool) -> bool:
+        """Whether every process has all weights in fp32, as it then does from the start; else they come from files.
+
+        Args:
+            bf16: whether products are.
+        """
+        return self.holds_as == 0 or (self.holds_as < 3 and not bf16)

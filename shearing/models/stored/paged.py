@@ -102,6 +102,7 @@ class Pages:
     def _leave(self, layer: nn.Module, *_: Any) -> None:
         if layer not in self._held:
             self._let_go(*layer.parameters())
+            torch.clear_autocast_cache()  # it would keep a copy of every weight until a whole pass over text ends
 
     def _fetch(self, *parameters: nn.Parameter) -> None:
         for parameter in parameters:

@@ -17,6 +17,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit_cost
+from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.planning.plan import RunPlan, StagePlan, num_domains
@@ -70,12 +71,15 @@ def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
 
 def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     for stage in made.stages:
-        held = _fp32(stage.shape) + _copies(stage.shape, made=made)
+        held = loaded(stage.shape, recipe=recipe, made=made)
+        if held == _fp32(stage.shape):
+            held += _copies(stage.shape, made=made)
         heard = stage.listening
         yield Phase(
             what=f"{stage.stage}: load",
-            processes=1,
-            memory=_fp32(stage.shape) + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
+            processes=made.hardware.processes,
+            memory=loaded(stage.shape, recipe=recipe, made=made)
+            + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
         if stage is made.stages[0]:
@@ -87,7 +91,7 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             yield Phase(
                 what="cut",
                 processes=1,
-                host=_fp32(stage.shape) + _fp32(made.target),
+                host=one_layer(stage.shape),  # of its check, which has one model after the other
                 disk=_fp32(stage.shape) + _fp32(made.target),
             )
     yield from _evaluation(recipe, made=made)
@@ -119,7 +123,7 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
         yield Phase(
             what=f"prune: importance ({METRICS[name].title})",
             processes=1,
-            memory=held,
+            memory=held if METRICS[name].by_layer else _fp32(made.source) + _copies(made.source, made=made),
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:

@@ -19,7 +19,6 @@ from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
-from shearing.training.engines.facts import ENGINES
 
 
 def load_to_train(
@@ -39,7 +38,7 @@ def load_to_train(
         ShearingError: see `load_source`.
     """
     attention, device = context.recipe.model.attn_implementation, context.device
-    if not _shared_out(context):
+    if context.recipe.training.holds_all_in_fp32(bf16=context.precision == torch.bfloat16):
         return load_source(source, revision=revision, attn_implementation=attention, device=device)
     return load_paged(
         source,
@@ -49,14 +48,6 @@ def load_to_train(
         changes=changes,
         keeps=context.processes.is_main,
     )
-
-
-def _shared_out(context: RunContext) -> bool:
-    training = context.recipe.training
-    stage = ENGINES[training.engine].holds_as
-    if stage is None:
-        stage = training.deepspeed.zero_stage
-    return stage == 3 or (stage > 0 and context.precision == torch.bfloat16)
 
 
 def load_source_model(context: RunContext) -> PreTrainedModel:

@@ -211,7 +211,12 @@ class DeepSpeedEngine:
         """See `Engine.close`."""
         if self._engine is None:
             return
+        zero = self._engine.optimizer
         self._engine.destroy()
+        if self._stage > 0:
+            # Hooks of the parameters lead to it for as long as there is a model, and it holds master weights.
+            self._engine.optimizer = None
+            vars(zero).clear()
         if self._stage == 3:
             _empty(self._parameters.values())
         elif self._stage > 0:
