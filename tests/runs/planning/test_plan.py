@@ -301,6 +301,7 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     tokens = 7 * (50 * 32 * 3 // (10 * 7)) * 4096
     per_token = 2 * (6_738_415_616 - 32000 * 4096) + 2 * 32 * 4096 * 4096
     assert reference.seconds == pytest.approx(per_token * tokens / speed)
-    assert found["prune: load"].memory == 4 * 6_738_415_616
+    # Embedding, head, final norm and a layer: no process loads more where weights are shared out, or kept in bf16.
+    assert found["prune: load"].memory == 4 * (2 * 32000 * 4096 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0
