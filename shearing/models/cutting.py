@@ -21,6 +21,7 @@ from shearing.models.families.axes import Axes, Unit
 from shearing.models.families.norms import Norm
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
+from shearing.models.stored.on_demand import weights_by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +131,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     into the embedding and divided out of the final norm's gain, so that the head reads what it read before.
 
     Args:
-        model: plain source model (release a `MaskedModel` first); not changed.
+        model: plain source model (release a `MaskedModel` first); not changed. Its weights may come on demand.
         masks: values of the units; those outside the selection must be zero.
         selection: the units to keep.
 
@@ -143,7 +144,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     source = Shape.of(model.config)
     target = selection.shape(source)
     config = config_for(model.config, shape=target, attention_layers=[a for a, _ in selection.layers])
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = weights_by_name(model)
     state = _cut_all(family, weights, masks, selection, source)
     scale = _embedding_scale(source, target)
     if masks.hidden is not None or scale != 1.0:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import skeleton
+from shearing.models.stored.passing import Call, layer_calls
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.text import Calibration
-from shearing.pruning.calibration.walk import Call, layer_calls, run_layer
+from shearing.pruning.calibration.walk import run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,12 +5,14 @@ Of a stage without steps, the start is what stays: graded, refitted, and cut at 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -36,8 +38,8 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
-from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores, refit_from_files
+from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses, source_to_read
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
@@ -75,11 +77,14 @@ def prune(context: RunContext) -> dict[str, Any]:
         )
     )
     processes.on_main(lambda: run.prune.mkdir(parents=True, exist_ok=True))
-    reference = processes.on_main(
-        lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
+    reference = reference_losses(
+        context,
+        stage="prune",
+        source=lambda: source_to_read(context, whole=lambda: model),
+        path=run.prune / "reference.json",
     )
     said = full_disk_said(lambda: no_space(run.prune))
-    path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
+    path = _initial_scores(context, whole=model)
     masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
     task = task_of(
         context,
@@ -88,7 +93,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        before_first_step=partial(_refit, context, model=masking.model, choice=choice),
+        before_first_step=partial(_refit, context, whole=masking.model, choice=choice),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
 
@@ -154,36 +159,51 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
     )
 
 
-def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
-    """File with what grades the initial masks, measured once per run; None where they start open."""
-    name, wanted = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target
+def _initial_scores(context: RunContext, *, whole: PreTrainedModel) -> Path | None:
+    """File with what grades the initial masks, measured once per run by all processes; None where they start open."""
+    name, wanted, processes = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target, context.processes
     if name is None:
         return None
-    target = None if wanted.parameters is not None else resolve_target(wanted, source=model.config)
-    if kept_scores(context, metric=name, target=target) is not None:
+    target = None if wanted.parameters is not None else resolve_target(wanted, source=whole.config)
+    if processes.on_main(lambda: kept_scores(context, metric=name, target=target) is not None):
         return context.directory.prune / START_SCORES
     evidence, metric = evidence_for(context, metric=name, target=target), metric_of(name)
-    work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
+    work = metric.units_of_work(Shape.of(whole.config), evidence=evidence)
+    model = source_to_read(context, whole=lambda: whole)
     with (
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):
         scores = metric.scores(model, evidence=evidence, advance=advance)
-    return keep_scores(context, scores, metric=name, target=target)
+    said = full_disk_said(lambda: no_space(context.directory.prune))
+    return processes.on_main(said(lambda: keep_scores(context, scores, metric=name, target=target)))
 
 
-def _refit(context: RunContext, *, model: MaskedModel, choice: MaskLearner | Removal) -> None:
-    """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
+def _refit(context: RunContext, *, whole: MaskedModel, choice: MaskLearner | Removal) -> None:
+    """Refits the weights that stay to make up for what the masks close from the start, if they close anything.
+
+    Several processes refit what they read from the files; the main one's model, from which the engine takes its
+    weights, then has the result.
+    """
     if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
-    layers = model.model.config.num_hidden_layers
+    layers = whole.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
-        refit(
-            model,
-            masks=choice.final_masks(),
-            batches=context.calibration_batches(),
-            advance=advance,
-        )
+        if context.processes.size == 1:
+            refit(whole, masks=choice.final_masks(), batches=context.calibration_batches(), advance=advance)
+            return
+        folder = context.directory.prune / "refitted"
+        refit_from_files(context, masks=choice.final_masks(), folder=folder, advance=advance)
+    context.processes.on_main(partial(_take, whole.model, folder))
+
+
+def _take(model: PreTrainedModel, folder: Path) -> None:
+    """Replace weights of a model by those in a folder, which is gone then."""
+    with torch.no_grad():
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, weight in load_file(path).items():
+                model.get_parameter(name).copy_(weight)
+    shutil.rmtree(folder)
 
 
 def _masking(
