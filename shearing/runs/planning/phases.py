@@ -103,7 +103,7 @@ def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase
     if domains is not None:
         tokens = domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
         flops = forward_flops_per_token(stage.shape, sequence_length=length) * tokens
-    yield Phase(what=f"{stage.stage}: reference losses", processes=1, memory=held, flops=flops)
+    yield Phase(what=f"{stage.stage}: reference losses", processes=made.hardware.processes, memory=held, flops=flops)
 
 
 def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -118,13 +118,18 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
         cost = metric_of(name).cost(made.source, evidence=evidence)
         yield Phase(
             what=f"prune: importance ({METRICS[name].title})",
-            processes=1,
+            processes=made.hardware.processes,
             memory=held,
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
         cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
-        yield Phase(what="prune: refit", processes=1, memory=held, flops=_flops(cost, made=made, length=length))
+        yield Phase(
+            what="prune: refit",
+            processes=made.hardware.processes,
+            memory=held,
+            flops=_flops(cost, made=made, length=length),
+        )
 
 
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
@@ -169,7 +174,7 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         flops = sum(forward_flops_per_token(model, sequence_length=length) * tokens for model in models)
     yield Phase(
         what=f"evaluate: {len(models)} models",
-        processes=1,
+        processes=made.hardware.processes,
         # The source stays where baselines are cut from it.
         memory=_fp32(made.source) + _fp32(target) + _copies(made.source, made=made),
         flops=flops,
