@@ -21,6 +21,7 @@ from shearing.models.families.axes import Axes, Unit
 from shearing.models.families.norms import Norm
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
+from shearing.models.stored.on_demand import weights_by_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -130,7 +131,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     into the embedding and divided out of the final norm's gain, so that the head reads what it read before.
 
     Args:
-        model: plain source model (release a `MaskedModel` first); not changed.
+        model: plain source model (release a `MaskedModel` first); not changed. Its weights may come on demand.
         masks: values of the units; those outside the selection must be zero.
         selection: the units to keep.
 
@@ -140,8 +141,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     from accelerate import init_empty_weights
 
     family = anatomy_of(model)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = dict(cut_in_turn(model.config, weights, masks=masks, selection=selection))
+    state = dict(cut_in_turn(model.config, weights_by_name(model), masks=masks, selection=selection))
     config = cut_config(model.config, selection=selection)
     with init_empty_weights(include_buffers=False):
         result: Any = type(model)(config)

@@ -136,7 +136,6 @@ def load_paged(
     attn_implementation: str = "sdpa",
     device: torch.device | str = "cpu",
     changes: Path | None = None,
-    keeps: bool = True,
 ) -> PreTrainedModel:
     """A model as `load_source` has it in fp32, whose weights stay in their files; see `stored.paged`.
 
@@ -146,8 +145,7 @@ def load_paged(
         source, revision: of the model.
         attn_implementation: see transformers.
         device: where it runs.
-        changes: folder for layers that are changed before an engine takes the model over.
-        keeps: whether this process writes them.
+        changes: folder of safetensors files with weights that replace some of these once an engine takes over.
 
     Raises:
         ShearingError: see `load_source`.
@@ -160,7 +158,7 @@ def load_paged(
         config,
         files=files,
         source=source,
-        pages=Pages(torch.device(device), changes, keeps),
+        pages=Pages(torch.device(device), changes),
         attn_implementation=attn_implementation,
     )
     if model is None:

@@ -194,6 +194,19 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def sum_on(self, values: Tensor, *, rank: int) -> Tensor:
+        """As `sum`, but only one process has the result; what the others are left with is of no use."""
+        if self.size > 1:
+            dist.reduce(values, dst=rank)
+        return values
+
+    def share(self, values: Tensor, *, rank: int = 0) -> Tensor:
+        """One process's tensor [...] on all, in place of one of its shape that they have; in training's own group."""
+        if self.size > 1:
+            values = values.contiguous()  # what is sent is memory, in whatever order it lies
+            dist.broadcast(values, src=rank)
+        return values
+
     def require_group(self, device: torch.device) -> None:
         """Make training's group where there is none yet: some libraries want one of a single process too.
 

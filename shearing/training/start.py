@@ -36,7 +36,7 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             callback.open()
         newest = callbacks.checkpoints.newest()
         if newest is None and task.before_first_step is not None:
-            processes.on_main(task.before_first_step)
+            task.before_first_step()
         model = engine.prepare(task.objective)
         model.train()
         step = 0

@@ -98,7 +98,8 @@ class Task:
         heldout: the text that updates domain weights and tells how good the masks are in the end.
         validation: the text that tells how the stage is doing, where nothing follows it; None: it is not read.
         moments: AdamW state to start from; None: from nothing.
-        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+        before_first_step: called by all processes; changes the main process's model in place. Not called where a
+            checkpoint is continued.
         kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
             they drop stays 0. None: every weight may become anything.
         settled_steps: steps that were trained with other settings: no checkpoint before them is continued.

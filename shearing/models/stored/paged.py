@@ -1,14 +1,10 @@
 """A model whose weights stay in their files, and that runs as it is before any engine has it.
 
-What is outside of its layers is in memory, a layer's weights are while the layer runs. Whoever looks at weights, and
-not only at what is computed, goes through the layers by `layers_in_turn`, takes one weight by `places.weight_in`, or
-asks for everything by `all_at_once`. `stop_paging` ends it.
+What is outside of its layers is in memory, a layer's weights are while the layer runs. `stop_paging` ends it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from shearing.files.tensors import write_tensors
 from shearing.models.anatomy import decoder_layers
 from shearing.models.stored.places import Place, move_places, no_weight, place_of, take_places
 
@@ -31,15 +26,12 @@ class Pages:
 
     Attributes:
         device: where the model runs.
-        changes: folder for layers that are changed; None: none are to be kept.
-        keeps: whether this process writes them.
+        changes: folder of safetensors files with weights that replace some once an engine takes over; None: none do.
     """
 
     device: torch.device
     changes: Path | None = None
-    keeps: bool = True
     _outer: list[nn.Parameter] = field(default_factory=list)
-    _held: set[nn.Module] = field(default_factory=set)
     _handles: list[Any] = field(default_factory=list)
 
     def open(self, model: PreTrainedModel) -> None:
@@ -71,38 +63,14 @@ class Pages:
             self._let_go(parameter)
         self._handles, self._outer = [], []
 
-    @contextmanager
-    def holding(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """The weights of these layers are in memory for as long as the context lasts."""
-        fetched = [layer for layer in layers if layer not in self._held]
-        try:
-            for layer in fetched:
-                self._held.add(layer)
-                self._fetch(*layer.parameters())
-            yield
-        finally:
-            for layer in fetched:
-                self._held.discard(layer)
-                self._let_go(*layer.parameters())
-
-    def keep(self, layer: nn.Module, *, index: int) -> None:
-        """Write a layer, whose weights are in memory and have been changed; `stop_paging` says that they are there."""
-        if self.changes is None or not self.keeps:
-            return
-        places = [(place_of(parameter), parameter) for parameter in layer.parameters()]
-        weights = {place.name: parameter.detach().cpu() for place, parameter in places if place is not None}
-        self.changes.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.changes / f"layer-{index:05d}.safetensors", weights)
-
     def _enter(self, layer: nn.Module, *_: Any) -> None:
         # Where something stands in for the layer's computation, its weights are not needed.
-        if layer not in self._held and "forward" not in vars(layer):
+        if "forward" not in vars(layer):
             self._fetch(*layer.parameters())
 
     def _leave(self, layer: nn.Module, *_: Any) -> None:
-        if layer not in self._held:
-            self._let_go(*layer.parameters())
-            torch.clear_autocast_cache()  # it would keep a copy of every weight until a whole pass over text ends
+        self._let_go(*layer.parameters())
+        torch.clear_autocast_cache()  # it would keep a copy of every weight until a whole pass over text ends
 
     def _fetch(self, *parameters: nn.Parameter) -> None:
         for parameter in parameters:
@@ -117,36 +85,6 @@ class Pages:
 
 _PAGES: WeakKeyDictionary[nn.Module, Pages] = WeakKeyDictionary()
 """Of decoder layers of models that are paged."""
-
-
-def layers_in_turn(model: PreTrainedModel, *, changing: bool = False) -> Iterator[nn.Module]:
-    """The decoder layers, first to last; of a model that is paged, one layer's weights are in memory until the next.
-
-    Args:
-        model: of any kind.
-        changing: whether weights are changed in place, and the changes are to stay.
-    """
-    for index, layer in enumerate(decoder_layers(model)):
-        pages = _PAGES.get(layer)
-        if pages is None:
-            yield layer
-            continue
-        with pages.holding([layer]):
-            yield layer
-            if changing:
-                pages.keep(layer, index=index)
-
-
-@contextmanager
-def all_at_once(model: PreTrainedModel) -> Iterator[None]:
-    """All weights of a model are in memory for as long as the context lasts, whether it is paged or not."""
-    layers = decoder_layers(model)
-    pages = _PAGES.get(layers[0])
-    if pages is None:
-        yield
-    else:
-        with pages.holding(layers):
-            yield
 
 
 def stop_paging(model: nn.Module) -> dict[Tensor, Place]:

@@ -8,11 +8,13 @@ Legend: n sequences, S tokens each, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import InverseFactor
 
 Need = Literal["sums", "squares", "moment", "gradients"]
@@ -66,6 +68,23 @@ class InputStatistics:
             self._squares += (weighted_TI.to(self._squares.dtype) * x_TI).sum(0)
         if self._products is not None:
             add_products(self._products, weighted_TI, x_TI)
+
+    def combine(self, processes: Processes, *, rank: int | None = None) -> None:
+        """Add up what all processes saw, in place.
+
+        Args:
+            processes: all of which call this.
+            rank: the only one that has the result, where not all need it; on the others it is of no use.
+        """
+        if processes.size == 1:
+            return
+        add = processes.sum if rank is None else partial(processes.sum_on, rank=rank)
+        counts = torch.stack([self.tokens, torch.full_like(self.tokens, self.sequences)])
+        for part in (counts, self._sums, self._squares, self._products):
+            if part is not None:
+                add(part)
+        if rank in (None, processes.rank):
+            self.tokens, self.sequences = counts[0], int(counts[1])
 
     @property
     def squares(self) -> Tensor:

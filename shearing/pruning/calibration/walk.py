@@ -1,4 +1,4 @@
-"""Walking a model layer by layer: what a layer is called with, what its parts read, and where a pass may end early.
+"""Walking a model layer by layer: what the parts of a layer read, and where a pass may end early.
 
 Legend: B sequences, S positions, d hidden.
 """
@@ -6,31 +6,17 @@ Legend: B sequences, S positions, d hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.stored.passing import Call, Reached, layer_calls as layer_calls
 from shearing.pruning.calibration.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of a decoder layer's call, but for the residual stream."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-class Reached(Exception):  # noqa: N818 - no error: it ends a forward pass where the rest is not needed
-    """Raised by what listens, caught by who started the pass."""
 
 
 def run_layer(
@@ -59,44 +45,6 @@ def run_layer(
         except Reached:
             return seen, stream
     return seen, output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def layer_calls(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, list[Call]]:
-    """What every decoder layer is called with; no layer is computed, so their weights need not be there.
-
-    Args:
-        model: its layers and final norm may be without weights, its embedding too where `inputs` are embeddings.
-        inputs: keywords of the backbone's call.
-
-    Returns:
-        The residual stream [B, S, d] that the first layer reads, and one call for each layer. Calls depend on the shape
-        and the documents of the inputs alone, and differ between layers where some attend through a window.
-    """
-    streams: list[Tensor] = []
-    calls: list[Call] = []
-
-    def record(stream: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        streams.append(stream)
-        calls.append(Call(arguments, keywords))
-        return stream
-
-    def stop(*_: Any) -> None:
-        raise Reached
-
-    layers: list[Any] = list(decoder_layers(model))
-    handle = model.get_submodule(anatomy_of(model.config).final_norm.name).register_forward_pre_hook(stop)
-    try:
-        for layer in layers:
-            layer.forward = record
-        # What records must not be compiled into the layers.
-        with torch.compiler.set_stance("force_eager"), suppress(Reached):
-            backbone(model)(**inputs)
-    finally:
-        handle.remove()
-        for layer in layers:
-            del layer.forward
-    return streams[0], calls
 
 
 def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import anatomy_of
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.models.stored.paged import layers_in_turn
+from shearing.models.stored.on_demand import weights_here
+from shearing.models.stored.passing import Reached
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
+from shearing.pruning.calibration.shares import shares_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need, add_products, weigh
-from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
+from shearing.pruning.calibration.walk import first_inputs, listening, run_layer
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.pruning.structured.importance.reconstruction import token_weights
 
@@ -40,6 +44,8 @@ def refit(
     batches: Sequence[Inputs],
     ridge: float = RIDGE,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
+    keep: Callable[[int, nn.Module], None] = lambda _index, _layer: None,
 ) -> None:
     """Refit the weights that stay under binary masks to what the whole model computes, layer by layer, in place.
 
@@ -54,11 +60,15 @@ def refit(
     stay as they are.
 
     Args:
-        model: masked model, on any device; its masks are left as `masks`.
+        model: masked model, on any device, whole or with weights that come on demand; its masks are left as `masks`.
         masks: binary.
-        batches: tokens [B, S], on the model's device.
+        batches: tokens [B, S], on the model's device; all of them on every process.
         ridge: how strongly weights are held where they are.
         advance: called with 1 after every layer.
+        processes: those that refit together, each with a share of the text; all of them call this, and the weights of
+            all become the same.
+        keep: called with every layer's index and the layer, whose refitted weights are there for the last time where
+            they come on demand.
 
     Raises:
         ShearingError: the model is of a family that cannot be refitted, see `require_refittable`.
@@ -66,45 +76,51 @@ def refit(
     source_model = model.model
     family = anatomy_of(source_model)
     require_refittable(family)
+    processes = processes or Processes()
+    own = [share.inputs for share in shares_of(batches, processes=processes)]
     was_training = source_model.training
     source_model.eval()
     model.set_masks(None)
-    whole, calls = first_inputs(source_model, batches)
+    whole, calls = first_inputs(source_model, own)
     model.set_masks(masks)
-    masked, _ = first_inputs(source_model, batches)
+    masked, _ = first_inputs(source_model, own)
     hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
     attention_read, attention_write, mlp_norm, mlp_read = named_places(
         family, "attention read", "attention write", "mlp norm", "mlp read"
     )
-    for index, layer in enumerate(layers_in_turn(source_model, changing=True)):
-        model.set_masks(None)
-        dense = [
-            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
-            for stream, of_layers in zip(whole, calls, strict=True)
-        ]
-        whole = [after for _, after in dense]
-        model.set_masks(masks)
-        units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
-        if _kept(masks.attention, index):
-            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
-            norm = layer.get_submodule(family.attention.entry)
-            inputs = [norm(x) for x in masked]
-            _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
-            places = (attention_write, mlp_norm)
-            found = [
-                run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
-                for x, of_layers in zip(masked, calls, strict=True)
+    refit_readers = partial(_refit_readers, ridge=ridge, processes=processes)
+    refit_write = partial(_refit_write, ridge=ridge, processes=processes)
+    for index, layer in enumerate(decoder_layers(source_model)):
+        with weights_here(layer):
+            model.set_masks(None)
+            dense = [
+                run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
+                for stream, of_layers in zip(whole, calls, strict=True)
             ]
-            wanted = [seen[mlp_norm.name] for seen, _ in dense]
-            inputs = [seen[attention_write.name] for seen, _ in found]
-            write = family.attention.write
-            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
-        if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
-            _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
-            inputs = [_inputs_of_write(layer, family, x) for x in normed]
-            write = family.mlp.write
-            masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
+            whole = [after for _, after in dense]
+            model.set_masks(masks)
+            units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
+            if _kept(masks.attention, index):
+                heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
+                norm = layer.get_submodule(family.attention.entry)
+                inputs = [norm(x) for x in masked]
+                refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden)
+                places = (attention_write, mlp_norm)
+                found = [
+                    run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
+                    for x, of_layers in zip(masked, calls, strict=True)
+                ]
+                wanted = [seen[mlp_norm.name] for seen, _ in dense]
+                inputs = [seen[attention_write.name] for seen, _ in found]
+                write = family.attention.write
+                masked = refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads)
+            if _kept(masks.mlp, index):
+                normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
+                refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden)
+                inputs = [_inputs_of_write(layer, family, x) for x in normed]
+                write = family.mlp.write
+                masked = refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units)
+            keep(index, layer)
         advance(1)
     source_model.train(was_training)
 
@@ -153,12 +169,14 @@ def _refit_readers(
     dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
     columns: Tensor | None,
     ridge: float,
+    processes: Processes,
 ) -> None:
     """Corrects what reads the residual stream, from its inputs with masks and without."""
-    fit = _Fit(weight_of(layer, place.members[0]), columns=columns, outputs=inputs[0].shape[-1], ridge=ridge)
+    first = weight_of(layer, place.members[0])
+    fit = _Fit(first, columns=columns, outputs=first.shape[1], ridge=ridge)
     for x, (seen, _) in zip(inputs, dense, strict=True):
         fit.add(x, lacks=seen[place.name] - x)
-    gain = fit.solve()
+    gain, _ = fit.solve(processes)
     for name in place.members:
         weight = weight_of(layer, name)
         # What the output lacks is W (x - x').
@@ -175,6 +193,7 @@ def _refit_write(
     rows: Tensor | None,
     columns: Tensor | None,
     ridge: float,
+    processes: Processes,
 ) -> list[Tensor]:
     """Corrects what writes into the residual stream; returns the stream after it."""
     write, weight = layer.get_submodule(name), weight_of(layer, name)
@@ -185,10 +204,11 @@ def _refit_write(
     for stream, x, y in zip(streams, inputs, wanted, strict=True):
         lacks = y - stream - write(x)
         fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
-    correction = fit.solve()
+    correction, intercept = fit.solve(processes)
     weight[index_O[:, None], fit.columns] += correction.T.to(weight.dtype)
     if bias is not None:
-        bias[index_O] += fit.intercept(correction).to(bias.dtype)
+        assert intercept is not None
+        bias[index_O] += intercept.to(bias.dtype)
     return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
 
 
@@ -235,8 +255,22 @@ class _Fit:
         if self._lacks is not None:
             self._lacks += weigh(lacks_TO, weights).sum(0, dtype=torch.float64)
 
-    def solve(self) -> Tensor:
-        """Transposed correction [inputs that take part, O]."""
+    def solve(self, processes: Processes) -> tuple[Tensor, Tensor | None]:
+        """Transposed correction [inputs that take part, O], and the constant [O] beside it, from the sums of all.
+
+        The main process solves, and the others take what it finds: every next sum depends on it to the last bit.
+        """
+        self._read.combine(processes, rank=0)
+        for sums in (self._cross, self._lacks):
+            if sums is not None:
+                processes.sum_on(sums, rank=0)
+        correction, intercept = torch.empty_like(self._cross), self._lacks
+        if processes.is_main:
+            correction = self._correction()
+            intercept = None if self._lacks is None else self._intercept(correction)
+        return processes.share(correction), None if intercept is None else processes.share(intercept)
+
+    def _correction(self) -> Tensor:
         if self._lacks is None:
             lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
             return torch.cholesky_solve(self._cross, lower)
@@ -247,8 +281,7 @@ class _Fit:
         lower, _ = next(damped_factors(centred, damping=_BARELY, of="each"))
         return torch.cholesky_solve(self._cross - mean[:, None] * self._lacks, lower)
 
-    def intercept(self, correction: Tensor) -> Tensor:
-        """The constant [O] beside a correction."""
+    def _intercept(self, correction: Tensor) -> Tensor:
         assert self._lacks is not None
         return self._lacks / self._read.tokens - self._read.mean @ correction
 

@@ -27,7 +27,7 @@ from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
 from shearing.runs.stages.pretrain_start import Start, result_dtype
-from shearing.runs.stages.source_model import load_to_train, reference_losses
+from shearing.runs.stages.source_model import load_to_train, reference_losses, source_to_read
 from shearing.runs.stages.training_task import task_of
 from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.training.checkpoints.checkpoints import no_space
@@ -68,13 +68,11 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         processes.on_main(partial(require_zeros, start.masks, model=model))
     learned = before.get("prune")
     if learned is None:
-        reference = processes.on_main(
-            lambda: reference_losses(
-                context,
-                stage="pretrain",
-                source=lambda: _source(context, start=start, model=model),
-                path=run.pretrain / "reference.json",
-            )
+        reference = reference_losses(
+            context,
+            stage="pretrain",
+            source=lambda: source_to_read(context, whole=lambda: _source(context, start=start, model=model)),
+            path=run.pretrain / "reference.json",
         )
     else:
         mixture.load_state_dict(learned["mixture_state"])

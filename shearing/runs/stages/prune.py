@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,10 @@ from shearing.models.cutting import cut_config, moments_in_turn
 from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.models.stored.paged import all_at_once
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.structured.importance.metric import Scores
-from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.masking.facts import MASKINGS
@@ -43,8 +41,13 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
-from shearing.runs.stages.source_model import load_to_train, reference_losses
+from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores, refit_from_files
+from shearing.runs.stages.source_model import (
+    holds_all_in_fp32,
+    load_to_train,
+    reference_losses,
+    source_to_read,
+)
 from shearing.runs.stages.training_task import task_of
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
@@ -84,11 +87,14 @@ def prune(context: RunContext) -> dict[str, Any]:
     model = processes.each(
         lambda: load_to_train(context, source=recipe.model.source, revision=recipe.model.revision, changes=refitted)
     )
-    reference = processes.on_main(
-        lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
+    reference = reference_losses(
+        context,
+        stage="prune",
+        source=lambda: source_to_read(context, whole=lambda: model),
+        path=run.prune / "reference.json",
     )
     said = full_disk_said(lambda: no_space(run.prune))
-    path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
+    path = _initial_scores(context, whole=model)
     masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
     task = task_of(
         context,
@@ -97,7 +103,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        before_first_step=partial(_refit, context, model=masking.model, choice=choice),
+        before_first_step=partial(_refit, context, whole=masking.model, choice=choice),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
     task = replace(task, callbacks=(*task.callbacks, _Remove(refitted)))
@@ -189,37 +195,52 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
     )
 
 
-def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
-    """File with what grades the initial masks, measured once per run; None where they start open."""
-    name, wanted = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target
+def _initial_scores(context: RunContext, *, whole: PreTrainedModel) -> Path | None:
+    """File with what grades the initial masks, measured once per run by all processes; None where they start open."""
+    name, wanted, processes = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target, context.processes
     if name is None:
         return None
-    target = None if wanted.parameters is not None else resolve_target(wanted, source=model.config)
-    if kept_scores(context, metric=name, target=target) is not None:
+    target = None if wanted.parameters is not None else resolve_target(wanted, source=whole.config)
+    if processes.on_main(lambda: kept_scores(context, metric=name, target=target) is not None):
         return context.directory.prune / START_SCORES
     evidence, metric = evidence_for(context, metric=name, target=target), metric_of(name)
-    work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
+    work = metric.units_of_work(Shape.of(whole.config), evidence=evidence)
+    model = source_to_read(context, whole=lambda: whole)
     with (
-        nullcontext() if METRICS[name].by_layer else all_at_once(model),
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):
         scores = metric.scores(model, evidence=evidence, advance=advance)
-    return keep_scores(context, scores, metric=name, target=target)
+    said = full_disk_said(lambda: no_space(context.directory.prune))
+    return processes.on_main(said(lambda: keep_scores(context, scores, metric=name, target=target)))
 
 
-def _refit(context: RunContext, *, model: MaskedModel, choice: MaskLearner | Removal) -> None:
-    """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
+def _refit(context: RunContext, *, whole: MaskedModel, choice: MaskLearner | Removal) -> None:
+    """Refits the weights that stay to make up for what the masks close from the start, if they close anything.
+
+    Several processes, and one that has no whole model, refit what they read from the files. The engine then takes the
+    result from there, or from the main process's model.
+    """
     if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
-    layers = model.model.config.num_hidden_layers
+    layers = whole.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
-        refit(
-            model,
-            masks=choice.final_masks(),
-            batches=context.calibration_batches(),
-            advance=advance,
-        )
+        if context.processes.size == 1 and holds_all_in_fp32(context):
+            refit(whole, masks=choice.final_masks(), batches=context.calibration_batches(), advance=advance)
+            return
+        folder = context.directory.prune / REFITTED
+        refit_from_files(context, masks=choice.final_masks(), folder=folder, advance=advance)
+    if holds_all_in_fp32(context):
+        context.processes.on_main(partial(_take, whole.model, folder))
+
+
+def _take(model: PreTrainedModel, folder: Path) -> None:
+    """Replace weights of a model by those in a folder, which is gone then."""
+    with torch.no_grad():
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, weight in load_file(path).items():
+                model.get_parameter(name).copy_(weight)
+    shutil.rmtree(folder)
 
 
 def _masking(

@@ -56,7 +56,8 @@ def task_of(
         reference: loss of each domain aimed at; unused with constant domain weights.
         rule_memory: what the rule that updates domain weights remembers of the stage before.
         moments: AdamW state to start from, under the names of the objective; None: from nothing.
-        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+        before_first_step: called by all processes; changes the main process's model in place. Not called where a
+            checkpoint is continued.
         kept: masks of a sparse model, whose zeros stay; see `Task`.
         correspondence: says what of the source the model has; asked where streams are matched.
 

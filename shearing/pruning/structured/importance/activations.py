@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers, head_weight
 from shearing.models.shape import Shape
+from shearing.models.stored.passing import last_states
+from shearing.processes.processes import Processes
+from shearing.pruning.calibration.shares import Share
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class Activations:
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One pass for each batch of the text."""
         del source
-        return len(evidence.text)
+        return len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One forward pass over the text."""
@@ -47,25 +50,29 @@ class Activations:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Activations`."""
+        own = evidence.own
         with ActivationRecorder.listening(model) as recorder:
-            for batch in evidence.text:
-                backbone(model)(**batch.keywords())
+            passes = last_states(
+                model, (share.inputs.keywords() for share in own), entering=lambda number: recorder.reads(own[number])
+            )
+            for _ in passes:
                 advance(1)
-        return recorder.scores(Shape.of(model.config))
+        return recorder.scores(Shape.of(model.config), processes=evidence.processes)
 
 
 class ActivationRecorder:
     """Running sums of what `Activations` is made of: (name, layer) -> [channels] or scalar."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: torch.device) -> None:
         self._sums: dict[tuple[str, int], Tensor] = {}
-        self._layer_input = self._mlp_input = torch.empty(0)
+        self._layer_input = self._mlp_input = torch.empty(0, device=device)
+        self._of_batch = 1.0
 
     @classmethod
     @contextmanager
     def listening(cls, model: PreTrainedModel) -> Iterator[Self]:
         """Records what passes through `model` inside the context."""
-        recorder = cls()
+        recorder = cls(device=head_weight(model).device)
         handles = recorder._listen(model)
         try:
             yield recorder
@@ -73,12 +80,20 @@ class ActivationRecorder:
             for handle in handles:
                 handle.remove()
 
-    def scores(self, source: Shape) -> Scores:
-        """Scores of everything recorded; `source` is the model's shape."""
+    def reads(self, share: Share) -> None:
+        """What passes from now on is this much of a batch."""
+        self._of_batch = share.of_batch
+
+    def scores(self, source: Shape, *, processes: Processes) -> Scores:
+        """Scores of everything that all processes recorded; `source` is the model's shape."""
         K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
+        sizes = {"heads": (K * G * dh,), "intermediate": (source.intermediate_size,)}
+        sizes |= dict.fromkeys(("attention read", "mlp read"), (source.hidden_size,))
 
         def of_layers(name: str) -> Tensor:
-            return torch.stack([self._sums[name, layer] for layer in range(source.num_hidden_layers)]).cpu()
+            nothing = self._layer_input.new_zeros(sizes.get(name, ()), dtype=torch.float32)
+            sums = [self._sums.get((name, layer), nothing) for layer in range(source.num_hidden_layers)]
+            return processes.sum(torch.stack(sums)).cpu()
 
         heads = of_layers("heads").view(-1, K, G, dh).sum(-1)
         return {
@@ -118,7 +133,7 @@ class ActivationRecorder:
         self._add(key, x_BSC.float().abs().mean(1).square().sum(0))
 
     def _influence(self, key: tuple[str, int], before: Tensor, after: Tensor) -> None:
-        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean())
+        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean() * self._of_batch)
 
     def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._channels(key, arguments[0])

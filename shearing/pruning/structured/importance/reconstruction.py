@@ -5,17 +5,19 @@ Legend: T tokens, O outputs and I inputs of a linear layer; B sequences, S posit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import anatomy_of
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.families import Family
 from shearing.models.shape import Shape
-from shearing.models.stored.paged import layers_in_turn
+from shearing.models.stored.on_demand import weights_here
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import named_places, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
@@ -185,30 +187,76 @@ class Reconstruction:
         """See `Reconstruction`."""
         source, family = Shape.of(model.config), anatomy_of(model)
         _require_added_writes(family)
-        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
-        goes = _units_that_go(source, target=evidence.target)
-        rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
-        orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
+        processes, own, layers = evidence.processes, evidence.own, decoder_layers(model)
         places = named_places(family, "attention write", "mlp norm", "mlp write")
-        streams, calls = first_inputs(model, evidence.text)
+        elimination = _Elimination(source, goes=_units_that_go(source, target=evidence.target))
+        streams, calls = first_inputs(model, [share.inputs for share in own])
+        waiting: _Layer | None = None
         with ActivationRecorder.listening(model) as recorder:
-            for index, layer in enumerate(layers_in_turn(model)):
-                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
-                heads, units = (_statistics_for(write) for write in writes)
-                for batch, of_layers in enumerate(calls):
+            for index, layer in enumerate(layers):
+                heads, units = (
+                    _statistics_for(weight_of(layer, write)) for write in (family.attention.write, family.mlp.write)
+                )
+                for batch, (share, of_layers) in enumerate(zip(own, calls, strict=True)):
+                    recorder.reads(share)
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
                     heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
                     units.add(seen["mlp write"], weights=token_weights(after))
                     streams[batch] = after
-                for name, earlier in orders.items():
-                    weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
-                    rows, count = rows_of[name]
-                    order = elimination_order(weight, read.token_moment, rows=rows, units=count, remove=goes[name])
-                    earlier.append(order.cpu())
+                # What goes of one layer says nothing of the next: as many are solved at once as there are processes.
+                turn = index % processes.size
+                for statistics in (heads, units):
+                    statistics.combine(processes, rank=turn)
+                if turn == processes.rank:
+                    waiting = _Layer(index, layer, heads=heads, units=units)
+                del heads, units
+                if waiting is not None and (turn == processes.size - 1 or index == len(layers) - 1):
+                    elimination.solve(waiting, family=family)
+                    waiting = None
                 advance(1)
-        sizes = unit_sizes(source)
-        eliminated = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
-        return {**recorder.scores(source), **eliminated}
+        return {**recorder.scores(source, processes=processes), **elimination.scores(processes)}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and what its writes read, of all processes."""
+
+    index: int
+    module: nn.Module
+    heads: InputStatistics
+    units: InputStatistics
+
+
+class _Elimination:
+    """Orders of elimination, layer by layer.
+
+    Args:
+        source: shape of the model.
+        goes: units of a row that are removed, by granularity.
+    """
+
+    def __init__(self, source: Shape, *, goes: Mapping[str, int]) -> None:
+        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        self._goes = {name: count for name, count in goes.items() if count}
+        self._rows = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
+        self._orders = {name: torch.zeros(unit_sizes(source)[name]) for name in self._goes}
+
+    def solve(self, layer: _Layer, *, family: Family) -> None:
+        """Find out in which order the units of a layer go."""
+        with weights_here(layer.module):
+            for name, order in self._orders.items():
+                write, read = (family.attention.write, layer.heads)
+                if name == "intermediate":
+                    write, read = family.mlp.write, layer.units
+                rows, count = self._rows[name]
+                found = elimination_order(
+                    weight_of(layer.module, write), read.token_moment, rows=rows, units=count, remove=self._goes[name]
+                )
+                order[layer.index] = found.cpu().view(order[layer.index].shape)
+
+    def scores(self, processes: Processes) -> Scores:
+        """What all processes have found."""
+        return {name: processes.sum(order) for name, order in self._orders.items()}
 
 
 def _require_added_writes(family: Family) -> None:

@@ -40,8 +40,6 @@ class MetricFacts:
             ordinary config holds, so it is evaluated and not trained.
         folds_means: whether its method gives every write a bias that holds the mean of what goes (`fold_means`): part
             of its own form, without a refit.
-        by_layer: whether it looks at the weights of one layer at a time, so that a model whose weights stay in their
-            files will do.
     """
 
     home: str
@@ -53,7 +51,6 @@ class MetricFacts:
     gives: frozenset[str] = EVERYTHING
     across_layers: str = ""
     folds_means: bool = False
-    by_layer: bool = False
 
 
 _HEADS_AND_UNITS = frozenset({"kv_groups", "query_heads", "intermediate"})
@@ -61,23 +58,19 @@ _HEADS_AND_UNITS = frozenset({"kv_groups", "query_heads", "intermediate"})
 _HERE = "shearing.pruning.structured.importance"
 
 METRICS: dict[str, MetricFacts] = {
-    "random": MetricFacts(home=f"{_HERE}.chance:Chance", title="chance", reads_text=False, by_layer=True),
-    "magnitude": MetricFacts(
-        home=f"{_HERE}.magnitude:Magnitude", title="weight magnitude", reads_text=False, by_layer=True
-    ),
+    "random": MetricFacts(home=f"{_HERE}.chance:Chance", title="chance", reads_text=False),
+    "magnitude": MetricFacts(home=f"{_HERE}.magnitude:Magnitude", title="weight magnitude", reads_text=False),
     "activations": MetricFacts(
         home=f"{_HERE}.activations:Activations",
         title="activations",
         reads_text=True,
         source="arXiv 2407.14679",
-        by_layer=True,
     ),
     "reconstruction": MetricFacts(
         home=f"{_HERE}.reconstruction:Reconstruction",
         title="reconstruction",
         reads_text=True,
         source="arXiv 2302.04089",
-        by_layer=True,
     ),
     "taylor": MetricFacts(
         home=f"{_HERE}.gradients.taylor:FirstOrder",

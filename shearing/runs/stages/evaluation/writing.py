@@ -40,11 +40,11 @@ def measure_writing(context: RunContext, rows: Sequence[Row], *, results: dict[s
     missing = [row for row in rows if row.of_run and found[row.name] is None]
     source: Read | None = None
     if missing:
-        model = rows[0].load()
+        model = rows[0].load_whole()
         source = text.read_by(model)
         for row in missing:
             if row is not rows[0]:
-                model = row.load()
+                model = row.load_whole()
             found[row.name] = _measured(model, text=text, source=source, itself=row is rows[0])
             places[row.name].write(found[row.name])
             context.console.print(_in_words(row, found[row.name]), highlight=False)
