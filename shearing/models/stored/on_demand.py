@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shearing.files.tensors import read_header, read_tensors
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
 from shearing.models.loading import skeleton
+from shearing.models.stored.heap import give_back
 from shearing.models.stored.stored_model import Source
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class _Unit:
         for parameter in self.parameters.values():
             parameter.leave()
         self.here = False
+        give_back()
 
 
 class _Weights:

@@ -5,12 +5,10 @@ Legend: B sequences of a chunk, S positions, d hidden.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import skeleton
+from shearing.models.stored.heap import give_back
 from shearing.models.stored.passing import Call, layer_calls
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, weight_of
@@ -234,21 +233,3 @@ def _move_buffers(model: PreTrainedModel, *, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system, where the C library can be told to.
-
-    glibc serves tensors of up to 32 MB from its heap and keeps what is freed between them: a few megabytes for every
-    layer of a small model.
-    """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None

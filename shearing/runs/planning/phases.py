@@ -79,7 +79,7 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
         if stage is made.stages[0]:
-            yield from _reference(recipe, stage=stage, held=held)
+            yield from _reference(recipe, stage=stage, made=made, held=held)
         if stage.stage == "prune":
             yield from _choice(recipe, made=made, held=held)
         yield from _training(recipe, stage=stage, made=made)
@@ -93,7 +93,7 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     yield from _evaluation(recipe, made=made)
 
 
-def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase]:
+def _reference(recipe: Recipe, *, stage: StagePlan, made: RunPlan, held: int) -> Iterator[Phase]:
     """The source's own losses on validation text, which domain weights are compared with."""
     mixture, domains = recipe.mixture, num_domains(recipe)
     if mixture.update == "constant" or mixture.reference not in ("source", "online"):
@@ -103,7 +103,7 @@ def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase
     if domains is not None:
         tokens = domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
         flops = forward_flops_per_token(stage.shape, sequence_length=length) * tokens
-    yield Phase(what=f"{stage.stage}: reference losses", processes=1, memory=held, flops=flops)
+    yield Phase(what=f"{stage.stage}: reference losses", processes=made.hardware.processes, memory=held, flops=flops)
 
 
 def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -118,13 +118,18 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
         cost = metric_of(name).cost(made.source, evidence=evidence)
         yield Phase(
             what=f"prune: importance ({METRICS[name].title})",
-            processes=1,
+            processes=made.hardware.processes,
             memory=held,
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
         cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
-        yield Phase(what="prune: refit", processes=1, memory=held, flops=_flops(cost, made=made, length=length))
+        yield Phase(
+            what="prune: refit",
+            processes=made.hardware.processes,
+            memory=held,
+            flops=_flops(cost, made=made, length=length),
+        )
 
 
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
@@ -167,11 +172,14 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     if domains is not None:
         tokens = domains * whole_rows(recipe.evaluation.tokens_per_domain, sequence_length=length) * length
         flops = sum(forward_flops_per_token(model, sequence_length=length) * tokens for model in models)
+    # The source stays where baselines are cut from it; several processes read it from its files.
+    memory = _fp32(made.source) + _fp32(target) + _copies(made.source, made=made)
+    if made.hardware.processes > 1:
+        memory = _fp32(target) + _copies(target, made=made) + _on_demand(made.source)
     yield Phase(
         what=f"evaluate: {len(models)} models",
-        processes=1,
-        # The source stays where baselines are cut from it.
-        memory=_fp32(made.source) + _fp32(target) + _copies(made.source, made=made),
+        processes=made.hardware.processes,
+        memory=memory,
         flops=flops,
         disk=sum(_fp32(model) for model in models),
     )
@@ -190,6 +198,12 @@ def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:
 
 def _fp32(shape: Shape) -> int:
     return 4 * shape.num_parameters()
+
+
+def _on_demand(shape: Shape) -> int:
+    """Bytes of the largest layer, or of the embedding, and of as large residual streams behind it."""
+    layer = shape.num_parameters(embeddings=False) // shape.num_hidden_layers
+    return 2 * 4 * max(shape.vocab_size * shape.hidden_size, layer)
 
 
 def _copies(shape: Shape, *, made: RunPlan) -> int:

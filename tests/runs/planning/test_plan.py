@@ -295,12 +295,12 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     assert (tasks.what, tasks.processes, tasks.seconds) == ("evaluate: tasks, paper11", 8, None)
     step, reference = found["prune: a step"], found["prune: reference losses"]
     speed = 0.4 * 989.4e12
-    assert (step.processes, reference.processes) == (8, 1)
+    assert {found[name].processes for name in found if not name.endswith(("load", "cut"))} == {8}
     assert step.seconds == pytest.approx(made.stages[0].flops / 3200 / (8 * speed))
-    # 6.6 billion numbers that are multiplied, and attention: a forward pass over what updates read, on one GPU alone.
+    # 6.6 billion numbers that are multiplied, and attention: a forward pass over what updates read, by all GPUs.
     tokens = 7 * (50 * 32 * 3 // (10 * 7)) * 4096
     per_token = 2 * (6_738_415_616 - 32000 * 4096) + 2 * 32 * 4096 * 4096
-    assert reference.seconds == pytest.approx(per_token * tokens / speed)
+    assert reference.seconds == pytest.approx(per_token * tokens / (8 * speed))
     assert found["prune: load"].memory == 4 * 6_738_415_616
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0
