@@ -34,6 +34,7 @@ from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
+from shearing.training.adapters.recipe import ADAPTERS, adapter_name
 from shearing.training.engines.facts import ENGINES
 from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import PretrainRecipe, StageRecipe, TrainingRecipe
@@ -365,13 +366,49 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="false with distill.hidden, which listens to layers where a compiled one cannot be heard",
             mend="set training.compile=false, or leave distill.hidden out",
         )
-    if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
+    yield from _adapter_contradictions(recipe)
+
+
+def _adapter_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """What is trained in place of all weights, and what goes with it."""
+    pretrain, engine = recipe.pretrain, recipe.training.engine
+    ways = [name for name in (*ADAPTERS, "ast") if getattr(pretrain, name) is not None]
+    if len(ways) > 1:
+        yield ShearingError(
+            f"pretrain.{ways[1]}",
+            value="a section",
+            allowed=f"one of {', '.join([*ADAPTERS, 'ast'])}: pretrain.{ways[0]} is there too",
+            mend=f"set pretrain.{ways[1]}=null, or pretrain.{ways[0]}=null",
+        )
+    if pretrain.adapters is not None and not ENGINES[engine].adapters:
         able = " or ".join(name for name, facts in ENGINES.items() if facts.adapters)
         yield ShearingError(
-            "pretrain.lora",
-            value=recipe.pretrain.lora.model_dump(),
-            allowed=f"training.engine={able}; it is {recipe.training.engine}, which holds trained weights alone",
+            f"pretrain.{adapter_name(pretrain.adapters)}",
+            value=pretrain.adapters.model_dump(),
+            allowed=f"training.engine={able}; it is {engine}, which holds trained weights alone",
             mend="set training.engine=torch, or training.engine=fsdp2 where the frozen weights do not fit one GPU",
+        )
+    if pretrain.ist is not None and (pretrain.adapters is None or engine != "torch"):
+        yield ShearingError(
+            "pretrain.ist",
+            value="a section",
+            allowed=f"with one of pretrain.{', pretrain.'.join(ADAPTERS)}, and with training.engine=torch, which can "
+            f"let parameters rest; it is {engine}",
+            mend="add pretrain.lora and set training.engine=torch, or set pretrain.ist=null",
+        )
+    one_shot = recipe.sparsify
+    unstructured = (
+        one_shot is not None
+        and one_shot.pattern is None
+        and one_shot.levels is None
+        and not isinstance(one_shot.allocation, Path)
+    )
+    if pretrain.ast is not None and unstructured:
+        yield ShearingError(
+            "pretrain.ast",
+            value="a section",
+            allowed="masks of N:M: one-shot sparsity without sparsify.pattern is unstructured",
+            mend="set sparsify.pattern=2:4 and sparsify.sparsity=null, or pretrain.ast=null",
         )
 
 

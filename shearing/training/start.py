@@ -39,6 +39,8 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             processes.on_main(task.before_first_step)
         model = engine.prepare(task.objective)
         model.train()
+        if task.moving is not None:
+            engine.move_masks(task.moving)
         step = 0
         if newest is not None:
             step = callbacks.checkpoints.restore(newest, callbacks=every)

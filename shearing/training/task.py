@@ -17,6 +17,7 @@ from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.engines.engine import Engine
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.metrics import Display
 from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
@@ -101,6 +102,7 @@ class Task:
         before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
         kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
             they drop stays 0. None: every weight may become anything.
+        moving: masks of a sparse model that are chosen anew while it is trained, in place of `kept`.
         settled_steps: steps that were trained with other settings: no checkpoint before them is continued.
         callbacks: besides those that every stage has.
         processes: those that share the work.
@@ -127,6 +129,7 @@ class Task:
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    moving: MovingMasks | None = None
     settled_steps: int = 0
     callbacks: tuple[Callback, ...] = ()
     processes: Processes = field(default_factory=Processes)

@@ -20,6 +20,7 @@ from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.choices import Learned
 from shearing.settings.quantities import format_parameters, format_tokens
+from shearing.training.recipe import PretrainRecipe
 
 CARD = "README.md"
 OF_SOURCE = "README.source.md"
@@ -109,7 +110,7 @@ def _method(origin: Origin) -> Iterator[str]:
         lines.append(
             f"- Continued pretraining: {format_tokens(tokens)} tokens in {origin.step:,} steps, learning rate "
             f"{stage.learning_rate:g}, schedule {stage.schedule}"
-            f"{', low-rank adapters merged' if stage.lora is not None else ''}."
+            f"{_way(stage)}."
         )
         for change in changes_of(run):
             keys = ", ".join(f"{key} from {before} to {after}" for key, (before, after) in change.keys.items())
@@ -118,6 +119,17 @@ def _method(origin: Origin) -> Iterator[str]:
         lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
     yield "## Method"
     yield "\n".join(lines) or "No units were cut, no weights zeroed, and nothing was trained."
+
+
+def _way(stage: PretrainRecipe) -> str:
+    """What was trained where it was not all weights under masks that stay."""
+    ways = {
+        ", low-rank adapters merged": stage.lora,
+        ", factors of weights merged (SPP)": stage.spp,
+        ", changes of salient weights merged (SPEFT)": stage.speft,
+        ", masks chosen anew on the way (AST)": stage.ast,
+    }
+    return next((words for words, section in ways.items() if section is not None), "")
 
 
 def _data(origin: Origin) -> Iterator[str]:

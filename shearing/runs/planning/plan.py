@@ -287,7 +287,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
-        adapters=recipe.pretrain.lora is not None,
+        adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
         stages=planned,
         advice=_advice(planned, choice=choice, hardware=hardware),

@@ -29,14 +29,22 @@ from shearing.models.stored.stored_model import require_finite
 from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.sparse.patterns import KeptOf
-from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
+from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
+from shearing.pruning.sparse.stored.trained import groups_of, masks_beside, require_masks_fit
 from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
-from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
+from shearing.runs.names import (
+    ADAPTER_NAMES,
+    COMPONENT_NAMES,
+    DISTILL_NAMES,
+    EVALUATION_NAMES,
+    ONE_SHOT_NAMES,
+    TEACHER_NAMES,
+)
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.plan import heldout_shares
@@ -44,6 +52,8 @@ from shearing.runs.planning.rows import rows_read
 from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
+from shearing.training.adapters.recipe import adapter_name
+from shearing.training.adapters.spp import require_rank
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
 from shearing.training.engines.fsdp2_engine import require_fsdp2
@@ -112,6 +122,7 @@ def preflight(
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
+    attempt(lambda: _require_moving(recipe))
     corpus = attempt(lambda: context.corpus)
     if corpus is None:
         raise _together(found)
@@ -478,25 +489,45 @@ def _require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
 
 
 def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
-    lora = recipe.pretrain.lora
-    if lora is None:
+    adapters = recipe.pretrain.adapters
+    if adapters is None:
         return
-    if find_spec("peft") is None:
+    section = f"pretrain.{adapter_name(adapters)}"
+    if recipe.pretrain.lora is not None and find_spec("peft") is None:
         raise ShearingError(
-            "pretrain.lora",
-            value=lora.model_dump(),
+            section,
+            value=adapters.model_dump(),
             allowed="null: the package peft is not installed",
             mend="pip install 'shearing[lora]', or remove pretrain.lora to train all weights",
         )
-    linear = [name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)]
+    linear = {name: module for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)}
     names = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-    if unknown := sorted(set(lora.targets) - set(names)):
+    if unknown := sorted(set(adapters.targets) - set(names)):
         raise ShearingError(
-            "pretrain.lora.targets",
-            value=lora.targets,
+            f"{section}.targets",
+            value=adapters.targets,
             allowed=f"last parts of the names of linear layers: {', '.join(names)}",
             mend=f"remove {', '.join(unknown)}",
         )
+    # What is cut has other outputs; then the stage itself says so.
+    if recipe.pretrain.spp is not None and recipe.prune is None:
+        chosen = [module for name, module in linear.items() if name.rpartition(".")[2] in adapters.targets]
+        with named(ADAPTER_NAMES["spp"]):
+            require_rank(recipe.pretrain.spp.rank, outputs=[module.out_features for module in chosen])
+
+
+@named(COMPONENT_NAMES)
+def _require_moving(recipe: Recipe) -> None:
+    if recipe.pretrain.ast is None or recipe.sparsify is not None:
+        return
+    if recipe.prune is not None:
+        raise ShearingError(
+            "ast",
+            value="a section",
+            allowed="for a sparse model, and what is cut is a dense one",
+            mend="add the section sparsify with a pattern as 2:4, or leave pretrain.ast out",
+        )
+    groups_of(folder_of(recipe.model.source, revision=recipe.model.revision, also=[EARLIER_NAME, FILE_NAME]))
 
 
 def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:

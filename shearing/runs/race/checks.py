@@ -15,6 +15,7 @@ from shearing.runs.race.flops import metrics_of
 from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Stages
 from shearing.runs.race.rows import RaceSettings, Row, Steps
 from shearing.runs.recipe import Recipe
+from shearing.training.adapters.recipe import ADAPTERS
 
 
 def collected(check: Callable[[], object]) -> list[ShearingError]:
@@ -92,13 +93,14 @@ def _recipe_mistakes(recipe: Recipe) -> Iterator[ShearingError]:
         yield ShearingError(
             "sparsify", value="a section", allowed="none in a race of what is cut", mend="set sparsify=null"
         )
-    if recipe.pretrain.lora is not None:
-        yield ShearingError(
-            "pretrain.lora",
-            value="a section",
-            allowed="none in a race: all weights train",
-            mend="set pretrain.lora=null",
-        )
+    for name in (*ADAPTERS, "ast"):
+        if getattr(recipe.pretrain, name) is not None:
+            yield ShearingError(
+                f"pretrain.{name}",
+                value="a section",
+                allowed="none in a race: all weights train",
+                mend=f"set pretrain.{name}=null",
+            )
 
 
 def short_budgets(budgets: Mapping[int, int], *, steps: Steps) -> Iterator[ShearingError]:

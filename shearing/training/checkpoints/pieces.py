@@ -28,6 +28,8 @@ from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerp
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
+SET_ASIDE = "set_aside"
+"""What a weight is while a moving mask drops it; NaN where it is kept. Only of parameters whose masks move."""
 
 _SAVED = "saved"  # one entry of a file's header, as the order of several is not always the same
 
@@ -40,7 +42,7 @@ class Piece:
         name: of the parameter.
         shape: of the whole parameter.
         start: position of the first element.
-        values: kind (`weight`, `exp_avg`, `exp_avg_sq`) -> view [n] of the engine's own memory, fp32.
+        values: kind (`weight`, `exp_avg`, `exp_avg_sq`, `set_aside`) -> view [n] of the engine's own memory, fp32.
     """
 
     name: str
@@ -160,8 +162,10 @@ class ShardedState:
         return torch.cat(found) if found else torch.empty(0)
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and its whole tensor of one kind, on the CPU."""
+        """Each parameter's name and its whole tensor of one kind, on the CPU; not every one has a `SET_ASIDE`."""
         for name, shape in self.shapes.items():
+            if kind == SET_ASIDE and f"{kind}/{name}" not in self._pieces:
+                continue
             numel = int(torch.Size(shape).numel())
             yield name, self.read(kind, name, start=0, numel=numel).view(shape)
 

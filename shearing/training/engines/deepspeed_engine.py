@@ -41,6 +41,7 @@ from shearing.training.engines.held_state import (
     whole_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 from shearing.training.recipe import DeepSpeedRecipe
 
@@ -84,6 +85,7 @@ class DeepSpeedEngine:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.AdamW
         self._zeros: KeptZeros | None = None
+        self._moving: MovingMasks | None = None
 
     @classmethod
     def of(cls, parts: EngineParts) -> Self:
@@ -182,13 +184,17 @@ class DeepSpeedEngine:
         """See `Engine.save`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(shared=True), optimizer=self._optimizer, processes=self._processes)
+        if self._moving is not None:
+            self._moving.require()
+        return save_pieces(
+            folder, self._saved(self._pieces(shared=True)), optimizer=self._optimizer, processes=self._processes
+        )
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        load_pieces(folder, self._pieces(shared=False), optimizer=self._optimizer, shapes=self._shapes())
+        load_pieces(folder, self._saved(self._pieces(shared=False)), optimizer=self._optimizer, shapes=self._shapes())
         self._publish()
-        require_loaded(folder, self._pieces(shared=True), saved=saved, processes=self._processes)
+        require_loaded(folder, self._saved(self._pieces(shared=True)), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
@@ -202,6 +208,11 @@ class DeepSpeedEngine:
         # ZeRO hands out its master weights after this optimiser's own step, so what it hands out has the zeros.
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
+    def move_masks(self, masks: MovingMasks) -> None:
+        """See `Engine.move_masks`."""
+        self._moving = masks
+        masks.take(self._pieces(shared=False), shapes=self._shapes(), optimizer=self._optimizer, publish=self._publish)
+
     def close(self) -> None:
         """See `Engine.close`."""
         if self._engine is None:
@@ -214,7 +225,9 @@ class DeepSpeedEngine:
                 vars(parameter).clear()  # DeepSpeed's own of it, which may keep it and its gradients alive
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
-        self._engine, self._parameters, self._zeros = None, {}, None
+        if self._moving is not None:
+            self._moving.close()
+        self._engine, self._parameters, self._zeros, self._moving = None, {}, None, None
 
     # -- placement -------------------------------------------------------------------------------------------------
 
@@ -269,6 +282,10 @@ class DeepSpeedEngine:
                 piece.values[WEIGHT].copy_(whole.view(-1)[piece.start : piece.start + piece.numel])
 
     # -- what this process holds -----------------------------------------------------------------------------------
+
+    def _saved(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """Pieces with all that a checkpoint has of them."""
+        return pieces if self._moving is None else self._moving.joined(pieces)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}

@@ -21,6 +21,7 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.engines.facts import ENGINES
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.recipe import TrainingRecipe
 
@@ -128,6 +129,17 @@ class Engine(Protocol):
 
         Args:
             masks: parameter and bool mask of its shape, True where a weight is kept; each is read once.
+
+        Raises:
+            ShearingError: a mask is of no parameter of the prepared model, or of another shape.
+        """
+        ...
+
+    def move_masks(self, masks: MovingMasks) -> None:
+        """Train a sparse model whose masks move; called before `load`, which restores what they have set aside.
+
+        Args:
+            masks: which; they see to it that what they drop is 0 in every forward pass, and `save` checks it.
 
         Raises:
             ShearingError: a mask is of no parameter of the prepared model, or of another shape.

@@ -40,6 +40,7 @@ from shearing.training.engines.held_state import (
     save_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 from shearing.training.recipe import Fsdp2Recipe
 
@@ -99,6 +100,7 @@ class Fsdp2Engine:
         self._grad_norm = torch.zeros((), device=device)
         self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._zeros: KeptZeros | None = None
+        self._moving: MovingMasks | None = None
 
     @classmethod
     def of(cls, parts: EngineParts) -> Self:
@@ -163,13 +165,15 @@ class Fsdp2Engine:
         """See `Engine.save`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(), optimizer=self._optimizer, processes=self._processes)
+        if self._moving is not None:
+            self._moving.require()
+        return save_pieces(folder, self._saved(self._pieces()), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        load_pieces(folder, self._pieces(), optimizer=self._optimizer, shapes=self._shapes())
+        load_pieces(folder, self._saved(self._pieces()), optimizer=self._optimizer, shapes=self._shapes())
         self._let_go()
-        require_loaded(folder, self._pieces(), saved=saved, processes=self._processes)
+        require_loaded(folder, self._saved(self._pieces()), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
@@ -181,6 +185,11 @@ class Fsdp2Engine:
         self._zeros.enforce()
         self._let_go()
         self._optimizer.register_step_post_hook(self._zeros.enforce)
+
+    def move_masks(self, masks: MovingMasks) -> None:
+        """See `Engine.move_masks`."""
+        self._moving = masks
+        masks.take(self._pieces(), shapes=self._shapes(), optimizer=self._optimizer, publish=self._let_go)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -194,7 +203,9 @@ class Fsdp2Engine:
             held.own.untyped_storage().resize_(0)
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
-        self._units, self._held, self._trained, self._zeros = [], {}, [], None
+        if self._moving is not None:
+            self._moving.close()
+        self._units, self._held, self._trained, self._zeros, self._moving = [], {}, [], None, None
 
     def _cut_up(self, units: Sequence[nn.Module]) -> None:
         """Bring the main process's weights over and share them out: a layer at a time, then all that is left."""
@@ -241,6 +252,10 @@ class Fsdp2Engine:
         """Free gathered weights, so that the next forward pass gathers them anew."""
         for unit in self._units:
             unit.reshard()
+
+    def _saved(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """Pieces with all that a checkpoint has of them."""
+        return pieces if self._moving is None else self._moving.joined(pieces)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: held.shape for name, held in self._held.items()}

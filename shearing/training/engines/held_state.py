@@ -17,6 +17,7 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
 from shearing.training.checkpoints.pieces import (
     MOMENTS,
+    SET_ASIDE,
     STEP,
     WEIGHT,
     Piece,
@@ -90,7 +91,7 @@ def load_pieces(folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim
     """
     state = ShardedState(folder)
     require_parameters(state, shapes=shapes, folder=folder)
-    fill(pieces, state, kinds=(WEIGHT, *MOMENTS))
+    fill(pieces, state, kinds=(WEIGHT, *MOMENTS, SET_ASIDE))
     set_steps(optimizer, state.step)
 
 
