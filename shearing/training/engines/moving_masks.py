@@ -84,6 +84,14 @@ class _Held:
     def kept(self) -> Tensor:
         return self.aside.isnan()
 
+    def scores(self) -> Tensor:
+        """What is compared, [n]; of weights that are in their places."""
+        magnitudes, scale = self.weight.abs(), self.matrix.scale
+        if scale is None:
+            return magnitudes
+        positions = torch.arange(self.start, self.start + len(magnitudes), device=scale.device)
+        return magnitudes * scale[positions % len(scale)]
+
 
 class MovingMasks:
     """Masks of an engine's parameters that move with training.
@@ -214,12 +222,11 @@ class MovingMasks:
 
     def _choose(self, device: torch.device) -> Tensor:
         self._bring_back()
-        scores = {name: _scores(held) for name, held in self._held.items()}
-        of_shared = self._choose_shared(scores, device=device)
+        of_shared = self._choose_shared(device)
         changed = torch.zeros(2, dtype=torch.float64, device=device)
-        for name, held in self._held.items():
+        for held in self._held.values():
             kept, matrix = torch.empty_like(held.aside, dtype=torch.bool), held.matrix
-            groups = scores[name][held.whole].view(-1, matrix.of)
+            groups = held.scores()[held.whole].view(-1, matrix.of)
             kept[held.whole] = keep_highest(groups, kept=matrix.kept).flatten()
             if held.shared is not None and held.places is not None:
                 kept[held.shared] = of_shared[held.places[:, 0], held.places[:, 1]].to(kept.device)
@@ -230,15 +237,15 @@ class MovingMasks:
         self._publish()
         return changed
 
-    def _choose_shared(self, scores: Mapping[str, Tensor], *, device: torch.device) -> Tensor:
+    def _choose_shared(self, device: torch.device) -> Tensor:
         """Bool [C, W]: what is kept of the groups that processes share; one exchange, where there are any."""
         if not self._cut:
             return torch.empty(0)
         widest = max(of for _, of in self._sizes.values())
         scores_CW = torch.zeros(len(self._cut), widest, device=device)
-        for name, held in self._held.items():
+        for held in self._held.values():
             if held.shared is not None and held.places is not None:
-                scores_CW[held.places[:, 0], held.places[:, 1]] = scores[name][held.shared].to(device)
+                scores_CW[held.places[:, 0], held.places[:, 1]] = held.scores()[held.shared].to(device)
         self._processes.sum(scores_CW)
         kept_CW = torch.zeros_like(scores_CW, dtype=torch.bool)
         for row, (name, _) in enumerate(self._cut):
@@ -272,10 +279,7 @@ def _taken(matrix: MovingMatrix, piece: Piece) -> _Held:
     weight.masked_fill_(~kept, 0.0)
     first = min(-piece.start % matrix.of, piece.numel)
     whole = slice(first, first + (piece.numel - first) // matrix.of * matrix.of)
-    scale = matrix.scale
-    if scale is not None:
-        columns = torch.arange(piece.start, piece.start + piece.numel) % piece.shape[-1]
-        scale = scale.float()[columns].to(weight.device)
+    scale = None if matrix.scale is None else matrix.scale.to(weight.device, torch.float32)
     # The mask itself is in `aside` from now on.
     lean = replace(matrix, mask=torch.empty(0, dtype=torch.bool), scale=scale)
     return _Held(lean, piece.start, weight, aside, whole)
@@ -285,11 +289,6 @@ def _cut_groups(held: _Held) -> set[int]:
     of, size = held.matrix.of, held.aside.numel()
     ends = [*range(held.whole.start), *range(held.whole.stop, size)]
     return {(held.start + each) // of for each in ends}
-
-
-def _scores(held: _Held) -> Tensor:
-    magnitudes = held.weight.abs()
-    return magnitudes if held.matrix.scale is None else magnitudes * held.matrix.scale
 
 
 def keep_highest(scores_GM: Tensor, *, kept: int) -> Tensor:
