@@ -44,7 +44,6 @@ def recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any] | None = None, **
         {"way": {"spp": {"rank": 4}}, "engine": "fsdp2"},
         {"way": {"speft": {"share": 0.1, "samples": 2}, "ist": {"interval": "3 steps", "tokens": 64}}},
         {"way": {"ast": MOVING}, "engine": "deepspeed", "zero_stage": 2},
-        {"way": {"ast": MOVING}, "engine": "fsdp2"},
     ],
     ids=[
         "torch",
@@ -55,7 +54,6 @@ def recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any] | None = None, **
         "factors under FSDP2",
         "salient weights of some layers",
         "masks that move under ZeRO-2",
-        "masks that move under FSDP2",
     ],
 )
 def test_two_processes_train_as_one_does(
