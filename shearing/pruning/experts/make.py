@@ -110,9 +110,9 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
         seed=recipe.seed,
     )
     layers = find_experts(dense, tokens=calibration.tokens, recipe=recipe)
-    mixture = mixture_of(dense, config=config, layers=layers)
+    mixture: Any = mixture_of(dense, config=config, layers=layers)
     dtype = dtype_of_weights(recipe.model, config=dense.config)
-    _write(mixture.to(dtype=dtype), recipe=recipe, layers=layers)
+    _write(mixture.to(dtype), recipe=recipe, layers=layers)
     errors = [layer.error for layer in layers]
     said = f"{recipe.experts} experts of {layers[0].groups.shape[1]} units, {recipe.active} active"
     missing = f"what is missing of an MLP's output: {min(errors):.0%} to {max(errors):.0%} of its norm"
