@@ -28,12 +28,14 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The tables of keys in docs/, from the recipes' own documentation.
+# The tables of keys in docs/, from the recipes' own documentation, and what `shear plan` says of recipes.
 docs: setup
 	$(BIN)/python -m shearing.runs.recipe docs/recipe.md
 	$(BIN)/python -m shearing.pruning.sparse.recipe docs/sparsity.md
 	$(BIN)/python -m data_tools.preparation.recipe docs/data.md
 	$(BIN)/python recipes/costs.py docs/recipes.md
+	$(BIN)/python docs/families_page.py
+	$(BIN)/python recipes/plans.py docs/plan.md docs/distributed.md
 
 # The documents as a site in site/, every link checked: mkdocs reads names from the source text, so it needs nothing of
 # ours, and has an environment of its own.

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearing.data.documents import DocumentRules
 from shearing.evaluation.environment import environment
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.objectives.language_model import LanguageModelLoss
@@ -83,7 +83,7 @@ def make_step(side: str, sizes: Sizes, *, document: int, device: torch.device) -
             hidden_BSD = backbone(model)(
                 input_ids=tokens_BT[:, :-1], position_ids=position_ids_BS, use_cache=False
             ).last_hidden_state
-            return causal_lm_loss(hidden_BSD, head_weight(model), tokens_BT[:, 1:], chunk_tokens=CHUNK_TOKENS)[0]
+            return causal_lm_loss(hidden_BSD, head_of(model), tokens_BT[:, 1:], chunk_tokens=CHUNK_TOKENS)[0]
 
         return usual
     if side == "full":

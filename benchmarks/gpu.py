@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from mask_overhead import SMOLLM2_135M  # of this folder
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from shearing.data.mixture.origins import Origins
 from shearing.evaluation.environment import environment
@@ -45,13 +45,16 @@ from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking.learned import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
-from shearing.runs.planning.memory import Listening, Sharding, Workload, estimate
+from shearing.runs.planning.memory import Listening, Sharding, Workload
+from shearing.runs.planning.traced_step import StepModel, Taught, measure
 from shearing.training.device import compile_layers
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
 
 KINDS = ("dense", "masked", "distilled")
+GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
+DISTILL = DistillRecipe(weight=0.5, domains="all")
 HERE = Path(__file__).parent
 
 
@@ -122,11 +125,11 @@ class Training:
     def __init__(self, size: Size, *, kind: str, device: torch.device, bf16: bool, compiled: bool) -> None:
         self._size, self._device = size, device
         model = _random_model(size, device=device)
-        self.shape = Shape.of(model.config)
+        self.config, self.shape = model.config, Shape.of(model.config)
         self._masking = _masking(model, device=device) if kind == "masked" else None
         if compiled:
             compile_layers(model)
-        distill = DistillRecipe(weight=0.5, domains="all") if kind == "distilled" else None
+        distill = DISTILL if kind == "distilled" else None
         precision = torch.bfloat16 if bf16 else torch.float32
         parts = Parts(
             model=model,
@@ -221,7 +224,7 @@ def measured_step(step: Step, *, repetitions: int = 5) -> dict[str, Any]:
         flops += forward_flops_per_token(shape, sequence_length=size.sequence_length)
     peak = None if step.dry else peak_flops(torch.cuda.get_device_name(), precision=torch.bfloat16)
     used = None if step.dry else torch.cuda.max_memory_allocated()
-    planned = _planned(step, shape=shape)
+    planned = _planned(step, config=training.config)
     return {
         "seconds": middle,
         "tokens_per_second": size.tokens / middle,
@@ -233,7 +236,7 @@ def measured_step(step: Step, *, repetitions: int = 5) -> dict[str, Any]:
     }
 
 
-def _planned(step: Step, *, shape: Shape) -> int:
+def _planned(step: Step, *, config: PretrainedConfig) -> int:
     """Bytes that `shear plan` has for the step."""
     size = step.of
     workload = Workload(
@@ -245,10 +248,14 @@ def _planned(step: Step, *, shape: Shape) -> int:
         chunk_tokens=size.chunk_tokens,
         masked=step.kind == "masked",
     )
-    listening = None
+    taught, listening = None, None
     if step.kind == "distilled":
-        listening = Listening(shape=shape, bf16=True, buffers=1 + DIVERGENCES["forward_kl"].buffers)
-    return estimate(shape, workload=workload, sharding=Sharding(), listening=listening).total
+        taught = Taught(config=config, distill=DISTILL, dtype=torch.bfloat16)
+        buffers = 1 + DIVERGENCES["forward_kl"].buffers
+        listening = Listening(shape=Shape.of(config), bf16=True, buffers=buffers)
+    granularities = GRANULARITIES if step.kind == "masked" else ()
+    model = StepModel(config=config, granularities=granularities, taught=taught)
+    return measure(model, workload=workload, sharding=Sharding(), listening=listening).total
 
 
 def agreement(*, dry: bool) -> dict[str, Any]:

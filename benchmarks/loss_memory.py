@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearing.evaluation.environment import environment
+from shearing.models.anatomy import Head
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.progress import max_memory
 
@@ -37,7 +38,7 @@ def naive(hidden_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
 
 def chunked(hidden_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
     """Ours."""
-    return causal_lm_loss(hidden_BSD, weight_VD, labels_BS, chunk_tokens=CHUNK_TOKENS)[0]
+    return causal_lm_loss(hidden_BSD, Head(weight_VD), labels_BS, chunk_tokens=CHUNK_TOKENS)[0]
 
 
 SIDES: dict[str, Loss] = {"naive": naive, "chunked": chunked}

@@ -4,12 +4,15 @@ The usual way multiplies activations at every site (heads, intermediate units, b
 output). Ours scales the output projections and the embedding. Each side runs in turn in one process for the times,
 and alone in a process of its own for the memory.
 
-    python benchmarks/mask_overhead.py [--quick] [--model FOLDER]
+    python benchmarks/mask_overhead.py [--quick] [--model FOLDER | --family MODEL_TYPE]
+
+The usual way is written for families with Llama's norms; for others `--family` compares with the dense step alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -22,10 +25,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
+from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_of
 from shearing.models.attention import drop_attention_mask
+from shearing.models.families import FAMILIES
 from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
@@ -91,21 +95,15 @@ def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int
     """One training step of a side: forward, loss, backward, optimisers."""
     device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    head, learner, apply = head_weight(model), None, None
+    head, learner, apply = head_of(model), None, None
     if side != "dense":
         source = Shape.of(model.config)
-        target = Shape.of(
-            LlamaConfig(
-                **{**model.config.to_dict(), "num_hidden_layers": 2 * source.num_hidden_layers // 3},
-            )
-        )
-        target = Shape(
-            **{
-                **target.__dict__,
-                "hidden_size": 5 * source.hidden_size // 6,
-                "intermediate_size": 2 * source.intermediate_size // 3,
-                "num_attention_heads": 2 * source.num_attention_heads // 3,
-            }
+        target = dataclasses.replace(
+            source,
+            num_hidden_layers=2 * source.num_hidden_layers // 3,
+            hidden_size=5 * source.hidden_size // 6,
+            intermediate_size=2 * source.intermediate_size // 3,
+            num_attention_heads=2 * source.num_attention_heads // 3,
         )
         section = PruneRecipe.model_validate(
             {"duration": 1000, "batch_size": 1, "initial_masks": "open", "sparsity_warmup": 200, "freeze": 0}
@@ -149,10 +147,16 @@ def load(arguments: argparse.Namespace) -> PreTrainedModel:
         model = load_source(arguments.model, device=device)
     else:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**(QUICK if arguments.quick else SMOLLM2_135M)))
+        sizes = {**(QUICK if arguments.quick else SMOLLM2_135M), "pad_token_id": None}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arguments.family, **sizes))
         model = model.to(device).eval()
     drop_attention_mask(model, sequence_length=arguments.sequence_length)
     return model
+
+
+def sides_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What is measured."""
+    return SIDES if arguments.model or arguments.family == "llama" else ("dense", "masked")
 
 
 def synchronise() -> None:
@@ -162,10 +166,11 @@ def synchronise() -> None:
 
 def measure_times(arguments: argparse.Namespace, *, bf16: bool) -> dict[str, float]:
     """Median seconds a step of each side, the sides taking turns."""
-    steps = {side: make_step(side, model=load(arguments), bf16=bf16) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    sides = sides_of(arguments)
+    steps = {side: make_step(side, model=load(arguments), bf16=bf16) for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.repetitions + 1):
-        for side in SIDES:
+        for side in sides:
             tokens = batch(arguments, seed=number)
             synchronise()
             started = time.perf_counter()
@@ -177,7 +182,7 @@ def measure_times(arguments: argparse.Namespace, *, bf16: bool) -> dict[str, flo
     # Ratios pair by pair: what drifts in the machine drifts for both.
     ratios = {
         f"{side}_ratio": statistics.median(a / b for a, b in zip(seconds[side], seconds["dense"], strict=True))
-        for side in SIDES
+        for side in sides
     }
     return {**{side: statistics.median(values) for side, values in seconds.items()}, **ratios}
 
@@ -214,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="six layers, small vocabulary, random weights, fp32 only")
     parser.add_argument("--model", help="folder of a model; random weights of the 135M shape without it")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llama", help="of the random weights")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -227,6 +233,7 @@ def main() -> None:
     result: dict[str, object] = {
         "benchmark": "mask_overhead",
         "quick": arguments.quick,
+        "family": arguments.family,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -234,15 +241,17 @@ def main() -> None:
     }
     for precision in ["fp32"] if arguments.quick else arguments.precisions:
         bf16 = precision == "bf16"
+        sides = sides_of(arguments)
         print(f"{precision}: dense, masked (ours), usual (activations at each site)", flush=True)
         times = measure_times(arguments, bf16=bf16)
-        memory = {side: measure_memory(side, bf16=bf16) for side in SIDES}
+        memory = {side: measure_memory(side, bf16=bf16) for side in sides}
         suffix = "" if precision == "fp32" else "_bf16"
-        result[f"seconds_per_step{suffix}"] = {side: round(times[side], 4) for side in SIDES}
+        result[f"seconds_per_step{suffix}"] = {side: round(times[side], 4) for side in sides}
         result[f"step_time_ratio{suffix}"] = round(times["masked_ratio"], 4)
-        result[f"usual_step_time_ratio{suffix}"] = round(times["usual_ratio"], 4)
         result[f"peak_memory_ratio{suffix}"] = round(memory["masked"] / memory["dense"], 4)
-        result[f"usual_peak_memory_ratio{suffix}"] = round(memory["usual"] / memory["dense"], 4)
+        if "usual" in sides:
+            result[f"usual_step_time_ratio{suffix}"] = round(times["usual_ratio"], 4)
+            result[f"usual_peak_memory_ratio{suffix}"] = round(memory["usual"] / memory["dense"], 4)
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""The estimate of `shear plan` against measured memory: peaks of training steps of a random model.
+"""What `shear plan` says of memory, traced and by arithmetic, against peaks of training steps of a random model.
 
     python benchmarks/memory.py [--quick]
 
@@ -32,6 +32,7 @@ from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking.learned import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, estimate
+from shearing.runs.planning.traced_step import StepModel, measure
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
@@ -73,8 +74,8 @@ class Configuration:
         return f"{stage}-{self.checkpointing}-{self.micro_batches}x{self.micro_batch_size}-{precision}"
 
 
-def estimated(configuration: Configuration) -> int:
-    """Bytes, as the plan has them."""
+def planned(configuration: Configuration) -> tuple[int, int]:
+    """Bytes, as the plan has them: of a traced step, and by arithmetic."""
     workload = Workload(
         micro_batch_size=configuration.micro_batch_size,
         micro_batches=configuration.micro_batches,
@@ -84,8 +85,10 @@ def estimated(configuration: Configuration) -> int:
         chunk_tokens=configuration.chunk_tokens,
         masked=configuration.masked,
     )
-    shape = Shape.of(LlamaConfig(**configuration.model))
-    return estimate(shape, workload=workload, sharding=Sharding()).total
+    granularities = GRANULARITIES if configuration.masked else ()
+    model = StepModel(config=LlamaConfig(**configuration.model), granularities=granularities)
+    traced = measure(model, workload=workload, sharding=Sharding())
+    return traced.total, estimate(model.shape, workload=workload, sharding=Sharding()).total
 
 
 def train(configuration: Configuration, *, device: torch.device) -> None:
@@ -196,10 +199,18 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "memory", "quick": quick, "model": QUICK if quick else FULL}
     rows: dict[str, dict[str, float]] = {}
     for configuration in configurations(quick=quick):
-        expected, peak = estimated(configuration), peak_of_fresh_process(configuration)
-        error = expected / peak - 1
-        rows[configuration.name] = {"estimated": expected, "measured": peak, "relative_error": error}
-        print(f"{configuration.name:28} {expected / 1e6:9.1f} MB {peak / 1e6:9.1f} MB measured {error:+7.1%}")
+        (traced, estimated), peak = planned(configuration), peak_of_fresh_process(configuration)
+        error, by_arithmetic = traced / peak - 1, estimated / peak - 1
+        rows[configuration.name] = {
+            "traced": traced,
+            "estimated": estimated,
+            "measured": peak,
+            "relative_error": error,
+            "relative_error_by_arithmetic": by_arithmetic,
+        }
+        print(
+            f"{configuration.name:28} {peak / 1e6:9.1f} MB; traced {error:+7.1%}, by arithmetic {by_arithmetic:+7.1%}"
+        )
     result |= {"configurations": rows, "worst_relative_error": max(abs(row["relative_error"]) for row in rows.values())}
     result["environment"] = environment(device)
     print(json.dumps(result))

@@ -287,7 +287,7 @@ def time_checkpoint(engine: Engine, *, folder: Path, processes: Processes) -> di
         wait_for_all(processes, device=device)
         return time.perf_counter() - started
 
-    save = timed(lambda: checkpoints.save(step=1, write=engine.save))
+    save = timed(lambda: checkpoints.save(step=1, write=lambda folder: engine.stage().write_into(folder)))
     place = checkpoints.place(1)
     return {
         "save_seconds": save,

@@ -16,23 +16,21 @@ RECIPES = Path(__file__).parent
 SOURCES = {
     "llama-3.1-3b": "llama-3.1-8b",
     "qwen3-1.7b": "qwen3-4b",
+    "qwen3-30b-a3b-half": "qwen3-30b-a3b",
     "smollm2-0.7b": "smollm2-1.7b",
     "llama-3.2-1.2b": "llama-3.2-3b",
+    "smollm3-1.5b": "smollm3-3b",
+    "olmo-2-3b": "olmo-2-7b",
+    "gemma-3-2b": "gemma-3-4b",
     "sheared-llama-2.7b": "llama-2-7b",
     "sheared-llama-1.3b": "llama-2-7b",
     "sheared-llama-370m": "llama-2-7b",
+    "sheared-pythia-160m": "pythia-410m",
 }
 """Recipe -> folder with its source's config."""
 
 MACHINES = {"8 x H100 of 80 GB": (8, "H100"), "one RTX 4090 of 24 GB": (1, "RTX 4090")}
 MFU = 0.4
-OFFLOADED = [
-    "training.deepspeed.zero_stage=3",
-    "training.deepspeed.offload_optimizer=cpu",
-    "training.deepspeed.offload_parameters=cpu",
-]
-"""The last resort: layers come over PCIe one after the other."""
-
 BEGIN, END = "<!-- costs: made by recipes/costs.py -->", "<!-- /costs -->"
 
 
@@ -44,14 +42,11 @@ def planned(name: str, *, machine: str) -> tuple[RunPlan, list[str]] | None:
     made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source]), hardware=hardware)
     if made.advice is None:
         return made, []
-    ways = [override for way in what_would_fit(made) or [] for override in way.split()]
-    for overrides in (ways, OFFLOADED):
-        if overrides and "--gpus" not in overrides:
-            recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides])
-            made = plan(recipe, hardware=hardware)
-            if made.advice is None:
-                return made, overrides
-    return None
+    overrides = [override for way in what_would_fit(made) or [] for override in way.split()]
+    if not overrides or "--gpus" in overrides:
+        return None
+    made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides]), hardware=hardware)
+    return None if made.advice is not None else (made, overrides)
 
 
 def tables() -> Iterator[str]:
@@ -82,7 +77,7 @@ def _row(name: str, *, machine: str) -> str:
         return f"| {name} | | | does not fit | | | |"
     made, overrides = found
     hours = [f"{stage.seconds / 3600:,.1f}" if stage.seconds else "" for stage in made.stages]
-    held = [stage.memory[made.choice.zero_stage] for stage in made.stages]
+    held = [stage.held(made.choice) for stage in made.stages]
     memory = " and ".join(f"{stage.total / 1e9:.0f}" for stage in held)
     host = " and ".join(f"{stage.host / 1e9:.0f}" for stage in held)
     disk = max(stage.disk for stage in made.stages) / 1e9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shearing.cli import compare, data, export, runs, sparse  # noqa: F401 - they add their commands
+from shearing.cli import compare, data, export, moe, runs, search, sparse  # noqa: F401 - they add their commands
 from shearing.cli.frame import app
 
 __all__ = ["app", "main"]

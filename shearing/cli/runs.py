@@ -151,6 +151,10 @@ def plan(
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
     made = make(resolved, hardware=hardware)
     Console().print(render_phases(made, phases=phases(resolved, made=made)) if steps else render(made))
+    if resolved.search is not None:
+        from shearing.runs.search.pricing import price
+
+        Console().print("", price(resolved, hardware=hardware))
 
 
 @app.command()

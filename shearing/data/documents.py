@@ -117,18 +117,18 @@ class Documents:
         labels_BS = tokens_BT[:, 1:]
         return labels_BS if self.left_out is None else labels_BS.masked_fill(self.left_out, IGNORED_LABEL)
 
-    def row(self, index: int) -> Documents:
-        """The documents of one row, as rows of its own."""
+    def part(self, first: int, end: int) -> Documents:
+        """The documents of some of the rows."""
 
         def own(of_rows: Tensor | None) -> Tensor | None:
-            return None if of_rows is None else of_rows[index : index + 1]
+            return None if of_rows is None else of_rows[first:end]
 
         boundaries = on_device = None
         if self.boundaries is not None:
             assert self.position_ids is not None
             length = self.position_ids.shape[1]
-            shifted = self.boundaries - index * length
-            boundaries = _padded(shifted[(shifted >= 0) & (shifted < length)], end=length)
+            shifted, tokens = self.boundaries - first * length, (end - first) * length
+            boundaries = _padded(shifted[(shifted >= 0) & (shifted < tokens)], end=tokens)
             on_device = sent(boundaries, device=self.position_ids.device)
         return Documents(
             position_ids=own(self.position_ids),
@@ -153,12 +153,15 @@ class Inputs:
             **({} if self.documents is None else self.documents.keywords()),
         }
 
+    def part(self, first: int, end: int) -> Inputs:
+        """Some of the rows; itself where they are all."""
+        if (first, end) == (0, self.tokens.shape[0]):
+            return self
+        return Inputs(self.tokens[first:end], None if self.documents is None else self.documents.part(first, end))
+
     def rows(self) -> list[Inputs]:
         """Each row by itself."""
-        return [
-            Inputs(self.tokens[row : row + 1], None if self.documents is None else self.documents.row(row))
-            for row in range(self.tokens.shape[0])
-        ]
+        return [self.part(row, row + 1) for row in range(self.tokens.shape[0])]
 
 
 def sent(tensor: Tensor, *, device: torch.device) -> Tensor:

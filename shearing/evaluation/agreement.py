@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of
 from shearing.models.attention import attention_within_documents
 
 Rows = Sequence[tuple[Tensor, Documents | None]]
@@ -37,7 +36,7 @@ class Agreement:
 
 
 class Read:
-    """What is kept of a model that has read some text: its last hidden states [N, d] and its head [V, d], on the host.
+    """What is kept of a model that has read some text: its last hidden states [N, d] and its head, on the host.
 
     Distributions are made from them a chunk at a time, so two models are compared without both being on the device.
 
@@ -71,14 +70,15 @@ class Read:
         finally:
             model.train(was_training)
         self.hidden_Nd = torch.cat([state.flatten(0, 1) for state in states]).cpu()
-        self.head_Vd = head_weight(model).detach().cpu()
+        head = head_of(model)
+        self.head = head.with_weight(head.weight.detach().cpu())
         self.counts_N = torch.cat([_counts(tokens_BT, each).flatten() for tokens_BT, each in rows]).cpu()
 
     def log_probabilities(self, *, chunk_tokens: int, device: torch.device) -> Iterator[Tensor]:
         """fp32 log-probabilities [C, V] of the positions that count, in order."""
-        head_Vd = self.head_Vd.to(device, torch.float32)
+        head = self.head.with_weight(self.head.weight.to(device, torch.float32))
         for hidden_Cd in self.hidden_Nd[self.counts_N].split(chunk_tokens):
-            yield F.linear(hidden_Cd.to(device, torch.float32), head_Vd).log_softmax(-1)
+            yield head.logits(hidden_Cd.to(device, torch.float32)).log_softmax(-1)
 
 
 @torch.inference_mode()
@@ -93,8 +93,8 @@ def agreement(model: Read, other: Read, *, chunk_tokens: int = 256, device: torc
     Raises:
         ValueError: vocabularies of different sizes.
     """
-    if len(model.head_Vd) != len(other.head_Vd):
-        raise ValueError(f"vocabularies of {len(model.head_Vd)} and {len(other.head_Vd)} tokens")
+    if len(model.head.weight) != len(other.head.weight):
+        raise ValueError(f"vocabularies of {len(model.head.weight)} and {len(other.head.weight)} tokens")
     device = device or torch.device("cpu")
     equal = torch.zeros((), dtype=torch.int64, device=device)
     divergence = torch.zeros((), dtype=torch.float64, device=device)

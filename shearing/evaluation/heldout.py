@@ -6,10 +6,11 @@ Shapes: B rows, T = S + 1 tokens (S inputs, S labels), d hidden size, V vocabula
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from shearing.data.corpus.format import HeldOutSplit
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.errors import ShearingError
 from shearing.evaluation.text_bytes import token_bytes
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import head_of, head_weight
 from shearing.models.attention import attention_within_documents
 from shearing.models.masked import MaskedModel
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.models.stored.paging.passing import last_states
 from shearing.objectives.cross_entropy import per_token_loss
 from shearing.processes.processes import Processes
 
@@ -73,7 +76,8 @@ def heldout_loss(
     model is put into eval mode and back.
 
     Args:
-        model: a Hugging Face causal language model, or a `MaskedModel` with its masks set by the caller.
+        model: a Hugging Face causal language model, or a `MaskedModel` with its masks set by the caller; whole, or with
+            weights that come on demand (see `last_states`).
         corpus: tokenised domains.
         split: validation where something is chosen by what is found, test where a result is judged.
         tokens_per_domain: held-out tokens read per domain, in whole rows; fewer where the domain has fewer.
@@ -100,13 +104,22 @@ def heldout_loss(
     device = head_weight(causal_lm).device
     count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=causal_lm.config.vocab_size)
     count_bytes = None if count_bytes is None else count_bytes.to(device)
-    objective = objective or partial(_sum_of_losses, causal_lm, chunk_tokens=chunk_tokens)
-
-    domains = list(corpus.domains)
-    loss_sums = torch.zeros(len(domains), dtype=torch.float64, device=device)
-    byte_sums = torch.zeros(len(domains), dtype=torch.int64, device=device)
-    tokens = [0] * len(domains)
-
+    sums = _Sums.of(len(corpus.domains), device=device)
+    rows = _rows_of_all(
+        corpus,
+        split=split,
+        rules=rules,
+        device=device,
+        processes=processes,
+        progress=progress,
+        sums=sums,
+        settings={
+            "sequence_length": sequence_length,
+            "tokens": tokens_per_domain,
+            "micro_batch_size": micro_batch_size,
+        },
+        every=objective is not None,
+    )
     was_training = model.training
     model.train(False)
     try:
@@ -115,48 +128,115 @@ def heldout_loss(
             torch.autocast(device.type, dtype=precision, enabled=precision not in (None, torch.float32)),
             attention_within_documents(causal_lm, on=rules.attention_within),
         ):
-            for index, domain in enumerate(domains):
-                batches = _heldout_rows(
-                    corpus,
-                    domain,
-                    split=split,
-                    rules=rules,
-                    sequence_length=sequence_length,
-                    tokens=tokens_per_domain,
-                    micro_batch_size=micro_batch_size,
-                )
-                number, batch_BT, documents = -1, None, None
-                for number, (batch_BT, positions_BT, counted_BT, begins_B) in enumerate(batches):
-                    documents = rules.documents(positions_BT, device=device, counted_BT=counted_BT)
-                    tokens[index] += _num_labels(batch_BT, positions_BT, counted_BT, rules=rules)
-                    if number % processes.size == processes.rank:
-                        batch_BT = batch_BT.to(device, non_blocking=True)
-                        loss_sums[index] += objective(batch_BT, documents).to(torch.float64)
-                        if count_bytes is not None:
-                            byte_sums[index] += count_bytes.count(
-                                batch_BT,
-                                leave_out_BS=None if documents is None else documents.left_out,
-                                begins_B=None if begins_B is None else begins_B.to(device),
-                            )
-                    if progress is not None:
-                        progress(batch_BT[:, 1:].numel())
-                left_over = (number + 1) % processes.size
-                if batch_BT is not None and left_over and processes.rank >= left_over:
-                    # Sharded weights come together only if all processes take part.
-                    objective(batch_BT.to(device), documents)
-        processes.sum(loss_sums)
-        processes.sum(byte_sums)
+            if objective is None:
+                losses = _losses_of(causal_lm, rows, chunk_tokens=chunk_tokens)
+            else:
+                losses = ((row, objective(row.tokens, row.documents)) for row in rows)
+            for row, loss in losses:
+                if row.counts:
+                    sums.losses[row.domain] += loss.to(torch.float64)
+                    if count_bytes is not None:
+                        sums.bytes[row.domain] += count_bytes.count(
+                            row.tokens,
+                            leave_out_BS=None if row.documents is None else row.documents.left_out,
+                            begins_B=None if row.begins is None else row.begins.to(device),
+                        )
+        processes.sum(sums.losses)
+        processes.sum(sums.bytes)
     finally:
         model.train(was_training)
 
-    for domain, num_tokens in zip(domains, tokens, strict=True):
+    for domain, num_tokens in zip(corpus.domains, sums.tokens, strict=True):
         _require_labels(num_tokens, corpus=corpus, domain=domain, split=split)
     return {
         domain: _domain_loss(loss_sum, num_bytes=num_bytes, tokens=num_tokens)
         for domain, loss_sum, num_bytes, num_tokens in zip(
-            domains, loss_sums.tolist(), byte_sums.tolist(), tokens, strict=True
+            corpus.domains, sums.losses.tolist(), sums.bytes.tolist(), sums.tokens, strict=True
         )
     }
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of each domain: losses, fp64, and bytes, int64, on the device, of this process; and labels, of all."""
+
+    losses: Tensor
+    bytes: Tensor
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, domains: int, *, device: torch.device) -> _Sums:
+        losses = torch.zeros(domains, dtype=torch.float64, device=device)
+        return cls(losses, torch.zeros(domains, dtype=torch.int64, device=device), [0] * domains)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a domain on the device, their documents, and whether a document begins with a row.
+
+    Attributes:
+        tokens: [B, T].
+        begins: [B].
+        counts: whether their loss is this process's to count.
+    """
+
+    domain: int
+    tokens: Tensor
+    documents: Documents | None
+    begins: Tensor | None
+    counts: bool = True
+
+
+def _rows_of_all(
+    corpus: Corpus,
+    *,
+    split: HeldOutSplit,
+    rules: DocumentRules,
+    device: torch.device,
+    processes: Processes,
+    progress: Callable[[int], None] | None,
+    sums: _Sums,
+    settings: Mapping[str, int],
+    every: bool,
+) -> Iterator[_Rows]:
+    """The rows of all domains that this process reads; counts the labels of all, in `sums`.
+
+    Args:
+        every: whether all processes have to read equally often, because sharded weights come together only if all take
+            part: then some rows are read that do not count.
+    """
+    for index, domain in enumerate(corpus.domains):
+        number, rows = -1, None
+        batches = _heldout_rows(corpus, domain, split=split, rules=rules, settings=settings)
+        for number, (batch_BT, positions_BT, counted_BT, begins_B) in enumerate(batches):
+            documents = rules.documents(positions_BT, device=device, counted_BT=counted_BT)
+            sums.tokens[index] += _num_labels(batch_BT, positions_BT, counted_BT, rules=rules)
+            rows = _Rows(index, batch_BT, documents, begins_B)
+            if number % processes.size == processes.rank:
+                yield replace(rows, tokens=batch_BT.to(device, non_blocking=True))
+            if progress is not None:
+                progress(batch_BT[:, 1:].numel())
+        left_over = (number + 1) % processes.size
+        if every and rows is not None and left_over and processes.rank >= left_over:
+            yield replace(rows, tokens=rows.tokens.to(device), counts=False)
+
+
+def _losses_of(model: PreTrainedModel, rows: Iterable[_Rows], *, chunk_tokens: int) -> Iterator[tuple[_Rows, Tensor]]:
+    """Rows, each with the sum of its losses."""
+    under_way: deque[_Rows] = deque()
+
+    def read() -> Iterator[Mapping[str, Any]]:
+        for each in rows:
+            under_way.append(each)
+            yield Inputs(each.tokens[:, :-1], each.documents).keywords()
+
+    head = head_of(model)
+    for hidden_BSD in last_states(model, read()):
+        each = under_way.popleft()
+        labels_BS = each.tokens[:, 1:] if each.documents is None else each.documents.labels(each.tokens)
+        with weights_here(head.weight):
+            loss_BS = per_token_loss(hidden_BSD, head, labels_BS, chunk_tokens=chunk_tokens)
+        yield each, loss_BS.sum(dtype=torch.float64)
 
 
 def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
@@ -181,16 +261,13 @@ def _heldout_rows(
     *,
     split: HeldOutSplit,
     rules: DocumentRules,
-    sequence_length: int,
-    tokens: int,
-    micro_batch_size: int,
+    settings: Mapping[str, int],
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
     """Held-out rows, their positions, which tokens count, all [B, T], and whether a document begins with a row, [B].
 
     No positions where documents mean nothing, None of what counts where all tokens do; the last only where the token in
     front of a row is no part of the text.
     """
-    settings = {"sequence_length": sequence_length, "tokens": tokens, "micro_batch_size": micro_batch_size}
     rows = corpus.heldout_batches(domain, split=split, **settings)
     counted = corpus.heldout_counted(domain, split=split, **settings)
     positions: Iterable[Tensor | None] = repeat(None)
@@ -221,15 +298,6 @@ def _require_labels(count: int, *, corpus: Corpus, domain: str, split: HeldOutSp
             allowed="rows with labels that count, as those of answers do",
             mend="read more tokens or longer rows of each domain, or prepare the domain again with loss: all",
         )
-
-
-def _sum_of_losses(
-    model: PreTrainedModel, batch_BT: Tensor, documents: Documents | None, *, chunk_tokens: int
-) -> Tensor:
-    hidden_BSD = backbone(model)(**Inputs(batch_BT[:, :-1], documents).keywords()).last_hidden_state
-    labels_BS = batch_BT[:, 1:] if documents is None else documents.labels(batch_BT)
-    loss_BS = per_token_loss(hidden_BSD, head_weight(model), labels_BS, chunk_tokens=chunk_tokens)
-    return loss_BS.sum(dtype=torch.float64)
 
 
 def _domain_loss(loss_sum: float, *, num_bytes: int, tokens: int) -> DomainLoss:

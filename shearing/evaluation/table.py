@@ -32,6 +32,7 @@ UNITS = {
     "mlp": "MLP sub-layers",
     "kv_groups": "KV groups",
     "query_heads": "query heads",
+    "experts": "experts",
     "intermediate": "MLP units",
     "hidden": "hidden dimensions",
 }

@@ -165,11 +165,16 @@ def flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_file(path: Path) -> None:
+    """Force a file to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def flush_tree(folder: Path) -> None:
     """Force every file and folder below a folder, and the folder itself, to disk."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             flush_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush_file(path)

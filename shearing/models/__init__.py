@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shearing.late import late
 
 if TYPE_CHECKING:
-    from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_weight
+    from shearing.models.anatomy import Head, anatomy_of, backbone, decoder_layers, head_of, head_weight
     from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
     from shearing.models.cutting import Selection, compact, compact_moments
     from shearing.models.families import FAMILIES
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "Family",
+    "Head",
     "MaskedModel",
     "Masks",
     "ModelRecipe",
@@ -34,6 +35,7 @@ __all__ = [
     "config_for",
     "decoder_layers",
     "drop_attention_mask",
+    "head_of",
     "head_weight",
     "keep_attention_within_documents",
     "load_config",
@@ -47,6 +49,7 @@ __getattr__ = late(
     {
         "FAMILIES": "families",
         "Family": "families.family",
+        "Head": "anatomy",
         "MaskedModel": "masked",
         "Masks": "masked",
         "ModelRecipe": "recipe",
@@ -60,6 +63,7 @@ __getattr__ = late(
         "config_for": "shape",
         "decoder_layers": "anatomy",
         "drop_attention_mask": "attention",
+        "head_of": "anatomy",
         "head_weight": "anatomy",
         "keep_attention_within_documents": "attention",
         "load_config": "loading",

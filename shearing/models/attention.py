@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families import Family
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -31,10 +34,22 @@ PREFIX = "causal_"
 MASKLESS = ("sdpa", "flash_attention_2")
 """Kernels that are causal without a mask; flash attention also applies a sliding window by itself."""
 DOCUMENTS_SDPA = "documents_sdpa"
+DOCUMENTS_CAPPED = "documents_capped"
+"""The same function for models whose scores have a cap: transformers refuses them a kernel that is called sdpa."""
 CAUSAL_FLASH = PREFIX + "fa2"
 """Not called flash: transformers would look for a package of that name."""
 
 _QUERIES_AT_ONCE = 512
+
+
+def requested(attn_implementation: str) -> str | None:
+    """What transformers is asked for: sdpa is its own default, and eager instead where scores have a cap."""
+    return None if attn_implementation == "sdpa" else attn_implementation
+
+
+def is_eager(family: Family, *, attn_implementation: str) -> bool:
+    """Whether attention weights of a family's models are tensors, with that setting."""
+    return attn_implementation == "eager" or (attn_implementation == "sdpa" and bool(family.attention_cap))
 
 
 def needs_mask(config: PretrainedConfig, *, kernel: str, sequence_length: int) -> bool:
@@ -74,11 +89,14 @@ def keep_attention_within_documents(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface
 
     kernel = _kernel(model)
-    if kernel in (DOCUMENTS_SDPA, CAUSAL_FLASH):
+    if kernel in (DOCUMENTS_SDPA, DOCUMENTS_CAPPED, CAUSAL_FLASH):
         return
     if kernel in ("sdpa", PREFIX + "sdpa"):
         AttentionInterface.register(DOCUMENTS_SDPA, documents_sdpa)
         model.set_attn_implementation(DOCUMENTS_SDPA)
+    elif kernel == "eager" and anatomy_of(model.config).attention_cap:
+        AttentionInterface.register(DOCUMENTS_CAPPED, documents_sdpa)
+        model.set_attn_implementation(DOCUMENTS_CAPPED)
     elif kernel == "flash_attention_2":
         AttentionInterface.register(CAUSAL_FLASH, flash_attention)
         model.set_attn_implementation(CAUSAL_FLASH)
@@ -112,6 +130,7 @@ def documents_sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     document_boundaries: Tensor | None = None,
@@ -128,6 +147,7 @@ def documents_sdpa(
         attention_mask: None.
         dropout, scaling: of the attention weights, of the scores.
         sliding_window: tokens that a token attends to at most, itself included.
+        softcap: c of scores that are c tanh(s / c); which of torch's kernels has none.
         cu_seq_lens_q, max_length_q, document_boundaries: from `Documents.keywords`.
 
     Returns:
@@ -140,7 +160,7 @@ def documents_sdpa(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if _VARLEN is not None and dropout == 0.0 and _has_varlen_kernel(query):
+    if _VARLEN is not None and dropout == 0.0 and softcap is None and _has_varlen_kernel(query):
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         window = -1 if sliding_window is None else sliding_window - 1
         attended = _VARLEN(
@@ -162,6 +182,7 @@ def documents_sdpa(
             dropout=dropout,
             scaling=scaling,
             window=sliding_window,
+            softcap=softcap,
         )
     return attended.unflatten(0, (rows, length)), None
 
@@ -177,30 +198,39 @@ def _stretch_by_stretch(
     dropout: float,
     scaling: float | None,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of query [H, B * S, dh] over key and value [K, B * S, dh]; [B * S, H, dh]."""
     if _is_on_gpu(query):
-        _say_slow(query.dtype)
+        _say_slow(query.dtype, capped=softcap is not None)
     lengths = [length for length in boundaries.diff().tolist() if length]
     attended = [
-        _attend(q[None], k[None], v[None], dropout=dropout, scaling=scaling, window=window)[0]
+        _attend(q[None], k[None], v[None], dropout=dropout, scaling=scaling, window=window, softcap=softcap)[0]
         for q, k, v in zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
     ]
     return torch.cat(attended, 1).transpose(0, 1).contiguous()
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of query [1, H, n, dh] over the last `window` of key and value [1, K, n, dh]."""
     length = query.shape[2]
-    attend = partial(
-        F.scaled_dot_product_attention,
+    attend: Callable[..., Tensor] = partial(
+        F.scaled_dot_product_attention if softcap is None else partial(_capped_attention, softcap=softcap),
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    if window is None or length <= window:
+    window = length if window is None else window
+    if softcap is None and length <= window:
         return attend(query, key, value, is_causal=True)
     attended = []
     for first in range(0, length, _QUERIES_AT_ONCE):
@@ -211,6 +241,26 @@ def _attend(
         seen_key, seen_value = key[:, :, oldest:last], value[:, :, oldest:last]
         attended.append(attend(query[:, :, first:last], seen_key, seen_value, attn_mask=mask))
     return torch.cat(attended, 2)
+
+
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float,
+) -> Tensor:
+    """`scaled_dot_product_attention` with the cap, step by step in transformers' precisions."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = ((scores / softcap).tanh() * softcap).masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
@@ -229,9 +279,11 @@ def _is_on_gpu(query: Tensor) -> bool:
 
 
 @functools.cache
-def _say_slow(dtype: torch.dtype) -> None:
+def _say_slow(dtype: torch.dtype, *, capped: bool) -> None:
     """Said once: on a GPU the loop over documents can take longer than all else of a step."""
-    if _VARLEN is None:
+    if capped:
+        why = "of torch's kernels for all of them at once none caps scores; flash_attention_2 does"
+    elif _VARLEN is None:
         why = f"torch {torch.__version__} has no kernel for all of them at once; torch 2.12 has"
     else:
         why = f"torch's kernel for all of them at once wants bf16 and an Ampere GPU or newer; these are {dtype}"
@@ -267,6 +319,7 @@ def flash_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Causal flash attention over whole rows, or inside documents where it is told of them; as `documents_sdpa`.
@@ -288,6 +341,7 @@ def flash_attention(
         dropout=dropout,
         softmax_scale=scaling,
         sliding_window=sliding_window,
+        softcap=softcap,
         attn_implementation="flash_attention_2",
         **{name: keywords[name] for name in stretches if name in keywords},
     )

@@ -6,7 +6,7 @@ Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Axes, Unit
+from shearing.models.families.experts.cutting import columns_of_stack, cut_stack, select_experts
 from shearing.models.families.norms import Norm
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape, config_for
+from shearing.models.stored.paging.on_demand import weights_by_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Selection:
         hidden: [d'] residual dimensions.
         kv_groups: [L', K'] KV groups of each new layer.
         query_heads: [L', K', G'] query heads inside each of those groups.
-        intermediate: [L', m'] MLP units of each new layer.
+        intermediate: [L', m'] MLP units of each new layer; of a model with experts [L', E', m'], those of each expert.
+        experts: [L', E'] experts of each new layer; None: the model has none.
     """
 
     layers: tuple[tuple[int, int], ...]
@@ -43,6 +46,7 @@ class Selection:
     kv_groups: Tensor
     query_heads: Tensor
     intermediate: Tensor
+    experts: Tensor | None = None
 
     @classmethod
     def of(cls, masks: Masks, *, source: Shape, target: Shape) -> Selection:
@@ -56,6 +60,14 @@ class Selection:
         attention = _indices(alive.get("attention", everything), target.num_hidden_layers, name="attention sub-layers")
         mlp = _indices(alive.get("mlp", everything), target.num_hidden_layers, name="MLP sub-layers")
         layers = tuple(zip(attention.tolist(), mlp.tolist(), strict=True))
+        if source.family.parallel and any(a != m for a, m in layers):
+            raise ShearingError(
+                "kept units (sub-layers)",
+                value=layers,
+                allowed=f"attention and MLP of the same layers: in this {source.family.model_type!r} both read what "
+                "their layer reads",
+                mend="choose whole layers",
+            )
         if any(a > m for a, m in layers) or any(m >= a for (_, m), (a, _) in pairwise(layers)):
             raise ShearingError(
                 "kept units (sub-layers)",
@@ -68,7 +80,7 @@ class Selection:
         every_group = torch.ones(source.num_hidden_layers, groups, dtype=torch.bool)
         every_head = torch.ones(source.num_hidden_layers, groups, per_group, dtype=torch.bool)
         every_unit = torch.ones(source.num_hidden_layers, source.intermediate_size, dtype=torch.bool)
-        kv_groups, query_heads, intermediate = [], [], []
+        kv_groups, query_heads, intermediate, experts = [], [], [], []
         for a, m in layers:
             kept = _indices(
                 alive.get("kv_groups", every_group)[a], target.num_key_value_heads, name=f"KV groups, layer {a}"
@@ -79,8 +91,19 @@ class Selection:
             query_heads.append(
                 torch.stack([_indices(heads[group], target.query_heads_per_group, name=name) for group in kept])
             )
-            units = alive.get("intermediate", every_unit)[m]
-            intermediate.append(_indices(units, target.intermediate_size, name=f"intermediate units, layer {m}"))
+            if source.num_experts:
+                of_layer, units = select_experts(
+                    alive,
+                    layer=m,
+                    sizes=(source.num_experts, source.intermediate_size),
+                    keep=(target.num_experts, target.intermediate_size),
+                    indices=_indices,
+                )
+                experts.append(of_layer)
+            else:
+                row, name = alive.get("intermediate", every_unit)[m], f"intermediate units, layer {m}"
+                units = _indices(row, target.intermediate_size, name=name)
+            intermediate.append(units)
         every_dimension = torch.ones(source.hidden_size, dtype=torch.bool)
         return cls(
             layers=layers,
@@ -88,14 +111,15 @@ class Selection:
             kv_groups=torch.stack(kv_groups),
             query_heads=torch.stack(query_heads),
             intermediate=torch.stack(intermediate),
+            experts=torch.stack(experts) if experts else None,
         )
 
     @property
     def digest(self) -> str:
         """Short hash of the units: the same for the same units, however they were chosen."""
         digest = hashlib.blake2b(digest_size=4)
-        parts = (torch.tensor(self.layers), self.hidden, self.kv_groups, self.query_heads, self.intermediate)
-        for part in parts:
+        parts = [torch.tensor(self.layers), self.hidden, self.kv_groups, self.query_heads, self.intermediate]
+        for part in parts if self.experts is None else [*parts, self.experts]:
             digest.update(repr(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -105,7 +129,8 @@ class Selection:
             source,
             num_hidden_layers=len(self.layers),
             hidden_size=self.hidden.numel(),
-            intermediate_size=self.intermediate.shape[1],
+            intermediate_size=self.intermediate.shape[-1],
+            num_experts=source.num_experts if self.experts is None else self.experts.shape[1],
             num_attention_heads=self.query_heads.shape[1] * self.query_heads.shape[2],
             num_key_value_heads=self.kv_groups.shape[1],
         )
@@ -130,34 +155,25 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     into the embedding and divided out of the final norm's gain, so that the head reads what it read before.
 
     Args:
-        model: plain source model (release a `MaskedModel` first); not changed.
+        model: plain source model (release a `MaskedModel` first); not changed. Its weights may come on demand.
         masks: values of the units; those outside the selection must be zero.
         selection: the units to keep.
 
     Returns:
-        A plain Hugging Face model of the selection's shape, in the dtype and on the device of `model`.
+        A plain Hugging Face model of the selection's shape, in the dtype and on the device of `model`; of another
+        architecture where that of `model` refuses the shape, see `config_for`.
     """
     from accelerate import init_empty_weights
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     family = anatomy_of(model)
-    source = Shape.of(model.config)
-    target = selection.shape(source)
-    config = config_for(model.config, shape=target, attention_layers=[a for a, _ in selection.layers])
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    state = _cut_all(family, weights, masks, selection, source)
-    scale = _embedding_scale(source, target)
-    if masks.hidden is not None or scale != 1.0:
-        device = weights[f"{family.embedding}.weight"].device
-        hidden = torch.ones(source.hidden_size, device=device) if masks.hidden is None else masks.hidden
-        values = _take(hidden, selection.hidden) * scale
-        embedding = f"{family.embedding}.weight"
-        state[embedding] = _scale(state[embedding], columns=values)
-        if source.tied:
-            _scale_gain(state, family.final_norm, by=1.0 / values.double())
-
+    state = dict(cut_in_turn(model.config, weights_by_name(model), masks=masks, selection=selection))
+    config = cut_config(model.config, selection=selection)
+    own = type(config) is type(model.config)
+    architecture: Any = type(model) if own else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with init_empty_weights(include_buffers=False):
-        result: Any = type(model)(config)
-    if source.tied:
+        result: Any = architecture(config)
+    if Shape.of(model.config).tied:
         state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
     result.load_state_dict(state, strict=True, assign=True)
     result.tie_weights()
@@ -166,30 +182,89 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
     return compacted
 
 
+def cut_config(config: PretrainedConfig, *, selection: Selection) -> PretrainedConfig:
+    """The config of the model that is left of a source with this one."""
+    shape = selection.shape(Shape.of(config))
+    return config_for(config, shape=shape, attention_layers=[a for a, _ in selection.layers])
+
+
+def cut_in_turn(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], *, masks: Masks, selection: Selection
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the model that `compact` makes, of which only a layer's exist at a time.
+
+    Args:
+        config: the source's.
+        weights: of the source, by name; each is asked for when its turn comes.
+        masks, selection: see `compact`.
+
+    Returns:
+        Name in the cut model and weight, in the dtype and on the device of the source's; each once where it is tied.
+    """
+    family, source = anatomy_of(config), Shape.of(config)
+    scale = _embedding_scale(source, selection.shape(source))
+    folds = masks.hidden is not None or scale != 1.0
+    embedding = f"{family.embedding}.weight"
+    gain: dict[str, Tensor] = {}
+    values: Tensor | None = None
+    for name, weight in _in_turn(family, weights, masks, selection, source):
+        if folds and name == embedding:
+            hidden = torch.ones(source.hidden_size, device=weight.device) if masks.hidden is None else masks.hidden
+            values = _take(hidden, selection.hidden) * scale
+            weight = _scale(weight, columns=values)
+        if folds and source.tied and name in {parameter.name for parameter in family.final_norm.parameters}:
+            gain[name] = weight
+        else:
+            yield name, weight
+    if gain:
+        assert values is not None
+        _scale_gain(gain, family.final_norm, by=1.0 / values.double())
+        yield from gain.items()
+
+
 def compact_moments(
     model: PreTrainedModel, moments: Mapping[str, Mapping[str, Tensor]], *, selection: Selection
 ) -> dict[str, dict[str, Tensor]]:
-    """An optimiser's state for each weight that is kept, under the names of the cut model.
-
-    Taken as it is: under masks of 0 and 1 the gradient of a weight that is kept is the same before and after the cut.
+    """An optimiser's state for each weight that is kept, under the names of the cut model; see `moments_in_turn`.
 
     Args:
         model: the source model, for its anatomy; its weights are not read.
         moments: kind -> parameter of `model` -> tensor of its shape, or a scalar.
         selection: the units to keep.
     """
-    family, source = anatomy_of(model), Shape.of(model.config)
-    cut = {kind: _cut_all(family, of_kind, Masks(), selection, source) for kind, of_kind in moments.items()}
-    scale = _embedding_scale(source, selection.shape(source))
-    if scale != 1.0:
-        # A weight that is scaled has a gradient that is divided.
-        for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-            for parameter in family.final_norm.parameters if source.tied else ():
-                if parameter.name in cut.get(kind, {}):
-                    cut[kind][parameter.name] *= scale**power
-            if (embedding := f"{family.embedding}.weight") in cut.get(kind, {}):
-                cut[kind][embedding] /= scale**power
+    cut: dict[str, dict[str, Tensor]] = {kind: {} for kind in moments}
+    for kind, name, moment in moments_in_turn(model.config, moments, selection=selection):
+        cut[kind][name] = moment
     return cut
+
+
+def moments_in_turn(
+    config: PretrainedConfig, moments: Mapping[str, Mapping[str, Tensor]], *, selection: Selection
+) -> Iterator[tuple[str, str, Tensor]]:
+    """An optimiser's state for each weight that is kept, of which only a layer's exists at a time.
+
+    Taken as it is: under masks of 0 and 1 the gradient of a weight that is kept is the same before and after the cut.
+
+    Args:
+        config: the source's.
+        moments: kind -> parameter of the source -> tensor of its shape, or a scalar; asked for when its turn comes.
+        selection: the units to keep.
+
+    Returns:
+        Kind, name in the cut model, and moment.
+    """
+    family, source = anatomy_of(config), Shape.of(config)
+    scale = _embedding_scale(source, selection.shape(source))
+    final = {parameter.name for parameter in family.final_norm.parameters} if source.tied else set()
+    for kind, of_kind in moments.items():
+        # A weight that is scaled has a gradient that is divided.
+        power = {"exp_avg": 1, "exp_avg_sq": 2}.get(kind, 0)
+        for name, moment in _in_turn(family, of_kind, Masks(), selection, source):
+            if scale != 1.0 and name in final:
+                moment = moment * scale**power
+            elif scale != 1.0 and name == f"{family.embedding}.weight":
+                moment = moment / scale**power
+            yield kind, name, moment
 
 
 def _embedding_scale(source: Shape, target: Shape) -> float:
@@ -199,6 +274,8 @@ def _embedding_scale(source: Shape, target: Shape) -> float:
 
 
 def _cut(weight: Tensor, axes: Axes, units: Mapping[Unit, Tensor], *, sizes: Mapping[Unit, int]) -> Tensor:
+    if weight.ndim > 2:
+        return cut_stack(weight, axes, units, sizes=sizes)
     for position, axis in enumerate(axes[: weight.ndim]):  # an optimiser's step count has no axes
         kept = axis.kept(units, sizes=sizes)
         if kept is not None:
@@ -206,20 +283,16 @@ def _cut(weight: Tensor, axes: Axes, units: Mapping[Unit, Tensor], *, sizes: Map
     return weight.clone()
 
 
-def _cut_all(
+def _in_turn(
     family: Family, weights: Mapping[str, Tensor], masks: Masks, selection: Selection, source: Shape
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's kept part, sub-layer masks folded in; the hidden mask of the embedding is not."""
     hidden: dict[Unit, Tensor] = {"hidden": selection.hidden}
-    sizes = source.units()
-    state = {
-        name: _cut(weights[name], axes, hidden, sizes=sizes)
-        for name, axes in family.outer_axes.items()
-        if name in weights
-    }
+    for name, axes in family.outer_axes.items():
+        if name in weights:
+            yield name, _cut(weights[name], axes, hidden, sizes=source.units())
     for new, (attention_layer, mlp_layer) in enumerate(selection.layers):
-        state.update(_cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer))
-    return state
+        yield from _cut_layer(family, weights, masks, selection, source, new, attention_layer, mlp_layer).items()
 
 
 def _cut_layer(
@@ -241,9 +314,15 @@ def _cut_layer(
         "kv_groups": _head_rows(groups, source.head_dim),
         "intermediate": units,
     }
+    experts = None if selection.experts is None else selection.experts[new]
+    if experts is not None:
+        kept["experts"] = experts
     z_heads = masks.heads(attention_layer)
     head_columns = None if z_heads is None else _take(_expand(z_heads, source), query_rows)
-    unit_columns = None if masks.intermediate is None else _take(masks.intermediate[mlp_layer], units)
+    if experts is not None:
+        unit_columns = columns_of_stack(masks.experts, masks.intermediate, layer=mlp_layer, kept=experts, units=units)
+    else:
+        unit_columns = None if masks.intermediate is None else _take(masks.intermediate[mlp_layer], units)
     rows = None if masks.hidden is None else _take(masks.hidden, selection.hidden)
     state: dict[str, Tensor] = {}
     for sublayer, layer, z, columns in (
@@ -259,13 +338,12 @@ def _cut_layer(
         if sublayer.after is not None and z_layer is not None:
             _scale_gain(cut, sublayer.after, by=z_layer.double())
         in_write = None if sublayer.after is not None else z_layer
-        for part in ("weight", "bias"):
-            name = f"{sublayer.write}.{part}"
+        for name in sublayer.written:
             if name in cut:
                 cut[name] = _scale(
                     cut[name],
-                    columns=columns if part == "weight" else None,
-                    rows=_both(rows, None if in_write is None else in_write.expand(len(cut[name]))),
+                    columns=columns if cut[name].ndim > 1 else None,
+                    rows=_both(rows, None if in_write is None else in_write.expand(selection.hidden.numel())),
                 )
         state.update({f"{family.layers}.{new}.{name}": weight for name, weight in cut.items()})
     return state

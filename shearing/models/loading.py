@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
+from shearing.models.attention import requested
 from shearing.models.families import FAMILIES
+from shearing.models.families.unsupported import unsupported
 from shearing.models.place import folder_here, require_place
 from shearing.models.stored import headers
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.paging.paged import Pages
+from shearing.models.stored.paging.places import give_places, no_weight, not_finite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,17 +44,10 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
             mend=f"point {key('source')} at the folder that holds config.json",
         )
     try:
-        if Path(source).is_dir():
-            model_type = json.loads((Path(source) / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if model_type not in FAMILIES:
-                raise ShearingError(
-                    "source (architecture)",
-                    value=model_type,
-                    allowed=", ".join(sorted(FAMILIES)),
-                    mend="choose a source model of a supported family, "
-                    "or declare the family under shearing/models/families",
-                )
-        with _said_of_config(source):
+        values = _values(source, revision=revision)
+        if values.get("model_type") not in FAMILIES:
+            raise unsupported(values)
+        with said_of_config(source):
             config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise ShearingError(
@@ -67,6 +65,17 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
         )
     anatomy_of(config)
     return config
+
+
+def _values(source: str, *, revision: str | None) -> dict[str, Any]:
+    """What config.json says, also of a model that transformers would not load."""
+    from transformers import PretrainedConfig
+
+    if Path(source).is_dir():
+        values: dict[str, Any] = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    else:
+        values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    return values
 
 
 def require_weights(source: str, *, revision: str | None = None) -> None:
@@ -98,9 +107,16 @@ def load_source(
     from transformers import AutoModelForCausalLM
 
     require_weights(source, revision=revision)
+    # Tensor by tensor to where it is wanted: never whole on the host.
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
+            source,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=requested(attn_implementation),
+            use_safetensors=True,
+            **placed,
         )
     except OSError as error:
         raise ShearingError(
@@ -112,10 +128,73 @@ def load_source(
     if not Path(source).is_dir():
         require_weights(source, revision=revision)  # now that the hub's are here
     anatomy_of(model)
+    model.to(device)  # type: ignore[arg-type]  # buffers too
     refuse_nonfinite(model, source=source)
     model.config.use_cache = False
-    model.to(device)  # type: ignore[arg-type]
     model.eval()
+    return model
+
+
+def load_paged(
+    source: str,
+    *,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    device: torch.device | str = "cpu",
+    changes: Path | None = None,
+) -> PreTrainedModel:
+    """A model as `load_source` has it in fp32, whose weights stay in their files; see `stored.paging.paged`.
+
+    A model whose parameters are not stored as they are, but made of what is, is loaded whole.
+
+    Args:
+        source, revision: of the model.
+        attn_implementation: see transformers.
+        device: where it runs.
+        changes: folder of safetensors files with weights that replace some of these once an engine takes over.
+
+    Raises:
+        ShearingError: see `load_source`.
+    """
+    config = load_config(source, revision=revision)
+    folder = folder_of(source, revision=revision, also=["*.safetensors"])
+    headers.require_weights(folder, model=skeleton(config), source=source)
+    files = [folder / name for name in headers.weight_files(folder, source=source)]
+    model = paged_model(
+        config,
+        files=files,
+        source=source,
+        pages=Pages(torch.device(device), changes),
+        attn_implementation=attn_implementation,
+    )
+    if model is None:
+        return load_source(source, revision=revision, attn_implementation=attn_implementation, device=device)
+    return model
+
+
+def paged_model(
+    config: PretrainedConfig, *, files: Sequence[Path], source: str, pages: Pages, attn_implementation: str = "sdpa"
+) -> PreTrainedModel | None:
+    """A model whose weights stay in these files; None where its parameters are made of what is in them.
+
+    Args:
+        config: the model's.
+        files: safetensors.
+        source: what the model is called.
+        pages: new ones; where the model runs.
+        attn_implementation: see transformers.
+
+    Raises:
+        ShearingError: the architecture is not supported, or a weight outside of the layers is not finite.
+    """
+    model = skeleton(config, attn_implementation=attn_implementation, device=pages.device)
+    anatomy_of(model)
+    if not give_places(model, files=files, source=source):
+        return None
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(pages.device))
+    pages.open(model)
     return model
 
 
@@ -129,15 +208,15 @@ def skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with _said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
+    with said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attn_implementation
+            config, dtype=torch.float32, attn_implementation=requested(attn_implementation)
         )
     model.tie_weights()
     placeholders: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            empty = no_weight(parameter, device=torch.device(device))
             setattr(module, name, placeholders.setdefault(id(parameter), nn.Parameter(empty)))
     model.config.use_cache = False
     model.eval()
@@ -145,24 +224,26 @@ def skeleton(
 
 
 def refuse_nonfinite(model: PreTrainedModel, *, source: str) -> None:
-    """Raises `ShearingError` naming the first parameter that holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ShearingError(
-                f"source (parameter {name})",
-                value=source,
-                allowed="finite weights",
-                mend="the checkpoint holds NaN or infinity: fetch or convert it again",
-            )
+    """Raises `ShearingError` naming the first parameter that holds NaN or infinity; waits for the device once."""
+    names, finite = zip(*((name, torch.isfinite(each).all()) for name, each in model.named_parameters()), strict=True)
+    for name, is_finite in zip(names, torch.stack(finite).tolist(), strict=True):
+        if not is_finite:
+            raise not_finite(name, source=source)
 
 
 @contextmanager
-def _said_of_config(source: str) -> Iterator[None]:
-    """What transformers refuses of a config, in one message; it has no one kind of error for it."""
+def said_of_config(source: str) -> Iterator[None]:
+    """What transformers refuses of a config, in one message; it has no one kind of error for it.
+
+    Raises:
+        ShearingError: it does.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
+    except ShearingError:
+        raise
     except (
         ArithmeticError,
         AssertionError,

@@ -4,8 +4,8 @@ Only the writes into the residual stream are masked: columns of `o_proj` and `do
 intermediate units' masks, their rows by the hidden and layer masks, and the embedding's output by the hidden
 mask. The residual stream then is masked already, and RMSNorm needs no more than the number of alive
 dimensions as its divisor. Where a norm stands between a write and the residual stream, which would undo any
-scale, it is this norm's gain that the layer mask scales. Nothing has a dynamic shape and nothing waits for
-the device.
+scale, it is this norm's gain that the layer mask scales. Experts are masked as `families.experts.masked`
+says. Nothing has a dynamic shape and nothing waits for the device.
 
 Legend: B sequences, S positions, L layers, d hidden, m intermediate, K KV groups, G query heads per group,
 dh head dimension; T = B*S tokens.
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shearing.models.anatomy import anatomy_of, backbone, head_weight
+from shearing.models.anatomy import Head, anatomy_of, backbone, head_of
 from shearing.models.families.axes import Unit
+from shearing.models.families.experts.masked import MaskedExperts, MaskedRouter
 from shearing.models.families.family import SubLayer
 from shearing.models.families.norms import Norm, NormKind
 from shearing.models.shape import Shape
@@ -44,7 +45,8 @@ class Masks:
         attention, mlp: [L], sub-layers; the same tensor when whole layers are masked.
         kv_groups: [L, K], a KV head with all of its query heads.
         query_heads: [L, K, G], query heads inside their group.
-        intermediate: [L, m].
+        intermediate: [L, m]; of a model with experts [L, E, m].
+        experts: [L, E].
     """
 
     hidden: Tensor | None = None
@@ -53,6 +55,7 @@ class Masks:
     kv_groups: Tensor | None = None
     query_heads: Tensor | None = None
     intermediate: Tensor | None = None
+    experts: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are set, by name."""
@@ -230,11 +233,15 @@ class MaskedEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class _SubLayer:
-    """Wrapped modules of a sub-layer: its write, the norm after it, and norms along heads with what lies along them."""
+    """Wrapped modules of a sub-layer: its write, the norm after it, and norms along heads with what lies along them.
 
-    write: MaskedLinear
+    Of one that is made of experts, `write` computes them, and `router` chooses.
+    """
+
+    write: MaskedLinear | MaskedExperts
     after: MaskedNorm | None
     inside: tuple[tuple[Unit, MaskedNorm], ...]
+    router: MaskedRouter | None
 
 
 class MaskedModel(nn.Module):
@@ -269,14 +276,27 @@ class MaskedModel(nn.Module):
 
     def _swap_sublayer(self, sublayer: SubLayer, *, prefix: str) -> _SubLayer:
         """Wraps what masks concern; norms along the residual stream are added to `_norms`."""
-        write = self._swap(prefix + sublayer.write, MaskedLinear)
+        experts = sublayer.experts
+        write: MaskedLinear | MaskedExperts
+        if experts is None:
+            write, router = self._swap(prefix + sublayer.write, MaskedLinear), None
+        else:
+            route = partial(
+                MaskedRouter,
+                normalises=experts.normalises(self.model.config),
+                weights_in_fp32=experts.weights_in_fp32,
+            )
+            write, router = (
+                self._swap(prefix + sublayer.write, MaskedExperts),
+                self._swap(prefix + experts.router, route),
+            )
         before, after = (
             None if norm is None else self._swap_norm(norm, prefix=prefix) for norm in (sublayer.before, sublayer.after)
         )
         self._norms += [norm for norm in (before, after) if norm is not None]
         along_heads = [norm for norm in sublayer.inside if not norm.by_head]
         inside = tuple((norm.over.segments[0], self._swap_norm(norm, prefix=prefix)) for norm in along_heads)
-        return _SubLayer(write, after, inside)
+        return _SubLayer(write, after, inside, router)
 
     def _swap_norm(self, norm: Norm, *, prefix: str) -> MaskedNorm:
         return self._swap(prefix + norm.name, partial(MaskedNorm, kind=norm.kind))
@@ -308,6 +328,11 @@ class MaskedModel(nn.Module):
             self._mask_write(attention, masks.attention, columns=columns, hidden=hidden, layer=layer)
             columns = None if masks.intermediate is None else masks.intermediate[layer]
             self._mask_write(mlp, masks.mlp, columns=columns, hidden=hidden, layer=layer)
+            if mlp.router is not None:
+                assert isinstance(mlp.write, MaskedExperts)
+                mlp.write.experts = None if masks.experts is None else masks.experts[layer]
+                mlp.router.alive = mlp.write.experts
+                mlp.router.counts = None if masks.mlp is None else (masks.mlp[layer] > 0).to(torch.float32)
             groups = None if masks.kv_groups is None else masks.kv_groups[layer].repeat_interleave(self._head_dim)
             for unit, norm in attention.inside:
                 values = attention.write.columns if unit == "query_heads" else groups
@@ -329,9 +354,9 @@ class MaskedModel(nn.Module):
         hidden: Tensor = backbone(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden
 
-    def head_weight(self) -> Tensor:
-        """Weight [V, d] of the head."""
-        return head_weight(self.model)
+    def head(self) -> Head:
+        """What makes logits of those."""
+        return head_of(self.model)
 
     def release(self) -> PreTrainedModel:
         """Puts the original modules back and returns the model."""

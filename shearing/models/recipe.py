@@ -18,7 +18,9 @@ class ModelRecipe(Section):
 
     source: str = Field(description="Folder or hub name of a Hugging Face causal language model.")
     revision: str | None = Field(None, description="Hub revision; only for hub names.")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention kernel.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel; sdpa is eager for Gemma 2, whose scores have a cap."
+    )
     save_dtype: Neutral[Literal["source", "fp32", "bf16", "fp16"]] = Field(
         "source",
         description="Of the weights in model/, the final model; source: as the source's are stored. "
@@ -31,7 +33,12 @@ class TargetRecipe(Section):
 
     num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
     hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
-    intermediate_size: int | None = Field(None, ge=1, description="Units kept in each MLP.")
+    intermediate_size: int | None = Field(
+        None, ge=1, description="Units kept in each MLP; of a model with experts, in each expert."
+    )
+    num_experts: int | None = Field(
+        None, ge=1, description="Experts kept in each MLP of a model that has some: at least those of a token."
+    )
     num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
     num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
     parameters: ParameterCount | None = Field(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shearing.models.anatomy import Head
+
 
 class ChunkResult(NamedTuple):
     """What a rule makes of a chunk's logits.
@@ -68,9 +70,7 @@ class Scratch:
         return torch.mul(gradient_CV, valid_C[:, None], out=out_CV)
 
 
-def chunked_loss(
-    hidden_BSD: Tensor, head_weight_VD: Tensor, *, rule: ChunkLoss, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
+def chunked_loss(hidden_BSD: Tensor, head: Head, *, rule: ChunkLoss, chunk_tokens: int) -> tuple[Tensor, Tensor]:
     """Sum of a rule's losses over all tokens, and its figures of each.
 
     Products run in autocast's dtype where autocast is on; the sum and the accumulation of the head's gradient over
@@ -78,7 +78,7 @@ def chunked_loss(
 
     Args:
         hidden_BSD: last hidden states, after the final norm.
-        head_weight_VD: weight of the head, or of the embedding where they are tied.
+        head: of the model.
         rule: of these tokens alone.
         chunk_tokens: tokens whose logits exist at the same time.
 
@@ -86,18 +86,17 @@ def chunked_loss(
         The sum, a scalar in nats, whose backward pass can run once; and the figures [N, K], without gradient.
     """
     sum_and_figures: tuple[Tensor, Tensor] = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_BSD, head_weight_VD, rule, chunk_tokens, product_dtype(hidden_BSD), torch.is_grad_enabled()
+        hidden_BSD, head.weight, head, rule, chunk_tokens, product_dtype(hidden_BSD), torch.is_grad_enabled()
     )
     return sum_and_figures
 
 
-def chunked_logits(
-    hidden_BSD: Tensor, weight_VD: Tensor, *, chunk_tokens: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Token range, hidden states [C, D] and logits [C, V] of each chunk, in the weight's dtype.
+def chunked_logits(hidden_BSD: Tensor, head: Head, *, chunk_tokens: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Token range, hidden states [C, D] and logits [C, V] of each chunk, in the head's dtype.
 
     The logits are valid until the next chunk: all chunks share one buffer.
     """
+    weight_VD = head.weight
     hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     num_tokens = hidden_ND.shape[0]
     logits_CV = weight_VD.new_empty(min(chunk_tokens, num_tokens), weight_VD.shape[0])
@@ -106,7 +105,7 @@ def chunked_logits(
         hidden_CD = hidden_ND[tokens].to(weight_VD.dtype)
         rows = hidden_CD.shape[0]
         torch.mm(hidden_CD, weight_VD.t(), out=logits_CV[:rows])
-        yield tokens, hidden_CD, logits_CV[:rows]
+        yield tokens, hidden_CD, head.finish_(logits_CV[:rows])
 
 
 def product_dtype(hidden_BSD: Tensor) -> torch.dtype:
@@ -128,6 +127,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden_BSD: Tensor,
         head_weight_VD: Tensor,
+        head: Head,
         rule: ChunkLoss,
         chunk_tokens: int,
         product_dtype: torch.dtype,
@@ -140,16 +140,16 @@ class _ChunkedLoss(torch.autograd.Function):
         figures_NK = torch.empty(num_tokens, rule.num_figures, dtype=loss.dtype, device=loss.device)
         grad_hidden_ND = hidden_BSD.new_empty(num_tokens, hidden_BSD.shape[-1]) if wants_hidden else None
         grad_weight_VD = torch.empty_like(head_weight_VD, dtype=sum_dtype(head_weight_VD)) if wants_weight else None
-        weight_VD = head_weight_VD.to(product_dtype)
-        for tokens, hidden_CD, logits_CV in chunked_logits(hidden_BSD, weight_VD, chunk_tokens=chunk_tokens):
+        head = head.with_weight(head_weight_VD.to(product_dtype))
+        for tokens, hidden_CD, logits_CV in chunked_logits(hidden_BSD, head, chunk_tokens=chunk_tokens):
             result = rule(tokens, logits_CV, with_gradient=wants_hidden or wants_weight)
             loss += result.losses.sum()
             figures_NK[tokens] = result.figures
-            grad_CV = result.gradient
-            if grad_CV is None:
+            if result.gradient is None:
                 continue
+            grad_CV = head.backward_(result.gradient, logits_CV=logits_CV)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[tokens] = grad_CV @ weight_VD
+                grad_hidden_ND[tokens] = grad_CV @ head.weight
             if grad_weight_VD is not None:
                 first = tokens.start == 0
                 if product_dtype == grad_weight_VD.dtype:
@@ -177,4 +177,4 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden_BSD.mul_(grad_loss)
         if grad_weight_VD is not None:
             grad_weight_VD.mul_(grad_loss)
-        return grad_hidden_BSD, grad_weight_VD, None, None, None, None
+        return grad_hidden_BSD, grad_weight_VD, None, None, None, None, None

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from shearing.data.documents import IGNORED_LABEL
+from shearing.models.anatomy import Head
 from shearing.objectives.chunked import ChunkResult, Scratch, chunked_logits, chunked_loss, product_dtype, sum_dtype
 
 
 def causal_lm_loss(
     hidden_BSD: Tensor,
-    head_weight_VD: Tensor,
+    head: Head,
     labels_BS: Tensor,
     *,
     chunk_tokens: int,
@@ -24,7 +25,7 @@ def causal_lm_loss(
 
     Args:
         hidden_BSD: last hidden states, after the final norm.
-        head_weight_VD: weight of the head, or of the embedding where they are tied.
+        head: of the model.
         labels_BS: the token each position has to predict (already shifted), int64.
         chunk_tokens: tokens whose logits exist at the same time.
         ignore_index: label of positions that do not count.
@@ -34,14 +35,14 @@ def causal_lm_loss(
         label.
     """
     rule = _CrossEntropy(labels_BS.reshape(-1), ignore_index=ignore_index)
-    total, losses_N1 = chunked_loss(hidden_BSD, head_weight_VD, rule=rule, chunk_tokens=chunk_tokens)
+    total, losses_N1 = chunked_loss(hidden_BSD, head, rule=rule, chunk_tokens=chunk_tokens)
     return total, losses_N1.view(labels_BS.shape)
 
 
 @torch.no_grad()
 def per_token_loss(
     hidden_BSD: Tensor,
-    head_weight_VD: Tensor,
+    head: Head,
     labels_BS: Tensor,
     *,
     chunk_tokens: int,
@@ -53,9 +54,9 @@ def per_token_loss(
         [B, S], nats, without gradient; 0 where the label is `ignore_index`.
     """
     rule = _CrossEntropy(labels_BS.reshape(-1), ignore_index=ignore_index)
-    weight_VD = head_weight_VD.to(product_dtype(hidden_BSD))
+    head = head.with_weight(head.weight.to(product_dtype(hidden_BSD)))
     losses_N = torch.empty(labels_BS.numel(), dtype=sum_dtype(hidden_BSD), device=hidden_BSD.device)
-    for tokens, _, logits_CV in chunked_logits(hidden_BSD, weight_VD, chunk_tokens=chunk_tokens):
+    for tokens, _, logits_CV in chunked_logits(hidden_BSD, head, chunk_tokens=chunk_tokens):
         losses_N[tokens] = rule(tokens, logits_CV, with_gradient=False).losses
     return losses_N.view(labels_BS.shape)
 

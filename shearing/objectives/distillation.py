@@ -16,11 +16,11 @@ from typing_extensions import Self
 
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.data.mixture.origins import Origins
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import head_of, head_weight
 from shearing.objectives.distilled import distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
 from shearing.objectives.hidden import HiddenMatching
-from shearing.objectives.language_model import LanguageModelLoss
+from shearing.objectives.language_model import LanguageModelLoss, with_balance
 from shearing.objectives.objective import Losses, Parts
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.teacher import OnlineTeacher, Teacher
@@ -100,7 +100,7 @@ class Distillation(LanguageModelLoss):
         with self._heard(of_teacher=True) as taught:
             targets = self._teacher.targets(inputs, following_BS=tokens_BT[:, 1:], origins=origins)
         with self._heard(of_teacher=False) as own:
-            hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
+            hidden_BSD, balance_B = self.hidden_states(inputs)
         counted_BS = labels_BS != IGNORED_LABEL
         weights_BS = (self._weight * self._factors_M)[origins.domains][:, None].expand(labels_BS.shape)
         if self._distill.skip_low_entropy:
@@ -112,7 +112,7 @@ class Distillation(LanguageModelLoss):
             )
         found = distilled_loss(
             hidden_BSD,
-            head_weight(self.model),
+            head_of(self.model),
             labels_BS,
             targets=targets,
             weights_BS=weights_BS,
@@ -121,7 +121,10 @@ class Distillation(LanguageModelLoss):
             chunk_tokens=self.chunk_tokens,
         )
         measured_BK = torch.stack([found.teacher_losses, found.divergences, found.weights], 2).sum(1)
-        losses = Losses(found.total, found.losses.sum(1), counted_BS.sum(1), measured_BK)
+        labels_B = counted_BS.sum(1)
+        losses = Losses(
+            with_balance(found.total, balance_B, labels_B=labels_B), found.losses.sum(1), labels_B, measured_BK
+        )
         if self._hidden is None:
             return losses
         errors_B = self._hidden_errors(own, taught=taught, counted_BS=counted_BS)

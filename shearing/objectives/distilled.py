@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shearing.data.documents import IGNORED_LABEL
+from shearing.models.anatomy import Head
 from shearing.objectives.chunked import ChunkResult, Scratch, chunked_loss, sum_dtype
 from shearing.objectives.teacher import Targets
 
@@ -41,7 +42,7 @@ class DistilledLoss(NamedTuple):
 
 def distilled_loss(
     hidden_BSD: Tensor,
-    head_weight_VD: Tensor,
+    head: Head,
     labels_BS: Tensor,
     *,
     targets: Targets,
@@ -54,7 +55,7 @@ def distilled_loss(
 
     Args:
         hidden_BSD: last hidden states, after the final norm.
-        head_weight_VD: weight of the head, or of the embedding where they are tied.
+        head: of the model.
         labels_BS: the token each position has to predict, int64; `IGNORED_LABEL` where it does not count.
         targets: of these tokens, at the same temperature and in chunks of the same length.
         weights_BS: a_t, between 0 and 1.
@@ -69,7 +70,7 @@ def distilled_loss(
         temperature=temperature,
         by_label=by_label,
     )
-    total, figures_NK = chunked_loss(hidden_BSD, head_weight_VD, rule=rule, chunk_tokens=chunk_tokens)
+    total, figures_NK = chunked_loss(hidden_BSD, head, rule=rule, chunk_tokens=chunk_tokens)
     return DistilledLoss(total, *(figure_N.view(labels_BS.shape) for figure_N in figures_NK.unbind(1)))
 
 

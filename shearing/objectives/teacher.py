@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from shearing.data.documents import Inputs
 from shearing.data.mixture.origins import Origins
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import Head, backbone, head_of
 from shearing.objectives.chunked import Scratch, chunked_logits, sum_dtype
 from shearing.objectives.divergences import Divergence, inner
 from shearing.objectives.recipe import DistillRecipe
@@ -119,12 +119,12 @@ class OnlineTeacher:
     def targets(self, inputs: Inputs, *, following_BS: Tensor, origins: Origins) -> Targets:
         """See `Teacher.targets`."""
         del following_BS, origins  # it reads the tokens themselves
-        weight_VD = head_weight(self.model)
-        with torch.autocast(weight_VD.device.type, enabled=False):
+        head = head_of(self.model)
+        with torch.autocast(head.weight.device.type, enabled=False):
             hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         return LogitTargets(
             hidden_BSD,
-            weight_VD,
+            head,
             divergence=self._divergence,
             temperature=self._temperature,
             chunk_tokens=self._chunk_tokens,
@@ -136,20 +136,20 @@ class LogitTargets:
 
     Args:
         hidden_BSD: last hidden states, after the final norm.
-        head_weight_VD: products run in its dtype.
+        head: products run in its dtype.
         divergence, temperature, chunk_tokens: see `OnlineTeacher`.
     """
 
     def __init__(
         self,
         hidden_BSD: Tensor,
-        head_weight_VD: Tensor,
+        head: Head,
         *,
         divergence: Divergence,
         temperature: float,
         chunk_tokens: int,
     ) -> None:
-        self._hidden_BSD, self._head_weight_VD = hidden_BSD, head_weight_VD
+        self._hidden_BSD, self._head = hidden_BSD, head
         self._divergence, self._temperature, self._chunk_tokens = divergence, temperature, chunk_tokens
         self._scratch = Scratch()
         self._ahead = self._logits()
@@ -178,7 +178,7 @@ class LogitTargets:
         return Comparison(self._divergence(log_student_CV, log_CV, self._scratch), losses_C, log_CV)
 
     def _logits(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        return chunked_logits(self._hidden_BSD, self._head_weight_VD, chunk_tokens=self._chunk_tokens)
+        return chunked_logits(self._hidden_BSD, self._head, chunk_tokens=self._chunk_tokens)
 
     def _log_softmax(self, logits_CV: Tensor) -> Tensor:
         log_CV = self._scratch.take("log probabilities", like=logits_CV, dtype=sum_dtype(logits_CV))

@@ -194,6 +194,24 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def sum_on(self, values: Tensor, *, rank: int) -> Tensor:
+        """As `sum`, but only one process has the result; what the others are left with is of no use."""
+        if self.size > 1:
+            dist.reduce(values, dst=rank)
+        return values
+
+    def share(self, values: Tensor, *, rank: int = 0) -> Tensor:
+        """One process's tensor [...] on all, in place of one of its shape that they have; in training's own group."""
+        if self.size > 1:
+            values = values.contiguous()  # what is sent is memory, in whatever order it lies
+            dist.broadcast(values, src=rank)
+        return values
+
+    def largest(self, value: int) -> tuple[Any, Tensor]:
+        """What to wait for, and where the largest value of several processes is then; over the CPU."""
+        tensor = torch.tensor(value)
+        return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control, async_op=True), tensor
+
     def require_group(self, device: torch.device) -> None:
         """Make training's group where there is none yet: some libraries want one of a single process too.
 
@@ -213,6 +231,36 @@ class Processes:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(parts, values.contiguous())
         return torch.stack(parts)
+
+
+class Question:
+    """A small number that every process gives at each step, and the largest of them one step later.
+
+    Nobody waits in the step that asks, neither for the device nor, unless it is a step ahead, for another process.
+
+    Args:
+        processes: that ask together, as often as each other.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def ask(self, value: int) -> int:
+        """Asks; returns the answer to the question before, 0 where there was none. One process alone gets `value`."""
+        if self._processes.size == 1:
+            return value
+        answer = self.answer()
+        self._asked = self._processes.largest(value)
+        return answer
+
+    def answer(self) -> int:
+        """The answer to the last question, 0 where there was none; the next one has none before it."""
+        if self._asked is None:
+            return 0
+        (work, largest), self._asked = self._asked, None
+        work.wait()
+        return int(largest)
 
 
 def _take_gpu(local_rank: int) -> None:

@@ -16,10 +16,10 @@ from shearing.objectives.recipe import DistillRecipe, HiddenRecipe
 from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
+from shearing.training.adapters.recipe import ADAPTERS
 from shearing.training.recipe import (
     DeepSpeedRecipe,
     Fsdp2Recipe,
-    LoraRecipe,
     PretrainRecipe,
     StageRecipe,
     TrainingRecipe,
@@ -32,7 +32,6 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "mixture": MixtureRecipe,
     "prune": PruneRecipe,
     "pretrain": PretrainRecipe,
-    "pretrain.lora": LoraRecipe,
     "training": TrainingRecipe,
     "training.deepspeed": DeepSpeedRecipe,
     "training.fsdp2": Fsdp2Recipe,
@@ -49,6 +48,11 @@ def own_keys(section: type[BaseModel]) -> list[str]:
 def _in(section: str, names: Iterable[str]) -> dict[str, str]:
     return {name: f"{section}.{name}" for name in names}
 
+
+ADAPTER_NAMES: Mapping[str, Mapping[str, str]] = {
+    name: _in(f"pretrain.{name}", section.model_fields) for name, section in ADAPTERS.items()
+}
+"""Keys of each kind of adapters by the keys of a run; other kinds have keys of the same names."""
 
 COMPONENT_NAMES: Mapping[str, str] = {
     **{name: key for section, keys in SECTIONS.items() for name, key in _in(section, own_keys(keys)).items()},

@@ -25,8 +25,10 @@ from shearing.pruning.structured.recipe import (
     granularity_contradictions,
     masking_contradictions,
 )
+from shearing.runs.continuation.recipe import CascadeRecipe, cascade_contradictions, split_list
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.runs.search.recipe import SearchRecipe, search_contradictions
 from shearing.runs.stages.evaluation.recipe import EvaluationRecipe
 from shearing.settings.document import embed_reference, keys, to_yaml
 from shearing.settings.mistakes import located
@@ -34,6 +36,7 @@ from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import Duration
 from shearing.settings.reading import Places, apply_overrides, read_recipe_file
 from shearing.settings.section import Section
+from shearing.training.adapters.recipe import ADAPTERS, adapter_name
 from shearing.training.engines.facts import ENGINES
 from shearing.training.learning_rates import LearningRates
 from shearing.training.recipe import PretrainRecipe, StageRecipe, TrainingRecipe
@@ -74,6 +77,13 @@ class Recipe(Section):
     distill: DistillRecipe | None = None
     training: TrainingRecipe = TrainingRecipe()
     evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
+    search: Neutral[SearchRecipe | None] = None
+    cascade: CascadeRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_in_a_list(cls, data: Any) -> Any:
+        return split_list(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
@@ -294,8 +304,7 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
-    if recipe.distill is not None:
-        yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
+    yield from _optional_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
         yield ShearingError(
             "model.attn_implementation",
@@ -334,6 +343,46 @@ def _renamed(errors: Iterable[ShearingError], *, names: Mapping[str, str] = COMP
         yield error
 
 
+def _below(section: str, errors: Iterable[ShearingError]) -> Iterator[ShearingError]:
+    """Errors that name keys of a section, under its name."""
+    for error in errors:
+        yield ShearingError(f"{section}.{error.field}", value=error.value, allowed=error.allowed, mend=error.mend)
+
+
+def _optional_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """Of sections that need not be there."""
+    if recipe.distill is not None:
+        yield from _renamed(distill_contradictions(recipe.distill), names=DISTILL_NAMES)
+    if recipe.search is not None:
+        yield from _below("search", search_contradictions(recipe.search))
+    if recipe.cascade is not None:
+        yield from _cascade_contradictions(recipe, recipe.cascade)
+
+
+def _cascade_contradictions(recipe: Recipe, cascade: CascadeRecipe) -> Iterator[ShearingError]:
+    if recipe.target is None or recipe.prune is None:
+        yield ShearingError(
+            "cascade",
+            value="given",
+            allowed="with the sections target and prune: a cascade cuts",
+            mend="add them, or remove cascade",
+        )
+        return
+    yield from _below("cascade", cascade_contradictions(cascade, target=recipe.target))
+    for key, section in (
+        ("sparsify", recipe.sparsify),
+        ("pretrain.lora", recipe.pretrain.lora),
+        ("distill.hidden", None if recipe.distill is None else recipe.distill.hidden),
+    ):
+        if section is not None:
+            yield ShearingError(
+                key,
+                value="a section",
+                allowed="none in a cascade, whose runs go on from what the one before has trained",
+                mend=f"remove {key}, or cascade",
+            )
+
+
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
     if recipe.mixture.update != "constant" and recipe.mixture.reference == "teacher":
         if recipe.distill is None:
@@ -365,13 +414,57 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="false with distill.hidden, which listens to layers where a compiled one cannot be heard",
             mend="set training.compile=false, or leave distill.hidden out",
         )
-    if recipe.pretrain.lora is not None and not ENGINES[recipe.training.engine].adapters:
+    rotates = recipe.prune is not None and recipe.prune.rotate != "none"
+    if rotates and recipe.distill is not None and recipe.distill.hidden is not None:
+        yield ShearingError(
+            "prune.rotate",
+            value="pca",
+            allowed="none with distill.hidden, which compares the residual stream with the teacher's by dimension",
+            mend="set prune.rotate=none, or leave distill.hidden out",
+        )
+    yield from _adapter_contradictions(recipe)
+
+
+def _adapter_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
+    """What is trained in place of all weights, and what goes with it."""
+    pretrain, engine = recipe.pretrain, recipe.training.engine
+    ways = [name for name in (*ADAPTERS, "ast") if getattr(pretrain, name) is not None]
+    if len(ways) > 1:
+        yield ShearingError(
+            f"pretrain.{ways[1]}",
+            value="a section",
+            allowed=f"one of {', '.join([*ADAPTERS, 'ast'])}: pretrain.{ways[0]} is there too",
+            mend=f"set pretrain.{ways[1]}=null, or pretrain.{ways[0]}=null",
+        )
+    if pretrain.adapters is not None and not ENGINES[engine].adapters:
         able = " or ".join(name for name, facts in ENGINES.items() if facts.adapters)
         yield ShearingError(
-            "pretrain.lora",
-            value=recipe.pretrain.lora.model_dump(),
-            allowed=f"training.engine={able}; it is {recipe.training.engine}, which holds trained weights alone",
+            f"pretrain.{adapter_name(pretrain.adapters)}",
+            value=pretrain.adapters.model_dump(),
+            allowed=f"training.engine={able}; it is {engine}, which holds trained weights alone",
             mend="set training.engine=torch, or training.engine=fsdp2 where the frozen weights do not fit one GPU",
+        )
+    if pretrain.ist is not None and (pretrain.adapters is None or engine != "torch"):
+        yield ShearingError(
+            "pretrain.ist",
+            value="a section",
+            allowed=f"with one of pretrain.{', pretrain.'.join(ADAPTERS)}, and with training.engine=torch, which can "
+            f"let parameters rest; it is {engine}",
+            mend="add pretrain.lora and set training.engine=torch, or set pretrain.ist=null",
+        )
+    one_shot = recipe.sparsify
+    unstructured = (
+        one_shot is not None
+        and one_shot.pattern is None
+        and one_shot.levels is None
+        and not isinstance(one_shot.allocation, Path)
+    )
+    if pretrain.ast is not None and unstructured:
+        yield ShearingError(
+            "pretrain.ast",
+            value="a section",
+            allowed="masks of N:M: one-shot sparsity without sparsify.pattern is unstructured",
+            mend="set sparsify.pattern=2:4 and sparsify.sparsity=null, or pretrain.ast=null",
         )
 
 

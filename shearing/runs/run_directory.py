@@ -62,6 +62,16 @@ class RunDirectory:
         return self.path / "pretrain"
 
     @property
+    def salient(self) -> Path:
+        """Positions of the weights that continued pretraining changes, where it changes few."""
+        return self.pretrain / "salient.safetensors"
+
+    @property
+    def input_norms(self) -> Path:
+        """Norms of what masked matrices read as continued pretraining begins, where moving masks go by them."""
+        return self.pretrain / "input-norms.safetensors"
+
+    @property
     def changes(self) -> Path:
         """Keys that were changed after continued pretraining had begun (JSON)."""
         return self.pretrain / "changes.json"

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 from shearing.late import late
 
 if TYPE_CHECKING:
+    from shearing.training.adapters.adapted import merge_in_place
+    from shearing.training.adapters.lora import add_adapters, merge_adapters
+    from shearing.training.adapters.recipe import LoraRecipe, SpeftRecipe, SppRecipe
+    from shearing.training.adapters.speft import add_deltas
+    from shearing.training.adapters.spp import add_factors
     from shearing.training.callbacks.heldout_at_end import measure_held_out
     from shearing.training.engines.deepspeed_engine import DeepSpeedEngine
     from shearing.training.engines.engine import Engine, EngineParts, engine_of
@@ -16,11 +21,9 @@ if TYPE_CHECKING:
     from shearing.training.engines.torch_engine import TorchEngine
     from shearing.training.learning_rates import LearningRates
     from shearing.training.loop import train
-    from shearing.training.lora import add_adapters, merge_adapters
     from shearing.training.recipe import (
         DeepSpeedRecipe,
         Fsdp2Recipe,
-        LoraRecipe,
         PretrainRecipe,
         StageRecipe,
         TrainingRecipe,
@@ -49,6 +52,8 @@ __all__ = [
     "PretrainRecipe",
     "Run",
     "Schedule",
+    "SpeftRecipe",
+    "SppRecipe",
     "StageRecipe",
     "StepResult",
     "Task",
@@ -57,9 +62,12 @@ __all__ = [
     "Trained",
     "TrainingRecipe",
     "add_adapters",
+    "add_deltas",
+    "add_factors",
     "engine_of",
     "measure_held_out",
     "merge_adapters",
+    "merge_in_place",
     "train",
 ]
 
@@ -79,7 +87,7 @@ __getattr__ = late(
         "HeldOut": "stage",
         "Interrupted": "stage",
         "LearningRates": "learning_rates",
-        "LoraRecipe": "recipe",
+        "LoraRecipe": "adapters.recipe",
         "MaskedTraining": "stage",
         "Optimization": "engines.optimizer",
         "PretrainRecipe": "recipe",
@@ -92,10 +100,15 @@ __getattr__ = late(
         "Trackers": "trackers",
         "Trained": "stage",
         "TrainingRecipe": "recipe",
-        "add_adapters": "lora",
+        "SppRecipe": "adapters.recipe",
+        "SpeftRecipe": "adapters.recipe",
+        "add_adapters": "adapters.lora",
+        "add_deltas": "adapters.speft",
+        "add_factors": "adapters.spp",
+        "merge_in_place": "adapters.adapted",
         "engine_of": "engines.engine",
         "measure_held_out": "callbacks.heldout_at_end",
-        "merge_adapters": "lora",
+        "merge_adapters": "adapters.lora",
         "train": "loop",
     },
 )

@@ -22,6 +22,7 @@ _PRODUCTS = VARLEN_OPERATORS | frozenset(
         "mm",
         "addmm",
         "bmm",
+        "_grouped_mm",
         "linear",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",

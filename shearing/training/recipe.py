@@ -10,6 +10,7 @@ from pydantic import Field
 from shearing.settings.neutral import Neutral
 from shearing.settings.quantities import BatchSize, Duration
 from shearing.settings.section import BelowOne, Fraction, Positive, Section
+from shearing.training.adapters.recipe import AdapterRecipe, IstRecipe, LoraRecipe, SpeftRecipe, SppRecipe
 from shearing.training.engines.facts import ENGINES, EngineName
 
 ScheduleName = Literal["cosine", "wsd", "linear", "constant"]
@@ -92,20 +93,24 @@ class StageRecipe(Section):
         )
 
 
-class LoraRecipe(Section):
-    """Low-rank adapters are trained instead of all weights, and merged in the end (LoRA, arXiv 2106.09685)."""
+class AstRecipe(Section):
+    """Masks of a sparse model are chosen anew while its weights are trained (AST, arXiv 2407.20584); N:M alone."""
 
-    rank: int = Field(8, ge=1, description="Of the adapters.")
-    alpha: Positive = Field(
-        16.0, description="A weight changes by alpha / rank times the product of its adapter's two matrices."
+    interval: Duration = Field(Duration(steps=10), description="Time between two choices.")
+    scores: Literal["magnitude", "wanda"] = Field(
+        "magnitude",
+        description="What is compared in a group. magnitude: |w|; wanda: |w| times the norm of its input, measured "
+        "once, on the sparse model as training begins.",
     )
-    dropout: BelowOne = Field(
-        0.0,
-        description="Share of the adapters' inputs zeroed in training; above 0 it costs a second product, and results "
-        "depend on the number of processes.",
+    samples: int = Field(32, ge=1, description="wanda: training sequences that norms are measured on.")
+    decay: Fraction = Field(
+        6e-5,
+        description="Share by which each step shrinks what is dropped, once it is at its height. Published for ten "
+        "thousand steps and more: a short stage wants more, if masks are to come to rest.",
     )
-    targets: list[str] = Field(
-        ["q_proj", "v_proj"], min_length=1, description="Linear layers that get one, by the last part of their names."
+    ramp: Duration = Field(Duration(fraction=0.25), description="First stretch, in which the decay rises from 0.")
+    freeze: Duration = Field(
+        Duration(fraction=0.2), description="Last stretch, in which masks stay, and what they drop is 0 for good."
     )
 
 
@@ -118,11 +123,20 @@ class PretrainRecipe(StageRecipe):
         "no cut; fresh: it starts anew (paper), which wants a warm-up. Without mask learning it always does.",
     )
     lora: LoraRecipe | None = None
+    spp: SppRecipe | None = None
+    speft: SpeftRecipe | None = None
+    ist: IstRecipe | None = None
+    ast: AstRecipe | None = None
+
+    @property
+    def adapters(self) -> AdapterRecipe | None:
+        """What is trained in place of all weights; None: all are."""
+        return self.lora or self.spp or self.speft
 
     @property
     def carries(self) -> bool:
         """Whether the optimiser's state of mask learning is used; adapters have none."""
-        return self.optimizer == "carried" and self.lora is None
+        return self.optimizer == "carried" and self.adapters is None
 
 
 class DeepSpeedRecipe(Section):
@@ -175,6 +189,11 @@ class TrainingRecipe(Section):
         "refuse", description="What to do where the plan says that a GPU cannot hold the run."
     )
     loss_chunk_tokens: Neutral[int] = Field(1024, ge=1, description="Tokens whose logits exist at the same time.")
+    checkpoint_writing: Neutral[Literal["background", "foreground"]] = Field(
+        "background",
+        description="background: training waits for a copy in host memory alone, and goes on while that is written; "
+        "foreground: it waits until the checkpoint is on disk.",
+    )
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: Neutral[int] = Field(
         10, ge=1, description="Steps between two reads of metrics from the device, each of which waits for it."
@@ -185,3 +204,17 @@ class TrainingRecipe(Section):
     timeout: Neutral[Positive] = Field(
         1800.0, description="Seconds that a process waits for the others in one exchange."
     )
+
+    @property
+    def holds_as(self) -> int:
+        """The stage of ZeRO that shares out what the engine shares out."""
+        holds_as = ENGINES[self.engine].holds_as
+        return self.deepspeed.zero_stage if holds_as is None else holds_as
+
+    def holds_all_in_fp32(self, *, bf16: bool) -> bool:
+        """Whether every process has all weights in fp32, as it then does from the start; else they come from files.
+
+        Args:
+            bf16: whether products are.
+        """
+        return self.holds_as == 0 or (self.holds_as < 3 and not bf16)

@@ -34,6 +34,7 @@ class Schedule:
         micro_batch_size: sequences per forward pass of one process; divides its share of the batch.
         checkpoint_interval, keep_last, keep_every: how often, how many stay, and which stay for good (None: none).
         checkpoint_seconds: age of the last checkpoint at which another one is due; None: whatever its age.
+        background_checkpoints: whether checkpoints are written while training goes on.
         mixture_interval: steps between two updates of the domain weights.
         validation_interval: steps between two looks at the loss on validation text; None: there are none.
         log_interval: steps between two reads of metrics from the device.
@@ -47,6 +48,7 @@ class Schedule:
     checkpoint_seconds: float | None
     keep_last: int
     keep_every: int | None
+    background_checkpoints: bool
     mixture_interval: int
     validation_interval: int | None
     log_interval: int
@@ -86,6 +88,7 @@ class Schedule:
             checkpoint_seconds=None if stage.checkpoint_minutes is None else 60 * stage.checkpoint_minutes,
             keep_last=stage.keep_last,
             keep_every=None if stage.keep_every is None else interval(stage.keep_every),
+            background_checkpoints=training.checkpoint_writing == "background",
             mixture_interval=interval(mixture_interval),
             validation_interval=None if stage.validation_interval is None else interval(stage.validation_interval),
             log_interval=training.log_interval,

@@ -36,9 +36,11 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             callback.open()
         newest = callbacks.checkpoints.newest()
         if newest is None and task.before_first_step is not None:
-            processes.on_main(task.before_first_step)
+            task.before_first_step()
         model = engine.prepare(task.objective)
         model.train()
+        if task.moving is not None:
+            engine.move_masks(task.moving)
         step = 0
         if newest is not None:
             step = callbacks.checkpoints.restore(newest, callbacks=every)

@@ -17,6 +17,7 @@ from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.engines.engine import Engine
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.metrics import Display
 from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
@@ -66,7 +67,7 @@ class Callback:
         """What this callback's `tell` returned on every process, by rank."""
 
     def after_save(self, run: Run, folder: Path) -> None:
-        """A checkpoint is complete, in `folder`."""
+        """A checkpoint is complete, in `folder`; written in the background, some steps after the one it is of."""
 
     def end(self, run: Run) -> None:
         """The last step is done and saved."""
@@ -98,9 +99,11 @@ class Task:
         heldout: the text that updates domain weights and tells how good the masks are in the end.
         validation: the text that tells how the stage is doing, where nothing follows it; None: it is not read.
         moments: AdamW state to start from; None: from nothing.
-        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
+        before_first_step: called by all processes; changes the main process's model in place. Not called where a
+            checkpoint is continued.
         kept: masks of a sparse model by the engine's parameter names, True where a weight is kept, each read once: what
             they drop stays 0. None: every weight may become anything.
+        moving: masks of a sparse model that are chosen anew while it is trained, in place of `kept`.
         settled_steps: steps that were trained with other settings: no checkpoint before them is continued.
         callbacks: besides those that every stage has.
         processes: those that share the work.
@@ -127,6 +130,7 @@ class Task:
     moments: SavedState | None = None
     before_first_step: Callable[[], None] | None = None
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    moving: MovingMasks | None = None
     settled_steps: int = 0
     callbacks: tuple[Callback, ...] = ()
     processes: Processes = field(default_factory=Processes)

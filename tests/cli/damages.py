@@ -17,14 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
+from transformers import GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
 from shearing.files import tensors as tensor_files
 from shearing.files.durable import read_json, write_json
+from shearing.models.stored import saving
 from shearing.processes import processes
 from shearing.training import trackers
 from shearing.training.engines.deepspeed_config import OWNED
+from tests.models import tiny
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,14 @@ def _another_model(place: Place) -> None:
     _config(place, intermediate_size=40)
 
 
+def _pythia(place: Place) -> None:
+    words = read_json(place.model / "config.json")["vocab_size"]
+    config = tiny.CONFIGS["gpt_neox"](
+        vocab_size=words, hidden_size=32, num_attention_heads=4, intermediate_size=48, eos_token_id=1
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(place.model)
+
+
 def _other_fingerprints(place: Place) -> None:
     newest = _pruned(place)
     fingerprints, manifest = newest / "fingerprints.json", newest / "manifest.json"
@@ -215,6 +226,7 @@ DAMAGES: dict[str, Callable[[Place], object]] = {
     "SentencePiece alone": _sentence_piece,
     "texts that begin with a token": _bos,
     "another family": lambda place: _config(place, model_type="gpt2"),
+    "a Pythia": _pythia,
     "no tokenizer": lambda place: [path.unlink() for path in place.model.glob("tokenizer*")],
     "a weight missing": lambda place: _weights(place, without="model.layers.1.mlp.up_proj.weight"),
     "a weight not finite": lambda place: _weights(place, nan="model.layers.1.mlp.up_proj.weight"),
@@ -236,6 +248,8 @@ DAMAGES: dict[str, Callable[[Place], object]] = {
 
 def _on_full_disk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tensor_files, "save_file", _full)
+    for module in (tensor_files, saving):
+        patch.setattr(module, "opened_in_turn", _full)
 
 
 def _full(*_: Any, **__: Any) -> None:

@@ -68,13 +68,18 @@ SITUATIONS = [
     ("nothing", "compare RECIPE --methods start --tokens many"),
     ("nothing", "compare RECIPE --methods start --tokens 320 --refit maybe"),
     ("no corpus", "compare RECIPE --methods start --tokens 320"),
+    ("nothing", "search RECIPE search.parameters=10 -o HERE/out"),
+    ("nothing", "search RECIPE search.memory=1GB -o HERE/out"),
+    ("nothing", "search RECIPE -o HERE/out --join"),
+    ("no corpus", "search RECIPE -o HERE/out"),
+    ("nothing", 'config check RECIPE target=[{"hidden_size":16},{"hidden_size":24}]'),
+    ("nothing", 'config check RECIPE target=[{"hidden_size":32},{"hidden_size":24}]'),
     ("nothing", "run RECIPE prune.batch_size=8tokens"),
     *(
         ("nothing", f"config check RECIPE {keys}")
         for keys in (
             "target.hidden_size=64",
             "target.num_attention_heads=3",
-            "target.hidden_size=15 target.num_key_value_heads=1",
             "target.parameters=4000 target.uniform=true",
             "target.uniform=true prune.granularities=[layers,sublayers] mixture.update=robust mixture.step_size=2",
             "mixture.floor=0.5 prune.granularities=[]",
@@ -84,6 +89,8 @@ SITUATIONS = [
             "training.engine=deepspeed training.deepspeed.config=HERE/nowhere.json",
         )
     ),
+    ("a Pythia", "config check RECIPE target.hidden_size=24"),
+    ("a Pythia", "config check RECIPE prune.granularities=[sublayers,kv_groups,intermediate,hidden]"),
     ("list", "config check RECIPE mixture.reference=HERE/list.json"),
     *((damage, "config check RECIPE mixture.reference=HERE/losses.json") for damage in LOSSES),
     ("list", "config check RECIPE training.engine=deepspeed training.deepspeed.config=HERE/list.json"),
@@ -149,7 +156,7 @@ def _said(place: Place, *, inputs: Path, damage: str, typed: str, monkeypatch: p
     for name, path in (("HERE", place.here), ("INPUTS", inputs), ("PYTHON", sys.executable)):
         said = said.replace(str(path), name)
     said = re.sub(r"with [0-9.]+ GB free", "with # GB free", said)
-    said = re.sub(r"(the network|hidden_size=14) \(.*\)", r"\1 (#)", said)
+    said = re.sub(r"(the network|hidden_size=16) \(.*\)", r"\1 (#)", said)
     return f"exit code {result.exit_code}\n" + "".join(f"{line.rstrip()}\n" for line in said.splitlines())
 
 

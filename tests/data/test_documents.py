@@ -104,14 +104,16 @@ def test_nothing_is_said_of_documents_that_nobody_asked_for(corpus: Corpus) -> N
 
 
 @pytest.mark.parametrize("rules", [BOTH, DocumentRules(attention_within=True), DocumentRules(loss_across=False)])
-def test_a_row_by_itself_has_the_documents_that_it_has_among_others(rules: DocumentRules) -> None:
+def test_rows_by_themselves_have_the_documents_that_they_have_among_others(rules: DocumentRules) -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [5, 6, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     tokens, device = torch.arange(24).view(3, 8), torch.device("cpu")
-    rows = Inputs(tokens, rules.documents(positions, device=device)).rows()
-    assert len(rows) == 3
-    for row, found in enumerate(rows):
-        assert torch.equal(found.tokens, tokens[row : row + 1])
-        documents, alone = found.documents, rules.documents(positions[row : row + 1], device=device)
+    inputs = Inputs(tokens, rules.documents(positions, device=device))
+    assert inputs.part(0, 3) is inputs
+    assert len(inputs.rows()) == 3
+    parts = {(row, row + 1): part for row, part in enumerate(inputs.rows())}
+    for (first, end), found in {**parts, (0, 2): inputs.part(0, 2), (1, 3): inputs.part(1, 3)}.items():
+        assert torch.equal(found.tokens, tokens[first:end])
+        documents, alone = found.documents, rules.documents(positions[first:end], device=device)
         assert documents is not None
         for name in ("position_ids", "boundaries", "boundaries_on_device", "left_out"):
             mine, wanted = getattr(documents, name), getattr(alone, name)

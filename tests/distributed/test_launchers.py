@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from shearing.runs.launch import commands
+from shearing.runs.recipe import load_recipe
+from shearing.runs.run_directory import Stage
 from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.distributed import runs
 from tests.distributed.harness import spawn
@@ -130,24 +133,38 @@ def uninterrupted(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @contextmanager
-def _training(command: str, *, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A launcher whose processes have written a checkpoint, and where they print to; killed in the end."""
-    output, metrics = folder / "output.txt", folder / "run" / "prune" / "metrics.jsonl"
+def _working(
+    command: str, *, folder: Path, until: Callable[[], bool], environment: dict[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A launcher whose processes have come so far, and where they print to; killed in the end."""
+    output = folder / "output.txt"
     with (
         output.open("w") as file,
         subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], cwd=folder, env=_environment(), stdout=file, stderr=file
+            ["bash", "-c", f"exec {command}"],
+            cwd=folder,
+            env=_environment() | (environment or {}),
+            stdout=file,
+            stderr=file,
         ) as launcher,
     ):
         try:
             deadline = time.monotonic() + 180
-            while not metrics.exists() or metrics.read_text().count("grad_norm") < 6:
+            while not until():
                 assert launcher.poll() is None, output.read_text()
                 assert time.monotonic() < deadline, output.read_text()
                 time.sleep(0.05)
             yield launcher, output
         finally:
             launcher.kill()
+
+
+def _training(command: str, *, folder: Path) -> AbstractContextManager[tuple[subprocess.Popen[bytes], Path]]:
+    """A launcher whose processes have written a checkpoint."""
+    metrics = folder / "run" / "prune" / "metrics.jsonl"
+    return _working(
+        command, folder=folder, until=lambda: metrics.exists() and metrics.read_text().count("grad_norm") >= 6
+    )
 
 
 def test_the_program_stops_its_processes_in_order(tiny_inputs: Path, tmp_path: Path) -> None:
@@ -160,7 +177,11 @@ def test_the_program_stops_its_processes_in_order(tiny_inputs: Path, tmp_path: P
 
 def _kill_while_training(command: str, *, folder: Path) -> tuple[str, list[psutil.Process]]:
     """What a launcher that was killed and its processes have printed, and those of them that are left after 30 s."""
-    with _training(command, folder=folder) as (launcher, output):
+    return _kill(_training(command, folder=folder))
+
+
+def _kill(working: AbstractContextManager[tuple[subprocess.Popen[bytes], Path]]) -> tuple[str, list[psutil.Process]]:
+    with working as (launcher, output):
         below = psutil.Process(launcher.pid).children(recursive=True)
     _, left = psutil.wait_procs(below, timeout=30)
     for each in left:
@@ -183,3 +204,78 @@ def test_a_launcher_that_is_killed_takes_its_processes_along_and_is_continued(
     assert ours.keys() == theirs.keys()
     for name, content in ours.items():
         assert content == theirs[name], name
+
+
+_STUCK = """
+import importlib.abc, importlib.util, pathlib, sys, time
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != {module!r}:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            *owners, last = {function!r}.split(".")
+            owner = module
+            for each in owners:
+                owner = getattr(owner, each)
+
+            def stuck(*_, **__):
+                pathlib.Path({sign!r}).touch()
+                time.sleep(600)
+
+            setattr(owner, last, stuck)
+
+        spec.loader.exec_module = patched
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+"""
+"""A `sitecustomize` with which one function of every process never returns."""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage", "function"),
+    [
+        ("torchrun", "prune", "shearing.pruning.structured.importance.activations:Activations.scores"),
+        ("deepspeed", "prune", "shearing.training.checkpoints.pieces:StagedPieces.write"),
+        ("accelerate", "evaluate", "shearing.runs.stages.evaluate:evaluate"),
+    ],
+    ids=["importance", "checkpoint", "evaluation"],
+)
+def test_a_launcher_that_is_killed_in_another_phase(
+    launcher: str, stage: str, function: str, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    """Nothing is left, and the same command ends as a run that nothing interrupted."""
+    path = _recipe(tiny_inputs, tmp_path, "run")
+    recipe = load_recipe(path, overrides=["prune.initial_masks=activations", "prune.sparsity_warmup=0 steps"])
+    path.write_text(recipe.to_yaml())
+    command = _command(launcher, path)
+    if stage == "evaluate":
+        command = command.replace(" prune ", " run ")
+    sign, (module, name) = tmp_path / "sign", function.split(":")
+    (tmp_path / "stuck").mkdir()
+    stuck = _STUCK.format(module=module, function=name, sign=str(sign))
+    (tmp_path / "stuck" / "sitecustomize.py").write_text(stuck)
+    inside = os.pathsep.join([str(tmp_path / "stuck"), _environment()["PYTHONPATH"]])
+    said, left = _kill(_working(command, folder=tmp_path, until=sign.exists, environment={"PYTHONPATH": inside}))
+    assert not left, said
+    assert said.count(f"error: {launcher} (process") == 1, said
+    _run(command, folder=tmp_path)
+    expected = load_recipe(path, overrides=[f"run_dir={tmp_path / 'expected'}"])
+    stages: tuple[Stage, ...] = ("prune",) if stage == "prune" else expected.stages
+    spawn(runs.train, expected, stages, size=2, folder=tmp_path / "out")
+    ours, theirs = (dict(runs.contents(tmp_path / name, "prune")) for name in ("run", "expected"))
+    assert ours.keys() == {each.replace("expected", "run") for each in theirs}
+    for own, content in ours.items():
+        assert content == theirs[own], own
+    if stage == "evaluate":
+        tables = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "expected")]
+        ours, theirs = ({model: row["domains"] for model, row in table["models"].items()} for table in tables)
+        assert ours == theirs

@@ -22,11 +22,14 @@ STAGES: tuple[Stage, ...] = ("sparsify", "pretrain")
 STEPS = 8
 
 
-def recipe(inputs: Path, *, run_dir: Path, lora: dict[str, Any] | None = None, **training: Any) -> Recipe:
+MOVING = {"interval": "2 steps", "decay": 0.2, "ramp": "3 steps", "freeze": "2 steps"}
+
+
+def recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any] | None = None, **training: Any) -> Recipe:
     data = runs.recipe(inputs, run_dir=run_dir, steps=STEPS, **training).model_dump(mode="json")
     data["target"] = data["prune"] = None
     data["sparsify"] = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}
-    data["pretrain"]["lora"] = lora
+    data["pretrain"] |= way or {}
     return Recipe.model_validate(data)
 
 
@@ -36,26 +39,39 @@ def recipe(inputs: Path, *, run_dir: Path, lora: dict[str, Any] | None = None, *
         {},
         {"engine": "deepspeed", "zero_stage": 2},
         {"engine": "deepspeed", "zero_stage": 3},
-        {"lora": {"rank": 4}},
-        {"lora": {"rank": 4}, "engine": "fsdp2"},
+        {"way": {"lora": {"rank": 4}}},
+        {"way": {"lora": {"rank": 4}}, "engine": "fsdp2"},
+        {"way": {"spp": {"rank": 4}}, "engine": "fsdp2"},
+        {"way": {"speft": {"share": 0.1, "samples": 2}, "ist": {"interval": "3 steps", "tokens": 64}}},
+        {"way": {"ast": MOVING}, "engine": "deepspeed", "zero_stage": 2},
     ],
-    ids=["torch", "ZeRO-2", "ZeRO-3", "adapters", "adapters under FSDP2"],
+    ids=[
+        "torch",
+        "ZeRO-2",
+        "ZeRO-3",
+        "adapters",
+        "adapters under FSDP2",
+        "factors under FSDP2",
+        "salient weights of some layers",
+        "masks that move under ZeRO-2",
+    ],
 )
 def test_two_processes_train_as_one_does(
     settings: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once
 ) -> None:
     if settings.get("engine") == "deepspeed":
         pytest.importorskip("deepspeed")
-    lora = settings.get("lora")
-    if lora is not None:
+    way = settings.get("way", {})
+    if "lora" in way:
         pytest.importorskip("peft")
-    one = RunDirectory(once(lambda run_dir: recipe(tiny_inputs, run_dir=run_dir, lora=lora), STAGES))
+    one = RunDirectory(once(lambda run_dir: recipe(tiny_inputs, run_dir=run_dir, way=way), STAGES))
     two = RunDirectory(tmp_path / "run")
     spawn(runs.train, recipe(tiny_inputs, run_dir=two.path, **settings), STAGES, size=2, folder=tmp_path / "out")
     assert runs.difference(runs.trajectory(two.path, "pretrain"), runs.trajectory(one.path, "pretrain")) < 1e-5
     assert differences(two.model) == []
     expected, found = (load_file(run.model / "model.safetensors") for run in (one, two))
     masks = dict(read_masks(two.model / FILE_NAME))
+    assert (one.model / FILE_NAME).read_bytes() == (two.model / FILE_NAME).read_bytes()
     for name, weight in found.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
         if name in masks:

@@ -39,7 +39,7 @@ def step(folder: Path, kind: str) -> None:
                 loss = objective(micro_batch).total / (SEQUENCES * (LENGTH - 1))
             engine.backward(loss, last=index + 1 == len(micro_batches))
         assert not engine.step(step=0)
-        engine.save(folder)
+        engine.stage().write_into(folder)
         processes.barrier()
 
 

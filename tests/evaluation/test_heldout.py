@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError
 from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.stored_model import open_source
 from tests.evaluation.test_text_bytes import byte_level
 
 VOCAB = 320
@@ -110,6 +113,16 @@ def test_loss_and_perplexity_are_those_of_the_logits(model: LlamaForCausalLM, co
         assert loss.perplexity == pytest.approx(math.exp(expected), rel=1e-4)
         assert loss.tokens == 5 * LENGTH
         assert loss.bits_per_byte is None
+
+
+def test_weights_that_come_on_demand_give_the_same_losses_to_the_bit(
+    model: LlamaForCausalLM, corpus: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    device = torch.device("cpu")
+    visiting = on_demand(open_source(str(tmp_path), revision=None, converted=tmp_path), device=device)
+    for precision in (None, torch.bfloat16):
+        assert measure(visiting, corpus, precision=precision) == measure(model, corpus, precision=precision)
 
 
 @pytest.mark.parametrize("training", [True, False])

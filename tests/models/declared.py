@@ -4,84 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, Olmo2Config, Phi3Config, Starcoder2Config
+from transformers import Starcoder2Config
 
 from shearing.models.families import (
     FAMILIES,
     HIDDEN,
     INTERMEDIATE,
-    KV_GROUPS,
     LAYER,
-    QUERY_HEADS,
-    RMS,
-    RMS_ONE_PLUS,
-    Axis,
     Family,
     Norm,
     SubLayer,
     flag,
-    gated_mlp,
     linear,
     separate_attention,
 )
 from tests.models.tiny import CONFIGS, SIZES
 
-PHI3 = Family(  # fused matrices
-    model_type="phi3",
-    attention=SubLayer(
-        module="self_attn",
-        linears=(
-            *linear("self_attn.qkv_proj", Axis(("query_heads", "kv_groups", "kv_groups")), HIDDEN),
-            *linear("self_attn.o_proj", HIDDEN, QUERY_HEADS),
-        ),
-        write="self_attn.o_proj",
-        before=Norm("input_layernorm"),
-    ),
-    mlp=SubLayer(
-        module="mlp",
-        linears=(
-            *linear("mlp.gate_up_proj", Axis(("intermediate", "intermediate")), HIDDEN),
-            *linear("mlp.down_proj", HIDDEN, INTERMEDIATE),
-        ),
-        write="mlp.down_proj",
-        before=Norm("post_attention_layernorm"),
-    ),
-)
-GEMMA2 = Family(  # norms of 1 + w, before and after each sub-layer; an embedding scaled by the width
-    model_type="gemma2",
-    attention=separate_attention(
-        before=Norm("input_layernorm", kind=RMS_ONE_PLUS),
-        after=Norm("post_attention_layernorm", kind=RMS_ONE_PLUS),
-        qkv_bias=flag("attention_bias"),
-        output_bias=flag("attention_bias"),
-    ),
-    mlp=gated_mlp(
-        before=Norm("pre_feedforward_layernorm", kind=RMS_ONE_PLUS),
-        after=Norm("post_feedforward_layernorm", kind=RMS_ONE_PLUS),
-    ),
-    final_norm=Norm("model.norm", kind=RMS_ONE_PLUS),
-    embedding_scale=lambda hidden_size: float(hidden_size**0.5),
-)
-WIDE_RMS = replace(RMS, gain_in_fp32=True)
-OLMO2 = Family(  # norms after the sub-layers alone, and over the queries and keys of all heads
-    model_type="olmo2",
-    attention=separate_attention(
-        before=None,
-        after=Norm("post_attention_layernorm", kind=WIDE_RMS),
-        inside=(
-            Norm("self_attn.q_norm", kind=WIDE_RMS, over=QUERY_HEADS),
-            Norm("self_attn.k_norm", kind=WIDE_RMS, over=KV_GROUPS),
-        ),
-        qkv_bias=flag("attention_bias"),
-        output_bias=flag("attention_bias"),
-    ),
-    mlp=gated_mlp(before=None, after=Norm("post_feedforward_layernorm", kind=WIDE_RMS)),
-    final_norm=Norm("model.norm", kind=WIDE_RMS),
-)
 STARCODER2 = Family(  # layer norms with biases, and an MLP without a gate
     model_type="starcoder2",
     attention=separate_attention(
@@ -99,12 +40,8 @@ STARCODER2 = Family(  # layer norms with biases, and an MLP without a gate
     final_norm=Norm("model.norm", kind=LAYER, bias=True),
 )
 
-DECLARED = {family.model_type: family for family in (PHI3, GEMMA2, OLMO2, STARCODER2)}
+DECLARED = {family.model_type: family for family in (STARCODER2,)}
 DECLARED_CONFIGS: dict[str, Callable[..., Any]] = {
-    "phi3": lambda **kw: Phi3Config(**{"pad_token_id": None, **SIZES, **kw}),
-    "gemma2": lambda **kw: Gemma2Config(**{"sliding_window": 4, **SIZES, **kw}),
-    "gemma2-biases": lambda **kw: Gemma2Config(**{"sliding_window": 4, "attention_bias": True, **SIZES, **kw}),
-    "olmo2": lambda **kw: Olmo2Config(**{"pad_token_id": None, **SIZES, **kw}),
     "starcoder2": lambda **kw: Starcoder2Config(**{**SIZES, **kw}),
 }
 

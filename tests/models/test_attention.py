@@ -9,6 +9,7 @@ import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch.nn import functional as F
 
+from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import drop_attention_mask
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
@@ -20,18 +21,23 @@ def test_logits_are_unchanged(family, length):
     ids = tiny_ids(length=length)
     expected = model(ids).logits
     drop_attention_mask(model, sequence_length=length)
-    slides = family in ("mistral", "qwen2-sliding") and length > 4
-    assert model.config._attn_implementation == ("sdpa" if slides else "causal_sdpa")
+    slides = length > 4 and (family == "mistral" or "sliding_attention" in getattr(model.config, "layer_types", ()))
+    plain = "sdpa" if slides else "causal_sdpa"
+    assert model.config._attn_implementation == ("eager" if anatomy_of(model.config).attention_cap else plain)
     torch.testing.assert_close(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma2"])
 def test_flash_attention_is_found_and_not_told_of_positions(family, monkeypatch):
-    def flash(q, k, v, *, causal, softmax_scale, dropout_p=0.0, window_size=(-1, -1)):
+    def flash(q, k, v, *, causal, softmax_scale, dropout_p=0.0, window_size=(-1, -1), softcap=None):
         assert causal
         distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
         seen = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else q.shape[1]))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if softcap is not None:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            scores = softcap * torch.tanh(q @ k.mT * softmax_scale / softcap)
+            return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
     def imported(implementation):

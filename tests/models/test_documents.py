@@ -14,6 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from shearing.data.documents import IGNORED_LABEL, DocumentRules, Documents
 from shearing.models import attention
+from shearing.models.anatomy import backbone
 from shearing.models.attention import attention_within_documents, drop_attention_mask, keep_attention_within_documents
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
@@ -78,10 +79,10 @@ def test_a_document_computes_what_it_computes_alone(family: str, masked: bool) -
         masks, _ = masks_and_target(Shape.of(model.config), GRANULARITIES, fractional=True, seed=0)
         MaskedModel(model).set_masks(masks)
     with torch.no_grad():
-        expected = model.model(alone[:, :-1]).last_hidden_state
+        expected = backbone(model)(alone[:, :-1]).last_hidden_state
         with attention_within_documents(model, on=True):
             inputs = documents((7, 10)).keywords()
-            found = model.model(row[:, :-1], use_cache=False, **inputs).last_hidden_state[:, 7:]
+            found = backbone(model)(row[:, :-1], use_cache=False, **inputs).last_hidden_state[:, 7:]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
-from shearing.models.anatomy import anatomy_of
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.cutting import Selection, compact
+from shearing.models.families import FAMILIES
 from shearing.models.families.axes import Axis, Unit
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.recipe import TargetRecipe
@@ -18,8 +21,11 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.structured.parameter_budget import count_parameters
 from tests.models import test_exactness as exactness, tiny
 from tests.models.declared import DECLARED, DECLARED_CONFIGS, declared_families
+from tests.repository import ROOT
 
 EVERY_CONFIG = {**tiny.CONFIGS, **DECLARED_CONFIGS}
+NEWER = ("phi3", "gpt_neox", "gpt_neox-in-turn")
+"""Shipped families that are not like Llama."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +44,7 @@ def test_masked_equals_compacted(family, tied, fractional):
     assert difference < 1e-5
 
 
-@pytest.mark.parametrize("granularities", [*exactness.SUBSETS, ("sublayers",), ("sublayers", "hidden", "intermediate")])
+@pytest.mark.parametrize("granularities", [*exactness.SUBSETS, *exactness.SUBLAYERS])
 @pytest.mark.parametrize("family", DECLARED)
 def test_masked_equals_compacted_for_every_subset_of_granularities(family, granularities):
     assert exactness.relative_difference(family, granularities, tied=True, fractional=True, seed=2) < 1e-5
@@ -50,21 +56,21 @@ def test_moments_of_the_cut_model(family, tied):
     exactness.test_moments_of_the_cut_model_are_those_it_would_have_had(family, tied)
 
 
-@pytest.mark.parametrize("family", DECLARED_CONFIGS)
+@pytest.mark.parametrize("family", [*NEWER, *DECLARED_CONFIGS])
 def test_open_masks_are_the_dense_model(family):
     model = tiny.tiny_model(family)
     dense = model(tiny.tiny_ids()).logits
     wrapped = MaskedModel(model)
     torch.testing.assert_close(wrapped.model(tiny.tiny_ids()).logits, dense, rtol=1e-5, atol=1e-5)
-    wrapped.set_masks(Masks(hidden=torch.ones(36), attention=torch.ones(4), mlp=torch.ones(4)))
+    wrapped.set_masks(Masks(hidden=torch.ones(model.config.hidden_size), attention=torch.ones(4), mlp=torch.ones(4)))
     torch.testing.assert_close(wrapped.model(tiny.tiny_ids()).logits, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", DECLARED_CONFIGS)
+@pytest.mark.parametrize("family", [*NEWER, *DECLARED_CONFIGS])
 def test_a_layer_mask_scales_what_the_layer_adds(family):
     """Also where a norm after the write would undo a scale of the write."""
     model = tiny.tiny_model(family)
-    layer = model.model.layers[0]
+    layer = decoder_layers(model)[0]
     streams = []
     layer.register_forward_hook(lambda _module, arguments, output: streams.append(output - arguments[0]))
     wrapped = MaskedModel(model)
@@ -110,7 +116,7 @@ def test_counts_are_those_of_the_real_model(
     family, tied, layers, groups, per_group, width, intermediate, half_head, vocabulary
 ):
     heads = groups * per_group
-    config = EVERY_CONFIG["llama" if family == "llama-mha" else family](tie_word_embeddings=tied)
+    config = EVERY_CONFIG[family.removesuffix("-mha").removesuffix("-longrope")](tie_word_embeddings=tied)
     values = {
         **config.to_dict(),
         "num_hidden_layers": layers,
@@ -130,10 +136,11 @@ def test_counts_are_those_of_the_real_model(
     parameters = dict(model.named_parameters())
     assert anatomy_of(model) == shape.family
     assert shape.num_parameters() == sum(p.numel() for p in parameters.values())
-    outer = sum(p.numel() for name, p in parameters.items() if "embed_tokens" in name or "lm_head" in name)
+    embeddings = {parameter.name for parameter in shape.family.embeddings}
+    outer = sum(p.numel() for name, p in parameters.items() if name in embeddings)
     assert shape.num_parameters(embeddings=False) == shape.num_parameters() - outer
     for kind, counted in zip(shape.family.sublayers.values(), shape.layer_parameters(), strict=True):
-        named = {name: parameters[f"model.layers.0.{name}"] for name in kind.axes}
+        named = {name: parameters[f"{shape.family.layers}.0.{name}"] for name in kind.axes}
         assert counted == sum(p.numel() for p in named.values())
         for name, axes in kind.axes.items():
             assert tuple(axis.size(shape.units()) for axis in axes) == tuple(named[name].shape)
@@ -146,6 +153,26 @@ def test_a_budget_counts_what_a_cut_leaves(family):
     source = Shape.of(EVERY_CONFIG[family](tie_word_embeddings=False))
     masks, target = exactness.masks_and_target(source, exactness.GRANULARITIES, fractional=False, seed=0)
     assert int(count_parameters(masks.tensors(), source=source)) == target.num_parameters()
+
+
+def page() -> Any:
+    """The script that writes what the documents take from the declarations."""
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_documents_have_the_families_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = page()
+    monkeypatch.setattr(script, "FAMILIES", {name: f for name, f in FAMILIES.items() if name not in DECLARED})
+    assert all(family.models for family in script.FAMILIES.values()), "which models are of it?"
+    for document in script.PARTS:
+        assert script.written(document) == (ROOT / document).read_text(encoding="utf-8"), "make docs"
+    shown = (ROOT / script.SHOWN).read_text(encoding="utf-8")
+    assert len(shown.splitlines()) < 60
 
 
 SIZES_OF_UNITS: dict[Unit, int] = {"query_heads": 8, "kv_groups": 4, "head": 2, "intermediate": 3}

@@ -5,7 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 VOCAB_SIZE = 97
 SIZES = {
@@ -26,6 +42,24 @@ SCALED_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0],
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.0,
+}
 CONFIGS = {
     "llama": lambda **kw: LlamaConfig(**SIZES | kw),
     "llama-mha": lambda **kw: LlamaConfig(**SIZES | {"num_key_value_heads": 6} | kw),
@@ -37,7 +71,49 @@ CONFIGS = {
         **SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2} | kw
     ),
     "qwen3": lambda **kw: Qwen3Config(**SIZES | kw),
+    "phi3": lambda **kw: Phi3Config(**SIZES | {"pad_token_id": None} | kw),
+    # Their configs work out the head dimension of 8 from the width.
+    "phi3-longrope": lambda **kw: Phi3Config(
+        **SIZES
+        | {"hidden_size": 48, "rope_parameters": dict(LONG_ROPE), "original_max_position_embeddings": 8}
+        | {"pad_token_id": None}
+        | kw
+    ),
+    "seed_oss": lambda **kw: SeedOssConfig(**SIZES | {"pad_token_id": None, "attention_out_bias": True} | kw),
+    "gpt_neox": lambda **kw: _gpt_neox(use_parallel_residual=True, **kw),
+    "gpt_neox-in-turn": lambda **kw: _gpt_neox(use_parallel_residual=False, **kw),
+    "smollm3": lambda **kw: SmolLM3Config(
+        **SIZES
+        | {
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "mlp_bias": True,
+        }
+        | kw
+    ),
+    "granite": lambda **kw: GraniteConfig(**SIZES | GRANITE_SCALES | kw),
+    "olmo2": lambda **kw: Olmo2Config(**SIZES | {"pad_token_id": None} | kw),
+    "olmo3": lambda **kw: Olmo3Config(
+        **SIZES | {"pad_token_id": None, "sliding_window": 4, "attention_bias": True, "rope_parameters": TWO_ROPES} | kw
+    ),
+    "gemma2": lambda **kw: Gemma2Config(**SIZES | {"sliding_window": 4, "final_logit_softcapping": 5.0} | kw),
+    "gemma3": lambda **kw: Gemma3TextConfig(
+        **SIZES
+        | {"sliding_window": 4, "layer_types": WINDOWS, "attention_bias": True, "final_logit_softcapping": 5.0}
+        | kw
+    ),
 }
+"""Where a family has flags, some config has what they switch on."""
+
+
+def _gpt_neox(**changes: Any) -> GPTNeoXConfig:
+    values = SIZES | {"hidden_size": 48, "rotary_pct": 0.5} | changes
+    return GPTNeoXConfig(**{name: value for name, value in values.items() if name in GPT_NEOX_NAMES})
+
+
+GPT_NEOX_NAMES = {*vars(GPTNeoXConfig()), "rotary_pct", "use_parallel_residual", "attn_implementation"}
 
 
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **sizes: Any) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shearing.data.documents import IGNORED_LABEL
+from shearing.models.anatomy import Head
 from shearing.objectives.chunked import Scratch
 from shearing.objectives.cross_entropy import causal_lm_loss
-from shearing.objectives.distilled import distilled_loss, without_low_entropy
+from shearing.objectives.distilled import DistilledLoss, distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import LogitTargets
@@ -57,17 +59,26 @@ def _inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
-def _ours(given: dict[str, Tensor], *, kind: str, temperature: float, by_label: bool, chunk_tokens: int):
+def _ours(
+    given: dict[str, Tensor],
+    *,
+    kind: str,
+    temperature: float,
+    by_label: bool,
+    chunk_tokens: int,
+    divisor: float = 1.0,
+    cap: float | None = None,
+) -> DistilledLoss:
     targets = LogitTargets(
         given["teacher_hidden"],
-        given["teacher_weight"],
+        Head(given["teacher_weight"], divisor, cap),
         divergence=divergence_of(kind, top_k=KEPT),
         temperature=temperature,
         chunk_tokens=chunk_tokens,
     )
     return distilled_loss(
         given["hidden"],
-        given["weight"],
+        Head(given["weight"], divisor, cap),
         given["labels"],
         targets=targets,
         weights_BS=given["weights"],
@@ -77,9 +88,19 @@ def _ours(given: dict[str, Tensor], *, kind: str, temperature: float, by_label: 
     )
 
 
-def _reference(given: dict[str, Tensor], *, kind: str, temperature: float, by_label: bool) -> dict[str, Tensor]:
-    logits = given["hidden"] @ given["weight"].T
-    teacher_logits = given["teacher_hidden"] @ given["teacher_weight"].T
+def _reference(
+    given: dict[str, Tensor],
+    *,
+    kind: str,
+    temperature: float,
+    by_label: bool,
+    divisor: float = 1.0,
+    cap: float | None = None,
+) -> dict[str, Tensor]:
+    logits = given["hidden"] @ given["weight"].T / divisor
+    teacher_logits = given["teacher_hidden"] @ given["teacher_weight"].T / divisor
+    if cap is not None:
+        logits, teacher_logits = ((each / cap).tanh() * cap for each in (logits, teacher_logits))
     counted = given["labels"] != IGNORED_LABEL
     labels = given["labels"].where(counted, 0)[..., None]
     losses = -logits.log_softmax(-1).gather(-1, labels)[..., 0] * counted
@@ -119,6 +140,22 @@ def test_loss_and_gradients_are_those_of_the_formulas(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("divisor", "cap"), [(8.0, None), (1.0, 3.0)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_heads_that_scale_and_cap_teach_and_learn_by_their_logits(
+    divisor: float, cap: float | None, temperature: float
+) -> None:
+    given = _inputs()
+    way: dict[str, Any] = {"kind": "forward_kl", "temperature": temperature, "by_label": True}
+    expected = _reference(given, **way, divisor=divisor, cap=cap)
+    found = _ours(given, **way, divisor=divisor, cap=cap, chunk_tokens=4)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value.detach(), rtol=1e-9, atol=1e-9, msg=name)
+    inputs = (given["hidden"], given["weight"])
+    of_formula = torch.autograd.grad(expected["total"] / 7, inputs)
+    torch.testing.assert_close(torch.autograd.grad(found.total / 7, inputs), of_formula, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_products_in_bf16_stay_near_the_formulas(kind: str) -> None:
     given = _inputs(torch.float32)
@@ -141,7 +178,7 @@ def test_weight_0_is_cross_entropy_and_a_teacher_like_the_student_teaches_nothin
     given = _inputs()
     given["weights"] = torch.zeros_like(given["weights"])
     found = _ours(given, kind="forward_kl", temperature=1.0, by_label=False, chunk_tokens=4)
-    expected, losses = causal_lm_loss(given["hidden"], given["weight"], given["labels"], chunk_tokens=4)
+    expected, losses = causal_lm_loss(given["hidden"], Head(given["weight"]), given["labels"], chunk_tokens=4)
     assert torch.equal(found.losses, losses)
     for ours, theirs in zip(
         torch.autograd.grad(found.total, (given["hidden"], given["weight"])),
@@ -172,7 +209,7 @@ def test_entropies_and_what_they_leave_out() -> None:
     given = _inputs()
     targets = LogitTargets(
         given["teacher_hidden"],
-        given["teacher_weight"],
+        Head(given["teacher_weight"]),
         divergence=divergence_of("forward_kl", top_k=KEPT),
         temperature=2.0,
         chunk_tokens=4,

@@ -64,7 +64,7 @@ def test_a_teacher_is_no_part_of_what_an_engine_prepares_trains_and_saves(tmp_pa
     assert losses.total.item() != pytest.approx(losses.rows.sum().item(), abs=1e-2)
     engine.backward(losses.total, last=True)
     engine.step(step=0)
-    engine.save(tmp_path)
+    engine.stage().write_into(tmp_path)
     own = {PARAMETER_PREFIX + name for name, _ in parts.model.named_parameters()}
     assert ShardedState(tmp_path).shapes.keys() == own
     for name, weight in tiny_model(seed=1).named_parameters():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shearing.errors import ShearingError
-from shearing.processes.processes import AgreedEnd, Processes
+from shearing.processes.processes import AgreedEnd, Processes, Question
 from shearing.processes.watch import exit_code
 from tests.distributed.harness import Group, spawn, start
 
@@ -292,3 +292,16 @@ def test_what_a_launcher_left_out_is_asked_for(
 
 def test_exit_codes() -> None:
     assert [exit_code(error) for error in (WRONG, OSError(), KeyboardInterrupt(), SystemExit(75))] == [2, 1, 130, 75]
+
+
+def _ask_each_step() -> None:
+    with Processes.start(device="cpu") as processes:
+        question = Question(processes)
+        answers = [question.ask(step if processes.rank == step % processes.size else 0) for step in range(1, 5)]
+        assert answers == [0, 1, 2, 3]
+        assert (question.answer(), question.answer()) == (4, 0)
+
+
+def test_a_question_is_answered_one_step_later(tmp_path: Path) -> None:
+    spawn(_ask_each_step, size=2, folder=tmp_path)
+    assert Question(Processes()).ask(3) == 3

@@ -29,8 +29,10 @@ HIDDEN = torch.ones(SOURCE.hidden_size)
 
 def test_all_sections_have_names() -> None:
     sections = {name for name, field in Recipe.model_fields.items() if section_of(field)}
-    # What only stages of a run read, and what has names of its own.
-    assert sections - {"evaluation", "sparsify", "distill"} == {section.partition(".")[0] for section in SECTIONS}
+    # What only runs read, and what has names of its own.
+    assert sections - {"evaluation", "sparsify", "distill", "search", "cascade"} == {
+        section.partition(".")[0] for section in SECTIONS
+    }
 
 
 def test_a_name_stands_for_one_key() -> None:

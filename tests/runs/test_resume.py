@@ -48,12 +48,12 @@ def _recipe(inputs: Path, *, run_dir: Path, log_interval: int = 1) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def _sparse_recipe(inputs: Path, *, run_dir: Path, lora: bool) -> Recipe:
+def _sparse_recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any]) -> Recipe:
     """One-shot sparsity, then training under its masks."""
     data = _recipe(inputs, run_dir=run_dir).model_dump(mode="json")
     data["target"] = data["prune"] = None
     data["sparsify"] = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}
-    data["pretrain"]["lora"] = {"rank": 2, "dropout": 0.1} if lora else None
+    data["pretrain"] |= way
     return Recipe.model_validate(data)
 
 
@@ -195,6 +195,35 @@ def test_kills_inside_a_checkpoint(sign: str, pruned: Path, tiny_inputs: Path, t
     _assert_same("prune", whole=pruned, folder=tmp_path / "run")
 
 
+def _half_of_the_second_checkpoint(recipe: Recipe) -> None:
+    """Train, with a disk that takes half of a file and then nothing for a long time."""
+    from shearing.training.checkpoints.pieces import StagedPieces
+
+    write = StagedPieces.write
+
+    def stuck(staged: StagedPieces, path: Path) -> dict[str, int]:
+        if "step-00000004" in str(path):
+            path.write_bytes(b"half")
+            time.sleep(SECONDS)
+        return write(staged, path)
+
+    StagedPieces.write = stuck  # type: ignore[method-assign]
+    run(recipe, stages=("prune",))
+
+
+def test_a_kill_while_a_checkpoint_is_written_beside_training(pruned: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_inputs, run_dir=tmp_path / "run")
+    prune = RunDirectory(tmp_path / "run").prune
+    process = PROCESSES.Process(target=_half_of_the_second_checkpoint, args=(recipe,))
+    process.start()
+    half, metrics = prune / "checkpoints" / ".writing-step-00000004", prune / "metrics.jsonl"
+    # Step 5 is trained meanwhile; the checkpoint of step 6 would wait for that of step 4.
+    assert _kill_when(process, lambda: any(half.glob("shard-*")) and '"step": 5' in metrics.read_text())
+    assert (prune / "checkpoints" / "latest").read_text().strip() == "step-00000002"
+    _finish(recipe, stage="prune")
+    _assert_same("prune", whole=pruned, folder=tmp_path / "run")
+
+
 def test_lines_after_the_checkpoint_and_half_a_line_are_dropped(
     pruned: Path, tiny_inputs: Path, tmp_path: Path
 ) -> None:
@@ -221,13 +250,24 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(pruned: Path, tiny_input
     _assert_same("prune", whole=pruned, folder=tmp_path / "run")
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_training_of_a_sparse_model_killed_at_its_checkpoints(lora: bool, tiny_inputs: Path, tmp_path: Path) -> None:
-    if lora:
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"lora": {"rank": 2, "dropout": 0.1}},
+        {"speft": {"share": 0.1, "samples": 2}, "ist": {"interval": "3 steps", "pairs": 1, "tokens": 64}},
+        {"ast": {"interval": "1 steps", "decay": 0.2, "ramp": "3 steps", "freeze": "2 steps"}},
+    ],
+    ids=["all weights", "adapters", "salient weights of some layers", "masks that move"],
+)
+def test_training_of_a_sparse_model_killed_at_its_checkpoints(
+    way: dict[str, Any], tiny_inputs: Path, tmp_path: Path
+) -> None:
+    if "lora" in way:
         pytest.importorskip("peft")
-    whole = _sparse_recipe(tiny_inputs, run_dir=tmp_path / "whole", lora=lora)
+    whole = _sparse_recipe(tiny_inputs, run_dir=tmp_path / "whole", way=way)
     _finish_all(whole, stages=SPARSE)
-    recipe = _sparse_recipe(tiny_inputs, run_dir=tmp_path / "run", lora=lora)
+    recipe = _sparse_recipe(tiny_inputs, run_dir=tmp_path / "run", way=way)
     directory, kills = RunDirectory(tmp_path / "run"), 0
     for step in (2, 6):
         newest = directory.checkpoints("pretrain") / f"step-{step:08d}"

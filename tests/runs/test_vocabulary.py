@@ -25,11 +25,11 @@ from shearing.models.stored.saving import write_model
 from shearing.pruning.sparse.stored.check import differences
 from shearing.runs.continuation.extension import change
 from shearing.runs.export.export import export
+from shearing.runs.export.vocabulary import cut_to_corpus
 from shearing.runs.planning.plan import Hardware, plan
 from shearing.runs.planning.plan_tables import render
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.run import run
-from shearing.runs.vocabulary import cut_to_corpus
 from tests.conftest import tiny_recipe_data
 from tests.models.tiny import tiny_model
 from tests.runs.export.tokenizers import write_tokenizer

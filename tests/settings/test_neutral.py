@@ -70,6 +70,7 @@ def test_neutral_keys_of_a_run() -> None:
         "compile",
         "device",
         "loss_chunk_tokens",
+        "checkpoint_writing",
         "log_interval",
         "trackers",
         "timeout",
@@ -91,6 +92,7 @@ def test_neutral_keys_of_a_run() -> None:
         "distill.cache_missing",
         *(f"training.{name}" for name in training),
         "evaluation",
+        "search",
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,10 @@ def tiny_task(
     *,
     callbacks: tuple[Callback, ...] = (),
     estimator: str = "hard_concrete",
+    training: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Task:
-    """Mask learning in `STEPS` steps at a constant rate; `changes`: fields of `Schedule`'s recipe sections."""
+    """Mask learning in `STEPS` steps at a constant rate; `training` and `changes`: keys of both sections."""
     stage = StageRecipe.model_validate(
         {
             "duration": STEPS,
@@ -106,7 +107,7 @@ def tiny_task(
         folder=folder,
         schedule=Schedule.of(
             stage,
-            training=TrainingRecipe(log_interval=3),
+            training=TrainingRecipe.model_validate({"log_interval": 3, **(training or {})}),
             tokens_per_step=tokens_per_step,
             sequence_length=LENGTH,
             micro_batch_size=MICRO_BATCH,

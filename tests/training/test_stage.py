@@ -70,6 +70,7 @@ def test_schedule_is_that_of_the_sections() -> None:
         checkpoint_seconds=1800.0,
         keep_last=4,
         keep_every=50,
+        background_checkpoints=True,
         mixture_interval=3,
         validation_interval=25,
         log_interval=7,

@@ -3,7 +3,7 @@
 An axis is made of segments, so that matrices that a family has fused can be declared: the rows of a `qkv_proj` are the
 query heads, then the KV groups' keys, then their values; those of a `gate_up_proj` the intermediate units twice.
 
-Legend: d hidden, m intermediate, H query heads, K KV groups, dh head dimension, V vocabulary.
+Legend: d hidden, m intermediate, H query heads, K KV groups, dh head dimension, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["hidden", "query_heads", "kv_groups", "intermediate", "head", "vocabulary"]
-"""What an entry of an axis belongs to: d, H * dh, K * dh, m, dh and V entries; nothing cuts the last two."""
+Unit = Literal["hidden", "query_heads", "kv_groups", "intermediate", "experts", "head", "vocabulary"]
+"""What an entry of an axis belongs to: d, H * dh, K * dh, m, E, dh and V entries; nothing cuts the last two."""
 
 When = Callable[[Any], bool]
 """Whether a config of the family has a parameter."""
@@ -71,6 +71,7 @@ HIDDEN = Axis(("hidden",))
 QUERY_HEADS = Axis(("query_heads",))
 KV_GROUPS = Axis(("kv_groups",))
 INTERMEDIATE = Axis(("intermediate",))
+EXPERTS = Axis(("experts",))
 HEAD = Axis(("head",))
 VOCABULARY = Axis(("vocabulary",))
 

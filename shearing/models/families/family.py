@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shearing.models.families.axes import HIDDEN, VOCABULARY, Axes, Parameter
+from shearing.models.families.axes import EXPERTS, HIDDEN, VOCABULARY, Axes, Parameter, When, never
+from shearing.models.families.experts.declaration import Experts
 from shearing.models.families.norms import Norm
 
 
@@ -25,6 +26,7 @@ class SubLayer:
         before: norm of what it reads from the residual stream.
         after: norm of what it writes, before that is added to the residual stream.
         inside: norms of queries and keys.
+        experts: what it is made of, if it is an MLP of experts; `write` then is the module that computes them.
     """
 
     module: str
@@ -33,6 +35,7 @@ class SubLayer:
     before: Norm | None = None
     after: Norm | None = None
     inside: tuple[Norm, ...] = ()
+    experts: Experts | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -55,6 +58,21 @@ class SubLayer:
         return tuple(p.name.removesuffix(".weight") for p in self.linears if p.axes[1:] == (HIDDEN,))
 
     @property
+    def reads(self) -> str:
+        """A module that reads what the sub-layer computes from: the residual stream, or that normalised."""
+        return self.module if self.experts is not None else self.readers[0]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the weight, and of the bias if there is one, that write into the residual stream."""
+        return (f"{self.write}.weight", f"{self.write}.bias") if self.experts is None else (self.experts.write,)
+
+    @property
+    def stacks(self) -> tuple[Parameter, ...]:
+        """Those of its parameters that are stacks of all experts' matrices."""
+        return tuple(p for p in self.linears if p.axes[0] == EXPERTS and len(p.axes) > 2)
+
+    @property
     def entry(self) -> str:
         """The module whose input is the residual stream."""
         return self.module if self.before is None else self.before.name
@@ -67,15 +85,12 @@ class SubLayer:
         """Whether a linear layer has a bias; see `Family.of`."""
         return any(parameter.name == f"{linear}.bias" for parameter in self.linears)
 
-    @property
-    def adds_its_write(self) -> bool:
-        """Whether what it writes is added to the residual stream as it is: no norm stands in between."""
-        return self.after is None
-
     def of(self, config: Any) -> SubLayer:
         """The sub-layer without the parameters that `config` does not have."""
         linears = tuple(parameter for parameter in self.linears if parameter.when(config))
-        return replace(self, linears=linears, inside=tuple(norm for norm in self.inside if norm.when(config)))
+        inside = tuple(norm for norm in self.inside if norm.when(config))
+        experts = None if self.experts is None else replace(self.experts, count=config.num_experts)
+        return replace(self, linears=linears, inside=inside, experts=experts)
 
 
 def standard_sizes(config: Any) -> dict[str, int]:
@@ -97,13 +112,22 @@ def standard_values(values: Mapping[str, Any], *, sizes: Mapping[str, int], head
 
     Args:
         values: of the source's config.
-        sizes: the five that can be pruned.
+        sizes: those that can be pruned.
         head_dim: written where the config has it, or where it does not follow from the sizes.
     """
     changed = {**values, **sizes}
     if "head_dim" in values or head_dim != sizes["hidden_size"] // sizes["num_attention_heads"]:
         changed["head_dim"] = head_dim
     return changed
+
+
+Holder = Callable[[Mapping[str, Any]], "dict[str, Any] | None"]
+"""From the values of a family's config, those of another architecture's that computes the same; None if it cannot."""
+
+
+def nothing(_config: Any) -> str | None:
+    """There is nothing in any config that is not supported."""
+    return None
 
 
 def unscaled(_hidden_size: int) -> float:
@@ -119,10 +143,22 @@ class Family:
         model_type: `config.model_type` of Hugging Face.
         attention, mlp: the sub-layers of a decoder layer.
         backbone, layers, embedding, head: names of modules in the model.
+        stored_head: what files call the head, where that is another name.
         final_norm: the norm of what the head reads.
         embedding_scale: what the embedding's module multiplies by, from the hidden size.
+        residual_multiplier: attribute of the config that what sub-layers write is multiplied by as it is added to the
+            residual stream; "" where nothing is.
+        logits_divisor: attribute of the config that logits are divided by, or "".
+        logits_cap: attribute of the config c, or None, of logits that are c tanh(l / c), or "".
+        attention_cap: the same of attention scores; torch's fused attention has no such cap, so transformers' own
+            attention computes them.
         per_layer: attributes of the config that are lists with one entry for each layer's attention.
+        side_by_side: which configs have attention and MLP read the same residual stream, and add both to it.
+        parallel: whether a config is one of those; see `of`.
+        models: which models are stored as it, for people.
         read_sizes, write_values: the sizes of a config, and a config's values at other sizes.
+        holders: other architectures, for sizes that the family's own config refuses; the most widely known first.
+        refuses: what a config has that is not supported, in words; None: nothing.
     """
 
     model_type: str
@@ -132,11 +168,21 @@ class Family:
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    stored_head: str | None = None
     final_norm: Norm = Norm("model.norm")  # noqa: RUF009 - frozen
     embedding_scale: Callable[[int], float] = unscaled
+    residual_multiplier: str = ""
+    logits_divisor: str = ""
+    logits_cap: str = ""
+    attention_cap: str = ""
     per_layer: tuple[str, ...] = ("layer_types",)
+    side_by_side: When = never
+    parallel: bool = False
+    models: str = ""
     read_sizes: Callable[[Any], dict[str, int]] = standard_sizes
     write_values: Callable[..., dict[str, Any]] = standard_values
+    holders: tuple[Holder, ...] = ()
+    refuses: Callable[[Any], str | None] = nothing
 
     @property
     def sublayers(self) -> dict[str, SubLayer]:
@@ -162,6 +208,23 @@ class Family:
         inner = name[len(prefix) :].split(".", 1)[1]
         return {**self.attention.axes, **self.mlp.axes}[inner]
 
+    def stored_name(self, name: str) -> str:
+        """What files call a parameter."""
+        return f"{self.stored_head}.weight" if self.stored_head and name == f"{self.head}.weight" else name
+
+    def own_name(self, stored: str) -> str:
+        """What the model calls a parameter that has the name `stored` in a file."""
+        return f"{self.head}.weight" if self.stored_head and stored == f"{self.stored_head}.weight" else stored
+
+    def multiplier(self, config: Any) -> float:
+        """What of a write reaches the residual stream; see `residual_multiplier`."""
+        return float(getattr(config, self.residual_multiplier)) if self.residual_multiplier else 1.0
+
     def of(self, config: Any) -> Family:
         """The family as `config` has it: without the parameters that the config leaves out."""
-        return replace(self, attention=self.attention.of(config), mlp=self.mlp.of(config))
+        return replace(
+            self,
+            attention=self.attention.of(config),
+            mlp=self.mlp.of(config),
+            parallel=self.side_by_side(config),
+        )

@@ -8,6 +8,7 @@ from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 MISTRAL = Family(
     model_type="mistral",
+    models="Mistral 7B, Ministral 8B and others",
     attention=separate_attention(before=Norm("input_layernorm")),
     mlp=gated_mlp(before=Norm("post_attention_layernorm")),
 )

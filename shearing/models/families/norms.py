@@ -25,6 +25,7 @@ class NormKind:
 
 
 RMS = NormKind(epsilon="variance_epsilon")
+RMS_WHOLE_FP32 = NormKind(epsilon="variance_epsilon", gain_in_fp32=True)
 RMS_ONE_PLUS = NormKind(epsilon="eps", offset=1.0, gain_in_fp32=True)
 LAYER = NormKind(epsilon="eps", centred=True, gain_in_fp32=True)
 

@@ -9,6 +9,7 @@ from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 QWEN2 = Family(
     model_type="qwen2",
+    models="Qwen2, Qwen2.5",
     attention=separate_attention(before=Norm("input_layernorm"), qkv_bias=always),
     mlp=gated_mlp(before=Norm("post_attention_layernorm")),
 )

@@ -9,6 +9,7 @@ from shearing.models.families.sub_layers import gated_mlp, separate_attention
 
 QWEN3 = Family(
     model_type="qwen3",
+    models="Qwen3, dense",
     attention=separate_attention(
         before=Norm("input_layernorm"),
         inside=(

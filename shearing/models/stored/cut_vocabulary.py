@@ -52,7 +52,8 @@ def cut_vocabulary(folder: Path, *, counts: npt.NDArray[np.int64], size: int | s
     named = {old for content in files.values() for key in _keys_of_ids(content) for old in _flat(content[key])}
     kept = choose_tokens(tokenizer, counts, size=size, also=named)
     new = {old: index for index, old in enumerate(kept)}
-    _cut_rows(folder, names=[each.name for each in anatomy_of(config).embeddings], kept=kept)
+    family = anatomy_of(config)
+    _cut_rows(folder, names=[family.stored_name(each.name) for each in family.embeddings], kept=kept)
     files["config.json"]["vocab_size"] = len(kept)
     for name, content in files.items():
         for key in _keys_of_ids(content):

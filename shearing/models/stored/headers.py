@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
+from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.saving import INDEX, WEIGHTS
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ def require_weights(folder: Path, *, model: PreTrainedModel, source: str) -> Non
         ShearingError: see `weight_files`; a parameter is missing, unknown, of another shape or quantised; a tied
             head is not the embedding.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places, shapes, dtypes = _read_headers(folder, weight_files(folder, source=source))
-    prefix = f"{model.base_model_prefix}."
-    names = {name if name in expected else prefix + name: name for name in places}
+    prefix, family = f"{model.base_model_prefix}.", anatomy_of(model)
+    own = {name: family.own_name(name) for name in places}
+    expected = shapes_in_files(model, whole={*own.values(), *(prefix + name for name in own.values())})
+    names = {name if name in expected else prefix + name: stored for stored, name in own.items()}
     _refuse_unknown(names, expected=expected, ignored=_ignored(model), source=source)
-    head, embedding = f"{anatomy_of(model).head}.weight", f"{anatomy_of(model).embedding}.weight"
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     optional = {head} if tied and embedding in names else {embedding} if tied and head in names else set()
     if missing := sorted(expected.keys() - names.keys() - optional):
@@ -118,6 +120,23 @@ def require_weights(folder: Path, *, model: PreTrainedModel, source: str) -> Non
             )
     if tied and {head, embedding} <= names.keys():
         _require_equal(folder, places, names[head], names[embedding], source=source)
+
+
+def shapes_in_files(model: PreTrainedModel, *, whole: Container[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that files of a model have.
+
+    Args:
+        model: with or without weights.
+        whole: names of parameters that these files have in one piece, where others have parts of them.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name in whole:
+            found[name] = tuple(tensor.shape)
+            continue
+        for part in parts_of(model.config, name, shape=tuple(tensor.shape)):
+            found[part.name] = tuple(part.of(tensor).shape)
+    return found
 
 
 def _without_weights(folder: Path, *, source: str) -> ShearingError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from shearing.errors import ShearingError, key
 from shearing.files.durable import write_json
-from shearing.files.tensors import write_tensors
+from shearing.files.tensors import opened_in_turn
+from shearing.models.anatomy import anatomy_of
+from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.spellings import in_both_spellings
 
 if TYPE_CHECKING:
@@ -30,33 +33,45 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat
 
 
 def write_model(
-    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights, each once where they are tied, under the names that transformers reads.
 
-    One shard is copied at a time. Nothing else is written: tokenizer and the like are the source's own files.
+    One tensor is copied at a time. Nothing else is written: tokenizer and the like are the source's own files.
 
     Args:
-        model: whole, on any device; it stays as it is.
+        model: on any device; it stays as it is. A skeleton will do where `weights` are given.
         folder: made if it is not there.
+        weights: all of them by the model's names, in any order; None: those of the model.
         dtype: of the weights in the files; as they are if None.
         shard_bytes: a file has at most as many, unless a single tensor has more.
 
     Raises:
         ShearingError: a weight is too large for the dtype.
-        OSError, SafetensorError: see `write_tensors`.
+        OSError: see `opened_in_turn`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(model)
+    tensors = dict(_as_in_files(model, _named_tensors(model)))
     dtypes = {name: dtype or of.dtype if of.is_floating_point() else of.dtype for name, of in tensors.items()}
-    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()}
+    like = {name: torch.empty(of.shape, dtype=dtypes[name], device="meta") for name, of in tensors.items()}
+    sizes = {name: each.numel() * each.itemsize for name, each in like.items()}
     shards = _shards(sizes, shard_bytes=shard_bytes)
     places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        stored = {name: _stored(tensors[name], name=name, dtype=dtypes[name]) for name in names}
-        write_tensors(folder / file, stored, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+    write: dict[str, Callable[[str, Tensor], None]] = {}
+    with ExitStack() as files:
+        for number, names in enumerate(shards, start=1):
+            file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            own = {name: like[name] for name in names}
+            opened = files.enter_context(opened_in_turn(folder / file, own, metadata={"format": "pt"}))
+            write |= dict.fromkeys(names, opened)
+            places |= dict.fromkeys(names, file)
+        for name, tensor in _as_in_files(model, _named_tensors(model) if weights is None else weights):
+            write[name](name, _stored(tensor, name=name, dtype=dtypes[name]))
     if len(shards) > 1:
         write_json(
             folder / INDEX,
@@ -79,10 +94,19 @@ def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, 
     return dict(sorted(in_both_spellings(json.loads(config.to_json_string(use_diff=True))).items()))
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What belongs in files, under the model's own names, each once where weights are tied."""
     stored = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return {**dict(model.named_parameters()), **buffers}
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+
+
+def _as_in_files(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the model's own names as files have them: under other names, or in parts."""
+    stored_name = anatomy_of(model.config).stored_name
+    for name, tensor in tensors:
+        for part in parts_of(model.config, name, shape=tuple(tensor.shape)):
+            yield stored_name(part.name), part.of(tensor)
 
 
 def _stored(tensor: Tensor, *, name: str, dtype: torch.dtype) -> Tensor:

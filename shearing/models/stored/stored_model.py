@@ -8,9 +8,10 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from torch import Tensor
 from shearing.errors import ShearingError, named
 from shearing.files.tensors import DTYPES, Entry, read_header, read_tensors
 from shearing.models.anatomy import anatomy_of
-from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.families import FAMILIES
+from shearing.models.loading import load_config, load_source, said_of_config, skeleton
+from shearing.models.place import require_place
 from shearing.models.stored import headers
 from shearing.models.stored.companions import companions, copy_companions, folder_of
 from shearing.models.stored.saving import INDEX, write_model
+from shearing.models.stored.structure import Structure, structure_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,6 +49,8 @@ class Source:
         files: tensor name -> file in `folder`.
         entries: tensor name -> where it is in its file.
         identity: file -> size and time of change of the weights that were found, converted or not.
+        stored_names: tensor name -> what its file calls it, where that is another name.
+        structure: of a model that no family declares, whose tensors have the names of its files; else None.
     """
 
     folder: Path
@@ -52,6 +58,8 @@ class Source:
     files: dict[str, str]
     entries: dict[str, Entry]
     identity: dict[str, list[int]]
+    stored_names: dict[str, str] = field(default_factory=dict)
+    structure: Structure | None = None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, on the CPU, as they are stored.
@@ -64,7 +72,8 @@ class Source:
             wanted.setdefault(self.files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, of_file in wanted.items():
-            tensors |= read_tensors(self.folder / file, of_file)
+            stored = {self.stored_names.get(name, name): name for name in of_file}
+            tensors |= {stored[name]: tensor for name, tensor in read_tensors(self.folder / file, stored).items()}
         for name, tensor in tensors.items():
             _require_finite(tensor, name=name, folder=self.folder)
         return tensors
@@ -121,7 +130,7 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
     built = skeleton(config)
     headers.require_weights(folder, model=built, source=name)
-    needed = set(built.state_dict())
+    needed = set(headers.shapes_in_files(built))
     if getattr(config, "tie_word_embeddings", False):
         needed.discard(f"{anatomy_of(config).head}.weight")
     source = _opened(folder, config, original=folder)
@@ -130,6 +139,36 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
             _convert(name, revision=revision, folder=folder, converted=converted)
         source = _opened(converted, config, original=folder)
     return source
+
+
+@named({"source": "model"})
+def open_any(name: str, *, revision: str | None, converted: Path, towers: bool) -> Source:
+    """As `open_source`, and models of any other architecture of transformers, by their structure.
+
+    Args:
+        name, revision, converted: see `open_source`.
+        towers: whether towers for images and sound of such a model count.
+
+    Raises:
+        ShearingError: see `open_source`; transformers does not know the architecture; `structure_of`.
+    """
+    from transformers import AutoConfig, PretrainedConfig as PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    require_place(name, revision=revision)
+    values: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # which are said below
+        values = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+    known = values.get("model_type")
+    if known in FAMILIES or known not in CONFIG_MAPPING or values.get("quantization_config"):
+        return open_source(name, revision=revision, converted=converted)
+    folder = folder_of(name, revision=revision, also=WEIGHT_FILES)
+    with said_of_config(name):
+        config = AutoConfig.from_pretrained(folder)
+    entries, files = _entries(folder)
+    with said_of_config(name):
+        structure = structure_of(config, stored=entries, towers=towers)
+    return Source(folder, config, files, entries, _identity(folder), structure=structure)
 
 
 def stored_fingerprint(name: str, *, revision: str | None) -> str:
@@ -209,15 +248,33 @@ def dtype_of(source: Source, name: str) -> torch.dtype:
 
 
 def _opened(folder: Path, config: PretrainedConfig, *, original: Path) -> Source:
+    entries, files = _entries(folder)
+    own_name = anatomy_of(config).own_name
+    own = {own_name(stored): stored for stored in entries}
+    return Source(
+        folder,
+        config,
+        {name: files[stored] for name, stored in own.items()},
+        {name: entries[stored] for name, stored in own.items()},
+        _identity(original),
+        {name: stored for name, stored in own.items() if name != stored},
+    )
+
+
+def _entries(folder: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensor -> where it is in its file, and in which file."""
     files: dict[str, str] = {}
     entries: dict[str, Entry] = {}
     for name in headers.weight_files(folder, source=str(folder)):
         of_file, _ = read_header(folder / name)
         entries |= of_file
         files |= dict.fromkeys(of_file, name)
-    stats = {path.name: path.stat() for path in sorted(original.iterdir()) if path.suffix in STORED}
-    identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return Source(folder, config, files, entries, identity)
+    return entries, files
+
+
+def _identity(folder: Path) -> dict[str, list[int]]:
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.suffix in STORED}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) -> None:

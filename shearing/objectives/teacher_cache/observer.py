@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of
 from shearing.objectives.chunked import chunked_logits, sum_dtype
 from shearing.objectives.divergences import inner
 from shearing.objectives.teacher_cache.form import Form
@@ -42,15 +42,15 @@ class Observer:
             following_BS: the token after each, whether it counts or not.
             places: domain and row of each of the B.
         """
-        weight_VD = head_weight(self.model)
-        device, positions = weight_VD.device, following_BS.shape[1]
+        head = head_of(self.model)
+        device, positions = head.weight.device, following_BS.shape[1]
         with torch.autocast(device.type, enabled=False):
             hidden_BSD = backbone(self.model)(**inputs.keywords()).last_hidden_state
         noise = [self._form.noise(domain, row, positions=positions) for domain, row in places]
         noise_NR = torch.from_numpy(np.concatenate(noise)).to(device)
         following_N1 = following_BS.reshape(-1, 1)
         found: list[tuple[Tensor, ...]] = []
-        for tokens, _, logits_CV in chunked_logits(hidden_BSD, weight_VD, chunk_tokens=self._chunk_tokens):
+        for tokens, _, logits_CV in chunked_logits(hidden_BSD, head, chunk_tokens=self._chunk_tokens):
             log_p_CV = logits_CV.log_softmax(-1, dtype=sum_dtype(logits_CV))
             p_CV = log_p_CV.exp()
             losses_C, entropies_C = -log_p_CV.gather(1, following_N1[tokens])[:, 0], -inner(p_CV, log_p_CV)

@@ -105,5 +105,5 @@ def dense_layers(
 
 def _place_of(layer: int, places: Sequence[Place], *, names: set[str], walk: LayerWalk) -> dict[str, Place]:
     """The place of each of the named matrices of a layer."""
-    by_name = {walk.name(layer, member) + ".weight": place for place in places for member in place.members}
+    by_name = {walk.name(layer, f"{member}.weight"): place for place in places for member in place.members}
     return {name: place for name, place in by_name.items() if name in names}

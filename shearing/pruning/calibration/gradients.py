@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from shearing.files.tensors import read_tensors, write_tensors
-from shearing.models.anatomy import anatomy_of
+from shearing.models.anatomy import Head, anatomy_of
 from shearing.models.loading import skeleton
 from shearing.models.stored.stored_model import Source
 from shearing.objectives.cross_entropy import causal_lm_loss
@@ -136,11 +136,12 @@ class _Pass:
         fill(norm, names=names, stored=self.source.read(names), device=device, dtype=self.compute.dtype)
         tied = config.tie_word_embeddings
         head = f"{family.embedding if tied else family.head}.weight"
-        head_VD = self.source.read([head])[head].to(device, self.compute.dtype)
+        weight_VD = self.source.read([head])[head].to(device, self.compute.dtype)
+        own_head = Head.of_config(config, weight=weight_VD)
         for chunk in walk.chunks:
             tokens = self.calibration.tokens[chunk].to(device)
             stream = walk.stream(chunk).requires_grad_()
-            total, _ = causal_lm_loss(norm(stream[:, :-1]), head_VD, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)
+            total, _ = causal_lm_loss(norm(stream[:, :-1]), own_head, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)
             (gradient,) = torch.autograd.grad(total / (tokens.shape[1] - 1), stream)
             upstream.write(chunk, gradient.float())
             self.advance(1)

@@ -8,20 +8,37 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
+from shearing.models.stored.expert_files import name_in_files
 from shearing.models.stored.stored_model import Source
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a decoder layer: modules that read the same there."""
+    """A place in a decoder layer: modules that read the same there.
+
+    Attributes:
+        name: what it is called.
+        members: the modules.
+        side_by_side: name of all places, this one among them, none of which reads what another one makes.
+    """
 
     name: str
     members: tuple[str, ...]
+    side_by_side: str
 
 
 def places_of(family: Family) -> list[Place]:
-    """The linear layers of a decoder layer by what they read, in the order in which they are computed."""
-    return named_places(family, "attention read", "attention write", "mlp read", "mlp write")
+    """The linear layers of a decoder layer by what they read, in the order in which they are computed.
+
+    Of experts those of a layer whose experts are apart (`separate_experts`); routers are not among them.
+    """
+    experts = family.mlp.experts
+    if experts is None:
+        return named_places(family, "attention read", "attention write", "mlp read", "mlp write")
+    matrices = [experts.matrices(expert) for expert in range(experts.count)]
+    read = [Place(f"expert {number} read", (gate, up), "mlp read") for number, (gate, up, _) in enumerate(matrices)]
+    written = [Place(f"expert {number} write", (down,), "mlp write") for number, (*_, down) in enumerate(matrices)]
+    return [*named_places(family, "attention read", "attention write"), *read, *written]
 
 
 def named_places(family: Family, *names: str) -> list[Place]:
@@ -37,7 +54,7 @@ def named_places(family: Family, *names: str) -> list[Place]:
         "mlp read": family.mlp.readers,
         "mlp write": (family.mlp.write,),
     }
-    return [Place(name, members[name]) for name in names]
+    return [Place(name, members[name], name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class Matrix:
     """A matrix to prune.
 
     Attributes:
-        name: of its weight in the model's state dict.
+        name: of its weight in the model's files, which is that in its state dict unless it is an expert's.
         layer: index of its decoder layer.
         rows, columns: outputs and inputs.
     """
@@ -62,20 +79,37 @@ class Matrix:
 
 
 def weight_of(module: nn.Module, member: str) -> Tensor:
-    """Weight [O, I] of a linear layer inside a layer."""
+    """Weight [O, I] of a linear layer inside a layer, or [d] of a norm."""
     weight = module.get_submodule(member).weight
     assert isinstance(weight, Tensor)
     return weight
 
 
+def places_in(source: Source) -> list[Place]:
+    """As `places_of`; of a model that no family declares, each linear layer of its first decoder layer by itself."""
+    if source.structure is None:
+        return places_of(anatomy_of(source.config))
+    members = [linear.member for linear in source.structure.linears if linear.block == 0]
+    return [Place(member, (member,), member) for member in members]
+
+
+def num_blocks(source: Source) -> int:
+    """Decoder layers; of a model that no family declares, all that it has of blocks with linear layers."""
+    blocks: int = source.config.num_hidden_layers if source.structure is None else source.structure.num_blocks
+    return blocks
+
+
 def matrices_of(source: Source) -> list[Matrix]:
-    """Every linear layer inside the decoder layers, layer by layer."""
+    """Every linear layer inside the decoder layers, layer by layer; see `num_blocks`."""
+    if source.structure is not None:
+        shapes = {linear: source.entries[linear.name].shape for linear in source.structure.linears}
+        return [Matrix(linear.name, linear.block, *shape) for linear, shape in shapes.items()]
     family = anatomy_of(source.config)
     found = []
     for layer in range(source.config.num_hidden_layers):
         for place in places_of(family):
             for member in place.members:
-                name = f"{family.layers}.{layer}.{member}.weight"
+                name = name_in_files(family, f"{family.layers}.{layer}.{member}.weight")
                 rows, columns = source.entries[name].shape
                 found.append(Matrix(name, layer, rows, columns))
     return found

@@ -8,11 +8,13 @@ Legend: n sequences, S tokens each, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import InverseFactor
 
 Need = Literal["sums", "squares", "moment", "gradients"]
@@ -54,9 +56,12 @@ class InputStatistics:
         self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if "moment" in needs else None
         self._factor: list[InverseFactor] = []  # one, shared by all that `with_gradients` makes of this
 
-    def add(self, inputs: Tensor, *, weights: Tensor | None = None) -> None:
-        """Inputs of whole sequences [n, S, I], any dtype, and how much each token counts [n, S]; None: each once."""
-        self.sequences += inputs.shape[0]
+    def add(self, inputs: Tensor, *, weights: Tensor | None = None, sequences: int | None = None) -> None:
+        """Inputs of whole sequences [n, S, I], any dtype, and how much each token counts [n, S]; None: each once.
+
+        Where an expert has only some of their tokens, these [T, I], and the number of `sequences`.
+        """
+        self.sequences += inputs.shape[0] if sequences is None else sequences
         x_TI = inputs.flatten(0, -2).float()
         weighted_TI = weigh(x_TI, weights)
         self.tokens += x_TI.shape[0] if weights is None else weights.sum()
@@ -66,6 +71,23 @@ class InputStatistics:
             self._squares += (weighted_TI.to(self._squares.dtype) * x_TI).sum(0)
         if self._products is not None:
             add_products(self._products, weighted_TI, x_TI)
+
+    def combine(self, processes: Processes, *, rank: int | None = None) -> None:
+        """Add up what all processes saw, in place.
+
+        Args:
+            processes: all of which call this.
+            rank: the only one that has the result, where not all need it; on the others it is of no use.
+        """
+        if processes.size == 1:
+            return
+        add = processes.sum if rank is None else partial(processes.sum_on, rank=rank)
+        counts = torch.stack([self.tokens, torch.full_like(self.tokens, self.sequences)])
+        for part in (counts, self._sums, self._squares, self._products):
+            if part is not None:
+                add(part)
+        if rank in (None, processes.rank):
+            self.tokens, self.sequences = counts[0], int(counts[1])
 
     @property
     def squares(self) -> Tensor:
@@ -100,6 +122,16 @@ class InputStatistics:
     def token_moment(self) -> Tensor:
         """C: mean over tokens of x xᵀ [I, I], each token by its weight."""
         return self.products / self.tokens
+
+    def assume_alike_if_none(self) -> None:
+        """An expert that no token of the text was sent to: as if its inputs were alike, so that its weights decide."""
+        if self.tokens > 0:
+            return
+        self.tokens += 1
+        if self._squares is not None:
+            self._squares += 1
+        if self._products is not None:
+            self._products.diagonal().add_(1)
 
     def is_finite(self) -> bool:
         """Whether every input that was seen was finite."""

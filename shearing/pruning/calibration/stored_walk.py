@@ -5,10 +5,8 @@ Legend: B sequences of a chunk, S positions, d hidden.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError
-from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.anatomy import anatomy_of
+from shearing.models.families.experts.separate import separate_experts
 from shearing.models.loading import skeleton
+from shearing.models.stored.expert_files import name_in_files
+from shearing.models.stored.paging.heap import give_back
+from shearing.models.stored.paging.passing import Call, layer_calls
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.text import Calibration
-from shearing.pruning.calibration.walk import Call, layer_calls, run_layer
+from shearing.pruning.calibration.walk import recorded_calls, run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +69,15 @@ class LayerWalk:
         advance: Callable[[int], None],
     ) -> None:
         self._source, self._compute, self._advance = source, compute, advance
-        self._family = anatomy_of(source.config)
-        self._model = skeleton(source.config)
+        structure = source.structure
+        self._stored_names: Mapping[str, str] = {} if structure is None else structure.stored_names
+        self._family = None if structure is not None else anatomy_of(source.config)
+        self._model = skeleton(source.config) if structure is None else structure.model
+        if structure is None:
+            separate_experts(self._model)
+        layers = anatomy_of(source.config).layers if structure is None else structure.layers
+        assert layers is not None
+        self._layers = layers
         _move_buffers(self._model, device=compute.device)
         self._calls: dict[int, list[Call]] = {}
         self._chunks: list[slice] = []
@@ -76,9 +85,10 @@ class LayerWalk:
             self._chunks = chunks_of(calibration, compute=compute)
             self._streams = self._first_streams(calibration)
 
-    def name(self, layer: int, member: str) -> str:
-        """Name in the model's state dict of what a layer calls `member`."""
-        return f"{self._family.layers}.{layer}.{member}"
+    def name(self, layer: int, parameter: str) -> str:
+        """Name in `Source` of what a layer calls `parameter`."""
+        name = f"{self._layers}.{layer}.{parameter}"
+        return self._stored_names.get(name, name) if self._family is None else name_in_files(self._family, name)
 
     def load(self, layer: int, *, instead: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
         """A layer with its weights on the compute device, and the same by full name as they are stored.
@@ -87,7 +97,7 @@ class LayerWalk:
             layer: its index.
             instead: weights by full name that replace those of the source.
         """
-        module = decoder_layers(self._model)[layer]
+        module = self._module(layer)
         names = {self.name(layer, name): name for name, _ in module.named_parameters()}
         stored = {**self._source.read(names), **(instead or {})}
         fill(module, names=names, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
@@ -130,17 +140,25 @@ class LayerWalk:
             )
             for place in places
         }
-        until = None if propagate else places[-1].name
+        # In which order layers of an unknown structure are computed is not known either.
+        until = None if propagate or self._source.structure is not None else places[-1].name
         for chunk in self._chunks:
-            seen, after = run_layer(
-                module, module, self._streams.read(chunk), self._call(layer, chunk), places=places, until=until
-            )
+            stream = self._streams.read(chunk)
+            seen, after = run_layer(module, module, stream, self._call(layer, chunk), places=places, until=until)
             for name, inputs in seen.items():
-                statistics[name].add(inputs)
+                statistics[name].add(inputs, sequences=len(stream))
             if propagate:
                 self._streams.write(chunk, after)
             self._advance(1)
         for name, of_place in statistics.items():
+            if not of_place.sequences and self._source.structure is not None:
+                raise ShearingError(
+                    "model",
+                    value=f"{name} in layer {layer}",
+                    allowed="linear layers that the calibration text goes through",
+                    mend=f"leave it dense: exclude '*.{name}'",
+                )
+            of_place.assume_alike_if_none()
             if not of_place.is_finite():
                 raise not_finite(f"layer {layer} ({name})")
         return statistics
@@ -169,19 +187,57 @@ class LayerWalk:
         self._advance(len(self._chunks))
 
     def _first_streams(self, calibration: Calibration) -> Streams:
-        name = f"{self._family.embedding}.weight"
-        embedding = self._source.read([name])[name]
-        shape = (*calibration.tokens.shape, embedding.shape[1])
-        compute = self._compute
-        streams = Streams(
-            shape, dtype=compute.dtype, device=compute.device, offload=compute.offload, folder=compute.folder
-        )
+        compute, streams = self._compute, None
+        enter = self._by_embeddings() if self._source.structure is None else self._by_structure()
         for chunk in self._chunks:
-            embedded = embedding[calibration.tokens[chunk]].to(compute.device, compute.dtype)
-            first, calls = layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
+            first, calls = enter(calibration.tokens[chunk])
             self._calls.setdefault(chunk.stop - chunk.start, calls)
+            if streams is None:
+                shape = (*calibration.tokens.shape, first.shape[-1])
+                streams = Streams(
+                    shape, dtype=compute.dtype, device=compute.device, offload=compute.offload, folder=compute.folder
+                )
             streams.write(chunk, first)
+        assert streams is not None
         return streams
+
+    def _by_embeddings(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
+        """What becomes of tokens [B, S] before the first layer, from the embedding alone."""
+        family = anatomy_of(self._source.config)
+        name = f"{family.embedding}.weight"
+        embedding = self._source.read([name])[name]
+        scale = family.embedding_scale(embedding.shape[1])
+
+        def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
+            embedded = embedding[tokens].to(self._compute.device, self._compute.dtype)
+            embedded = embedded if scale == 1.0 else embedded * torch.full((), scale).to(embedded)
+            return layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
+
+        return enter
+
+    def _by_structure(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
+        """The same, from all that there is outside of the layers and before the head."""
+        model: Any = self._model.base_model
+        layers = [self._module(layer) for layer in range(len(self._model.get_submodule(self._layers)))]  # type: ignore[arg-type]
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        outside = {
+            self._stored_names[full]: name
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in inside
+            and (full := name if model is self._model else f"{self._model.base_model_prefix}.{name}")
+            in self._stored_names
+        }
+        stored = self._source.read(outside)
+        fill(model, names=outside, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
+
+        def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
+            ids = tokens.to(self._compute.device)
+            return recorded_calls(layers, lambda: model(input_ids=ids, use_cache=False))
+
+        return enter
+
+    def _module(self, layer: int) -> nn.Module:
+        return self._model.get_submodule(f"{self._layers}.{layer}")
 
     def _call(self, layer: int, chunk: slice) -> Call:
         return self._calls[chunk.stop - chunk.start][layer]
@@ -233,21 +289,3 @@ def _move_buffers(model: PreTrainedModel, *, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system, where the C library can be told to.
-
-    glibc serves tensors of up to 32 MB from its heap and keeps what is freed between them: a few megabytes for every
-    layer of a small model.
-    """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None

@@ -1,4 +1,4 @@
-"""Walking a model layer by layer: what a layer is called with, what its parts read, and where a pass may end early.
+"""Walking a model layer by layer: what the parts of a layer read, and where a pass may end early.
 
 Legend: B sequences, S positions, d hidden.
 """
@@ -7,30 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.stored.paging.passing import Call, Reached, layer_calls as layer_calls
 from shearing.pruning.calibration.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of a decoder layer's call, but for the residual stream."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-class Reached(Exception):  # noqa: N818 - no error: it ends a forward pass where the rest is not needed
-    """Raised by what listens, caught by who started the pass."""
+_MISTAKEN = (AttributeError, IndexError, TypeError, ValueError)
+"""What a model raises when its layers put out a tensor where it wants a tuple."""
 
 
 def run_layer(
@@ -62,41 +53,46 @@ def run_layer(
 
 
 @torch.no_grad()
-def layer_calls(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, list[Call]]:
-    """What every decoder layer is called with; no layer is computed, so their weights need not be there.
+def recorded_calls(layers: Sequence[Any], forward: Callable[[], Any]) -> tuple[Tensor, list[Call]]:
+    """As `layer_calls`, of a model of which no more is known than its layers.
 
     Args:
-        model: its layers and final norm may be without weights, its embedding too where `inputs` are embeddings.
-        inputs: keywords of the backbone's call.
-
-    Returns:
-        The residual stream [B, S, d] that the first layer reads, and one call for each layer. Calls depend on the shape
-        and the documents of the inputs alone, and differ between layers where some attend through a window.
+        layers: its decoder layers, first to last; none is computed, nor is what comes after the last.
+        forward: a pass through it.
     """
+    # A model knows which of the two its layers put out.
+    for output in (lambda stream: stream, lambda stream: (stream, None, None)):
+        streams, calls = _recorded(layers, forward, output=output)
+        if len(calls) == len(layers) and all(stream.shape == streams[0].shape for stream in streams):
+            return streams[0], calls
+    raise RuntimeError(f"a pass has not gone through {len(layers)} layers one after the other")
+
+
+def _recorded(
+    layers: Sequence[Any], forward: Callable[[], Any], *, output: Callable[[Tensor], Any]
+) -> tuple[list[Tensor], list[Call]]:
     streams: list[Tensor] = []
     calls: list[Call] = []
 
-    def record(stream: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def record(*arguments: Any, **keywords: Any) -> Any:
+        # Some families hand the stream over by name.
+        stream, others = (arguments[0], arguments[1:]) if arguments else (keywords.pop("hidden_states"), ())
         streams.append(stream)
-        calls.append(Call(arguments, keywords))
-        return stream
+        calls.append(Call(others, keywords))
+        if len(calls) == len(layers):
+            raise Reached
+        return output(stream)
 
-    def stop(*_: Any) -> None:
-        raise Reached
-
-    layers: list[Any] = list(decoder_layers(model))
-    handle = model.get_submodule(anatomy_of(model.config).final_norm.name).register_forward_pre_hook(stop)
     try:
         for layer in layers:
             layer.forward = record
         # What records must not be compiled into the layers.
-        with torch.compiler.set_stance("force_eager"), suppress(Reached):
-            backbone(model)(**inputs)
+        with torch.compiler.set_stance("force_eager"), suppress(Reached, *_MISTAKEN):
+            forward()
     finally:
-        handle.remove()
         for layer in layers:
             del layer.forward
-    return streams[0], calls
+    return streams, calls
 
 
 def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:

@@ -18,7 +18,8 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
-from shearing.models.stored.stored_model import Source, dtype_of, open_source
+from shearing.models.families import FAMILIES
+from shearing.models.stored.stored_model import Source, dtype_of, open_any
 from shearing.models.tokenizer import load_tokenizer
 from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes
 from shearing.pruning.calibration.places import Matrix, matrices_of
@@ -101,8 +102,10 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corp
     """
     device = resolve_device(recipe.device)
     with full_disk_said(lambda: no_room(folder, what="the model once more, in safetensors files")):
-        source = open_source(recipe.model, revision=recipe.revision, converted=folder / "source")
-    matrices = _selected(matrices_of(source), recipe=recipe)
+        source = open_any(
+            recipe.model, revision=recipe.revision, converted=folder / "source", towers=recipe.include_towers
+        )
+    matrices = _selected(_matrices(source, recipe=recipe), recipe=recipe)
     criterion = criteria()[recipe.criterion]
     reconstruction = reconstructions()[recipe.resolved_reconstruction]
     allocation = None
@@ -161,7 +164,8 @@ def disk_bytes(job: Job) -> int:
     """The model, its layers once more until they are put together, what is offloaded, and gradients."""
     size = 2 * job.source.weight_bytes()
     if job.calibration is not None and job.compute.offload == "disk":
-        size += job.calibration.tokens.numel() * job.source.config.hidden_size * job.compute.dtype.itemsize
+        width = job.source.config.get_text_config(decoder=True).hidden_size
+        size += job.calibration.tokens.numel() * width * job.compute.dtype.itemsize
     if job.calibration is not None and "gradients" in job.criterion.needs:
         size += gradient_bytes(job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute)
     return size
@@ -232,7 +236,7 @@ def _texts(
     text = load_calibration(
         recipe.calibration or [],
         tokenizer=tokenizer or load_tokenizer(str(source.folder)),
-        vocab_size=source.config.vocab_size,
+        vocab_size=source.config.get_text_config(decoder=True).vocab_size,
         samples=recipe.samples + more,
         seqlen=seqlen,
         seed=recipe.seed,
@@ -265,6 +269,42 @@ def _settings(
     }
 
 
+def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
+    """What may be pruned; of a model that no family declares by text that is its decoder layers.
+
+    Raises:
+        ShearingError: the recipe wants of such a model what takes more than its linear layers.
+    """
+    matrices, structure = matrices_of(source), source.structure
+    if structure is None:
+        return matrices
+    wanted = {
+        "evaluate": (recipe.evaluate is not None, "unset"),
+        "allocation": (recipe.allocation != "uniform" and not isinstance(recipe.allocation, Path), "uniform"),
+        "criterion": ("gradients" in criteria()[recipe.criterion].needs, "one that needs no gradients"),
+    }
+    for field, (asked, allowed) in wanted.items():
+        if asked:
+            raise ShearingError(
+                field,
+                value=str(getattr(recipe, field)),
+                allowed=f"{allowed}, for {source.config.model_type!r}, of which only the linear layers are known: "
+                f"families are {', '.join(sorted(FAMILIES))}",
+                mend=f"set {field} to that, or declare the family under shearing/models/families",
+            )
+    if not recipe.needs_text:
+        return matrices
+    if structure.layers is None:
+        raise ShearingError(
+            "criterion",
+            value=recipe.criterion,
+            allowed=f"what reads no text, as magnitude: {type(structure.model).__name__} is no model of text alone "
+            "whose layers can be walked through one after the other",
+            mend="choose criterion magnitude",
+        )
+    return [matrix for matrix in matrices if matrix.layer < structure.num_layers]
+
+
 def _selected(matrices: Sequence[Matrix], *, recipe: SparsifyRecipe) -> list[Matrix]:
     """The matrices whose modules `include` names and `exclude` does not."""
     modules = {matrix.name.removesuffix(".weight"): matrix for matrix in matrices}
@@ -292,7 +332,8 @@ def _selected(matrices: Sequence[Matrix], *, recipe: SparsifyRecipe) -> list[Mat
 
 
 def _seqlen(recipe: SparsifyRecipe, *, source: Source) -> int:
-    longest: int = source.config.max_position_embeddings
+    text = source.config.get_text_config(decoder=True)
+    longest: int = getattr(text, "max_position_embeddings", None) or recipe.seqlen or DEFAULT_SEQLEN
     if recipe.seqlen is not None and recipe.seqlen > longest:
         raise ShearingError(
             "seqlen",

@@ -59,6 +59,9 @@ def sparsify(
     _require_place(output)
     require_writable(output, field="output")
     job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus)
+    if job.source.structure is not None and (left_out := job.source.structure.left_out):
+        said = f"left dense: {', '.join(left_out)}; include_towers=true prunes what is in them too"
+        console.print(said, soft_wrap=True, highlight=False)
     heldout = None if recipe.evaluate is None else _heldout(recipe.evaluate, job=job, bos=recipe.bos)
     if (output / MANIFEST).is_file():
         require_same(read_manifest(output)["settings"], job.settings, where=output)

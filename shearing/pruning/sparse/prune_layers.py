@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.gradients import read_gradients
-from shearing.pruning.calibration.places import Place, places_of, weight_of
+from shearing.pruning.calibration.places import Place, matrices_of, num_blocks, places_in, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite
 from shearing.pruning.calibration.text import Calibration
@@ -54,14 +54,10 @@ class Method:
 
 def units_of_work(source: Source, *, method: Method, calibration: Calibration | None, compute: Compute) -> int:
     """How often `prune_layers` calls `advance`, had it nothing to continue from."""
-    layers: int = source.config.num_hidden_layers
     if calibration is None or not method.needs_text:
-        return layers
-    return (
-        layers
-        * (len(_groups(places_of(anatomy_of(source.config)), method=method)) + 1)
-        * len(chunks_of(calibration, compute=compute))
-    )
+        return num_blocks(source)
+    passes = len(_groups(places_in(source), method=method)) + 1
+    return _num_layers(source) * passes * len(chunks_of(calibration, compute=compute))
 
 
 @torch.no_grad()
@@ -84,14 +80,69 @@ def prune_layers(
     Raises:
         ShearingError: the model computes NaN or infinity, or its inputs' second moment cannot be inverted.
     """
+    with_text = calibration is not None and method.needs_text
+    if source.structure is not None and not with_text:
+        _prune_blocks(source, method=method, compute=compute, pruned_layers=pruned_layers, advance=advance)
+        return
     pruning = _Pruning(source, method=method, calibration=calibration, compute=compute, advance=advance)
-    last = source.config.num_hidden_layers - 1
+    last = _num_layers(source) - 1
     for layer in range(last + 1):
         if layer in pruned_layers:
             pruning.skip(layer, pruned_layers.weights(layer), propagate=layer < last)
         else:
             matrices, seconds = pruning.prune(layer, propagate=layer < last)
             pruned_layers.save(layer, matrices, facts={"seconds": seconds})
+
+
+def _prune_blocks(
+    source: Source,
+    *,
+    method: Method,
+    compute: Compute,
+    pruned_layers: PrunedLayers,
+    advance: Callable[[int], None],
+) -> None:
+    """Prune matrices where they lie: no layer is computed, so it need not be known how."""
+    blocks: dict[int, list[str]] = {block: [] for block in range(num_blocks(source))}
+    for matrix in matrices_of(source):
+        if matrix.name in method.allocation:
+            blocks[matrix.layer].append(matrix.name)
+    for block, names in blocks.items():
+        if block not in pruned_layers:
+            dense, started = source.read(names), time.perf_counter()
+            pruned = {
+                name: _prune_matrix(name, weight, method=method, device=compute.device, statistics=None)
+                for name, weight in dense.items()
+            }
+            seconds = {"forward": 0.0, "metric": time.perf_counter() - started}
+            pruned_layers.save(block, pruned, facts={"seconds": seconds})
+        advance(1)
+
+
+def _num_layers(source: Source) -> int:
+    """Layers that a text goes through."""
+    return num_blocks(source) if source.structure is None else source.structure.num_layers
+
+
+def _prune_matrix(
+    name: str, weight: Tensor, *, method: Method, device: torch.device, statistics: InputStatistics | None
+) -> PrunedMatrix:
+    pattern = method.allocation[name]
+    choice = Choice(method.criterion, pattern, statistics)
+    new, mask = prune_matrix(weight.to(device), reconstruction=method.reconstruction, choice=choice)
+    new, mask = new.to(weight.dtype).cpu(), mask.cpu()
+    if not bool(new.isfinite().all()):
+        raise not_finite(f"the reconstruction of {name}")
+    facts = {
+        "pattern": str(pattern),
+        "shape": list(weight.shape),
+        "zero_before": weight.numel() - int(weight.count_nonzero()),
+        "kept": int(mask.sum()),
+        "nonzero": int(new.count_nonzero()),
+    }
+    if statistics is not None and statistics.damping is not None:
+        facts["damping"] = statistics.damping
+    return PrunedMatrix(new, mask, facts)
 
 
 class _Pruning:
@@ -105,7 +156,7 @@ class _Pruning:
         advance: Callable[[int], None],
     ) -> None:
         self._method, self._compute, self._advance = method, compute, advance
-        self._groups = _groups(places_of(anatomy_of(source.config)), method=method)
+        self._groups = _groups(places_in(source), method=method)
         self._with_text = calibration is not None and method.needs_text
         self._walk = LayerWalk(
             source, calibration=calibration if self._with_text else None, compute=compute, advance=advance
@@ -154,40 +205,22 @@ class _Pruning:
     ) -> dict[str, PrunedMatrix]:
         pruned = {}
         for member in place.members:
-            name = self._walk.name(layer, member) + ".weight"
+            name = self._walk.name(layer, f"{member}.weight")
             if name in self._method.allocation:
                 if statistics is not None and "gradients" in self._method.criterion.needs:
                     gradients = read_gradients(name, layer=layer, folder=self._compute.folder)
                     statistics = statistics.with_gradients(gradients)
-                pruned[name] = self._prune_matrix(name, dense[name], statistics=statistics)
+                pruned[name] = _prune_matrix(
+                    name, dense[name], method=self._method, device=self._compute.device, statistics=statistics
+                )
                 weight_of(module, member).copy_(pruned[name].weight)
         return pruned
-
-    def _prune_matrix(self, name: str, weight: Tensor, *, statistics: InputStatistics | None) -> PrunedMatrix:
-        pattern = self._method.allocation[name]
-        choice = Choice(self._method.criterion, pattern, statistics)
-        new, mask = prune_matrix(
-            weight.to(self._compute.device), reconstruction=self._method.reconstruction, choice=choice
-        )
-        new, mask = new.to(weight.dtype).cpu(), mask.cpu()
-        if not bool(new.isfinite().all()):
-            raise not_finite(f"the reconstruction of {name}")
-        facts = {
-            "pattern": str(pattern),
-            "shape": list(weight.shape),
-            "zero_before": weight.numel() - int(weight.count_nonzero()),
-            "kept": int(mask.sum()),
-            "nonzero": int(new.count_nonzero()),
-        }
-        if statistics is not None and statistics.damping is not None:
-            facts["damping"] = statistics.damping
-        return PrunedMatrix(new, mask, facts)
 
     def _statistics(self, layer: int, module: nn.Module, group: Sequence[Place]) -> dict[str, InputStatistics]:
         wanted = [
             place
             for place in group
-            if any(self._walk.name(layer, member) + ".weight" in self._method.allocation for member in place.members)
+            if any(self._walk.name(layer, f"{member}.weight") in self._method.allocation for member in place.members)
         ]
         if not wanted:
             self._walk.pass_by()
@@ -212,4 +245,6 @@ class _Pruning:
 
 def _groups(places: Sequence[Place], *, method: Method) -> list[list[Place]]:
     """Places whose inputs are read in one pass, and whose matrices are pruned after it."""
-    return [[place] for place in places] if method.true_sequential else [list(places)]
+    if not method.true_sequential:
+        return [list(places)]
+    return [list(group) for _, group in groupby(places, key=lambda place: place.side_by_side)]

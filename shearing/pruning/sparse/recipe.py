@@ -261,6 +261,9 @@ class OneShotRecipe(AllocationKeys):
 class SparsifyRecipe(OneShotRecipe, _Folders):
     """One-shot sparsity of one model. N:M means N kept of M."""
 
+    include_towers: bool = Field(
+        False, description="Of a multimodal model also the towers for images and sound, not its text's layers alone."
+    )
     seed: int = Field(0, ge=0, description="Draws the calibration text.")
     device: Neutral[Literal["auto", "cpu", "cuda"]] = Field("auto", description="auto: a GPU if there is one.")
     evaluate: Neutral[Path | None] = Field(None, description="Corpus on whose test text dense and sparse are compared.")

@@ -1,11 +1,12 @@
 """A parameter budget instead of a shape (the CoFi way): sizes are free, layer by layer, until made uniform.
 
-Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group, dh head dimension.
+Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group, dh head dimension, E experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from shearing.errors import ShearingError, key
 from shearing.models.families.axes import Unit, count
-from shearing.models.shape import Shape
+from shearing.models.shape import EXPERT_ALIGNMENT, Shape
 from shearing.pruning.structured.granularities import Granularity
 
 CONSTRAINT = "total_parameters"
@@ -70,9 +71,18 @@ def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:
         "hidden": get("hidden", source.hidden_size).sum(),
         "query_heads": query_L,
         "kv_groups": kv_L,
-        "intermediate": get("intermediate", L, source.intermediate_size).sum(-1),
     }
-    attention, mlp = count(source.family.attention.parameters, units), count(source.family.mlp.parameters, units)
+    if source.num_experts:
+        experts_LE = get("experts", L, source.num_experts)
+        units_LE = get("intermediate", L, source.num_experts, source.intermediate_size).sum(-1)
+        units |= {"experts": experts_LE.sum(-1), "intermediate": (experts_LE * units_LE).sum(-1)}
+    else:
+        units["intermediate"] = get("intermediate", L, source.intermediate_size).sum(-1)
+    stacks = source.family.mlp.stacks
+    of_mlp = [parameter for parameter in source.family.mlp.parameters if parameter not in stacks]
+    attention, mlp = count(source.family.attention.parameters, units), count(of_mlp, units)
+    # All experts' units are one number by now, as experts differ in size while masks are learned.
+    mlp = mlp + count(stacks, {**units, "experts": 1})
     total: Tensor = count(source.outer_parameters(), units) + (attention_L * attention + mlp_L * mlp).sum()
     return total
 
@@ -80,20 +90,20 @@ def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:
 def round_to_budget(
     scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity], source: Shape, parameters: int
 ) -> dict[str, Tensor]:
-    """Binary masks that keep the best-scored units of all kinds while the budget lasts; one unit a row at least.
+    """Binary masks that keep the best-scored units of all kinds while the budget lasts; as few as allowed at least.
 
     Returns:
         Granularity -> mask of zeros and ones of its `log_alpha`'s shape; at most `parameters` are left, with as
         many units as fit.
 
     Raises:
-        ShearingError: not even one unit a row fits.
+        ShearingError: not even `Granularity.least` units a row fit.
     """
     best_of_row, values = [], []
     for granularity in granularities:
         row_scores = scores[granularity.name].detach().float().cpu()
         first = torch.zeros_like(row_scores, dtype=torch.bool)
-        first.scatter_(-1, row_scores.argmax(-1, keepdim=True), True)
+        first.scatter_(-1, row_scores.topk(granularity.least, dim=-1).indices, True)
         best_of_row.append(first.flatten())
         values.append(row_scores.flatten())
     ranking = torch.cat(values).masked_fill(torch.cat(best_of_row), float("inf"))
@@ -142,12 +152,12 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     depth = max(1, round((int(attention.sum()) + int(mlp.sum())) / 2))
     groups = max(1, round(mean("kv_groups", attention, source.num_key_value_heads)))
     per_group = max(1, round(mean("query_heads", attention, source.query_heads_per_group)))
+    experts = max(round(mean("experts", mlp, source.num_experts)), source.num_experts_per_tok)
     width = int(masks["hidden"].sum()) if "hidden" in masks else source.hidden_size
-    units = mean("intermediate", mlp, source.intermediate_size)
+    multiple_of = math.lcm(budget.multiple_of, EXPERT_ALIGNMENT) if source.num_experts else budget.multiple_of
+    units = mean("intermediate", _with_experts(masks, mlp=mlp), source.intermediate_size)
     widths = sorted(
-        range(budget.multiple_of, source.hidden_size + 1, budget.multiple_of)
-        if "hidden" in masks
-        else [source.hidden_size],
+        range(multiple_of, source.hidden_size + 1, multiple_of) if "hidden" in masks else [source.hidden_size],
         key=lambda value: (abs(value - width), value),
     )
     for hidden_size in widths:
@@ -157,6 +167,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
             hidden_size=hidden_size,
             num_attention_heads=groups * per_group,
             num_key_value_heads=groups,
+            num_experts=experts,
         )
         if not budget.accepts(shape):
             continue
@@ -167,7 +178,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         one = dataclasses.replace(shape, intermediate_size=1).num_parameters()
         two = dataclasses.replace(shape, intermediate_size=2).num_parameters()
         room = min(1 + (budget.parameters - one) // (two - one), source.intermediate_size)
-        room -= room % budget.multiple_of
+        room -= room % multiple_of
         # Within a factor of two of what was learned; otherwise this width is not near the learned sizes.
         if room > 0 and units / 2 <= room:
             return dataclasses.replace(shape, intermediate_size=room)
@@ -178,3 +189,10 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})"
         + (f", or lower {key('multiple_of')}" if budget.multiple_of > 1 else ""),
     )
+
+
+def _with_experts(masks: Mapping[str, Tensor], *, mlp: Tensor) -> Tensor:
+    """Which rows of `intermediate` there are: those of the layers, or of the experts, that are kept."""
+    if "experts" not in masks:
+        return mlp
+    return masks["experts"].cpu().bool() & mlp[:, None]

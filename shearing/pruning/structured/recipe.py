@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
 
-GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "hidden"]
+GranularityName = Literal["layers", "sublayers", "kv_groups", "query_heads", "intermediate", "experts", "hidden"]
 STARTS = ("open", *complete_metrics())
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class PruneRecipe(StageRecipe):
     )
     granularities: list[GranularityName] = Field(
         ["layers", "kv_groups", "query_heads", "intermediate", "hidden"],
-        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart.",
+        description="What may be pruned; `sublayers` replaces `layers` to mask attention and MLP apart; `experts`, of "
+        "models that have some, with their rows of the router.",
     )
     masks: MaskingName = Field(
         "learned",
@@ -99,6 +101,17 @@ class PruneRecipe(StageRecipe):
     )
     calibration_tokens: int = Field(
         65_536, ge=2, description="Tokens read for initial_masks and compensate: the first ones of training."
+    )
+    rotate: Literal["none", "pca"] = Field(
+        "none",
+        description="pca: the residual stream is first rotated into the principal components of what norms read on "
+        "`calibration_tokens`, so that hidden dimensions that go are directions. The rotated model computes the same "
+        "function; but where the head is the embedding, the last norm's gain is fitted, and what that loses is said.",
+    )
+    moments_of: Path | None = Field(
+        None,
+        description="Folder of the run that has trained the source model: its optimiser's state goes on. null: from "
+        "nothing. A `cascade` sets it.",
     )
     mask_draws: int = Field(
         1,

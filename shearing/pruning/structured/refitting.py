@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from shearing.data.documents import Inputs
-from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
-from shearing.models.families import Family
+from shearing.models.families import Family, SubLayer
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.models.stored.paging.passing import Reached
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
+from shearing.pruning.calibration.shares import shares_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need, add_products, weigh
-from shearing.pruning.calibration.walk import Reached, first_inputs, listening, run_layer
+from shearing.pruning.calibration.walk import first_inputs, listening, run_layer
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.pruning.structured.importance.reconstruction import token_weights
 
@@ -39,6 +46,8 @@ def refit(
     batches: Sequence[Inputs],
     ridge: float = RIDGE,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
+    keep: Callable[[int, nn.Module], None] = lambda _index, _layer: None,
 ) -> None:
     """Refit the weights that stay under binary masks to what the whole model computes, layer by layer, in place.
 
@@ -47,69 +56,90 @@ def refit(
         W + argmin_D Σ_t w_t |y_t - (W + D) x'_t|² + δ tr(D diag(Σ_t w_t x'_t x'_tᵀ) Dᵀ),   δ = `ridge`
 
     over the columns and rows that stay. For what reads the residual stream, y = W x. For what writes into it, y leads
-    to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Inputs
+    to the residual stream of the whole model; so a layer also makes up for the layers below it that are gone. Where a
+    norm stands behind the write, y is what the whole model writes in front of it, and w_t has its inverse mean square
+    as a factor: a norm takes the scale away, and with it what the layers below lack could not be told. Inputs
     x' come from layers that are refitted already (as in SparseGPT). Where a write has a bias, it is refitted with it,
     free of δ: so it holds the mean of what goes (as in FLAP, arXiv 2312.11983). Other biases, norms, embedding and head
-    stay as they are.
+    stay as they are, and so do experts and their routers.
 
     Args:
-        model: masked model, on any device; its masks are left as `masks`.
+        model: masked model, on any device, whole or with weights that come on demand; its masks are left as `masks`.
         masks: binary.
-        batches: tokens [B, S], on the model's device.
+        batches: tokens [B, S], on the model's device; all of them on every process.
         ridge: how strongly weights are held where they are.
         advance: called with 1 after every layer.
-
-    Raises:
-        ShearingError: the model is of a family that cannot be refitted, see `require_refittable`.
+        processes: those that refit together, each with a share of the text; all of them call this, and the weights of
+            all become the same.
+        keep: called with every layer's index and the layer, whose refitted weights are there for the last time where
+            they come on demand.
     """
     source_model = model.model
     family = anatomy_of(source_model)
-    require_refittable(family)
+    multiplier = family.multiplier(source_model.config)
+    processes = processes or Processes()
+    own = [share.inputs for share in shares_of(batches, processes=processes)]
     was_training = source_model.training
     source_model.eval()
     model.set_masks(None)
-    whole, calls = first_inputs(source_model, batches)
+    whole, calls = first_inputs(source_model, own)
     model.set_masks(masks)
-    masked, _ = first_inputs(source_model, batches)
+    masked, _ = first_inputs(source_model, own)
     hidden = None if masks.hidden is None else masks.hidden.nonzero()[:, 0]
-    attention_read, attention_write, mlp_norm, mlp_read = named_places(
-        family, "attention read", "attention write", "mlp norm", "mlp read"
+    attention_read, attention_write, mlp_norm, mlp_read, mlp_write = named_places(
+        family, "attention read", "attention write", "mlp norm", "mlp read", "mlp write"
     )
+    listened = [attention_read, mlp_norm, mlp_read]
+    listened += [attention_write] if family.parallel or family.attention.after else []
+    listened += [mlp_write] if family.mlp.after else []
+    refit_readers = partial(_refit_readers, ridge=ridge, processes=processes)
+    refit_write = partial(_refit_write, ridge=ridge, processes=processes)
     for index, layer in enumerate(decoder_layers(source_model)):
-        model.set_masks(None)
-        dense = [
-            run_layer(layer.forward, layer, stream, of_layers[index], places=(attention_read, mlp_norm, mlp_read))
-            for stream, of_layers in zip(whole, calls, strict=True)
-        ]
-        whole = [after for _, after in dense]
-        model.set_masks(masks)
-        units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
-        if _kept(masks.attention, index):
-            heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
-            norm = layer.get_submodule(family.attention.entry)
-            inputs = [norm(x) for x in masked]
-            _refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, ridge=ridge)
-            places = (attention_write, mlp_norm)
-            found = [
-                run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
-                for x, of_layers in zip(masked, calls, strict=True)
+        with weights_here(layer):
+            model.set_masks(None)
+            dense = [
+                run_layer(layer.forward, layer, stream, of_layers[index], places=listened)
+                for stream, of_layers in zip(whole, calls, strict=True)
             ]
-            wanted = [seen[mlp_norm.name] for seen, _ in dense]
-            inputs = [seen[attention_write.name] for seen, _ in found]
-            write = family.attention.write
-            masked = _refit_write(layer, write, masked, inputs, wanted, rows=hidden, columns=heads, ridge=ridge)
-        if _kept(masks.mlp, index):
-            normed = [layer.get_submodule(family.mlp.entry)(x) for x in masked]
-            _refit_readers(layer, mlp_read, inputs=normed, dense=dense, columns=hidden, ridge=ridge)
-            inputs = [_inputs_of_write(layer, family, x) for x in normed]
-            write = family.mlp.write
-            masked = _refit_write(layer, write, masked, inputs, whole, rows=hidden, columns=units, ridge=ridge)
+            between = _between(layer, family, whole, dense)
+            whole = [after for _, after in dense]
+            seen_whole = [seen for seen, _ in dense]
+            attention_wanted = _wanted_writes(layer, family.attention, "attention write", between, seen=seen_whole)
+            mlp_wanted = _wanted_writes(layer, family.mlp, "mlp write", whole, seen=seen_whole)
+            model.set_masks(masks)
+            units = None if masks.intermediate is None else masks.intermediate[index].nonzero()[:, 0]
+            before = masked
+            if _kept(masks.attention, index):
+                heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
+                inputs = _read(layer, family.attention, masked)
+                normed = family.attention.before is not None
+                refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, normed=normed)
+                places = (attention_write, mlp_norm)
+                found = [
+                    run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
+                    for x, of_layers in zip(masked, calls, strict=True)
+                ]
+                inputs = [seen[attention_write.name] for seen, _ in found]
+                write = _Write.of(layer, family.attention, multiplier=multiplier)
+                masked = refit_write(write, masked, inputs, attention_wanted, rows=hidden, columns=heads)
+            if _kept(masks.mlp, index) and family.mlp.experts is not None:
+                mlp = layer.get_submodule(family.mlp.module)
+                written = [mlp(x) for x in _read(layer, family.mlp, masked)]
+                masked = [stream + multiplier * each for stream, each in zip(masked, written, strict=True)]
+            elif _kept(masks.mlp, index):
+                inputs = _read(layer, family.mlp, before if family.parallel else masked)
+                normed = family.mlp.before is not None
+                refit_readers(layer, mlp_read, inputs=inputs, dense=dense, columns=hidden, normed=normed)
+                inputs = [_inputs_of_write(layer, family, x) for x in inputs]
+                write = _Write.of(layer, family.mlp, multiplier=multiplier)
+                masked = refit_write(write, masked, inputs, mlp_wanted, rows=hidden, columns=units)
+            keep(index, layer)
         advance(1)
     source_model.train(was_training)
 
 
 def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
-    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations.
+    """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations, or two.
 
     A system with n inputs that take part and O outputs takes 2 T n (n + O) for its sums, n^3 / 3 for the factor and
     2 n^2 O for the solution.
@@ -122,26 +152,13 @@ def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
     d, kept = source.hidden_size, target.hidden_size
     heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
     flops = 0.0
-    for inputs, outputs in ((kept, d), (heads, kept), (kept, d), (units, kept)):
+    for sublayer, inputs in zip(source.family.sublayers.values(), (heads, units), strict=True):
+        flops += 2.0 * text_tokens * inputs * d if sublayer.after else 0.0  # what the whole model writes
+    of_attention, of_mlp = ((kept, d), (heads, kept)), ((kept, d), (units, kept))
+    for inputs, outputs in of_attention if source.num_experts else of_attention + of_mlp:
         flops += 2.0 * text_tokens * inputs * (inputs + outputs)
         flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
     return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)
-
-
-def require_refittable(family: Family) -> None:
-    """Check that each sub-layer is norm, write, add: what is solved for here is that the residual stream is a sum.
-
-    Raises:
-        ShearingError: one has no norm before it, or one after its write.
-    """
-    if not all(sublayer.before and sublayer.adds_its_write for sublayer in family.sublayers.values()):
-        raise ShearingError(
-            "source (architecture)",
-            value=family.model_type,
-            allowed="for refitting the weights that stay, a family whose sub-layers read the residual stream through a "
-            "norm and add what they write to it as it is",
-            mend=f"switch {key('compensate')} off",
-        )
 
 
 def _refit_readers(
@@ -152,43 +169,135 @@ def _refit_readers(
     dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
     columns: Tensor | None,
     ridge: float,
+    processes: Processes,
+    normed: bool,
 ) -> None:
     """Corrects what reads the residual stream, from its inputs with masks and without."""
-    fit = _Fit(weight_of(layer, place.members[0]), columns=columns, outputs=inputs[0].shape[-1], ridge=ridge)
+    first = weight_of(layer, place.members[0])
+    fit = _Fit(first, columns=columns, outputs=first.shape[1], ridge=ridge)
     for x, (seen, _) in zip(inputs, dense, strict=True):
-        fit.add(x, lacks=seen[place.name] - x)
-    gain = fit.solve()
+        # Where no norm makes tokens alike, those of large streams would outweigh all others.
+        weights = None if normed else token_weights(seen[place.name])
+        fit.add(x, lacks=seen[place.name] - x, weights=weights)
+    gain, _ = fit.solve(processes)
     for name in place.members:
         weight = weight_of(layer, name)
         # What the output lacks is W (x - x').
         weight[:, fit.columns] += (weight.double() @ gain.T).to(weight.dtype)
 
 
-def _refit_write(
+@dataclass(frozen=True)
+class _Write:
+    """What writes into the residual stream, and what stands in between.
+
+    Attributes:
+        linear: [O, I].
+        after: the norm behind it.
+        multiplier: of what is added.
+    """
+
+    linear: nn.Module
+    after: nn.Module | None
+    multiplier: float
+
+    @classmethod
+    def of(cls, layer: nn.Module, sublayer: SubLayer, *, multiplier: float) -> Self:
+        after = None if sublayer.after is None else layer.get_submodule(sublayer.after.name)
+        return cls(layer.get_submodule(sublayer.write), after, multiplier)
+
+    def add(self, stream: Tensor, x: Tensor) -> Tensor:
+        """The stream behind it, when it reads x."""
+        written = self.linear(x)
+        written = written if self.after is None else self.after(written)
+        behind: Tensor = stream + self.multiplier * written
+        return behind
+
+    def lacks(self, stream: Tensor, x: Tensor, *, wanted: _Wanted) -> Tensor:
+        """What its output lacks, when it reads x."""
+        should = (wanted.stream - stream) / self.multiplier if wanted.written is None else wanted.written
+        written: Tensor = self.linear(x)
+        return should - written
+
+
+class _Wanted(NamedTuple):
+    """What a write should lead to, [B, S, d].
+
+    Attributes:
+        stream: the residual stream behind it.
+        written: what it puts out, where a norm is behind it; else None.
+    """
+
+    stream: Tensor
+    written: Tensor | None
+
+    def weights(self) -> Tensor:
+        """How much each token counts, [B, S]."""
+        weights = token_weights(self.stream)
+        return weights if self.written is None else weights * token_weights(self.written)
+
+
+def _wanted_writes(
     layer: nn.Module,
-    name: str,
+    sublayer: SubLayer,
+    read: str,
+    streams: Sequence[Tensor],
+    *,
+    seen: Sequence[Mapping[str, Tensor]],
+) -> list[_Wanted]:
+    """Of the whole model, from its residual streams behind the write and what the place `read` reads; without masks."""
+    if sublayer.after is None:
+        return [_Wanted(stream, None) for stream in streams]
+    write = layer.get_submodule(sublayer.write)
+    return [_Wanted(stream, write(each[read])) for stream, each in zip(streams, seen, strict=True)]
+
+
+def _read(layer: nn.Module, sublayer: SubLayer, streams: Sequence[Tensor]) -> list[Tensor]:
+    """What a sub-layer makes of residual streams before anything else."""
+    if sublayer.before is None:
+        return list(streams)
+    norm = layer.get_submodule(sublayer.before.name)
+    return [norm(stream) for stream in streams]
+
+
+def _refit_write(
+    write: _Write,
     streams: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
+    wanted: Sequence[_Wanted],
     *,
     rows: Tensor | None,
     columns: Tensor | None,
     ridge: float,
+    processes: Processes,
 ) -> list[Tensor]:
     """Corrects what writes into the residual stream; returns the stream after it."""
-    write, weight = layer.get_submodule(name), weight_of(layer, name)
-    index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    bias = write.bias
+    weight, bias = write.linear.weight, write.linear.bias
+    assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
+    index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
     fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge, intercept=bias is not None)
     for stream, x, y in zip(streams, inputs, wanted, strict=True):
-        lacks = y - stream - write(x)
-        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=token_weights(y))
-    correction = fit.solve()
+        lacks = write.lacks(stream, x, wanted=y)
+        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=y.weights())
+    correction, intercept = fit.solve(processes)
     weight[index_O[:, None], fit.columns] += correction.T.to(weight.dtype)
     if bias is not None:
-        bias[index_O] += fit.intercept(correction).to(bias.dtype)
-    return [stream + write(x) for stream, x in zip(streams, inputs, strict=True)]
+        assert intercept is not None
+        bias[index_O] += intercept.to(bias.dtype)
+    return [write.add(stream, x) for stream, x in zip(streams, inputs, strict=True)]
+
+
+def _between(
+    layer: nn.Module,
+    family: Family,
+    streams: Sequence[Tensor],
+    dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+) -> list[Tensor]:
+    """The whole model's residual stream with what attention adds, and without what the MLP adds."""
+    if not family.parallel:
+        return [seen["mlp norm"] for seen, _ in dense]
+    write = layer.get_submodule(family.attention.write)
+    return [stream + write(seen["attention write"]) for stream, (seen, _) in zip(streams, dense, strict=True)]
 
 
 def _kept(mask: Tensor | None, index: int) -> bool:
@@ -234,8 +343,22 @@ class _Fit:
         if self._lacks is not None:
             self._lacks += weigh(lacks_TO, weights).sum(0, dtype=torch.float64)
 
-    def solve(self) -> Tensor:
-        """Transposed correction [inputs that take part, O]."""
+    def solve(self, processes: Processes) -> tuple[Tensor, Tensor | None]:
+        """Transposed correction [inputs that take part, O], and the constant [O] beside it, from the sums of all.
+
+        The main process solves, and the others take what it finds: every next sum depends on it to the last bit.
+        """
+        self._read.combine(processes, rank=0)
+        for sums in (self._cross, self._lacks):
+            if sums is not None:
+                processes.sum_on(sums, rank=0)
+        correction, intercept = torch.empty_like(self._cross), self._lacks
+        if processes.is_main:
+            correction = self._correction()
+            intercept = None if self._lacks is None else self._intercept(correction)
+        return processes.share(correction), None if intercept is None else processes.share(intercept)
+
+    def _correction(self) -> Tensor:
         if self._lacks is None:
             lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
             return torch.cholesky_solve(self._cross, lower)
@@ -246,8 +369,7 @@ class _Fit:
         lower, _ = next(damped_factors(centred, damping=_BARELY, of="each"))
         return torch.cholesky_solve(self._cross - mean[:, None] * self._lacks, lower)
 
-    def intercept(self, correction: Tensor) -> Tensor:
-        """The constant [O] beside a correction."""
+    def _intercept(self, correction: Tensor) -> Tensor:
         assert self._lacks is not None
         return self._lacks / self._read.tokens - self._read.mean @ correction
 

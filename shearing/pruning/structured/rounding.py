@@ -17,9 +17,14 @@ from shearing.pruning.structured.granularities import Granularity, as_masks, gra
 EVERY_GRANULARITY = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 
 
+def every_granularity(source: Shape) -> tuple[str, ...]:
+    """All that can go of a model: of one that has experts, those too."""
+    return (*EVERY_GRANULARITY, "experts") if source.num_experts else EVERY_GRANULARITY
+
+
 def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tuple[Masks, Selection]:
     """The best units of every row at the target shape: binary masks and what they select."""
-    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    granularities = granularities_of(every_granularity(source), source=source, target=target)
     masks = as_masks(round_to_target(scores, granularities=granularities))
     return masks, Selection.of(masks, source=source, target=target)
 
@@ -27,10 +32,10 @@ def select(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> tup
 def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target: Shape) -> Masks:
     """The best heads and intermediate units of all layers in one ranking: sizes by layer, as many parameters.
 
-    What FLAP (arXiv 2312.11983, AL-AM) does with the heads and units of the layers that stay. Layers and hidden
-    dimensions go as in `select`; of heads and units, whichever the target shrinks, those of the highest scores stay as
-    long as their parameters fit into those that the target has for them. The best unit of every row always stays. Where
-    KV groups go, groups are ranked, and their query heads go as in `select`.
+    What FLAP (arXiv 2312.11983, AL-AM) does with the heads and units of the layers that stay. Layers, hidden
+    dimensions and experts go as in `select`; of heads and units, whichever the target shrinks, those of the highest
+    scores stay as long as their parameters fit into those that the target has for them. The best unit of every row
+    always stays. Where KV groups go, groups are ranked, and their query heads go as in `select`.
 
     Args:
         scores: comparable across layers, and between heads and units; see `MetricFacts.across_layers`.
@@ -40,7 +45,7 @@ def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target:
     Returns:
         Binary masks with rows of unequal size: for a `MaskedModel`, as no ordinary config holds them.
     """
-    granularities = granularities_of(EVERY_GRANULARITY, source=source, target=target)
+    granularities = granularities_of(every_granularity(source), source=source, target=target)
     z = round_to_target(scores, granularities=granularities)
     layers = z.get("layers", torch.ones(source.num_hidden_layers))
     ranked = [name for name in ("kv_groups", "query_heads", "intermediate") if name in z]
@@ -49,6 +54,8 @@ def select_across_layers(scores: Mapping[str, Tensor], *, source: Shape, target:
     budget, values, places = 0, [], []
     for name in ranked:
         of_layers = layers.view(-1, *[1] * (z[name].ndim - 1)).expand_as(z[name]) > 0
+        if name == "intermediate" and "experts" in z:
+            of_layers = of_layers & (z["experts"] > 0)[..., None]
         budget += costs[name] * int(z[name][of_layers].sum())
         best = (top_k(scores[name], keep=1) > 0) & of_layers
         budget -= costs[name] * int(best.sum())
@@ -73,10 +80,11 @@ def _parameters_of_units(shape: Shape) -> dict[str, int]:
         "query_heads": {"num_attention_heads": heads + 1},
         "intermediate": {"intermediate_size": shape.intermediate_size + 1},
     }
-    return {
+    found = {
         name: sum(dataclasses.replace(shape, **sizes).layer_parameters()) - attention - mlp
         for name, sizes in more.items()
     }
+    return {**found, "intermediate": found["intermediate"] // max(1, shape.num_experts)}
 
 
 def round_to_target(scores: Mapping[str, Tensor], *, granularities: Sequence[Granularity]) -> dict[str, Tensor]:
@@ -160,11 +168,14 @@ def changed_units(kept: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> di
     masks, changed = as_masks(kept), {}
     for name, mask in kept.items():
         gained = (mask > 0) & (start[name].to(mask.device) == 0)
-        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, "intermediate": masks.mlp}.get(name)
+        of_mlp = {"intermediate": masks.mlp, "experts": masks.mlp}
+        layers = {"kv_groups": masks.attention, "query_heads": masks.attention, **of_mlp}.get(name)
         if layers is not None:
             gained &= (layers > 0).view(-1, *[1] * (gained.ndim - 1))
         if name == "query_heads" and masks.kv_groups is not None:
             gained &= (masks.kv_groups > 0)[..., None]
+        if name == "intermediate" and masks.experts is not None:
+            gained &= (masks.experts > 0)[..., None]
         changed[name] = int(gained.sum())
     return changed
 
@@ -186,13 +197,16 @@ def shape_of(masks: Masks, *, source: Shape) -> Shape:
     groups = kept(alive_groups, source.num_key_value_heads)
     first_group = first(alive_groups)
     heads = None if masks.query_heads is None else masks.query_heads[attention][first_group]
+    experts = None if masks.experts is None else masks.experts[mlp]
+    units = None if masks.intermediate is None else masks.intermediate[mlp]
+    if units is not None and source.num_experts:
+        units = units[first(experts)]
     return dataclasses.replace(
         source,
         num_hidden_layers=kept(masks.attention, source.num_hidden_layers),
         hidden_size=kept(masks.hidden, source.hidden_size),
-        intermediate_size=kept(
-            None if masks.intermediate is None else masks.intermediate[mlp], source.intermediate_size
-        ),
+        intermediate_size=kept(units, source.intermediate_size),
+        num_experts=kept(experts, source.num_experts),
         num_attention_heads=groups * kept(heads, source.query_heads_per_group),
         num_key_value_heads=groups,
     )

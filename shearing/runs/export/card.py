@@ -20,6 +20,7 @@ from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.choices import Learned
 from shearing.settings.quantities import format_parameters, format_tokens
+from shearing.training.recipe import PretrainRecipe
 
 CARD = "README.md"
 OF_SOURCE = "README.source.md"
@@ -85,11 +86,18 @@ def _what(origin: Origin, *, shape: Shape, dtype: str) -> Iterator[str]:
     yield f"{format_parameters(shape.num_parameters())} parameters in {dtype}, made of `{source}` with shearing.{at}"
     yield "## Shape"
     rows = ["| model | parameters | without embeddings | shape |", "|---|---:|---:|---|"]
+    of_source = shape.family.model_type
     try:
         rows.append(f"| source | {' | '.join(shape_cells(Shape.of(origin.context.config)))} |")
+        of_source = origin.context.config.model_type
     except ShearingError:
         rows.append("| source | | | its files are no longer where they were |")
     yield "\n".join([*rows, f"| this model | {' | '.join(shape_cells(shape))} |"])
+    if shape.family.model_type != of_source:
+        yield (
+            f"Stored as `{shape.family.model_type}`, which computes the same: transformers' config of `{of_source}` "
+            "refuses these sizes."
+        )
 
 
 def _method(origin: Origin) -> Iterator[str]:
@@ -109,7 +117,7 @@ def _method(origin: Origin) -> Iterator[str]:
         lines.append(
             f"- Continued pretraining: {format_tokens(tokens)} tokens in {origin.step:,} steps, learning rate "
             f"{stage.learning_rate:g}, schedule {stage.schedule}"
-            f"{', low-rank adapters merged' if stage.lora is not None else ''}."
+            f"{_way(stage)}."
         )
         for change in changes_of(run):
             keys = ", ".join(f"{key} from {before} to {after}" for key, (before, after) in change.keys.items())
@@ -118,6 +126,17 @@ def _method(origin: Origin) -> Iterator[str]:
         lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
     yield "## Method"
     yield "\n".join(lines) or "No units were cut, no weights zeroed, and nothing was trained."
+
+
+def _way(stage: PretrainRecipe) -> str:
+    """What was trained where it was not all weights under masks that stay."""
+    ways = {
+        ", low-rank adapters merged": stage.lora,
+        ", factors of weights merged (SPP)": stage.spp,
+        ", changes of salient weights merged (SPEFT)": stage.speft,
+        ", masks chosen anew on the way (AST)": stage.ast,
+    }
+    return next((words for words, section in ways.items() if section is not None), "")
 
 
 def _data(origin: Origin) -> Iterator[str]:

@@ -38,7 +38,8 @@ from shearing.runs.export.gguf_file import (
 )
 from shearing.runs.export.hub import files_to_push, push, require_repository_name
 from shearing.runs.export.origin import Origin, open_origin
-from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
+from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
+from shearing.runs.stages.pretrain_start import way_of
 from shearing.settings.quantities import format_parameters
 
 NAMES = {
@@ -195,7 +196,7 @@ def _written(origin: Origin, beside: Path, *, wish: _Wish) -> Exported:
     training = origin.model()
     trained = logits_of(training)
     model = start.merged(training)
-    if origin.lora is not None:
+    if origin.adapters is not None:
         require_same(logits_of(model), expected=trained, what="adapters merged and beside the weights")
     model.config.use_cache = True
     write_model(model, beside, dtype=DTYPES[wish.dtype], shard_bytes=wish.shard_bytes)
@@ -211,7 +212,7 @@ def _written(origin: Origin, beside: Path, *, wish: _Wish) -> Exported:
         cut = cut_to_corpus(beside, corpus=wish.corpus, size=wish.vocab_size, whole=again, masks=start.masks)
         again = opened(beside)
     if start.masks is not None:
-        write_trained(beside, source=start.folder, record=_record(origin))
+        write_trained(beside, source=start.folder, record=_record(origin), moved=origin.moved)
     shape = Shape.of(again.config)
     if origin.context is not None:
         versions = environment(torch.device("cpu"))
@@ -267,7 +268,7 @@ def _record(origin: Origin) -> dict[str, object] | None:
     return {
         "steps": origin.step,
         "tokens": origin.step * recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length),
-        "adapters": None if origin.lora is None else origin.lora.model_dump(mode="json"),
+        **way_of(recipe.pretrain),
         "versions": environment(torch.device("cpu")),
     }
 

@@ -179,10 +179,10 @@ def _architecture(config: Any) -> str:
     Raises:
         ShearingError: it has none.
     """
-    kind, activation = config.model_type, config.hidden_act
+    kind = config.model_type
     if kind not in _ARCHITECTURES:
         raise _refused(f"model_type {kind}", allowed=", ".join(_ARCHITECTURES))
-    if activation != "silu":
+    if (activation := config.hidden_act) != "silu":
         raise _refused(f"hidden_act {activation}", allowed="silu, as llama.cpp has in these models")
     width = config.num_attention_heads * _head_dim(config)
     if kind == "qwen2" and width != config.hidden_size:

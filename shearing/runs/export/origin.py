@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
@@ -19,10 +21,10 @@ from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.pretrain_start import Start, result_dtype
+from shearing.runs.stages.pretrain_start import Start, moved_masks, result_dtype
+from shearing.training.adapters.recipe import AdapterRecipe
 from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of
 from shearing.training.checkpoints.pieces import ShardedState
-from shearing.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,9 +56,14 @@ class Origin:
         return Path(self.title).name if self.context is None else self.context.recipe.name
 
     @property
-    def lora(self) -> LoraRecipe | None:
-        """Adapters that the checkpoint is of."""
-        return None if self.checkpoint is None or self.context is None else self.context.recipe.pretrain.lora
+    def adapters(self) -> AdapterRecipe | None:
+        """Those that the checkpoint is of."""
+        return None if self.checkpoint is None or self.context is None else self.context.recipe.pretrain.adapters
+
+    @property
+    def moved(self) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:
+        """Masks of the checkpoint, where they move; None: they are those of `start`."""
+        return None if self.checkpoint is None else moved_masks(ShardedState(self.checkpoint))
 
     def dtype(self) -> torch.dtype:
         """Of the result where nobody says another."""
@@ -69,7 +76,7 @@ class Origin:
         """The model as training has it: fp32 on the CPU, adapters beside its weights, in evaluation mode."""
         if self.checkpoint is None:
             return load_source(self.start.source, revision=self.start.revision)
-        return self.start.restored(ShardedState(self.checkpoint), lora=self.lora).eval()
+        return self.start.restored(ShardedState(self.checkpoint), adapters=self.adapters).eval()
 
 
 def open_origin(target: str, *, revision: str | None = None) -> Origin:

@@ -107,10 +107,11 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
 def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Iterator[_Need]:
     """The moments at which a GPU holds most: loading, steps of the training stages, evaluation."""
     for each in made.stages:
-        # Until the engine shares it out, the main process has the model in fp32, and the teacher beside it.
+        # The teacher is whole beside it.
         heard = each.listening
-        teacher = 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
-        yield _Need(what=f"loading for {each.stage}", memory=_fp32(each.shape) + teacher, certain=_is_known(made, each))
+        memory = loaded(each.shape, recipe=recipe, made=made)
+        memory += 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
+        yield _Need(what=f"loading for {each.stage}", memory=memory, certain=_is_known(made, each))
         step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.
         certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
@@ -122,6 +123,18 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         memory = _fp32(made.source) + _fp32(made.target or made.source) + copies
         # Nothing is lost where only the tables are missing: `shear eval` can be typed again for another device.
         yield _Need(what="evaluation", memory=memory, certain=False)
+
+
+def loaded(shape: Shape, *, recipe: Recipe, made: RunPlan) -> int:
+    """Bytes of weights on a GPU before the engine has them: all in fp32, or what is outside of layers and a layer."""
+    if recipe.training.holds_all_in_fp32(bf16=made.precision == torch.bfloat16):
+        return _fp32(shape)
+    return one_layer(shape)
+
+
+def one_layer(shape: Shape) -> int:
+    """Bytes of what is outside of layers and of a single layer, in fp32."""
+    return _fp32(shape) - 4 * (shape.num_hidden_layers - 1) * sum(shape.layer_parameters())
 
 
 def _is_known(made: RunPlan, stage: StagePlan) -> bool:
@@ -171,8 +184,8 @@ def _mend(
     devices: Devices,
 ) -> str:
     """What to change, with the GPUs of this machine first."""
-    if any(need.what.startswith("loading") for need in refused):
-        return "take GPUs with more memory: the main process loads the whole model in fp32 onto its own"
+    if any(need.what.startswith("loading") for need in refused) and recipe.training.holds_as == 3:
+        return "take GPUs with more memory: a layer, what is outside of layers and a teacher are not shared out"
     most = max(processes, _most_processes(recipe, stages=stages, devices=devices))
     if most > processes:
         made = plan(recipe, hardware=devices.under(processes=most), stages=stages)

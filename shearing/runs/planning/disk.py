@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 from shearing.models.shape import Shape
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe
 from shearing.training.recipe import StageRecipe
 
 _BYTES_OF_WEIGHT = 4
+_SEQLEN = 2048  # of calibration text, where the recipe does not say; models that can read less read less
 
 
 def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters: int) -> int:
@@ -53,7 +55,24 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
         total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
+        total += gradient_bytes(recipe, shape=target or source)
     return total
+
+
+def gradient_bytes(recipe: Recipe, *, shape: Shape) -> int:
+    """Bytes that a one-shot criterion that needs gradients spools: theirs, what every layer reads, and gradients of it.
+
+    Args:
+        recipe: of the run.
+        shape: of the model that is made sparse; at most, where a budget leaves it open.
+    """
+    sparsify = recipe.sparsify
+    if sparsify is None or "gradients" not in CRITERIA[sparsify.criterion].needs:
+        return 0
+    length = sparsify.seqlen or _SEQLEN
+    stream = sparsify.samples * length * shape.hidden_size
+    matrices = shape.num_hidden_layers * sum(shape.layer_parameters())
+    return _BYTES_OF_WEIGHT * (matrices + stream * (shape.num_hidden_layers + 2))
 
 
 def bytes_in(folder: Path) -> int:

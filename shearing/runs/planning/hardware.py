@@ -182,8 +182,8 @@ def peak_flops(device_name: str, *, precision: torch.dtype) -> float | None:
 
 def forward_flops_per_token(shape: Shape, *, sequence_length: int) -> float:
     """FLOPs of a forward pass with its loss, per token; a third of `training_flops_per_token`, with its conventions."""
-    # The embedding is looked up, not multiplied; a tied one is multiplied as the head.
-    multiplied = shape.num_parameters() - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
+    # The embedding is looked up, not multiplied; a tied one is multiplied as the head. Of experts a token's own count.
+    multiplied = shape.active_parameters() - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
     # Scores and weighted values: 2 products of 2 FLOPs for each of the S / 2 positions a token sees on average.
     width = shape.num_attention_heads * shape.head_dim
     return 2.0 * multiplied + 2.0 * shape.num_hidden_layers * width * sequence_length

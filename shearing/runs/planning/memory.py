@@ -1,9 +1,10 @@
-"""What a training step holds in memory: pure arithmetic on a shape and settings, every term a tensor one can name.
+"""What a training step holds in memory, from moments at which that can be largest, and what each process holds of them.
 
-A step's memory is estimated at the moments when it can be largest: while the loss is computed, at both ends of the
-backward pass, and while the optimiser steps. The largest of them is the estimate. `benchmarks/memory.py` compares it
-with what allocators measure. Left out are what allocators lose to fragmentation, the CUDA context and the workspaces
-of libraries, the masks themselves (a few thousand numbers), and what `training.compile` saves.
+What is alive at such a moment is measured (`traced_step`). Which share of weights, gradients and optimiser state a
+process has at it follows from how its engine shares them out. The same moments by pure arithmetic, every term a tensor
+one can name, are what the measured ones are compared with (`estimate`), and stand for them where a model cannot be
+traced. `benchmarks/memory.py` compares both with what allocators measure. Left out are what allocators lose to
+fragmentation, the CUDA context and the workspaces of libraries, and what `training.compile` saves.
 
 Legend: d hidden, m intermediate, H query heads, K KV groups, dh head dimension, L layers, V vocabulary; T tokens of a
 micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N processes.
@@ -11,14 +12,17 @@ micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
+import torch
+
 from shearing.models.families.axes import count
 from shearing.models.families.norms import Norm
 from shearing.models.shape import Shape
+from shearing.runs.planning.expert_memory import balance_kept, each_width, saved_by_experts, units_per_token, width_read
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 ZeroStage: TypeAlias = Literal[0, 1, 2, 3]
@@ -164,7 +168,8 @@ class Memory:
         activations: all that depends on the number of tokens, the loss included.
         host: bytes in host memory beside it: what is offloaded.
         staging: bytes in host memory that a checkpoint adds while it is written: this process's share of it.
-        teacher: of a model that is listened to, its weights, hidden states and chunk.
+        teacher: of a model that is listened to, its weights; of an estimate also its hidden states and chunk.
+        traced: whether a step was traced, and not only estimated.
     """
 
     moment: str
@@ -175,6 +180,7 @@ class Memory:
     host: int
     staging: int
     teacher: int = 0
+    traced: bool = False
 
     @property
     def total(self) -> int:
@@ -183,7 +189,7 @@ class Memory:
 
 
 def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening: Listening | None = None) -> Memory:
-    """Peak memory of a training step of one process.
+    """Peak memory of a training step of one process, by arithmetic alone.
 
     Args:
         shape: the model that is trained: the source's while masks are learned.
@@ -191,25 +197,55 @@ def estimate(shape: Shape, *, workload: Workload, sharding: Sharding, listening:
         sharding: what of it this process holds.
         listening: to whom; None: to nobody.
     """
-    weight_bytes = _BF16 if workload.bf16 and sharding.zero_stage else _FP32
-    phases = _phases(shape, workload=workload, weight_bytes=weight_bytes)
+    moments = _moments(shape, workload=workload, weight_bytes=weight_dtype(workload, sharding=sharding).itemsize)
+    taught = None if listening is None else partial(_teacher, listening, shape, workload=workload)
+    host = 0 if listening is None else listening.host
+    return largest(moments, shape=shape, workload=workload, sharding=sharding, teacher=taught, host=host)
+
+
+def weight_dtype(workload: Workload, *, sharding: Sharding) -> torch.dtype:
+    """Dtype of the weights that are multiplied: bf16 ones only where fp32 ones are shared out beside them."""
+    return torch.bfloat16 if workload.bf16 and sharding.zero_stage else torch.float32
+
+
+def largest(
+    moments: Iterable[Moment],
+    *,
+    shape: Shape,
+    workload: Workload,
+    sharding: Sharding,
+    teacher: Callable[[str], int] | None,
+    host: int,
+) -> Memory:
+    """What one process holds at the moment when it holds most.
+
+    Args:
+        moments: of a step, before anything is shared out.
+        shape: of the model that is trained.
+        workload: what a step computes.
+        sharding: what of it this process holds.
+        teacher: bytes that a teacher adds at a moment of a name; None: there is none.
+        host: bytes of it in host memory.
+    """
     held = _sharded if sharding.layerwise is None else partial(_layer_by_layer, sharding.layerwise)
-    moments = (
-        held(
-            phase,
-            shape=shape,
-            workload=workload,
-            sharding=sharding,
-            weight_bytes=weight_bytes,
-            teacher=0 if listening is None else _teacher(listening, shape, workload=workload, phase=phase.name),
-            host=0 if listening is None else listening.host,
-        )
-        for phase in phases
+    return max(
+        (
+            held(
+                moment,
+                shape=shape,
+                workload=workload,
+                sharding=sharding,
+                weight_bytes=weight_dtype(workload, sharding=sharding).itemsize,
+                teacher=0 if teacher is None else teacher(moment.name),
+                host=host,
+            )
+            for moment in moments
+        ),
+        key=lambda memory: memory.total,
     )
-    return max(moments, key=lambda memory: memory.total)
 
 
-def _teacher(listening: Listening, student: Shape, *, workload: Workload, phase: str) -> int:
+def _teacher(listening: Listening, student: Shape, phase: str, *, workload: Workload) -> int:
     """Bytes that a teacher adds at a moment: its weights always, its last hidden states and a chunk during the loss.
 
     What its layers compute on the way is gone before the student's activations come, but for the streams that are
@@ -239,7 +275,11 @@ def saved_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> di
         Name of each tensor -> its bytes per token.
     """
     attention = _saved_by_attention(shape, workload=workload, weight_bytes=weight_bytes)
-    return attention | _saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes)
+    saved = attention | _saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes)
+    before = shape.family.mlp.before
+    if shape.family.parallel and before is not None and before.kind.centred:
+        del saved[f"{before.name}'s input"]  # the same tensor that the attention's norm reads
+    return saved
 
 
 def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
@@ -248,16 +288,21 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
     saved = _saved_by_norms(shape, "attention", workload=workload, weight_bytes=weight_bytes)
     # Without a fused kernel, keys and values are repeated for every query head.
     attended = query if workload.eager_attention else kv
+    # Of a fused product the values are a view, which keeps all of it; queries and keys are rotated, and so copies that
+    # lie head by head: so does what attention puts out, and its write reads a copy.
+    fused = len(shape.family.attention.readers) == 1 and not workload.eager_attention
     saved |= {
         "queries": product * query,
         "keys": product * attended,
-        "values": product * attended,
+        "values": product * (_width_read(shape, "attention") if fused else attended),
         "attention's output": product * query,
+        "attention's output, token by token": product * query if fused else 0,
     }
     if workload.eager_attention:
         weights = shape.num_attention_heads * workload.sequence_length
         saved["attention weights"] = _FP32 * weights  # softmax runs in fp32
         saved["attention weights in bf16"] = _BF16 * weights if workload.bf16 else 0
+        saved["capped scores"] = product * weights if shape.family.attention_cap else 0
     else:
         saved["attention's log of sums"] = _FP32 * shape.num_attention_heads
     return saved
@@ -265,6 +310,8 @@ def _saved_by_attention(shape: Shape, *, workload: Workload, weight_bytes: int) 
 
 def _saved_by_mlp(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
     saved = _saved_by_norms(shape, "mlp", workload=workload, weight_bytes=weight_bytes)
+    if shape.num_experts:
+        return saved | saved_by_experts(shape, product_bytes=workload.product_bytes, masked=workload.masked)
     products = workload.product_bytes * _width_read(shape, "mlp")
     units = workload.product_bytes * shape.intermediate_size
     saved |= {"MLP's products": products, "MLP's activations": units}
@@ -301,9 +348,10 @@ def _saved_by_norm(norm: Norm, *, shape: Shape, input_bytes: int) -> dict[str, i
 
 def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dict[str, int]:
     """Bytes per token that each decoder layer keeps until the backward pass; see `saved_by_layer`."""
+    balance = balance_kept(shape, product_bytes=workload.product_bytes)
     if workload.checkpointing == "none":
-        return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes)
-    kept = {"layer's input": weight_bytes * shape.hidden_size}
+        return saved_by_layer(shape, workload=workload, weight_bytes=weight_bytes) | balance
+    kept = {"layer's input": weight_bytes * shape.hidden_size} | balance
     if workload.checkpointing == "selective":
         product, query = workload.product_bytes, shape.units()["query_heads"]
         kept |= {
@@ -311,7 +359,7 @@ def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dic
             "attention's output": product * query,
             "attention's write": product * shape.hidden_size,
             "MLP's products": product * _width_read(shape, "mlp"),
-            "MLP's write": product * shape.hidden_size,
+            "MLP's write": product * (each_width(shape) if shape.num_experts else shape.hidden_size),
         }
         if workload.eager_attention:
             kept["attention scores"] = product * shape.num_attention_heads * workload.sequence_length
@@ -321,8 +369,8 @@ def kept_by_layer(shape: Shape, *, workload: Workload, weight_bytes: int) -> dic
 
 
 @dataclass(frozen=True)
-class _Phase:
-    """A moment of a step, before anything is shared out.
+class Moment:
+    """A moment of a step, as it is before anything is shared out.
 
     Attributes:
         name: for people.
@@ -339,7 +387,7 @@ class _Phase:
     loose: int
 
 
-def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[_Phase]:
+def _moments(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[Moment]:
     """The moments of a step's last micro-batch at which memory can be largest."""
     tokens, layers, d = workload.tokens, shape.num_hidden_layers, shape.hidden_size
     product = workload.product_bytes
@@ -362,7 +410,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     waiting = weight_bytes * head if shape.tied else 0
     done = 0 if shape.tied else head
 
-    yield _Phase(
+    yield Moment(
         name=LOSS,
         # The hidden states and their gradient are of the stream's size.
         activations=layers * kept + outside + final_norm + 2 * stream + _loss_buffers(shape, workload=workload),
@@ -370,7 +418,7 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
         accumulated=before,
         loose=_FP32 * head,
     )
-    yield _Phase(
+    yield Moment(
         name=FINAL_NORM,
         # Gradients of the norm's two ways to its input, of the mean, and two factors of the square's.
         activations=layers * kept + outside + final_norm + stream + 3 * tokens * _FP32 * d,
@@ -380,21 +428,21 @@ def _phases(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator[
     )
     for name, behind, finished in (("last", layers - 1, 0), ("first", 0, layers - 1)):
         for part in _layer_backward(shape, workload=workload, weight_bytes=weight_bytes):
-            yield _Phase(
+            yield Moment(
                 name=f"backward, {part.name} of the {name} layer",
                 activations=behind * kept + saved + outside + part.activations,
                 copies=layer_copies if name == "first" else copies_behind,
                 accumulated=max(before, done + finished * layer + part.finished),
                 loose=waiting + part.loose,
             )
-    yield _Phase(
+    yield Moment(
         name="backward, embedding",
         activations=outside + stream,
         copies=0,
         accumulated=max(before, total - head),
         loose=waiting + weight_bytes * head,
     )
-    yield _Phase(name="optimizer", activations=0, copies=0, accumulated=total, loose=0)
+    yield Moment(name="optimizer", activations=0, copies=0, accumulated=total, loose=0)
 
 
 @dataclass(frozen=True)
@@ -418,19 +466,19 @@ def _layer_backward(shape: Shape, *, workload: Workload, weight_bytes: int) -> I
     """The moments at which a layer's backward pass can hold most."""
     tokens, mlp = workload.tokens, shape.family.mlp
     product, sizes = workload.product_bytes, shape.units()
-    d, m, query, kv = (sizes[unit] for unit in ("hidden", "intermediate", "query_heads", "kv_groups"))
+    d, query, kv = (sizes[unit] for unit in ("hidden", "query_heads", "kv_groups"))
+    write, scaled = _weights(shape, "mlp", writes=True), workload.masked and not shape.num_experts
     casts = product != weight_bytes
     stream = tokens * weight_bytes * d
-    units = tokens * product * m
+    units = tokens * product * units_per_token(shape)
     yield _Part(
         name=mlp.write.rpartition(".")[2],
         activations=stream + (tokens * product * d if casts else 0) + units,
         finished=0,
         # The gradient, the bf16 one it is cast from, and under masks its product with the weight.
-        loose=(weight_bytes + (product if casts else 0) + (weight_bytes if workload.masked else 0)) * m * d,
+        loose=(weight_bytes + (product if casts else 0) + (weight_bytes if scaled else 0)) * write,
     )
     # The gradients of both factors and of their product, which is itself released.
-    write = _weights(shape, "mlp", writes=True)
     yield _Part(name="gate", activations=stream + tokens * product * _width_read(shape, "mlp"), finished=write, loose=0)
     released = tokens * sum(_saved_by_mlp(shape, workload=workload, weight_bytes=weight_bytes).values())
     if workload.eager_attention:
@@ -461,6 +509,8 @@ def _loss_buffers(shape: Shape, *, workload: Workload) -> int:
 def _width_read(shape: Shape, name: str) -> int:
     """Numbers per token that the products put out with which a sub-layer reads the residual stream."""
     sublayer, sizes = shape.family.sublayers[name], shape.units()
+    if sublayer.experts is not None:
+        return width_read(shape)
     widths: list[int] = [sublayer.weight(reader).axes[0].size(sizes) for reader in sublayer.readers]
     return sum(widths)
 
@@ -468,19 +518,24 @@ def _width_read(shape: Shape, name: str) -> int:
 def _weights(shape: Shape, name: str, *, writes: bool) -> int:
     """Entries of a sub-layer's matrix that writes into the residual stream, or of those that read it."""
     sublayer = shape.family.sublayers[name]
-    linears = (sublayer.write,) if writes else sublayer.readers
-    found: int = count((sublayer.weight(linear) for linear in linears), shape.units())
+    matrices = (parameter for parameter in sublayer.linears if len(parameter.axes) > 1)
+    found: int = count((each for each in matrices if (each.name in sublayer.written) == writes), shape.units())
     return found
 
 
 def _autocast_parameters(shape: Shape, *, masked: bool) -> int:
     """Weights of a layer's products; without those that masks scale, which are cast each time they are used."""
-    kinds = (False,) if masked else (False, True)
-    return sum(_weights(shape, name, writes=writes) for name in ("attention", "mlp") for writes in kinds)
+    # Masks of experts scale what they compute and not their weights.
+    uncast = {"attention": masked, "mlp": masked and not shape.num_experts}
+    return sum(
+        _weights(shape, name, writes=writes)
+        for name, scaled in uncast.items()
+        for writes in ((False,) if scaled else (False, True))
+    )
 
 
 def _sharded(
-    phase: _Phase,
+    phase: Moment,
     *,
     shape: Shape,
     workload: Workload,
@@ -536,7 +591,7 @@ def _sharded(
 
 def _layer_by_layer(
     way: Layerwise,
-    phase: _Phase,
+    phase: Moment,
     *,
     shape: Shape,
     workload: Workload,

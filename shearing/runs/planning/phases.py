@@ -17,6 +17,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit_cost
+from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.planning.plan import RunPlan, StagePlan, num_domains
@@ -70,16 +71,19 @@ def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
 
 def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     for stage in made.stages:
-        held = _fp32(stage.shape) + _copies(stage.shape, made=made)
+        held = loaded(stage.shape, recipe=recipe, made=made)
+        if held == _fp32(stage.shape):
+            held += _copies(stage.shape, made=made)
         heard = stage.listening
         yield Phase(
             what=f"{stage.stage}: load",
-            processes=1,
-            memory=_fp32(stage.shape) + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
+            processes=made.hardware.processes,
+            memory=loaded(stage.shape, recipe=recipe, made=made)
+            + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
         if stage is made.stages[0]:
-            yield from _reference(recipe, stage=stage, held=held)
+            yield from _reference(recipe, stage=stage, made=made, held=held)
         if stage.stage == "prune":
             yield from _choice(recipe, made=made, held=held)
         yield from _training(recipe, stage=stage, made=made)
@@ -87,13 +91,13 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             yield Phase(
                 what="cut",
                 processes=1,
-                host=_fp32(stage.shape) + _fp32(made.target),
+                host=one_layer(stage.shape),  # of its check, which has one model after the other
                 disk=_fp32(stage.shape) + _fp32(made.target),
             )
     yield from _evaluation(recipe, made=made)
 
 
-def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase]:
+def _reference(recipe: Recipe, *, stage: StagePlan, made: RunPlan, held: int) -> Iterator[Phase]:
     """The source's own losses on validation text, which domain weights are compared with."""
     mixture, domains = recipe.mixture, num_domains(recipe)
     if mixture.update == "constant" or mixture.reference not in ("source", "online"):
@@ -103,7 +107,7 @@ def _reference(recipe: Recipe, *, stage: StagePlan, held: int) -> Iterator[Phase
     if domains is not None:
         tokens = domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
         flops = forward_flops_per_token(stage.shape, sequence_length=length) * tokens
-    yield Phase(what=f"{stage.stage}: reference losses", processes=1, memory=held, flops=flops)
+    yield Phase(what=f"{stage.stage}: reference losses", processes=made.hardware.processes, memory=held, flops=flops)
 
 
 def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -118,13 +122,18 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
         cost = metric_of(name).cost(made.source, evidence=evidence)
         yield Phase(
             what=f"prune: importance ({METRICS[name].title})",
-            processes=1,
+            processes=made.hardware.processes,
             memory=held,
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
         cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
-        yield Phase(what="prune: refit", processes=1, memory=held, flops=_flops(cost, made=made, length=length))
+        yield Phase(
+            what="prune: refit",
+            processes=made.hardware.processes,
+            memory=held,
+            flops=_flops(cost, made=made, length=length),
+        )
 
 
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
@@ -169,7 +178,7 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         flops = sum(forward_flops_per_token(model, sequence_length=length) * tokens for model in models)
     yield Phase(
         what=f"evaluate: {len(models)} models",
-        processes=1,
+        processes=made.hardware.processes,
         # The source stays where baselines are cut from it.
         memory=_fp32(made.source) + _fp32(target) + _copies(made.source, made=made),
         flops=flops,

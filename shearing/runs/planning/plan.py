@@ -1,42 +1,40 @@
 """What a run will take on given GPUs, before anything is started: memory, FLOPs, time and disk of the training stages.
 
-Everything is computed from the recipe and the source's config; neither weights nor the corpus are read.
+Everything follows from the recipe and the source's config; neither weights nor the corpus are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from shearing.data.corpus.corpus import whole_rows
 from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.errors import ShearingError, named
+from shearing.models.attention import is_eager
 from shearing.models.loading import load_config
-from shearing.models.shape import Shape, resolve_target
+from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
+from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
-from shearing.runs.planning.disk import checkpoint_bytes
+from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes
 from shearing.runs.planning.hardware import GPU, forward_flops_per_token, gpu_of, training_flops_per_token
-from shearing.runs.planning.memory import (
-    Checkpointing,
-    Layerwise,
-    Listening,
-    Memory,
-    Sharding,
-    Workload,
-    ZeroStage,
-    estimate,
-)
+from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Memory, Sharding, Workload, ZeroStage
+from shearing.runs.planning.traced_step import StepModel, Taught, measure
 from shearing.runs.recipe import Recipe, TrainingStage
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.engines.facts import ENGINES
 from shearing.training.stage import PREFETCHED_STEPS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Fit = Literal["yes", "tight", "no", "?"]
 
@@ -44,7 +42,7 @@ USABLE = 0.9
 """Share of a GPU: CUDA's context, the workspaces of libraries and fragmentation want about a tenth."""
 
 _CHECKPOINTING: Sequence[Checkpointing] = ("none", "selective", "full")
-_ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
+ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +138,15 @@ class Choice:
             layerwise=self.layerwise,
         )
 
-    def shared_by_layers(self, recipe: Recipe) -> Choice:
+    @property
+    def offloads(self) -> int:
+        """How much of it is in host memory."""
+        return int(self.offload_optimizer) + int(self.offload_parameters)
+
+    def shared_by_layers(self, layerwise: Layerwise) -> Choice:
         """The same under FSDP2."""
         return dataclasses.replace(
-            self, zero_stage=3, offload_optimizer=False, offload_parameters=False, layerwise=_layerwise(recipe)
+            self, zero_stage=3, offload_optimizer=False, offload_parameters=False, layerwise=layerwise
         )
 
     def overrides(self, before: Choice) -> list[str]:
@@ -157,6 +160,8 @@ class Choice:
             changed.append(f"training.activation_checkpointing={self.checkpointing}")
         if self.offload_optimizer != before.offload_optimizer:
             changed.append("training.deepspeed.offload_optimizer=cpu")
+        if self.offload_parameters != before.offload_parameters:
+            changed.append("training.deepspeed.offload_parameters=cpu")
         return changed
 
 
@@ -171,7 +176,7 @@ class StagePlan:
 
     Attributes:
         stage: which one.
-        shape: of the model it trains.
+        model: what computes a step.
         sequences: of a step, over all processes.
         micro_batch_size: the recipe's; a process with fewer sequences of a step has a smaller one.
         steps: optimiser steps.
@@ -182,13 +187,14 @@ class StagePlan:
         teacher_flops: of the model that is listened to.
         seconds: of all; None where the GPU's peak is not known.
         listening: the model that is listened to, as a process holds it; None: there is none.
-        memory: peak of one process for each ZeRO stage, otherwise with the recipe's settings.
-        fsdp2: the same under FSDP2.
+        processes: that share the work.
+        choice: the recipe's.
+        layerwise: how FSDP2 would share out.
         disk: bytes of all checkpoints that are there at the same time.
     """
 
     stage: TrainingStage
-    shape: Shape
+    model: StepModel
     sequences: int
     micro_batch_size: int
     steps: int
@@ -199,13 +205,30 @@ class StagePlan:
     teacher_flops: float
     seconds: float | None
     listening: Listening | None
-    memory: Mapping[ZeroStage, Memory]
-    fsdp2: Memory
+    processes: int
+    choice: Choice
+    layerwise: Layerwise
     disk: int
 
+    @property
+    def shape(self) -> Shape:
+        """Of the model it trains."""
+        return self.model.shape
+
     def held(self, choice: Choice) -> Memory:
-        """Peak of one process under the recipe's engine."""
-        return self.memory[choice.zero_stage] if choice.layerwise is None else self.fsdp2
+        """Peak of one process under a choice, otherwise with the recipe's settings."""
+        workload = dataclasses.replace(self.workload, checkpointing=choice.checkpointing)
+        return measure(
+            self.model, workload=workload, sharding=choice.sharding(self.processes), listening=self.listening
+        )
+
+    def under_zero(self, zero_stage: ZeroStage) -> Memory:
+        """Peak of one process under a stage of ZeRO; 0: under the torch engine."""
+        return self.held(dataclasses.replace(self.choice, layerwise=None, zero_stage=zero_stage))
+
+    def under_fsdp2(self) -> Memory:
+        """Peak of one process under FSDP2."""
+        return self.held(self.choice.shared_by_layers(self.layerwise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +247,8 @@ class RunPlan:
         choice: the recipe's.
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
-        one_shot: weights are zeroed in between, which no figure here is of.
+        one_shot: weights are zeroed in between, which no other figure here is of.
+        spooled: bytes of disk that this needs beside the model, for gradients.
         stages: the training stages in order.
         advice: what to change, where the recipe's choice does not fit.
     """
@@ -241,6 +265,7 @@ class RunPlan:
     within_documents: bool
     adapters: bool
     one_shot: bool
+    spooled: int
     stages: Sequence[StagePlan]
     advice: str | None
 
@@ -265,12 +290,26 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         target = (
             resolve_target(recipe.target, source=config) if budget is None else _stand_in(source, parameters=budget)
         )
-    shapes: dict[TrainingStage, Shape] = {"prune": source, "pretrain": target or source}
+    trained = config
+    if target is not None:
+        trained = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
+    configs: dict[TrainingStage, PretrainedConfig] = {"prune": config, "pretrain": trained}
     precision = _precision(recipe, hardware=hardware)
-    listening = _listening(recipe, source=source, precision=precision)
+    taught = _taught(recipe, source=config, precision=precision)
     planned = [
         _stage_plan(
-            recipe, stage=stage, shape=shapes[stage], hardware=hardware, precision=precision, listening=listening
+            recipe,
+            stage=stage,
+            model=StepModel(
+                config=configs[stage],
+                attention=recipe.model.attn_implementation,
+                granularities=_masked(recipe, source=source, target=None if budget else target)
+                if stage == "prune"
+                else (),
+                taught=taught,
+            ),
+            hardware=hardware,
+            precision=precision,
         )
         for stage in recipe.training_stages
         if stages is None or stage in stages
@@ -281,14 +320,15 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         hardware=hardware,
         precision=precision,
         source=source,
-        teacher=None if listening is None else listening.shape,
+        teacher=None if taught is None else Shape.of(taught.config),
         target=target,
         budget=budget,
         vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
-        adapters=recipe.pretrain.lora is not None,
+        adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
+        spooled=gradient_bytes(recipe, shape=target or source),
         stages=planned,
         advice=_advice(planned, choice=choice, hardware=hardware),
     )
@@ -314,26 +354,42 @@ def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
     return shares
 
 
-def _listening(recipe: Recipe, *, source: Shape, precision: torch.dtype) -> Listening | None:
-    """The teacher as every process holds it; None: there is none, or what it says is read from a cache."""
+def _masked(recipe: Recipe, *, source: Shape, target: Shape | None) -> tuple[str, ...]:
+    """Granularities that masks act on, of those that have something to prune."""
+    chosen = granularities_of(recipe.pruning.prune.granularities, source=source, target=None)
+    return tuple(each.name for each in chosen if target is None or getattr(target, SIZE_OF[each.name]) < each.units)
+
+
+def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype) -> Taught | None:
+    """The teacher that every process runs; None: there is none, or what it says is read from a cache."""
     distill, teacher = recipe.distill, recipe.teacher
     if distill is None or teacher is None or not recipe.listens_online:
         return None
-    shape = source
+    config = source
     if teacher != recipe.model:
         with named(TEACHER_NAMES):
-            shape = Shape.of(load_config(teacher.source, revision=teacher.revision))
+            config = load_config(teacher.source, revision=teacher.revision)
+    return Taught(config=config, distill=distill, dtype=teacher_precision(distill, products=precision))
+
+
+def _listening(model: StepModel) -> Listening | None:
+    """What a process holds of the teacher of a stage's model."""
+    taught = model.taught
+    if taught is None:
+        return None
+    distill = taught.distill
     return Listening(
-        shape=shape,
-        bf16=teacher_precision(distill, products=precision) == torch.bfloat16,
+        shape=Shape.of(taught.config),
+        bf16=taught.dtype == torch.bfloat16,
         buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
+        matched_layers=_matched_layers(distill, shape=model.shape),
         offloaded=distill.placement == "offload",
     )
 
 
-def _matched_layers(recipe: Recipe, *, shape: Shape) -> int:
+def _matched_layers(distill: DistillRecipe, *, shape: Shape) -> int:
     """Layers behind which a model of this shape is compared with its teacher; at most, of some that are named."""
-    hidden = None if recipe.distill is None else recipe.distill.hidden
+    hidden = distill.hidden
     if hidden is None:
         return 0
     named_layers = shape.num_hidden_layers if isinstance(hidden.layers, str) else len(set(hidden.layers))
@@ -360,12 +416,11 @@ def _stage_plan(
     recipe: Recipe,
     *,
     stage: TrainingStage,
-    shape: Shape,
+    model: StepModel,
     hardware: Hardware,
     precision: torch.dtype,
-    listening: Listening | None,
 ) -> StagePlan:
-    settings = recipe.training_stages[stage]
+    settings, shape, listening = recipe.training_stages[stage], model.shape, _listening(model)
     length = recipe.data.sequence_length
     steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
     sequences = per_step // length
@@ -381,8 +436,6 @@ def _stage_plan(
     flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
     heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
     heldout_flops = None if heldout is None else forward_flops_per_token(shape, sequence_length=length) * heldout
-    if listening is not None:
-        listening = dataclasses.replace(listening, matched_layers=_matched_layers(recipe, shape=shape))
     teacher_flops = 0.0 if listening is None else _teacher_flops_per_token(recipe, shape=listening.shape)
     teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
@@ -396,18 +449,15 @@ def _stage_plan(
             checkpointing=recipe.training.activation_checkpointing,
             chunk_tokens=recipe.training.loss_chunk_tokens,
             masked=stage == "prune",
-            eager_attention=recipe.model.attn_implementation == "eager",
+            eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
         ),
         sequences=sequences,
         processes=hardware.processes,
         micro_batch_size=settings.micro_batch_size,
     )
-    choice = Choice.of(recipe)
-    under_zero = dataclasses.replace(choice, layerwise=None)
-    fully = choice.shared_by_layers(recipe).sharding(hardware.processes)
     return StagePlan(
         stage=stage,
-        shape=shape,
+        model=model,
         sequences=sequences,
         micro_batch_size=settings.micro_batch_size,
         steps=steps,
@@ -418,16 +468,9 @@ def _stage_plan(
         teacher_flops=teacher_flops,
         seconds=None if speed is None else (flops + (heldout_flops or 0.0) + teacher_flops) / speed,
         listening=listening,
-        memory={
-            zero_stage: estimate(
-                shape,
-                workload=workload,
-                sharding=dataclasses.replace(under_zero, zero_stage=zero_stage).sharding(hardware.processes),
-                listening=listening,
-            )
-            for zero_stage in _ZERO_STAGES
-        },
-        fsdp2=estimate(shape, workload=workload, sharding=fully, listening=listening),
+        processes=hardware.processes,
+        choice=Choice.of(recipe),
+        layerwise=_layerwise(recipe),
         disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
     )
 
@@ -524,7 +567,7 @@ def _smallest_change(stages: Sequence[StagePlan], *, choice: Choice, hardware: H
                 reduction += stage.micro_batch_size - size
         else:
             depth = _CHECKPOINTING.index(candidate.checkpointing)
-            cost = (int(candidate.offload_optimizer), len(changed), candidate.zero_stage, depth, reduction)
+            cost = (candidate.offloads, len(changed), candidate.zero_stage, depth, reduction)
             found.append((cost, changed))
     return min(found, key=lambda entry: entry[0])[1] if found else None
 
@@ -537,15 +580,25 @@ def _candidates(choice: Choice, *, processes: int) -> Iterator[Choice]:
             layerwise = dataclasses.replace(choice.layerwise, sums_once=sums_once)
             yield dataclasses.replace(choice, checkpointing=checkpointing, layerwise=layerwise)
         return
-    for zero_stage, checkpointing, offload in itertools.product(_ZERO_STAGES, deeper, (False, True)):
-        if zero_stage < choice.zero_stage or offload < choice.offload_optimizer:
+    for zero_stage, checkpointing, optimizer, parameters in itertools.product(
+        ZERO_STAGES, deeper, (False, True), (False, True)
+    ):
+        if zero_stage < choice.zero_stage or optimizer < choice.offload_optimizer:
             continue
-        if offload and zero_stage == 0:
-            continue  # only ZeRO has another place for it
+        if parameters < choice.offload_parameters or parameters > optimizer:
+            continue  # what an offloaded optimiser needs of weights is where it is
+        if (optimizer and zero_stage == 0) or (parameters and zero_stage < 3):
+            continue  # only ZeRO has another place for them
         # One process has nobody to share with; what ZeRO gives it is that place.
-        if zero_stage != choice.zero_stage and processes == 1 and not offload:
+        if zero_stage != choice.zero_stage and processes == 1 and not optimizer:
             continue
-        yield dataclasses.replace(choice, zero_stage=zero_stage, checkpointing=checkpointing, offload_optimizer=offload)
+        yield dataclasses.replace(
+            choice,
+            zero_stage=zero_stage,
+            checkpointing=checkpointing,
+            offload_optimizer=optimizer,
+            offload_parameters=parameters,
+        )
 
 
 def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware) -> int | None:
@@ -561,7 +614,7 @@ def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware
             micro_batch_size=size,
         )
         sharding = choice.sharding(hardware.processes)
-        memory = estimate(stage.shape, workload=workload, sharding=sharding, listening=stage.listening)
+        memory = measure(stage.model, workload=workload, sharding=sharding, listening=stage.listening)
         if hardware.fit(memory) == "yes":
             return size
     return None

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.runs.planning.hardware import GPUS
+from shearing.runs.planning.memory import Memory
 from shearing.runs.planning.phases import Phase
-from shearing.runs.planning.plan import RunPlan
+from shearing.runs.planning.plan import ZERO_STAGES, RunPlan, StagePlan
 from shearing.runs.planning.summary import shape_cells
 
 
@@ -105,8 +106,11 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
+    if any(not stage.held(plan.choice).traced for stage in plan.stages):
+        yield "memory: by arithmetic; what this model computes depends on numbers, so it cannot be traced without them"
     if plan.one_shot:
-        yield "sparsify: not in these figures; it holds one layer at a time on one GPU, and writes the model twice"
+        spooled = f", and spools {plan.spooled / 1e9:,.1f} GB of gradients" if plan.spooled else ""
+        yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{spooled}"
     if plan.adapters:
         yield "pretrain: at most; figures are those of training all weights, adapters take less memory and disk"
     if any(stage.seconds is None for stage in plan.stages):
@@ -126,18 +130,20 @@ def _memory(plan: RunPlan) -> Table:
     table = _table(
         "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
     )
-    host = any(memory.host for stage in plan.stages for memory in (*stage.memory.values(), stage.fsdp2))
+    engines = {stage.stage: _engines(stage) for stage in plan.stages}
+    host = any(memory.host for of_stage in engines.values() for memory in of_stage.values())
     if host:
         table.add_column("in host memory", justify="right")
-    for stage in plan.stages:
-        zero = {f"ZeRO-{number}" if number else "torch": memory for number, memory in stage.memory.items()}
-        for engine, memory in {**zero, "FSDP2": stage.fsdp2}.items():
-            chosen = memory is stage.held(plan.choice)
+    choice = plan.choice
+    own = "FSDP2" if choice.layerwise is not None else f"ZeRO-{choice.zero_stage}" if choice.zero_stage else "torch"
+    for name, of_stage in engines.items():
+        for engine, memory in of_stage.items():
+            chosen = engine == own
             held = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
             held += [memory.teacher] if teacher else []
             held.append(memory.total)
             table.add_row(
-                stage.stage if engine == "torch" else "",
+                name if engine == "torch" else "",
                 f"{engine} (chosen)" if chosen else engine,
                 *(f"{count / 1e9:,.1f}" for count in held),
                 plan.hardware.fit(memory),
@@ -146,6 +152,12 @@ def _memory(plan: RunPlan) -> Table:
                 style="bold" if chosen else None,
             )
     return table
+
+
+def _engines(stage: StagePlan) -> dict[str, Memory]:
+    """What a process holds under every engine."""
+    zero = {f"ZeRO-{number}" if number else "torch": stage.under_zero(number) for number in ZERO_STAGES}
+    return {**zero, "FSDP2": stage.under_fsdp2()}
 
 
 def _table(*columns: str) -> Table:

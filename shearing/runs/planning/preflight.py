@@ -22,28 +22,40 @@ from shearing.evaluation.tasks.opening import open_harness
 from shearing.models.anatomy import anatomy_of
 from shearing.models.loading import require_weights, skeleton
 from shearing.models.serving import BLOCK
-from shearing.models.shape import Shape, config_for, resolve_target
+from shearing.models.shape import Shape, config_for, other_architecture, resolve_target
 from shearing.models.stored.companions import folder_of
+from shearing.models.stored.headers import shapes_in_files
 from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.models.stored.stored_model import require_finite
 from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
+from shearing.pruning.rotation.basis import require_rotatable
 from shearing.pruning.sparse.patterns import KeptOf
-from shearing.pruning.sparse.stored.trained import masks_beside, require_masks_fit
-from shearing.pruning.structured.granularities import PRUNED_BY, smallest_shape
+from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
+from shearing.pruning.sparse.stored.trained import groups_of, masks_beside, require_masks_fit
+from shearing.pruning.structured.granularities import PRUNED_BY, require_granularities, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
-from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.context import RunContext
-from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, EVALUATION_NAMES, ONE_SHOT_NAMES, TEACHER_NAMES
+from shearing.runs.continuation.cascade import require_shrinking
+from shearing.runs.names import (
+    ADAPTER_NAMES,
+    COMPONENT_NAMES,
+    DISTILL_NAMES,
+    EVALUATION_NAMES,
+    ONE_SHOT_NAMES,
+    TEACHER_NAMES,
+)
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
 from shearing.runs.planning.plan import heldout_shares
 from shearing.runs.planning.rows import rows_read
-from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes
+from shearing.runs.planning.summary import NOT_EXPORTABLE, Plan, TrainingPlan, gigabytes, written_as
 from shearing.runs.recipe import Pruning, Recipe, one_shot_recipe, split_batch
 from shearing.runs.run_directory import Stage
+from shearing.training.adapters.recipe import adapter_name
+from shearing.training.adapters.spp import require_rank
 from shearing.training.engines.deepspeed_config import user_config
 from shearing.training.engines.facts import ENGINES
 from shearing.training.engines.fsdp2_engine import require_fsdp2
@@ -106,12 +118,15 @@ def preflight(
     attempt(lambda: _require_context(recipe, config=config))
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
+    attempt(lambda: require_shrinking(recipe, source=config))
     attempt(lambda: _require_metric(recipe, source=source))
-    attempt(lambda: _require_refit(recipe, source=source))
+    attempt(lambda: _require_rotatable(recipe, source=source))
+    attempt(lambda: _require_uncompiled(recipe, source=source))
     attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))
     attempt(lambda: _require_adapters(recipe, config=config))
+    attempt(lambda: _require_moving(recipe, source=source))
     corpus = attempt(lambda: context.corpus)
     if corpus is None:
         raise _together(found)
@@ -139,8 +154,8 @@ def preflight(
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*_doubts(recipe), *_odd_sizes(recipe, source=source)],
-        notes=gpus.notes,
+        doubts=[*_doubts(recipe, source=source), *_odd_sizes(recipe, source=source)],
+        notes=[*gpus.notes, *_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -380,19 +395,17 @@ def _require_tasks(recipe: Recipe, *, last: bool) -> None:
 
 
 def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
-    """What chooses the units of baselines, and their refit, are for models of this family."""
+    """What chooses the units of baselines is for models of this family."""
     baselines = {} if recipe.prune is None else recipe.evaluation.by_name()
 
-    def refusal(metric: str, *, refitted: bool) -> ShearingError | None:
+    def refusal(metric: str) -> ShearingError | None:
         try:
             metric_of(metric).units_of_work(source, evidence=Evidence())
-            if refitted:
-                require_refittable(source.family)
         except ShearingError as error:
             return error
         return None
 
-    found = {name: refusal(each.metric, refitted=each.refitted) for name, each in baselines.items()}
+    found = {name: refusal(each.metric) for name, each in baselines.items()}
     refused = {name: error for name, error in found.items() if error is not None}
     if refused:
         left = ", ".join(name for name in baselines if name not in refused)
@@ -404,14 +417,31 @@ def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
         )
 
 
-def _require_refit(recipe: Recipe, *, source: Shape) -> None:
-    """The weights that stay can be refitted in models of this family, if they are to be."""
-    if recipe.prune is not None and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
-        require_refittable(source.family)
+def _require_rotatable(recipe: Recipe, *, source: Shape) -> None:
+    if recipe.prune is not None and recipe.prune.rotate != "none":
+        require_rotatable(source.family)
 
 
-def _doubts(recipe: Recipe) -> Iterator[str]:
+def _require_uncompiled(recipe: Recipe, *, source: Shape) -> None:
+    """Layers of experts are not compiled: which tokens an expert has is not known before the router has run."""
+    if recipe.training.compile and source.num_experts:
+        raise ShearingError(
+            "training.compile",
+            value=True,
+            allowed=f"false with the experts of a {source.family.model_type}",
+            mend="set training.compile=false",
+        )
+
+
+def _doubts(recipe: Recipe, *, source: Shape) -> Iterator[str]:
     if recipe.prune is not None:
+        if recipe.prune.rotate != "none" and source.tied:
+            yield "prune.rotate with a head that is the embedding: the last norm's gain is fitted, which changes logits"
+        if source.num_experts and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
+            yield (
+                "prune.compensate refits what stays of the attention alone: experts and routers stay as they are, and "
+                "what goes of them is made up for in training"
+            )
         per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
         settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
         yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
@@ -466,42 +496,80 @@ def _require_possible(recipe: Recipe, *, config: PretrainedConfig) -> None:
         )
     if one_shot.kept_of is None:
         return
-    pattern, layers = KeptOf(*one_shot.kept_of), f"{anatomy_of(config).layers}."
-    for name, parameter in skeleton(config).named_parameters():
+    family = anatomy_of(config)
+    pattern, layers = KeptOf(*one_shot.kept_of), f"{family.layers}."
+    router = None if family.mlp.experts is None else family.mlp.experts.spellings[0].parts[0]
+    for name, shape in shapes_in_files(skeleton(config)).items():
         module = name.removesuffix(".weight")
         chosen = any(fnmatchcase(module, each) for each in one_shot.include or ["*"])
-        if parameter.ndim == 2 and name.startswith(layers) and chosen:
+        if len(shape) == 2 and name.startswith(layers) and chosen and not (router and name.endswith(router)):
             if any(fnmatchcase(module, each) for each in one_shot.exclude):
                 continue
             with named(ONE_SHOT_NAMES):
-                pattern.check(rows=parameter.shape[0], columns=parameter.shape[1], name=name)
+                pattern.check(rows=shape[0], columns=shape[1], name=name)
 
 
 def _require_adapters(recipe: Recipe, *, config: PretrainedConfig) -> None:
-    lora = recipe.pretrain.lora
-    if lora is None:
+    adapters = recipe.pretrain.adapters
+    if adapters is None:
         return
-    if find_spec("peft") is None:
+    section = f"pretrain.{adapter_name(adapters)}"
+    if recipe.pretrain.lora is not None and find_spec("peft") is None:
         raise ShearingError(
-            "pretrain.lora",
-            value=lora.model_dump(),
+            section,
+            value=adapters.model_dump(),
             allowed="null: the package peft is not installed",
             mend="pip install 'shearing[lora]', or remove pretrain.lora to train all weights",
         )
-    linear = [name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)]
+    linear = {name: module for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear)}
     names = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
-    if unknown := sorted(set(lora.targets) - set(names)):
+    if unknown := sorted(set(adapters.targets) - set(names)):
         raise ShearingError(
-            "pretrain.lora.targets",
-            value=lora.targets,
+            f"{section}.targets",
+            value=adapters.targets,
             allowed=f"last parts of the names of linear layers: {', '.join(names)}",
             mend=f"remove {', '.join(unknown)}",
         )
+    # What is cut has other outputs; then the stage itself says so.
+    if recipe.pretrain.spp is not None and recipe.prune is None:
+        chosen = [module for name, module in linear.items() if name.rpartition(".")[2] in adapters.targets]
+        with named(ADAPTER_NAMES["spp"]):
+            require_rank(recipe.pretrain.spp.rank, outputs=[module.out_features for module in chosen])
+
+
+@named(COMPONENT_NAMES)
+def _require_moving(recipe: Recipe, *, source: Shape) -> None:
+    if recipe.pretrain.ast is None:
+        return
+    if source.num_experts:
+        raise ShearingError(
+            "ast",
+            value=f"a section, for {source.family.model_type}",
+            allowed="for a model whose MLPs are not made of experts: their matrices are in one tensor, and masks move "
+            "inside of matrices",
+            mend="leave pretrain.ast out: masks that stay work with experts too",
+        )
+    if recipe.sparsify is not None:
+        return
+    if recipe.prune is not None:
+        raise ShearingError(
+            "ast",
+            value="a section",
+            allowed="for a sparse model, and what is cut is a dense one",
+            mend="add the section sparsify with a pattern as 2:4, or leave pretrain.ast out",
+        )
+    groups_of(folder_of(recipe.model.source, revision=recipe.model.revision, also=[EARLIER_NAME, FILE_NAME]))
+
+
+def _architecture(target: Shape | None, *, config: PretrainedConfig) -> Iterator[str]:
+    if target is not None and (other := other_architecture(target, source=config)) is not None:
+        yield written_as(other, instead_of=type(skeleton(config)).__name__)
 
 
 def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
     """The target shape, or None for a budget."""
     source, chosen, wanted = Shape.of(config), pruning.prune.granularities, pruning.target
+    require_granularities(chosen, source=source)
     if wanted.parameters is not None:
         smallest = smallest_shape(chosen, source=source).num_parameters()
         if not smallest <= wanted.parameters < source.num_parameters():
@@ -513,6 +581,7 @@ def _target(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
                 mend="choose a budget in between",
             )
         return None
+    require_granularities(chosen, source=source)
     target = resolve_target(wanted, source=config)
     for size, granularities in PRUNED_BY.items():
         if getattr(target, size) != getattr(source, size) and not set(granularities) & set(chosen):

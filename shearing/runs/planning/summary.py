@@ -153,7 +153,20 @@ def shape_cells(shape: Shape) -> tuple[str, str, str]:
         f"{shape.num_hidden_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "
         f"heads {shape.num_attention_heads} on {shape.num_key_value_heads} KV x {shape.head_dim}"
     )
+    if shape.num_experts:
+        sizes += (
+            f", {shape.num_experts} experts, {shape.num_experts_per_tok} a token "
+            f"({shape.active_parameters():,} parameters)"
+        )
     return f"{shape.num_parameters():,}", f"{shape.num_parameters(embeddings=False):,}", sizes
+
+
+def written_as(architecture: str, *, instead_of: str) -> str:
+    """What is said of a result that is of another architecture than its source, whose config refuses its sizes."""
+    return (
+        f"written as {architecture}, which computes the same: in transformers the config of {instead_of} refuses "
+        "these sizes"
+    )
 
 
 def gigabytes(count: int) -> str:

@@ -10,11 +10,11 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import SIZE_OF
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, complete_metrics, metric_of
-from shearing.pruning.structured.refitting import require_refittable
 from shearing.runs.race.flops import metrics_of
 from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Stages
 from shearing.runs.race.rows import RaceSettings, Row, Steps
 from shearing.runs.recipe import Recipe
+from shearing.training.adapters.recipe import ADAPTERS
 
 
 def collected(check: Callable[[], object]) -> list[ShearingError]:
@@ -88,17 +88,29 @@ def _recipe_mistakes(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="for a race, sizes by name: all rows have one shape",
             mend="set target.parameters=null and the sizes",
         )
+    if recipe.prune is not None and recipe.prune.rotate != "none":
+        yield ShearingError(
+            "prune.rotate",
+            value=recipe.prune.rotate,
+            allowed="none in a race: rows are cut from the source as it is",
+            mend="set prune.rotate=none",
+        )
+    if recipe.cascade is not None:
+        yield ShearingError(
+            "cascade", value="a section", allowed="none in a race: all rows have one shape", mend="set cascade=null"
+        )
     if recipe.sparsify is not None:
         yield ShearingError(
             "sparsify", value="a section", allowed="none in a race of what is cut", mend="set sparsify=null"
         )
-    if recipe.pretrain.lora is not None:
-        yield ShearingError(
-            "pretrain.lora",
-            value="a section",
-            allowed="none in a race: all weights train",
-            mend="set pretrain.lora=null",
-        )
+    for name in (*ADAPTERS, "ast"):
+        if getattr(recipe.pretrain, name) is not None:
+            yield ShearingError(
+                f"pretrain.{name}",
+                value="a section",
+                allowed="none in a race: all weights train",
+                mend=f"set pretrain.{name}=null",
+            )
 
 
 def short_budgets(budgets: Mapping[int, int], *, steps: Steps) -> Iterator[ShearingError]:
@@ -162,5 +174,3 @@ def unfit(contender: Contender, *, recipe: Recipe, source: Shape, target: Shape)
             "prune.sparsity_warmup of 0",
             mend=f"set those, give --refit without, or leave {contender.method} out of --methods",
         )
-    elif contender.refitted:
-        yield from collected(lambda: require_refittable(source.family))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from shearing.pruning.structured.granularities import as_masks, granularities_of
 from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, with_biases
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.parameter_budget import count_parameters
 from shearing.pruning.structured.refitting import refit
-from shearing.pruning.structured.rounding import EVERY_GRANULARITY, round_to_target, select_across_layers
+from shearing.pruning.structured.rounding import every_granularity, round_to_target, select_across_layers
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
 from shearing.runs.race.methods import Contender, Ranking
@@ -98,7 +98,8 @@ def choose(contender: Contender, *, scores: Scores, source: Shape, target: Shape
     assert isinstance(how, Ranking)
     gives = METRICS[how.metric].gives
     apart = "layers" not in gives and {"attention", "mlp"} <= gives
-    names = [name for name in EVERY_GRANULARITY if not (apart and name == "layers")] + (["sublayers"] if apart else [])
+    every = every_granularity(source)
+    names = [name for name in every if not (apart and name == "layers")] + (["sublayers"] if apart else [])
     granularities = granularities_of(names, source=source, target=target)
     masks = as_masks(round_to_target(scores, granularities=granularities))
     return masks, Selection.of(masks, source=source, target=target)
@@ -130,31 +131,10 @@ def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> d
     seconds["refit"] = round(time.perf_counter() - started, 3) if adapted else 0.0
     masked.set_masks(masks)
     return {
-        "parameters": _parameters_of(masks, source=source, target=target),
+        "parameters": int(count_parameters({name: z.double() for name, z in masks.tensors().items()}, source=source)),
         "losses": {"after_cutting": losses_of(masked, context=context)},
         "seconds": seconds,
     }
-
-
-def _parameters_of(masks: Masks, *, source: Shape, target: Shape) -> int:
-    """Of a model whose layers have the sizes that masks leave, embeddings included."""
-    alive = {name: mask.cpu() for name, mask in masks.tensors().items()}
-    everything = torch.ones(source.num_hidden_layers)
-    total = target.num_parameters() - target.num_hidden_layers * sum(target.layer_parameters())
-    for layer in range(source.num_hidden_layers):
-        groups = alive.get("kv_groups", torch.ones(source.num_hidden_layers, source.num_key_value_heads))[layer]
-        heads = masks.heads(layer)
-        units = alive.get("intermediate", torch.ones(source.num_hidden_layers, source.intermediate_size))[layer]
-        shape = replace(
-            target,
-            num_key_value_heads=int(groups.sum()),
-            num_attention_heads=source.num_attention_heads if heads is None else int((heads != 0).sum()),
-            intermediate_size=int(units.sum()),
-        )
-        attention, mlp = shape.layer_parameters()
-        total += attention * int(alive.get("attention", everything)[layer])
-        total += mlp * int(alive.get("mlp", everything)[layer])
-    return total
 
 
 def cut_of(row: Row, *, context: RunContext, folder: RaceFolder) -> Path:
@@ -191,7 +171,11 @@ def _scores(contender: Contender, *, context: RunContext, folder: RaceFolder) ->
     for metric in filter(None, (contender.rest_by, how.metric)):
         file = scores_of(metric, context=context, folder=folder)
         given = load_file(file)
-        scores |= given if metric == contender.rest_by else {name: given[name] for name in METRICS[metric].gives}
+        scores |= (
+            given
+            if metric == contender.rest_by
+            else {name: given[name] for name in METRICS[metric].gives if name in given}
+        )
         seconds += read_json(seconds_beside(file))["seconds"]
     return scores, {"choosing": seconds}
 

@@ -17,7 +17,7 @@ SHADES = 6
 # In the units of the drawing: where the rows begin, height of a row, space between KV groups.
 LEFT, TOP, ROW, GROUP_GAP = 26.0, 18.0, 10.0, 2.0
 
-_RANKS = {"hidden": 1, "attention": 1, "mlp": 1, "kv_groups": 2, "query_heads": 3, "intermediate": 2}
+_RANKS = {"hidden": 1, "attention": 1, "mlp": 1, "kv_groups": 2, "query_heads": 3, "intermediate": 2, "experts": 2}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def unit_map(masks: dict[str, Tensor]) -> UnitMap | None:
     """Draw which units final binary masks keep.
 
     Args:
-        masks: any of `hidden` [d], `attention` [L], `mlp` [L], `kv_groups` [L, K], `query_heads` [L, K, G] and
-            `intermediate` [L, m]; others are ignored.
+        masks: any of `hidden` [d], `attention` [L], `mlp` [L], `kv_groups` [L, K], `query_heads` [L, K, G], and
+            `intermediate` [L, m] or `experts` [L, E]; others are ignored, as units inside of experts.
 
     Returns:
         None when nothing in there has a layer.
@@ -58,7 +58,8 @@ def unit_map(masks: dict[str, Tensor]) -> UnitMap | None:
 
     drawing = _Drawing()
     right = LEFT if heads is None else _draw_heads(drawing, heads, attention=attention) + 14
-    right = _draw_intermediate(drawing, kept.get("intermediate"), mlp=mlp, left=right)
+    label = "experts" if "experts" in kept else "intermediate units"
+    right = _draw_mlp(drawing, kept.get("experts", kept.get("intermediate")), mlp=mlp, left=right, label=label)
     for layer in range(num_layers):
         if layer % 5 == 0 or layer == num_layers - 1:
             drawing.text(LEFT - 5, TOP + layer * ROW + 7.5, str(layer), end=True)
@@ -92,12 +93,12 @@ def _draw_heads(drawing: _Drawing, heads: Tensor, *, attention: Tensor) -> float
     return x - GROUP_GAP
 
 
-def _draw_intermediate(drawing: _Drawing, intermediate: Tensor | None, *, mlp: Tensor, left: float) -> float:
+def _draw_mlp(drawing: _Drawing, parts: Tensor | None, *, mlp: Tensor, left: float, label: str) -> float:
     """A strip per layer, all kept where only the sub-layer is masked; returns where the strips end."""
     width = 300 if left < 150 else 240
-    drawing.text(left, 10, "intermediate units" if intermediate is not None else "MLP")
+    drawing.text(left, 10, label if parts is not None else "MLP")
     for layer, alive in enumerate(mlp.tolist()):
-        units = torch.ones(MAX_BINS) if intermediate is None else intermediate[layer]
+        units = torch.ones(MAX_BINS) if parts is None else parts[layer]
         _draw_bins(drawing, units if alive else torch.zeros_like(units), x=left, y=TOP + layer * ROW, width=width)
     return left + width
 

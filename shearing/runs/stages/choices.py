@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from shearing.data.corpus.corpus import whole_rows
+from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import read_header, write_tensors
+from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import attention_within_documents
 from shearing.models.cutting import Selection, compact
 from shearing.models.masked import MaskedModel, Masks
+from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
@@ -26,7 +31,8 @@ from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
 from shearing.runs.stages.evaluation.recipe import Baseline
-from shearing.runs.stages.source_model import load_source_model
+from shearing.runs.stages.source_model import load_source_model, model_to_read, source_to_read
+from shearing.training.checkpoints.checkpoints import no_space
 
 START_SCORES = "start_scores.safetensors"
 """In the folder of mask learning: what graded the initial masks. Its metadata says which metric wrote it, from what."""
@@ -37,7 +43,7 @@ _MADE_FROM = "made_from"
 def evidence_for(context: RunContext, *, metric: str, target: Shape | None) -> Evidence:
     """What a metric goes by in a run."""
     text = context.calibration_batches() if METRICS[metric].reads_text else ()
-    return Evidence(text=text, target=target, seed=context.recipe.seed)
+    return Evidence(text=text, target=target, seed=context.recipe.seed, processes=context.processes)
 
 
 def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict[str, Any]:
@@ -52,6 +58,7 @@ def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict
         "sequence_length": recipe.data.sequence_length,
         "calibration_tokens": recipe.pruning.prune.calibration_tokens,
         "attention": recipe.data.attention,
+        **({"rotate": recipe.pruning.prune.rotate} if recipe.pruning.prune.rotate != "none" else {}),
     }
 
 
@@ -73,9 +80,58 @@ def keep_scores(context: RunContext, scores: Scores, *, metric: str, target: Sha
     return path
 
 
+def refit_from_files(
+    context: RunContext,
+    *,
+    masks: Masks,
+    folder: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    model: ModelRecipe | None = None,
+) -> None:
+    """Refit the source under masks, layer by layer out of its files, and write what has become of each layer.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        masks: binary, on the device.
+        folder: is made anew; one safetensors file for each layer that stays, fp32, by names of the model's parameters.
+        advance: called with 1 after every layer.
+        model: what stands for the source, as the source in another basis; None: itself.
+    """
+    recipe, processes = model or context.recipe.model, context.processes
+    read = model_to_read(context, source=recipe.source, revision=recipe.revision)
+    layers = anatomy_of(read).layers
+
+    def keep(index: int, layer: nn.Module) -> None:
+        stays = any(kept is None or bool(kept[index]) for kept in (masks.attention, masks.mlp))
+        if stays and index % processes.size == processes.rank:
+            weights = {f"{layers}.{index}.{name}": weight.detach() for name, weight in layer.named_parameters()}
+            with full_disk_said(lambda: no_space(folder.parent)):
+                write_tensors(folder / f"{index:05d}.safetensors", weights)
+
+    def make() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    processes.on_main(make)
+    with attention_within_documents(read, on=context.document_rules.attention_within):
+        refit(
+            MaskedModel(read),
+            masks=masks,
+            batches=context.calibration_batches(),
+            advance=advance,
+            processes=processes,
+            keep=keep,
+        )
+    processes.barrier()
+
+
 @dataclass
 class Source:
-    """The source model and what is cut from it without training; loaded only when it is needed."""
+    """The source model and what is cut from it without training; loaded only when it is needed.
+
+    Several processes score and refit together, each reading the source from its files layer by layer; what is cut, each
+    of them has whole.
+    """
 
     context: RunContext
     _model: PreTrainedModel | None = None
@@ -84,21 +140,32 @@ class Source:
     def model(self) -> PreTrainedModel:
         """As it is."""
         if self._model is None:
-            self._model = load_source_model(self.context)
+            self._model = source_to_read(self.context, whole=lambda: load_source_model(self.context))
         return self._model
 
     def cut(self, baseline: Baseline, *, target: Shape) -> PreTrainedModel:
         """The source cut to `target`, its units chosen by a baseline's metric."""
         masks, selection = self._choose(baseline.metric, target=target)
-        model = self.model()
-        if baseline.refitted:
-            self._model = None  # its weights change in place
+        if not baseline.refitted:
+            return compact(self.model(), masks=masks, selection=selection)
+        here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
+        if self.context.processes.size == 1:
+            model, self._model = self.model(), None  # its weights change in place
             masked = MaskedModel(model)
-            here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
             with attention_within_documents(model, on=self.context.document_rules.attention_within):
                 refit(masked, masks=here, batches=self.context.calibration_batches())
-            model = masked.release()
-        return compact(model, masks=masks, selection=selection)
+            return compact(masked.release(), masks=masks, selection=selection)
+        return self._cut_refitted(masks=masks, here=here, selection=selection)
+
+    def _cut_refitted(self, *, masks: Masks, here: Masks, selection: Selection) -> PreTrainedModel:
+        context, source = self.context, self.context.recipe.model
+        folder = context.directory.path / ".refitted"
+        refit_from_files(context, masks=here, folder=folder)
+        refitted = model_to_read(context, source=source.source, revision=source.revision, instead=folder)
+        result = compact(refitted, masks=masks, selection=selection)
+        context.processes.barrier()
+        context.processes.on_main(lambda: shutil.rmtree(folder))
+        return result
 
     def digest(self, baseline: Baseline, *, target: Shape) -> str:
         """See `Selection.digest`."""
@@ -112,7 +179,9 @@ class Source:
 
     def _scores(self, metric: str, *, target: Shape) -> Scores:
         context = self.context
-        kept = kept_scores(context, metric=metric, target=target)
+        # Those of a run that rotates are of other coordinates; baselines are cut from the source as it is.
+        rotates = context.recipe.pruning.prune.rotate != "none"
+        kept = None if rotates else kept_scores(context, metric=metric, target=target)
         if kept is not None:
             return kept
         evidence = evidence_for(context, metric=metric, target=target)

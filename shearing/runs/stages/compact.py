@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, write_json
-from shearing.models.cutting import Selection, compact as cut
+from shearing.files.tensors import StoredTensors
+from shearing.models.cutting import Selection, cut_config, cut_in_turn
+from shearing.models.loading import load_source, paged_model, skeleton
 from shearing.models.masked import MaskedModel, Masks
-from shearing.models.shape import Shape, resolve_target
+from shearing.models.shape import Shape, architecture_name, resolve_target
 from shearing.models.stored.companions import copy_companions, folder_of
+from shearing.models.stored.paging.paged import Pages
 from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.rounding import shape_of
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 
 CHECK_TOKENS = 64
@@ -48,38 +54,28 @@ def compact(context: RunContext) -> dict[str, Any]:
     config = copy.deepcopy(context.config)
     source = Shape.of(config)
     masks, target, selection = kept_units(context)
+    architecture, source_architecture = map(architecture_name, (cut_config(config, selection=selection), config))
 
-    config.use_cache = False
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model: PreTrainedModel = architecture.from_pretrained(
-        None, config=config, state_dict=load_file(run.prune / "model.safetensors"), dtype=torch.float32
-    ).eval()
-    small = cut(model, masks=masks, selection=selection)
-    difference = _relative_difference(model, masks, small)
-    if not difference <= LARGEST_DIFFERENCE:
-        raise ShearingError(
-            "compact (logits of the cut model)",
-            value=difference,
-            allowed=f"a relative difference to the masked model of at most {LARGEST_DIFFERENCE}",
-            mend="the weights of prune/ may hold NaN, or this family's anatomy is declared wrongly: please report it",
-        )
-    small.config.use_cache = True
-
-    shape = {
-        "source": {**source.sizes(), "parameters": source.num_parameters()},
-        "target": {**target.sizes(), "parameters": target.num_parameters()},
-        "parameters_without_embeddings": target.num_parameters(embeddings=False),
-        "layers": [{"attention": a, "mlp": m} for a, m in selection.layers],
-        "relative_logit_difference": difference,
-    }
     beside = run.path / ".compact.partial"
     for folder in (beside, run.compact):
         if folder.exists():
             shutil.rmtree(folder)
-    beside.mkdir(parents=True)
-    write_model(small, beside)
-    copy_companions(folder_of(recipe.model.source, revision=recipe.model.revision), to=beside)
-    write_json(beside / "shape.json", shape)
+    try:
+        difference = _write_cut(config, run.prune / "model.safetensors", masks, selection, to=beside)
+        shape = {
+            "source": {**source.sizes(), "parameters": source.num_parameters()},
+            "target": {**target.sizes(), "parameters": target.num_parameters()},
+            "parameters_without_embeddings": target.num_parameters(embeddings=False),
+            "layers": [{"attention": a, "mlp": m} for a, m in selection.layers],
+            "architecture": architecture,
+            "source_architecture": source_architecture,
+            "relative_logit_difference": difference,
+        }
+        copy_companions(folder_of(recipe.model.source, revision=recipe.model.revision), to=beside)
+        write_json(beside / "shape.json", shape)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     beside.rename(run.compact)
     flush_folder(run.path)
     run.mark_complete("compact", {"parameters": target.num_parameters()})
@@ -88,6 +84,9 @@ def compact(context: RunContext) -> dict[str, Any]:
         f"({', '.join(f'{name} {size}' for name, size in target.sizes().items())}); "
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"
     )
+    if architecture != source_architecture:
+        said = written_as(architecture, instead_of=source_architecture)
+        context.console.print(said, soft_wrap=True, highlight=False)
     return shape
 
 
@@ -131,13 +130,39 @@ def _target(recipe: Recipe, masks: Masks, *, source: Shape, config: Any) -> Shap
     return shape_of(masks, source=source)
 
 
+def _write_cut(config: PretrainedConfig, trained: Path, masks: Masks, selection: Selection, *, to: Path) -> float:
+    """Write the cut model, of which a layer at a time is in memory; returns how far its logits are off."""
+    small = skeleton(cut_config(config, selection=selection))
+    small.config.use_cache = True
+    write_model(small, to, weights=cut_in_turn(config, StoredTensors(trained), masks=masks, selection=selection))
+    files = sorted(to.glob("*.safetensors"))
+    difference = _relative_difference(config, trained, masks, small=(small.config, files))
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ShearingError(
+            "compact (logits of the cut model)",
+            value=difference,
+            allowed=f"a relative difference to the masked model of at most {LARGEST_DIFFERENCE}",
+            mend="the weights of prune/ may hold NaN, or this family's anatomy is declared wrongly: please report it",
+        )
+    return difference
+
+
 @torch.no_grad()
-def _relative_difference(model: PreTrainedModel, masks: Masks, small: PreTrainedModel) -> float:
+def _relative_difference(
+    config: PretrainedConfig, trained: Path, masks: Masks, *, small: tuple[PretrainedConfig, Sequence[Path]]
+) -> float:
+    """Of logits, between the model in a file under masks and that of a config in files; a layer in memory at a time."""
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.config.vocab_size, (1, CHECK_TOKENS), generator=generator)
-    masked = MaskedModel(model)
+    input_ids = torch.randint(config.vocab_size, (1, CHECK_TOKENS), generator=generator)
+    masked = MaskedModel(_opened(config, [trained]))
     masked.set_masks(masks)
     expected = masked.model(input_ids=input_ids).logits.double()
-    masked.release()
-    found = small(input_ids=input_ids).logits.double()
+    del masked
+    found = _opened(*small)(input_ids=input_ids).logits.double()
     return float((found - expected).norm() / expected.norm())
+
+
+def _opened(config: PretrainedConfig, files: Sequence[Path]) -> PreTrainedModel:
+    folder = str(files[0].parent)
+    model = paged_model(config, files=files, source=folder, pages=Pages(torch.device("cpu")))
+    return load_source(folder) if model is None else model  # its parameters are made of what is in the files

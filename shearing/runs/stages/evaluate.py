@@ -21,6 +21,7 @@ from shearing.evaluation.speed import measure_speed
 from shearing.evaluation.table import comparison_table
 from shearing.evaluation.verdict import verdict
 from shearing.files.durable import read_json, write_json
+from shearing.models.stored.paging.on_demand import weights_by_name
 from shearing.progress import activity
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
@@ -38,7 +39,8 @@ SPEED_REPETITIONS = 3
 def evaluate(context: RunContext) -> dict[str, Any]:
     """Measure what exists of a run, write evaluation.json and print the comparison table.
 
-    All processes call this: tasks are shared out, all else is the main one's.
+    All processes call this. Held-out text and tasks are shared out, each model is measured by all of them together;
+    what a model writes and how fast it is, the main one finds out.
 
     Args:
         context: of a run that may have any number of its stages behind it.
@@ -56,15 +58,9 @@ def evaluate(context: RunContext) -> dict[str, Any]:
         ShearingError: the corpus or the source model cannot be used; see `measure_tasks`.
     """
     processes = context.processes
-    rows: list[Row] = []
-    results: dict[str, dict[str, Any]] = {}
-
-    def of_text() -> None:
-        rows.extend(rows_of(context))
-        results.update(_measure_losses(context, rows))
-        measure_writing(context, rows, results=results)
-
-    processes.on_main(of_text)
+    rows = processes.each(lambda: rows_of(context))
+    results = _measure_losses(context, rows)
+    processes.on_main(lambda: measure_writing(context, rows, results=results))
     if context.recipe.evaluation.tasks:
         measure_tasks(context, rows, results=results)
     return processes.on_main(lambda: _finish(context, rows, results=results))
@@ -74,7 +70,7 @@ def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str,
     """Held-out losses and sizes, by the names of rows; each kept in the run's folder as soon as it is measured."""
     recipe, run, console = context.recipe, context.directory, context.console
     sparse = any(masks_beside(folder) for folder in (Path(recipe.model.source), run.sparse, run.model))
-    earlier = _earlier_results(run, settings=_settings(context))
+    earlier = context.processes.on_main(lambda: _earlier_results(run, settings=_settings(context)))
     results = {
         row.name: {**earlier[row.name], **_facts(row)}
         for row in rows
@@ -109,13 +105,17 @@ def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str,
                     progress=_scaled(advance, row.shape.num_parameters()),
                     chunk_tokens=recipe.training.loss_chunk_tokens,
                     rules=context.document_rules,
+                    processes=context.processes,
                 )
                 for corpus in corpora
             ]
             results[row.name] = {**_result(row, *losses), "seconds": round(time.perf_counter() - started, 3)}
             if sparse:
-                results[row.name]["nonzero"] = sum(int(each.count_nonzero()) for each in model.parameters())
-            write_json(run.path / PARTIAL_NAME, _content(context, rows, results=results))
+                results[row.name]["nonzero"] = sum(
+                    int(each.count_nonzero()) for each in weights_by_name(model).values()
+                )
+            if context.processes.is_main:
+                write_json(run.path / PARTIAL_NAME, _content(context, rows, results=results))
             mean = results[row.name]["mean"]["loss"]
             console.print(f"{row.label}: mean held-out loss {'not finite' if mean is None else f'{mean:.3f}'}")
     return results
@@ -157,7 +157,7 @@ def _measure_speeds(context: RunContext, *, rows: list[Row], results: dict[str, 
     pair = [row for row in rows if row.name in ("source", latest)]
     if all(results[row.name]["speed"] for row in pair):
         return
-    models = {row.name: row.load() for row in pair}
+    models = {row.name: row.load_whole() for row in pair}
     for model in models.values():
         model.to(context.precision)  # type: ignore[arg-type]
     with activity("speed", total=(SPEED_REPETITIONS + 1) * len(pair), console=context.console) as advance:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError, named
@@ -20,16 +24,26 @@ from shearing.models.stored.saving import round_weights, write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
+from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
-from shearing.runs.stages.pretrain_start import Start, result_dtype
-from shearing.runs.stages.source_model import load_source_model, load_whole_or_skeleton, reference_losses
+from shearing.runs.stages.pretrain_start import (
+    Start,
+    choose_salient,
+    measure_input_norms,
+    moved_masks,
+    moving_masks,
+    result_dtype,
+    way_of,
+)
+from shearing.runs.stages.source_model import load_to_train, reference_losses, source_to_read
 from shearing.runs.stages.training_task import task_of
-from shearing.runs.vocabulary import CutVocabulary, cut_to_corpus
+from shearing.training.adapters.recipe import SpeftRecipe
 from shearing.training.checkpoints.checkpoints import no_space
 from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
 from shearing.training.checkpoints.state import seed_random
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
@@ -60,28 +74,28 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     before = {stage: run.read_complete(stage) for stage in recipe.stages[: recipe.stages.index("pretrain")]}
     mixture = context.initial_mixture()
     start = processes.each(lambda: Start.of(context))
-    model = processes.each(
-        lambda: load_whole_or_skeleton(context, source=start.source, revision=start.revision, whole=processes.is_main)
-    )
+    # What changes weights before training, or takes gradients of all, has them in memory.
+    whole = recipe.pretrain.ast is not None or isinstance(recipe.pretrain.adapters, SpeftRecipe)
+    model = processes.each(lambda: load_to_train(context, source=start.source, revision=start.revision, whole=whole))
     if start.masks is not None:
         processes.on_main(partial(require_zeros, start.masks, model=model))
     learned = before.get("prune")
     if learned is None:
-        reference = processes.on_main(
-            lambda: reference_losses(
-                context,
-                stage="pretrain",
-                source=lambda: _source(context, start=start, model=model),
-                path=run.pretrain / "reference.json",
-            )
+        reference = reference_losses(
+            context,
+            stage="pretrain",
+            source=lambda: source_to_read(context, whole=lambda: _source(context, start=start, model=model)),
+            path=run.pretrain / "reference.json",
         )
     else:
         mixture.load_state_dict(learned["mixture_state"])
         reference = learned["reference"]
     first, drawn_before = mixture.next_sample, mixture.samples_per_domain()
-    lora = recipe.pretrain.lora
-    if lora is not None:
-        processes.each(lambda: start.adapt(model, lora=lora, seed=recipe.seed))
+    moving = _moving(context, start=start, model=model)
+    if (adapters := recipe.pretrain.adapters) is not None:
+        if isinstance(adapters, SpeftRecipe):
+            processes.on_main(partial(choose_salient, context, settings=adapters, start=start, model=model))
+        processes.each(lambda: start.adapt(model, adapters=adapters, seed=recipe.seed))
     task = task_of(
         context,
         stage="pretrain",
@@ -92,12 +106,16 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         rule_memory=None if learned is None else learned.get("rule_memory"),
         moments=None if learned is None else processes.each(lambda: _moments(context)),
         # Adapters leave the weights as they are, and their own products are masked.
-        kept=None if start.masks is None or lora is not None else partial(start.kept, prefix=PARAMETER_PREFIX),
+        kept=None
+        if start.masks is None or adapters is not None or moving is not None
+        else partial(start.kept, prefix=PARAMETER_PREFIX),
+        moving=moving,
         correspondence=partial(_correspondence, context),
     )
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console)
+    gc.collect()  # as after mask learning
 
     num_samples = task.schedule.total_steps * task.schedule.sequences_per_step
     end = first + num_samples
@@ -113,9 +131,24 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     return complete
 
 
+def _moving(context: RunContext, *, start: Start, model: PreTrainedModel) -> MovingMasks | None:
+    """Masks that are chosen anew while training goes on, and what they drop brought back; None: they stay."""
+    settings, processes = context.recipe.pretrain.ast, context.processes
+    if settings is None:
+        return None
+    if settings.scores == "wanda":
+        processes.on_main(partial(measure_input_norms, context, settings=settings, start=start, model=model))
+    moving = processes.each(lambda: moving_masks(context, settings=settings, start=start))
+    processes.each(partial(start.bring_back, model))
+    return moving
+
+
 def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
     """The source model, whose own losses may be the reference: the one to be trained, or the dense one before it."""
-    return model if start.source == context.recipe.model.source else load_source_model(context)
+    source = context.recipe.model
+    if start.source == source.source:
+        return model
+    return load_to_train(context, source=source.source, revision=source.revision)
 
 
 def _correspondence(context: RunContext) -> Correspondence:
@@ -126,24 +159,35 @@ def _correspondence(context: RunContext) -> Correspondence:
 
 
 def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
-    run, lora = context.directory, context.recipe.pretrain.lora
-    model = start.merged(start.restored(ShardedState(trained.checkpoint), lora=lora))
+    run, settings, state = context.directory, context.recipe.pretrain, ShardedState(trained.checkpoint)
     record = {
         "steps": complete["steps"],
         "tokens": complete["tokens"],
-        "adapters": None if lora is None else lora.model_dump(mode="json"),
+        **way_of(settings),
         "versions": environment(context.device),
     }
-    _save_model(model, run=run, start=start, record=record, dtype=result_dtype(context))
-    if (size := None if context.recipe.target is None else context.recipe.target.vocab_size) is not None:
-        cut = _save_with_kept_tokens(model, context=context, size=size, start=start, record=record)
+    size = None if context.recipe.target is None else context.recipe.target.vocab_size
+    weights: Iterable[tuple[str, Tensor]] | None = None
+    if settings.adapters is not None or size is not None:
+        model = start.merged(start.restored(state, adapters=settings.adapters))
+    else:
+        model, weights = start.skeleton(), start.weights(state)
+    write = partial(write_trained, source=start.folder, record=record, moved=moved_masks(state))
+    _save_model(model, weights, run=run, start=start, write_trained=write, dtype=result_dtype(context))
+    if size is not None:
+        cut = _save_with_kept_tokens(model, context=context, size=size, start=start, write_trained=write)
         context.console.print(str(cut), soft_wrap=True, highlight=False)
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
 
 def _save_with_kept_tokens(
-    model: PreTrainedModel, *, context: RunContext, size: int | str, start: Start, record: dict[str, Any]
+    model: PreTrainedModel,
+    *,
+    context: RunContext,
+    size: int | str,
+    start: Start,
+    write_trained: Callable[[Path], None],
 ) -> CutVocabulary:
     """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model; `model` is rounded as that is."""
     run = context.directory
@@ -156,7 +200,7 @@ def _save_with_kept_tokens(
             round_weights(model, dtype=result_dtype(context))
             cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=model, masks=start.masks)
             if start.masks is not None:
-                write_trained(beside, source=start.folder, record=record)
+                write_trained(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -182,19 +226,34 @@ def _moments(context: RunContext) -> SavedMoments | None:
 
 
 def _save_model(
-    model: PreTrainedModel, *, run: RunDirectory, start: Start, record: dict[str, Any], dtype: torch.dtype
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]] | None,
+    *,
+    run: RunDirectory,
+    start: Start,
+    write_trained: Callable[[Path], None],
+    dtype: torch.dtype,
 ) -> None:
-    """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained."""
+    """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained.
+
+    Args:
+        model: what was trained; a skeleton where there are `weights`.
+        weights: one after the other; None: those of the model.
+        run: of this folder.
+        start: what training began with.
+        write_trained: writes what is to be said of a sparse model.
+        dtype: of the weights in the files.
+    """
     beside = run.path / ".model.partial"
     for folder in (beside, run.model):
         if folder.exists():
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            write_model(model, beside, dtype=dtype)
+            write_model(model, beside, weights=weights, dtype=dtype)
             copy_companions(start.folder, to=beside)
             if start.masks is not None:
-                write_trained(beside, source=start.folder, record=record)
+                write_trained(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shearing.errors import named
+from shearing.files.tensors import read_tensors, write_tensors
+from shearing.models.loading import load_config, skeleton
 from shearing.models.stored.companions import folder_of
+from shearing.models.stored.expert_files import whole_masks
 from shearing.models.stored.saving import DTYPES
-from shearing.models.stored.stored_model import dtype_of_weights
+from shearing.models.stored.stored_model import dtype_of_weights, open_source
+from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
-from shearing.pruning.sparse.stored.trained import masks_beside
+from shearing.pruning.sparse.stored.trained import groups_of, masks_beside
 from shearing.runs.context import RunContext
-from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
+from shearing.runs.names import ADAPTER_NAMES
+from shearing.settings.quantities import Duration
+from shearing.training.adapters.adapted import adapted_layers, linear_layers, merge_in_place
+from shearing.training.adapters.lora import add_adapters, merge_adapters
+from shearing.training.adapters.recipe import AdapterRecipe, LoraRecipe, SpeftRecipe, SppRecipe, adapter_name
+from shearing.training.adapters.speft import add_deltas, choose, read_chosen, saliences, write_chosen
+from shearing.training.adapters.spp import add_factors
+from shearing.training.checkpoints.pieces import SET_ASIDE, WEIGHT, ShardedState
 from shearing.training.checkpoints.state import seed_random
-from shearing.training.lora import add_adapters, merge_adapters
-from shearing.training.recipe import LoraRecipe
+from shearing.training.engines.moving_masks import MovingMasks, MovingMatrix, MovingSchedule
+from shearing.training.recipe import AstRecipe, PretrainRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,12 +48,16 @@ class Start:
         source, revision: its folder, or its name and revision on the hub.
         folder: where its config, tokenizer and masks are.
         masks: of a sparse model; None for a dense one.
+        dense: where what the masks drop is still there: folder, or name and revision; None: nowhere.
+        salient: file of the weights that are changed, where few are; it appears before adapters are made.
     """
 
     source: str
     revision: str | None
     folder: Path
     masks: Path | None
+    dense: tuple[str, str | None] | None = None
+    salient: Path | None = None
 
     @classmethod
     def of(cls, context: RunContext) -> Start:
@@ -51,43 +68,89 @@ class Start:
         """
         recipe, run = context.recipe, context.directory
         source, revision = recipe.model.source, recipe.model.revision
+        dense: tuple[str, str | None] | None = None
         for stage, made in (("compact", run.compact), ("sparsify", run.sparse)):
             if stage in recipe.stages:
+                dense = (source, revision) if stage == "sparsify" else None
                 source, revision = str(made), None
         folder = folder_of(source, revision=revision, also=[FILE_NAME, EARLIER_NAME])
-        return cls(source, revision, folder, masks_beside(folder))
+        return cls(source, revision, folder, masks_beside(folder), dense, run.salient)
 
     def kept(self, *, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Names of masked weights, after a prefix, and their bool masks, one at a time; nothing for a dense model."""
         if self.masks is not None:
-            for name, mask in read_masks(self.masks):
+            model = skeleton(load_config(self.source, revision=self.revision))
+            for name, mask in whole_masks(model, read_masks(self.masks)):
                 yield prefix + name, mask
 
-    def adapt(self, model: PreTrainedModel, *, lora: LoraRecipe, seed: int) -> PeftModel:
+    @torch.no_grad()
+    def bring_back(self, model: PreTrainedModel) -> None:
+        """Put what the masks drop back into a model of this kind, in place, as it was before it was dropped.
+
+        A sparse model that came as one has nothing to bring back: what it drops begins at 0.
+        """
+        if self.dense is None:
+            return
+        with TemporaryDirectory() as converted:
+            source, revision = self.dense
+            dense = open_source(source, revision=revision, converted=Path(converted))
+            for name, mask in self.kept():
+                weight = model.get_parameter(name)
+                before = dense.read([name])[name].to(weight.device, weight.dtype)
+                weight.copy_(torch.where(mask.to(weight.device), weight, before))
+
+    def adapt(self, model: PreTrainedModel, *, adapters: AdapterRecipe, seed: int) -> PreTrainedModel | PeftModel:
         """Put adapters into a model of this kind, in place.
 
         Raises:
-            ShearingError: peft is not installed, or no layer has such a name.
+            ShearingError: peft is not installed, no layer has such a name, or a rank that does not fit.
         """
         seed_random(seed)
-        return add_adapters(
-            model,
-            masks=self.kept(),
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=lora.targets,
-        )
+        with named(ADAPTER_NAMES[adapter_name(adapters)]):
+            if isinstance(adapters, LoraRecipe):
+                return add_adapters(
+                    model,
+                    masks=self.kept(),
+                    rank=adapters.rank,
+                    alpha=adapters.alpha,
+                    dropout=adapters.dropout,
+                    targets=adapters.targets,
+                )
+            if isinstance(adapters, SppRecipe):
+                add_factors(
+                    model,
+                    rank=adapters.rank,
+                    scale=adapters.scale,
+                    dropout=adapters.dropout,
+                    targets=adapters.targets,
+                )
+            else:
+                assert self.salient is not None
+                add_deltas(model, chosen=read_chosen(self.salient))
+        return model
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, its config as it is stored."""
+        config = load_config(self.source, revision=self.revision)
+        uses_cache = config.use_cache
+        model = skeleton(config)
+        model.config.use_cache = uses_cache
+        return model
+
+    def weights(self, state: ShardedState) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a checkpoint of this model one after the other, fp32 on the CPU."""
+        for name, weight in state.whole(WEIGHT):
+            yield name.removeprefix(PARAMETER_PREFIX), weight
 
     @torch.no_grad()
-    def restored(self, state: ShardedState, *, lora: LoraRecipe | None) -> PreTrainedModel | PeftModel:
+    def restored(self, state: ShardedState, *, adapters: AdapterRecipe | None) -> PreTrainedModel | PeftModel:
         """The model with the weights of a checkpoint as training has it, fp32 on the CPU; adapters are beside it."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self.source, revision=self.revision, dtype=torch.float32
         )
-        adapted = None if lora is None else self.adapt(model, lora=lora, seed=0)
-        for name, weight in state.whole(WEIGHT):
-            model.get_parameter(name.removeprefix(PARAMETER_PREFIX)).copy_(weight)
+        adapted = None if adapters is None else self.adapt(model, adapters=adapters, seed=0)
+        for name, weight in self.weights(state):
+            model.get_parameter(name).copy_(weight)
         return model if adapted is None else adapted
 
     @torch.no_grad()
@@ -97,7 +160,159 @@ class Start:
         Raises:
             ShearingError: a weight that a mask drops is not 0 after merging.
         """
-        return model if isinstance(model, PreTrainedModel) else merge_adapters(model, masks=self.kept())
+        if not isinstance(model, PreTrainedModel):
+            return merge_adapters(model, masks=self.kept())
+        # All weights were trained: under masks that stayed, which every checkpoint was checked with, or that moved.
+        return merge_in_place(model, masks=self.kept()) if any(adapted_layers(model)) else model
+
+
+def moved_masks(state: ShardedState) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:
+    """Masks by name of the weight that a checkpoint has, one at a time; None where they do not move."""
+    if SET_ASIDE not in state.kinds:
+        return None
+
+    def masks() -> Iterator[tuple[str, Tensor]]:
+        for name, aside in state.whole(SET_ASIDE):
+            yield name.removeprefix(PARAMETER_PREFIX), aside.isnan()
+
+    return masks
+
+
+def moving_masks(context: RunContext, *, settings: AstRecipe, start: Start) -> MovingMasks:
+    """The masks of a sparse model, to move while it is trained.
+
+    Raises:
+        ShearingError: the model is not sparse, or not N:M.
+    """
+    recipe = context.recipe
+    groups = groups_of(start.folder)
+    norms = read_tensors(context.directory.input_norms, list(groups)) if settings.scores == "wanda" else {}
+    length = recipe.data.sequence_length
+    total = recipe.pretrain.total_steps(sequence_length=length)
+
+    def steps(duration: Duration) -> int:
+        return recipe.pretrain.in_steps(duration, sequence_length=length)
+
+    def matrices() -> Iterator[MovingMatrix]:
+        for name, mask in start.kept():
+            pattern = groups[name]
+            yield MovingMatrix(
+                name=PARAMETER_PREFIX + name, mask=mask, kept=pattern.kept, of=pattern.of, scale=norms.get(name)
+            )
+
+    return MovingMasks(
+        matrices,
+        schedule=MovingSchedule(
+            interval=max(1, steps(settings.interval)),
+            decay=settings.decay,
+            ramp_steps=steps(settings.ramp),
+            freeze_step=total - min(total, steps(settings.freeze)),
+        ),
+        processes=context.processes,
+    )
+
+
+def measure_input_norms(context: RunContext, *, settings: AstRecipe, start: Start, model: PreTrainedModel) -> None:
+    """Write root mean squares of what every masked matrix reads, unless they are there.
+
+    Args:
+        context: of the run.
+        settings: how much text is read.
+        start: has the masks.
+        model: the sparse model, whole.
+    """
+    path = context.directory.input_norms
+    if path.is_file():
+        return
+    sums: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            squares_I = arguments[0].detach().float().square().flatten(0, -2).mean(0)
+            sums[name] = sums[name] + squares_I if name in sums else squares_I
+
+        return add
+
+    handles = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(listen(name))
+        for name in groups_of(start.folder)
+    ]
+    samples = settings.samples
+    try:
+        with torch.no_grad():
+            for loss in _losses(context, model=model, samples=samples, together=True):
+                loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {name: total.sqrt().cpu() for name, total in sums.items()})
+
+
+def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, model: PreTrainedModel) -> None:
+    """Write which weights are trained, unless it is there.
+
+    Args:
+        context: of the run.
+        settings: how they are chosen.
+        start: has the masks.
+        model: that is to be trained, whole.
+
+    Raises:
+        ShearingError: no layer has such a name.
+    """
+    path = context.directory.salient
+    if path.is_file():
+        return
+    with named(ADAPTER_NAMES["speft"]):
+        layers = linear_layers(model, targets=settings.targets)
+    weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    masks = {name: mask for name, mask in start.kept() if name in weights}
+    losses = _losses(context, model=model, samples=settings.samples, together=settings.salience != "fisher")
+    chosen = choose(
+        saliences(weights, losses=losses, kind=settings.salience),
+        kept=masks.get,
+        share=settings.share,
+        unit=settings.unit,
+        among_all=settings.among == "model",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_chosen(path, chosen)
+
+
+def _losses(
+    context: RunContext, *, model: PreTrainedModel, samples: int, together: bool
+) -> Iterator[Callable[[], Tensor]]:
+    """Mean losses of the run's first training samples, computed when called.
+
+    Args:
+        context: of the run.
+        model: whole, on the run's device.
+        samples: sequences.
+        together: as many at once as divide them, up to the stage's micro-batch; else one at a time.
+    """
+    recipe, mixture = context.recipe, context.initial_mixture()
+    most = recipe.pretrain.micro_batch_size if together else 1
+    size = max(each for each in range(1, most + 1) if samples % each == 0)
+    objective = LanguageModelLoss(model, chunk_tokens=recipe.training.loss_chunk_tokens)
+    for first in range(0, samples, size):
+        tokens_BT = mixture.batch(first_sample=first, num_sequences=size).tokens.to(context.device)
+
+        def loss(tokens_BT: Tensor = tokens_BT) -> Tensor:
+            with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.precision == torch.bfloat16):
+                total: Tensor = objective(tokens_BT).total
+            return total / (size * (tokens_BT.shape[1] - 1))
+
+        yield loss
+
+
+def way_of(pretrain: PretrainRecipe) -> dict[str, Any]:
+    """What a manifest says of how a sparse model was trained: the method, and the settings of adapters or masks."""
+    if (adapters := pretrain.adapters) is not None:
+        return {"method": adapter_name(adapters), "adapters": adapters.model_dump(mode="json")}
+    if pretrain.ast is not None:
+        return {"method": "ast", "adapters": None, "masks": pretrain.ast.model_dump(mode="json")}
+    return {"method": "all weights", "adapters": None}
 
 
 def result_dtype(context: RunContext) -> torch.dtype:

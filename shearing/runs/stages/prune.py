@@ -5,27 +5,36 @@ Of a stage without steps, the start is what stays: graded, refitted, and cut at 
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
-from shearing.errors import named
-from shearing.files.durable import write_json
+from shearing.errors import ShearingError, named
+from shearing.files.durable import flush_folder, write_json
 from shearing.files.full_disk import full_disk_said
-from shearing.files.tensors import write_tensors
+from shearing.files.tensors import write_in_turn, write_tensors
 from shearing.models.attention import attention_within_documents
 from shearing.models.correspondence import Correspondence
-from shearing.models.cutting import compact_moments
+from shearing.models.cutting import cut_config, moments_in_turn
+from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel
+from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape, export_error, resolve_target
+from shearing.models.stored.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
+from shearing.pruning.rotation.basis import rotate
+from shearing.pruning.rotation.components import principal_basis
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
@@ -36,16 +45,32 @@ from shearing.pruning.structured.parameter_budget import ParameterBudget
 from shearing.pruning.structured.refitting import refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores
-from shearing.runs.stages.source_model import load_whole_or_skeleton, reference_losses
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores, refit_from_files
+from shearing.runs.stages.source_model import (
+    holds_all_in_fp32,
+    load_source_model,
+    load_to_train,
+    reference_losses,
+    source_to_read,
+)
 from shearing.runs.stages.training_task import task_of
-from shearing.training.checkpoints.checkpoints import no_space
+from shearing.training.checkpoints.checkpoints import checkpoints_in, no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
 from shearing.training.metrics import print_summary
 from shearing.training.stage import Trained
-from shearing.training.task import Task
+from shearing.training.task import Callback, Run, Task
+
+REFITTED = ".refitted"
+"""In the folder of mask learning, until training begins: refitted layers of a model that no process holds whole."""
+
+ROTATION = "rotation.safetensors"
+"""In the folder of mask learning: the basis that the source was rotated into."""
+
+ROTATED = ".rotated"
+"""In the folder of mask learning, until that is complete: the source in another basis, a model folder."""
 
 
 @named(COMPONENT_NAMES)
@@ -69,17 +94,24 @@ def prune(context: RunContext) -> dict[str, Any]:
     """
     recipe, run, processes = context.recipe, context.directory, context.processes
     mixture = context.initial_mixture()
-    model = processes.each(
-        lambda: load_whole_or_skeleton(
-            context, source=recipe.model.source, revision=recipe.model.revision, whole=processes.is_main
-        )
-    )
-    processes.on_main(lambda: run.prune.mkdir(parents=True, exist_ok=True))
-    reference = processes.on_main(
-        lambda: reference_losses(context, stage="prune", source=lambda: model, path=run.prune / "reference.json")
-    )
+    refitted = run.prune / REFITTED
+    processes.on_main(lambda: _make_folder(run.prune, without=refitted))
     said = full_disk_said(lambda: no_space(run.prune))
-    path = processes.on_main(said(lambda: _initial_scores(context, model=model)))
+    source = recipe.model
+    if recipe.pruning.prune.rotate != "none":
+        source = source.model_copy(
+            update={"source": processes.on_main(said(lambda: _rotated(context))), "revision": None}
+        )
+    model = processes.each(
+        lambda: load_to_train(context, source=source.source, revision=source.revision, changes=refitted)
+    )
+    reference = reference_losses(
+        context,
+        stage="prune",
+        source=lambda: source_to_read(context, whole=lambda: model, model=source),
+        path=run.prune / "reference.json",
+    )
+    path = _initial_scores(context, whole=model, source=source)
     masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
     task = task_of(
         context,
@@ -88,15 +120,36 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        before_first_step=partial(_refit, context, model=masking.model, choice=choice),
+        moments=None if recipe.pruning.prune.moments_of is None else processes.each(lambda: _moments(context)),
+        before_first_step=partial(_refit, context, whole=masking.model, choice=choice, source=source),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
+    task = replace(task, callbacks=(*task.callbacks, _Remove(refitted)))
 
     seed_random(recipe.seed)
     trained = train(task, console=context.console, measure_end=True)
+    gc.collect()  # an engine that refers to itself would be there until Python comes to it
     return processes.on_main(
         said(lambda: _finish(context, model=model, task=task, choice=choice, trained=trained, mixture=mixture))
     )
+
+
+def _make_folder(folder: Path, *, without: Path) -> None:
+    """The folder of the stage, without what a refit that was interrupted has left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(without, ignore_errors=True)
+
+
+class _Remove(Callback):
+    """Removes a folder once the engine has the weights that are in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def start(self, run: Run) -> None:
+        """See `Callback`."""
+        if run.task.processes.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _finish(
@@ -113,11 +166,17 @@ def _finish(
     masks = choice.final_masks()
     write_tensors(run.prune / "masks.safetensors", {name: mask.clone() for name, mask in masks.tensors().items()})
     if context.recipe.pretrain.carries and (isinstance(choice.target, Shape) or choice.target.uniform):
-        moments = state.moments(prefix=PARAMETER_PREFIX)
-        write_moments(run.moments, compact_moments(model, moments, selection=choice.selection()))
+        selection = choice.selection()
+        bones = skeleton(cut_config(model.config, selection=selection))
+        write_moments(
+            run.moments,
+            moments_in_turn(model.config, state.moments(prefix=PARAMETER_PREFIX), selection=selection),
+            shapes={name: tuple(parameter.shape) for name, parameter in bones.named_parameters()},
+        )
     # A tied weight appears once among the named parameters, as safetensors wants it.
-    weights = {name.removeprefix(PARAMETER_PREFIX): weight for name, weight in state.whole(WEIGHT)}
-    write_tensors(run.prune / "model.safetensors", weights)
+    like = {name.removeprefix(PARAMETER_PREFIX): torch.empty(of, device="meta") for name, of in state.shapes.items()}
+    weights = ((name.removeprefix(PARAMETER_PREFIX), weight) for name, weight in state.whole(WEIGHT))
+    write_in_turn(run.prune / "model.safetensors", like, tensors=weights, metadata={})
     end = task.schedule.total_steps * task.schedule.sequences_per_step
     summary: dict[str, Any] = {
         **_by_figure(choice.summary()),
@@ -136,6 +195,7 @@ def _finish(
             "rule_memory": trained.mixture_rule.get("memory", {}),
         },
     )
+    shutil.rmtree(run.prune / ROTATED, ignore_errors=True)
     learned = {
         f"{name}, kept of {summary['units'][name]}": _learned(summary, name=name) for name in summary.get("kept", {})
     }
@@ -154,36 +214,99 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
     )
 
 
-def _initial_scores(context: RunContext, *, model: PreTrainedModel) -> Path | None:
-    """File with what grades the initial masks, measured once per run; None where they start open."""
-    name, wanted = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target
+def _moments(context: RunContext) -> ShardedState:
+    """The optimiser's state at the end of the run that has trained the source."""
+    folder = context.recipe.pruning.prune.moments_of
+    assert folder is not None
+    found = checkpoints_in(RunDirectory(folder).checkpoints("pretrain"))
+    if not found:
+        raise ShearingError(
+            "prune.moments_of",
+            value=str(folder),
+            allowed="the folder of a run with a checkpoint of pretrain",
+            mend="run that one to its end, or set prune.moments_of=null",
+        )
+    return ShardedState(found[max(found)])
+
+
+def _rotated(context: RunContext) -> str:
+    """Folder with the source rotated into its principal components; the same ones however often a run is interrupted.
+
+    It is in memory whole, in fp32, for as long as this takes.
+    """
+    folder = context.directory.prune / ROTATED
+    if folder.is_dir():
+        return str(folder)
+    model, batches = load_source_model(context), context.calibration_batches()
+    with (
+        attention_within_documents(model, on=context.document_rules.attention_within),
+        activity("principal components", total=len(batches), console=context.console) as advance,
+    ):
+        basis = principal_basis(model, batches, advance=advance)
+    write_tensors(
+        context.directory.prune / ROTATION,
+        {"rotation": basis.rotation.contiguous(), "moment": basis.moment.contiguous()},
+    )
+    lost = rotate(model, basis)
+    if lost:
+        context.console.print(
+            f"rotated; the head is the embedding, and its fitted gain changes logits by {lost:.2%} (root mean square)"
+        )
+    beside = folder.with_name(f"{ROTATED}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    write_model(model, beside)
+    flush_folder(beside)
+    beside.rename(folder)
+    flush_folder(folder.parent)
+    return str(folder)
+
+
+def _initial_scores(context: RunContext, *, whole: PreTrainedModel, source: ModelRecipe) -> Path | None:
+    """File with what grades the initial masks, measured once per run by all processes; None where they start open."""
+    name, wanted, processes = context.recipe.pruning.prune.graded_by, context.recipe.pruning.target, context.processes
     if name is None:
         return None
-    target = None if wanted.parameters is not None else resolve_target(wanted, source=model.config)
-    if kept_scores(context, metric=name, target=target) is not None:
+    target = None if wanted.parameters is not None else resolve_target(wanted, source=whole.config)
+    if processes.on_main(lambda: kept_scores(context, metric=name, target=target) is not None):
         return context.directory.prune / START_SCORES
     evidence, metric = evidence_for(context, metric=name, target=target), metric_of(name)
-    work = metric.units_of_work(Shape.of(model.config), evidence=evidence)
+    work = metric.units_of_work(Shape.of(whole.config), evidence=evidence)
+    model = source_to_read(context, whole=lambda: whole, model=source)
     with (
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):
         scores = metric.scores(model, evidence=evidence, advance=advance)
-    return keep_scores(context, scores, metric=name, target=target)
+    said = full_disk_said(lambda: no_space(context.directory.prune))
+    return processes.on_main(said(lambda: keep_scores(context, scores, metric=name, target=target)))
 
 
-def _refit(context: RunContext, *, model: MaskedModel, choice: MaskLearner | Removal) -> None:
-    """Refits the weights that stay to make up for what the masks close from the start, if they close anything."""
+def _refit(context: RunContext, *, whole: MaskedModel, choice: MaskLearner | Removal, source: ModelRecipe) -> None:
+    """Refits the weights that stay to make up for what the masks close from the start, if they close anything.
+
+    Several processes, and one that has no whole model, refit what they read from the files. The engine then takes the
+    result from there, or from the main process's model.
+    """
     if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
-    layers = model.model.config.num_hidden_layers
+    layers = whole.model.config.num_hidden_layers
     with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
-        refit(
-            model,
-            masks=choice.final_masks(),
-            batches=context.calibration_batches(),
-            advance=advance,
-        )
+        if context.processes.size == 1 and holds_all_in_fp32(context):
+            refit(whole, masks=choice.final_masks(), batches=context.calibration_batches(), advance=advance)
+            return
+        folder = context.directory.prune / REFITTED
+        refit_from_files(context, masks=choice.final_masks(), folder=folder, advance=advance, model=source)
+    if holds_all_in_fp32(context):
+        context.processes.on_main(partial(_take, whole.model, folder))
+
+
+def _take(model: PreTrainedModel, folder: Path) -> None:
+    """Replace weights of a model by those in a folder, which is gone then."""
+    with torch.no_grad():
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, weight in load_file(path).items():
+                model.get_parameter(name).copy_(weight)
+    shutil.rmtree(folder)
 
 
 def _masking(
@@ -221,7 +344,7 @@ def _target(context: RunContext, *, model: PreTrainedModel) -> Shape | Parameter
         parameters=wanted.parameters,
         uniform=wanted.uniform,
         multiple_of=wanted.multiple_of,
-        accepts=lambda shape: export_error(shape, source=model.config) is None,
+        accepts=lambda shape: export_error(shape, source=model.config, own=True) is None,
     )
 
 

@@ -15,13 +15,15 @@ import transformers
 from rich.console import Console
 
 from shearing.errors import ShearingError
-from shearing.files.durable import write_text
+from shearing.files.durable import read_json, write_text
 from shearing.processes.processes import Processes
 from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 
@@ -53,7 +55,15 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
             console = Console(quiet=True)
             logging.getLogger("shearing").setLevel(logging.CRITICAL)
             transformers.utils.logging.set_verbosity_error()
-        context = RunContext(recipe, console=console, processes=processes)
+        *before, last = cascade_of(recipe)
+        if before and stages is None:
+            context = RunContext(recipe, console=console, processes=processes)
+            require_shrinking(recipe, source=context.config)
+            for each in before:
+                console.rule(f"[bold]cascade: {each.name}")
+                context = RunContext(each, console=console, processes=processes)
+                _run(context, stages=[stage for stage in each.stages if stage != "evaluate"])
+        context = RunContext(last, console=console, processes=processes)
         return _run(context, stages=recipe.stages if stages is None else stages)
 
 
@@ -188,6 +198,16 @@ def _print_summary(directory: RunDirectory, *, console: Console) -> None:
         if path.is_file():
             shown = path.parent if path.name == "config.json" else path
             console.print(f"{title:>20}: {shown}", soft_wrap=True, highlight=False)
+    if (said := _architecture(directory)) is not None:
+        console.print(f"{'architecture':>20}: {said}", soft_wrap=True, highlight=False)
+
+
+def _architecture(directory: RunDirectory) -> str | None:
+    """What there is to say of a cut model that is of another architecture than its source."""
+    path = directory.compact / "shape.json"
+    cut = read_json(path) if path.is_file() else {}
+    written, instead_of = (str(cut.get(name)) for name in ("architecture", "source_architecture"))
+    return None if written == instead_of else written_as(written, instead_of=instead_of)
 
 
 def _in_words(seconds: float) -> str:

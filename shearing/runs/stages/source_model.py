@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 from shearing.data.mixture.reference import resolve_reference
 from shearing.errors import named
 from shearing.files.durable import read_json, write_json
-from shearing.models.loading import load_config, load_source, skeleton
+from shearing.models.loading import load_paged, load_source
+from shearing.models.recipe import ModelRecipe
+from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.stored_model import Source, open_source
 from shearing.objectives.teacher import teacher_precision
 from shearing.progress import activity
 from shearing.runs.context import RunContext
@@ -20,32 +23,100 @@ from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
 
+_CONVERTED = ".source"
+"""Folder in the run's for a source whose files have other names of parameters than its own, see `open_source`."""
 
-def load_whole_or_skeleton(context: RunContext, *, source: str, revision: str | None, whole: bool) -> PreTrainedModel:
-    """A model with fp32 weights, or without any, which the engine then brings over from the main process.
+
+def load_to_train(
+    context: RunContext, *, source: str, revision: str | None, changes: Path | None = None, whole: bool = False
+) -> PreTrainedModel:
+    """A model with fp32 weights that runs on every process, and that the engine then takes over.
+
+    Whole where the engine holds all weights in fp32 on every process. Where it shares them out, or rounds what it holds
+    whole, weights stay in their files until then; see `models.stored.paging.paged`.
 
     Args:
         context: says on which device and with which attention.
         source, revision: of the model.
-        whole: with its weights.
+        changes: folder of weights that replace some of these once the engine takes over; None: none do.
+        whole: whether it is to be whole in any case.
 
     Raises:
         ShearingError: see `load_source`.
     """
     attention, device = context.recipe.model.attn_implementation, context.device
-    if not whole:
-        return skeleton(load_config(source, revision=revision), attn_implementation=attention, device=device)
-    return load_source(source, revision=revision, attn_implementation=attention, device=device, dtype=torch.float32)
+    if whole or holds_all_in_fp32(context):
+        return load_source(source, revision=revision, attn_implementation=attention, device=device)
+    return load_paged(
+        source,
+        revision=revision,
+        attn_implementation=attention,
+        device=device,
+        changes=changes,
+    )
+
+
+def holds_all_in_fp32(context: RunContext) -> bool:
+    """See `TrainingRecipe.holds_all_in_fp32`."""
+    return context.recipe.training.holds_all_in_fp32(bf16=context.precision == torch.bfloat16)
 
 
 def load_source_model(context: RunContext) -> PreTrainedModel:
-    """The source model itself, whole.
+    """The source model itself, whole and in fp32.
 
     Raises:
         ShearingError: see `load_source`.
     """
     source = context.recipe.model
-    return load_whole_or_skeleton(context, source=source.source, revision=source.revision, whole=True)
+    return load_source(
+        source.source,
+        revision=source.revision,
+        attn_implementation=source.attn_implementation,
+        device=context.device,
+    )
+
+
+def source_to_read(
+    context: RunContext, *, whole: Callable[[], PreTrainedModel], model: ModelRecipe | None = None
+) -> PreTrainedModel:
+    """The source model for forward passes that all processes make together, each of its own text.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        whole: gives it in memory, which one process alone can as well have where its engine does. Otherwise it is read
+            from its files layer by layer, and no process has all of it.
+        model: what stands for the source from now on, as the source in another basis; None: itself.
+
+    Raises:
+        ShearingError: see `load_source`, `open_source`.
+    """
+    source = model or context.recipe.model
+    if context.processes.size == 1 and holds_all_in_fp32(context):
+        return whole()
+    return model_to_read(context, source=source.source, revision=source.revision)
+
+
+def model_to_read(
+    context: RunContext, *, source: str, revision: str | None, instead: Path | None = None
+) -> PreTrainedModel:
+    """A model whose weights come on demand, on each of the processes; see `on_demand`.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        source, revision: of the model.
+        instead: folder of tensors that replace some of its own.
+
+    Raises:
+        ShearingError: see `open_source`.
+    """
+
+    def opened() -> Source:
+        return open_source(source, revision=revision, converted=context.directory.path / _CONVERTED)
+
+    context.processes.on_main(lambda: bool(opened()))  # who is first may have to fetch or to convert it
+    files = context.processes.each(opened)
+    attention = context.recipe.model.attn_implementation
+    return on_demand(files, device=context.device, attn_implementation=attention, instead=instead)
 
 
 @named(TEACHER_NAMES)
@@ -77,21 +148,25 @@ def reference_losses(
     """Reference loss of each domain, resolved once per run; none where domain weights are constant.
 
     Args:
-        context: of the run.
+        context: of the run; each of its processes calls this.
         stage: the first that trains.
         source: gives the source model; called if its own losses are the reference and have not been measured.
         path: file (JSON) that keeps them.
     """
-    mixture = context.recipe.mixture
+    mixture, processes = context.recipe.mixture, context.processes
     if mixture.update == "constant":
         return {}
-
-    def measure() -> dict[str, float]:
-        model, tokens = source(), steering_tokens(context)
-        total = tokens_of_all(context, tokens=tokens)
-        with activity("held-out losses of the source", total=total, console=context.console) as advance:
-            return measure_heldout(context, stage=stage, model=model, tokens=tokens, advance=advance)
-
-    if not path.is_file():
-        write_json(path, resolve_reference(mixture, domains=context.corpus.domains, measure_source=measure))
-    return read_json(path)
+    if not processes.on_main(path.is_file):
+        losses: dict[str, float] = {}
+        if mixture.reference in ("source", "online"):
+            model, tokens = source(), steering_tokens(context)
+            total = tokens_of_all(context, tokens=tokens)
+            with activity("held-out losses of the source", total=total, console=context.console) as advance:
+                losses = measure_heldout(
+                    context, stage=stage, model=model, tokens=tokens, advance=advance, processes=processes
+                )
+        domains = context.corpus.domains
+        processes.on_main(
+            lambda: write_json(path, resolve_reference(mixture, domains=domains, measure_source=lambda: losses))
+        )
+    return processes.on_main(lambda: read_json(path))

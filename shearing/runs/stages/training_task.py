@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from shearing.data.mixture.dynamic import DynamicMixture
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.recipe import DataRecipe
+from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.correspondence import Correspondence
+from shearing.models.families.experts.products import compute_experts_under_autocast
 from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
@@ -22,12 +24,16 @@ from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops,
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.runs.stages.source_model import load_teacher
+from shearing.training.adapters.layers import adapters_by_layer
+from shearing.training.callbacks.layer_choice import LayerChoice, LayerChoiceSettings
+from shearing.training.callbacks.mask_moves import MaskMoves
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.device import checkpoint_activations, compile_layers
 from shearing.training.engines.engine import Engine, EngineParts, engine_of
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.stage import Compute, HeldOut, MaskedTraining, Schedule
-from shearing.training.task import Task
+from shearing.training.task import Callback, Task
 from shearing.training.trackers import Trackers
 
 
@@ -43,6 +49,7 @@ def task_of(
     moments: SavedState | None = None,
     before_first_step: Callable[[], None] | None = None,
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
+    moving: MovingMasks | None = None,
     correspondence: Callable[[], Correspondence] | None = None,
 ) -> Task:
     """Everything `train` needs; layers are checkpointed and compiled in place as the recipe says.
@@ -56,8 +63,9 @@ def task_of(
         reference: loss of each domain aimed at; unused with constant domain weights.
         rule_memory: what the rule that updates domain weights remembers of the stage before.
         moments: AdamW state to start from, under the names of the objective; None: from nothing.
-        before_first_step: changes the main process's model in place; not called where a checkpoint is continued.
-        kept: masks of a sparse model, whose zeros stay; see `Task`.
+        before_first_step: called by all processes; changes the main process's model in place. Not called where a
+            checkpoint is continued.
+        kept, moving: masks of a sparse model, that stay or that move; see `Task`.
         correspondence: says what of the source the model has; asked where streams are matched.
 
     Raises:
@@ -68,6 +76,8 @@ def task_of(
     per_step = settings.tokens_per_step(sequence_length=data.sequence_length)
     split = split_batch(recipe, stage=stage, num_processes=processes.size)
     _attend(model, data=data)
+    if anatomy_of(model.config).mlp.experts is not None:
+        compute_experts_under_autocast(model)
     if training.activation_checkpointing != "none":
         checkpoint_activations(model, selective=training.activation_checkpointing == "selective")
     if training.compile:
@@ -121,6 +131,8 @@ def task_of(
         moments=moments,
         before_first_step=before_first_step,
         kept=kept,
+        moving=moving,
+        callbacks=tuple(_callbacks(context, stage=stage, model=model, moving=moving)),
         settled_steps=processes.on_main(lambda: changed_until(context.directory)) if stage == "pretrain" else 0,
         processes=processes,
         compute=_compute(context, shape=Shape.of(model.config)),
@@ -132,6 +144,26 @@ def task_of(
             first_step=first_step,
         ),
     )
+
+
+def _callbacks(
+    context: RunContext, *, stage: TrainingStage, model: PreTrainedModel, moving: MovingMasks | None
+) -> Iterator[Callback]:
+    """What goes on around the steps of a stage beside what goes on around all."""
+    if moving is not None:
+        yield MaskMoves(moving)
+    recipe = context.recipe
+    if stage == "pretrain" and (ist := recipe.pretrain.ist) is not None:
+        settings = LayerChoiceSettings(
+            layers=max(1, round(ist.layers * Shape.of(model.config).num_hidden_layers)),
+            interval=max(1, recipe.pretrain.in_steps(ist.interval, sequence_length=recipe.data.sequence_length)),
+            pairs=ist.pairs,
+            strength=ist.strength,
+            rate=ist.rate,
+            seed=recipe.seed,
+        )
+        text = _held_out(context, stage=stage, model=model, tokens=ist.tokens)
+        yield LayerChoice(adapters_by_layer(model), settings=settings, text=text)
 
 
 def _held_out(context: RunContext, *, stage: TrainingStage, model: PreTrainedModel, tokens: int) -> HeldOut:

@@ -11,9 +11,11 @@ from typing import Any
 from typing_extensions import override
 
 from shearing.files.durable import read_json
+from shearing.processes.processes import Question
 from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
 from shearing.training.checkpoints.fingerprints import Fingerprints
-from shearing.training.checkpoints.state import random_states, read_state, set_random_states, write_state
+from shearing.training.checkpoints.state import on_host, random_states, read_state, set_random_states, write_state
+from shearing.training.engines.held_state import StagedShard
 from shearing.training.task import Callback, Run, StepResult, Task
 
 _STATE = (
@@ -36,13 +38,18 @@ class SaveCheckpoints(Callback):
 
     And where the last one is about to be too old: the main process's clock decides, and tells the others when metrics
     are read anyway.
+
+    Where it may be written in the background, the loop waits for the copy in host memory alone. The checkpoint is there
+    once all processes have heard, at a later step, that each has written its part; before the next one is begun; or at
+    the stage's end.
     """
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._files: Checkpoints
         self._saved = self._asked = time.monotonic()
-        self._due = False
+        self._due = self._under_way = False
+        self._unwritten = Question(task.processes)
 
     @override
     def open(self) -> None:
@@ -65,10 +72,16 @@ class SaveCheckpoints(Callback):
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
-        """Save if it is time to."""
+        """Save if it is time to, and put into place what has been written."""
+        schedule = run.task.schedule
         stable = run.step == run.task.optimization.rates.stable_steps
-        if run.ends or run.stopping or stable or self._due or run.step % run.task.schedule.checkpoint_interval == 0:
+        due = stable or self._due or run.step % schedule.checkpoint_interval == 0
+        if run.ends or run.stopping:
             self.save(run)
+        elif due:
+            self._begin(run, background=schedule.background_checkpoints)
+        elif self._under_way and self._is_written():
+            self._finish(run)
 
     @override
     def tell(self) -> bool:
@@ -82,12 +95,43 @@ class SaveCheckpoints(Callback):
         """All go by the main process's clock."""
         self._due = told[0]
 
+    @override
+    def end(self, run: Run) -> None:
+        """The stage waits for the last one."""
+        self._finish(run)
+
+    @override
+    def close(self) -> None:
+        """Leave no thread behind; what it was writing is no checkpoint unless the stage has put it into place."""
+        if self._under_way:
+            self._files.abandon()
+
     def save(self, run: Run) -> None:
-        """Write a checkpoint of the steps done."""
+        """Write a checkpoint of the steps done, and wait for it."""
+        self._begin(run, background=False)
+
+    def _begin(self, run: Run, *, background: bool) -> None:
+        self._finish(run)
         run.report()
-        state = self._state(run)
-        folder = self._files.save(step=run.step, write=partial(self._write, state=state))
-        self._saved, self._due = time.monotonic(), False
+        state = on_host(self._state(run))
+        shard = run.task.processes.each(run.task.engine.stage)
+        self._files.begin(step=run.step, write=partial(self._write, shard, state), background=background)
+        self._saved, self._due, self._under_way = time.monotonic(), False, True
+        if not background:
+            self._finish(run)
+
+    def _is_written(self) -> bool:
+        """Whether all processes had written their parts at the step before."""
+        # The largest answer is of the slowest; that to no question is none.
+        return self._unwritten.ask(1 if self._files.is_written else 2) == 1
+
+    def _finish(self, run: Run) -> None:
+        """Put into place what is under way, if anything is."""
+        if not self._under_way:
+            return
+        self._unwritten.answer()
+        self._under_way = False
+        folder = self._files.finish()
         for callback in run.callbacks:
             callback.after_save(run, folder)
 
@@ -150,8 +194,8 @@ class SaveCheckpoints(Callback):
         """Whether it is one of the task's own, whose state has a place of its own."""
         return any(callback is each for each in self._task.callbacks)
 
-    def _write(self, folder: Path, *, state: dict[str, Any]) -> Fingerprints:
-        marks = self._task.engine.save(folder)
+    def _write(self, shard: StagedShard, state: dict[str, Any], folder: Path) -> Fingerprints:
+        marks = shard.write_into(folder)
         if self._task.processes.is_main:
             write_state(folder, "state", state)
         return marks

@@ -41,7 +41,7 @@ class StandardCallbacks:
             mixture=MixtureUpdates(task),
             validation=Validation(task.validation, ends=not measure_end),
             held_out=HeldOutAtEnd(wanted=measure_end),
-            stop=StopRequests(),
+            stop=StopRequests(task.processes),
             checkpoints=checkpoints,
         )
 

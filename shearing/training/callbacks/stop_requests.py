@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from typing_extensions import override
 
+from shearing.processes.processes import Processes, Question
 from shearing.training.task import Callback, Run, StepResult
 
 
 class StopRequests(Callback):
-    """Listens to signals, and agrees with the other processes on them; a process alone need not ask.
+    """Listens to signals, and agrees with the other processes on them at every step.
 
     Attributes:
         requested: the signal that asked this process to stop; None: none did.
+
+    Args:
+        processes: those of the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.requested: str | None = None
+        self._question = Question(processes)
         self._previous: dict[signal.Signals, Any] = {}
 
     @override
@@ -34,33 +37,21 @@ class StopRequests(Callback):
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
-        """Before checkpoints: the step's is written if the run stops."""
-        self._decide_alone(run)
-
-    @override
-    def after_save(self, run: Run, folder: Path) -> None:
-        """Of what was asked for while the checkpoint was written."""
-        self._decide_alone(run)
-
-    @override
-    def tell(self) -> str | None:
-        """The signal that came here."""
-        return self.requested
-
-    @override
-    def hear(self, run: Run, told: Sequence[str | None]) -> None:
-        """The run stops, whichever process it was."""
-        run.stopping = run.stopping or next((name for name in told if name), None)
+        """Before checkpoints: the step's is written if the run stops; several stop a step after the signal."""
+        if run.ends:
+            self._question.answer()  # the run is over anyway, and nothing may be left under way
+            return
+        number = self._question.ask(0 if self.requested is None else int(signal.Signals[self.requested]))
+        if number and run.stopping is None:
+            run.stopping = signal.Signals(number).name
+        if run.stopping:
+            self._question.answer()
 
     @override
     def close(self) -> None:
         """Hand signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def _decide_alone(self, run: Run) -> None:
-        if run.task.processes.size == 1:
-            self.hear(run, [self.requested])
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name

@@ -1,9 +1,12 @@
 """Checkpoints that are whole or absent, whatever happens while they are written.
 
-A checkpoint is a folder. It is written beside its place, by every process its own files, every file is flushed to disk,
-a manifest with each file's size and checksum is added, the folder is renamed into place, `latest` is moved, and only
-then older ones go. A rename is atomic, so a folder in place is complete; the manifest finds what a disk has damaged
-since.
+A checkpoint is a folder. It is written beside its place, by every process its own files, every file is flushed to disk
+and read back, a manifest with each file's size and checksum is added, the folder is renamed into place, `latest` is
+moved, and only then older ones go. A rename is atomic, so a folder in place is complete; the manifest finds what a disk
+has damaged since.
+
+Files may be written by a thread while training goes on. What all processes have to agree on is done by their main
+threads, once every one has written and flushed its own.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from shearing.errors import ShearingError, key
-from shearing.files.durable import flush_folder, flush_tree, write_text
+from shearing.files.durable import flush_file, flush_folder, flush_tree, write_text
 from shearing.files.full_disk import full_disk_said
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints
@@ -68,15 +73,15 @@ class Checkpoints:
         self.folder = folder
         self._keep_last, self._keep_every, self._keep = keep_last, keep_every, keep
         self._processes = processes or Processes()
+        self._writing: tuple[int, Path, _Part] | None = None
         self._processes.on_main(self._clear)
 
     def save(self, *, step: int, write: Callable[[Path], Fingerprints]) -> Path:
-        """Write one checkpoint, then remove the oldest ones.
+        """Write one checkpoint, then remove the oldest ones; `begin` and `finish` without anything in between.
 
         Args:
             step: optimiser steps done; names the checkpoint.
-            write: puts this process's files into the folder it is given: `shard-RANK…` and, on the main process, any
-                others, at least one; returns the fingerprints of what is in its shard.
+            write: see `begin`.
 
         Returns:
             The checkpoint's folder.
@@ -84,12 +89,48 @@ class Checkpoints:
         Raises:
             ShearingError: no space left; the checkpoints that were there are untouched.
         """
+        self.begin(step=step, write=write, background=False)
+        return self.finish()
+
+    def begin(self, *, step: int, write: Callable[[Path], Fingerprints], background: bool) -> None:
+        """Begin a checkpoint, which is there once `finish` has returned; the one before has to be finished.
+
+        Args:
+            step: optimiser steps done; names the checkpoint.
+            write: puts this process's files into the folder it is given: `shard-RANK…` and, on the main process, any
+                others, at least one; returns the fingerprints of what is in its shard.
+            background: in a thread, from now on; otherwise in `finish`.
+
+        Raises:
+            ShearingError: no space left; the checkpoints that were there are untouched.
+        """
+        assert self._writing is None, "one after the other"
         beside = self.folder / f"{_WRITING}{_PREFIX}{step:08d}"
         # Around what each process does, not around the meeting: all have to agree on the error that is raised.
         said = full_disk_said(lambda: no_space(self.folder))
+        self._processes.on_main(said(lambda: self._make_room(beside)))
+        part = _Part(said(lambda: self._write_own(beside, write=write)), background=background)
+        self._writing = (step, beside, part)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process's part of what was begun is written, or cannot be."""
+        return self._writing is not None and self._writing[2].is_done
+
+    def finish(self) -> Path:
+        """Wait until every process has written its part, and put the checkpoint into place.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            ShearingError: as `begin`.
+        """
+        assert self._writing is not None
+        (step, beside, part), self._writing = self._writing, None
+        said = full_disk_said(lambda: no_space(self.folder))
         try:
-            self._processes.on_main(said(lambda: self._make_room(beside)))
-            parts = self._processes.together(said(lambda: self._write_own(beside, write=write)))
+            parts = self._processes.together(part.result)
             self._processes.on_main(said(lambda: self._commit(beside, self.place(step), parts=parts)))
         except BaseException:
             if self._processes.is_main:
@@ -97,23 +138,28 @@ class Checkpoints:
             raise
         return self.place(step)
 
+    def abandon(self) -> None:
+        """Wait until this process has written its part of what was begun, which nobody will finish."""
+        if self._writing is not None:
+            self._writing[2].wait()
+
     def place(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def newest(self) -> Path | None:
-        """Folder of the newest checkpoint that is undamaged, None if there is none.
+        """Folder of the newest checkpoint that is undamaged, None if there is none; each process looks at its share.
 
         Damaged ones are reported and passed over; the step they are of will be computed again.
         """
-        return self._processes.on_main(self._newest_undamaged)
-
-    def _newest_undamaged(self) -> Path | None:
-        for folder in self._newest_first():
-            damage = damage_of(folder)
+        processes = self._processes
+        for folder in processes.on_main(self._newest_first):
+            found = processes.together(partial(damage_of, folder, share=(processes.rank, processes.size)))
+            damage = next((said for said in found if said is not None), None)
             if damage is None:
                 return folder
-            logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
+            if processes.is_main:
+                logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
         return None
 
     def _clear(self) -> None:
@@ -144,6 +190,8 @@ class Checkpoints:
             and not path.name.startswith(".")
             and (path.name.startswith(f"shard-{rank:05d}") or (is_main and not path.name.startswith("shard-")))
         ]
+        for path in own:
+            flush_file(path)
         return marks, {str(path.relative_to(beside)): _entry(path) for path in own}
 
     def _commit(self, beside: Path, place: Path, *, parts: list[tuple[Fingerprints, _Entries]]) -> None:
@@ -172,6 +220,43 @@ class Checkpoints:
         shutil.rmtree(removing)
 
 
+class _Part:
+    """What a process has to write: in a thread, or when its result is asked for."""
+
+    def __init__(self, write: Callable[[], tuple[Fingerprints, _Entries]], *, background: bool) -> None:
+        self._write = write
+        self._result: tuple[Fingerprints, _Entries] | None = None
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if background:
+            # A process that ends does not wait for it: what it leaves is no checkpoint.
+            self._thread = threading.Thread(target=self._try, name="checkpoint", daemon=True)
+            self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> tuple[Fingerprints, _Entries]:
+        if self._thread is None:
+            return self._write()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def _try(self) -> None:
+        try:
+            self._result = self._write()
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            self._error = error
+
+
 def _entry(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
@@ -182,11 +267,17 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     return {int(entry.name.removeprefix(_PREFIX)): entry for entry in sorted(found)}
 
 
-def damage_of(folder: Path) -> str | None:
-    """What a disk has done to a checkpoint since it was written, in words; None: nothing."""
+def damage_of(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What a disk has done to a checkpoint since it was written, in words; None: nothing.
+
+    Args:
+        folder: the checkpoint.
+        share: (which, of how many) of its files; by default all.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        for name, entry in manifest.items():
+        which, of = share
+        for name, entry in sorted(manifest.items())[which::of]:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"

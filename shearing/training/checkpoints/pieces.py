@@ -13,21 +13,22 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
-from shearing.files.tensors import write_tensors
-from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint
+from shearing.files.tensors import Entry, read_header, read_range, write_in_turn, write_tensors
+from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint, require_same
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
+SET_ASIDE = "set_aside"
+"""What a weight is while a moving mask drops it; NaN where it is kept. Only of parameters whose masks move."""
 
 _SAVED = "saved"  # one entry of a file's header, as the order of several is not always the same
 
@@ -40,7 +41,7 @@ class Piece:
         name: of the parameter.
         shape: of the whole parameter.
         start: position of the first element.
-        values: kind (`weight`, `exp_avg`, `exp_avg_sq`) -> view [n] of the engine's own memory, fp32.
+        values: kind (`weight`, `exp_avg`, `exp_avg_sq`, `set_aside`) -> view [n] of the engine's own memory, fp32.
     """
 
     name: str
@@ -77,24 +78,49 @@ class SavedState(Protocol):
         ...
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], *, step: float) -> Fingerprints:
-    """Write this process's pieces to one safetensors file; returns their fingerprints.
+class StagedPieces:
+    """Copies in host memory of the pieces that a process holds, so that they can be written while training goes on.
 
     Args:
-        path: the file.
         pieces: what this process writes; over all processes every element occurs once.
         step: AdamW's step count, the same for all parameters.
     """
-    held = list(pieces)
-    tensors = {
+
+    def __init__(self, pieces: Iterable[Piece], *, step: float) -> None:
         # The parts of one flat tensor share its storage, which the format does not allow: copies, on the host.
-        f"{kind}/{piece.name}@{piece.start}": value.detach().to("cpu", copy=True)
-        for piece in held
-        for kind, value in piece.values.items()
-    }
-    shapes = {piece.name: piece.shape for piece in held}
-    write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(step), "shapes": shapes})})
-    return fingerprints(held)
+        self._pieces = [
+            replace(piece, values={kind: value.detach().to("cpu", copy=True) for kind, value in piece.values.items()})
+            for piece in pieces
+        ]
+        self._step = step
+
+    def write(self, path: Path) -> Fingerprints:
+        """Write them to one safetensors file, and read back what is there now.
+
+        Returns:
+            Their fingerprints.
+
+        Raises:
+            ShearingError: the file does not hold what was written.
+        """
+        tensors = {
+            f"{kind}/{piece.name}@{piece.start}": value
+            for piece in self._pieces
+            for kind, value in piece.values.items()
+        }
+        shapes = {piece.name: piece.shape for piece in self._pieces}
+        write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(self._step), "shapes": shapes})})
+        meant = fingerprints(self._pieces)
+        entries, _ = read_header(path)
+        read = (
+            replace(
+                piece,
+                values={kind: read_range(path, entries[f"{kind}/{piece.name}@{piece.start}"]) for kind in piece.values},
+            )
+            for piece in self._pieces
+        )
+        require_same(fingerprints(read), saved=meant, folder=path)
+        return meant
 
 
 def fingerprints(pieces: Iterable[Piece]) -> Fingerprints:
@@ -106,7 +132,7 @@ def fingerprints(pieces: Iterable[Piece]) -> Fingerprints:
 
 
 class ShardedState:
-    """What `write_pieces` wrote into the files `shard-*.safetensors` of a folder.
+    """What `StagedPieces` wrote into the files `shard-*.safetensors` of a folder.
 
     Raises:
         ShearingError: the files do not belong together.
@@ -114,17 +140,17 @@ class ShardedState:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
-        self._pieces: dict[str, list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._pieces: dict[str, list[tuple[int, Path, Entry]]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
         steps = set()
-        for file in self._files:
-            saved = json.loads(file.metadata()[_SAVED])
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            entries, metadata = read_header(path)
+            saved = json.loads(metadata[_SAVED])
             steps.add(saved[STEP])
             self.shapes |= {name: tuple(shape) for name, shape in saved["shapes"].items()}
-            for piece in file.keys():  # noqa: SIM118  not a dict
+            for piece, entry in entries.items():
                 whole, _, start = piece.rpartition("@")
-                self._pieces[whole].append((int(start), file.get_slice(piece).get_shape()[0], file, piece))
+                self._pieces[whole].append((int(start), path, entry))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[0])
         if len(steps) != 1:
@@ -145,10 +171,10 @@ class ShardedState:
         """
         found: list[Tensor] = []
         position, end = start, start + numel
-        for first, count, file, piece in self._pieces.get(f"{kind}/{name}", []):
-            if first <= position < min(end, first + count):
-                stop = min(end, first + count)
-                found.append(file.get_slice(piece)[position - first : stop - first])
+        for first, path, entry in self._pieces.get(f"{kind}/{name}", []):
+            stop = min(end, first + entry.numel)
+            if first <= position < stop:
+                found.append(read_range(path, entry, start=position - first, numel=stop - position))
                 position = stop
         if position < end:
             raise ShearingError(
@@ -157,11 +183,13 @@ class ShardedState:
                 allowed="all shards of the checkpoint",
                 mend="remove this checkpoint; the one before it is used",
             )
-        return torch.cat(found) if found else torch.empty(0)
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and its whole tensor of one kind, on the CPU."""
+        """Each parameter's name and its whole tensor of one kind, on the CPU; not every one has a `SET_ASIDE`."""
         for name, shape in self.shapes.items():
+            if kind == SET_ASIDE and f"{kind}/{name}" not in self._pieces:
+                continue
             numel = int(torch.Size(shape).numel())
             yield name, self.read(kind, name, start=0, numel=numel).view(shape)
 
@@ -233,30 +261,34 @@ class SavedMoments:
     """
 
     def __init__(self, path: Path, *, prefix: str = "") -> None:
-        self._file, self._prefix = safe_open(path, framework="pt"), prefix
+        self._path, self._prefix = path, prefix
+        self._entries, _ = read_header(path)
         self.kinds = frozenset(MOMENTS)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.step = 0.0
-        for tensor in self._file.keys():  # noqa: SIM118  not a dict
+        for tensor, entry in self._entries.items():
             kind, name = tensor.split("/", 1)
             if kind == MOMENTS[0]:
-                self.shapes[prefix + name] = tuple(self._file.get_slice(tensor).get_shape())
+                self.shapes[prefix + name] = entry.shape
             elif kind == STEP:
-                self.step = max(self.step, float(self._file.get_tensor(tensor)))
+                self.step = max(self.step, float(read_range(path, entry)))
 
     def read(self, kind: str, name: str, *, start: int, numel: int) -> Tensor:
         """See `SavedState.read`."""
-        if not numel:
-            return torch.empty(0)
-        row = int(torch.Size(self.shapes[name][1:]).numel())
-        first, last = start // row, -(-(start + numel) // row)
-        rows = self._file.get_slice(f"{kind}/{name.removeprefix(self._prefix)}")[first:last]
-        values: Tensor = rows.reshape(-1)[start - first * row :][:numel]
-        return values
+        entry = self._entries[f"{kind}/{name.removeprefix(self._prefix)}"]
+        return read_range(self._path, entry, start=start, numel=numel)
 
 
-def write_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write AdamW state by kind and parameter to one file with keys `KIND/PARAMETER`."""
-    write_tensors(
-        path, {f"{kind}/{name}": value for kind, of_kind in moments.items() for name, value in of_kind.items()}
-    )
+def write_moments(
+    path: Path, moments: Iterable[tuple[str, str, Tensor]], *, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Write AdamW state to one file with keys `KIND/PARAMETER`; only one tensor has to exist at a time.
+
+    Args:
+        path: file to write.
+        moments: kind, parameter and tensor, in any order: moments and the step count of all parameters.
+        shapes: of the parameters.
+    """
+    like = {f"{kind}/{name}": torch.empty(shape, device="meta") for kind in MOMENTS for name, shape in shapes.items()}
+    like |= {f"{STEP}/{name}": torch.empty((), device="meta") for name in shapes}
+    write_in_turn(path, like, tensors=((f"{kind}/{name}", value) for kind, name, value in moments), metadata={})

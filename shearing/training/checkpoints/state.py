@@ -34,6 +34,17 @@ def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     write_text(folder / f"{name}.json", json.dumps(tree) + "\n")
 
 
+def on_host(state: Any) -> Any:
+    """A nested state with copies in host memory of its tensors: what happens to those later does not change it."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(on_host(value) for value in state)
+    return state
+
+
 def read_state(folder: Path, name: str, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `write_state` was given, tensors on `device`."""
     tensors = load_file(folder / f"{name}.safetensors", device=str(device))

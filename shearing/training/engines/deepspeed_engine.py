@@ -15,8 +15,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,24 @@ from torch.nn.utils import get_total_norm
 from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
+from shearing.models.stored.paging.paged import stop_paging
+from shearing.models.stored.paging.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.deepspeed_config import deepspeed_config
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
+    StagedShard,
+    fill_from_files,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
     whole_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 from shearing.training.recipe import DeepSpeedRecipe
 
@@ -84,6 +89,7 @@ class DeepSpeedEngine:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.AdamW
         self._zeros: KeptZeros | None = None
+        self._moving: MovingMasks | None = None
 
     @classmethod
     def of(cls, parts: EngineParts) -> Self:
@@ -111,7 +117,8 @@ class DeepSpeedEngine:
         """See `Engine.prepare`."""
         deepspeed = import_deepspeed()
         _join(self._processes, device=self.device)
-        originals = self._originals(model) if self._low_precision else {}
+        places = stop_paging(model)
+        originals = self._originals(model, places=places) if self._low_precision else {}
         config = deepspeed_config(
             self._settings,
             low_precision=self._low_precision,
@@ -122,7 +129,7 @@ class DeepSpeedEngine:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             on_gpu=self.device.type == "cuda",
         )
-        buffers = self._place(model, config=config, deepspeed=deepspeed)
+        buffers = self._place(model, config=config, deepspeed=deepspeed, places=places)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._parameters = dict(model.named_parameters())
         self._optimizer = adamw(trained, optimization=self._optimization)
@@ -139,7 +146,7 @@ class DeepSpeedEngine:
             start_state(self._optimizer)
         else:
             self._start_sharded_state()
-        self._restore_precision(originals)
+        self._restore_precision(originals, places=places)
         prepared: nn.Module = self._engine
         return prepared
 
@@ -178,17 +185,19 @@ class DeepSpeedEngine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(shared=True), optimizer=self._optimizer, processes=self._processes)
+        if self._moving is not None:
+            self._moving.require()
+        return StagedShard(self._saved(self._pieces(shared=True)), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        load_pieces(folder, self._pieces(shared=False), optimizer=self._optimizer, shapes=self._shapes())
+        load_pieces(folder, self._saved(self._pieces(shared=False)), optimizer=self._optimizer, shapes=self._shapes())
         self._publish()
-        require_loaded(folder, self._pieces(shared=True), saved=saved, processes=self._processes)
+        require_loaded(folder, self._saved(self._pieces(shared=True)), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
@@ -202,11 +211,21 @@ class DeepSpeedEngine:
         # ZeRO hands out its master weights after this optimiser's own step, so what it hands out has the zeros.
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
+    def move_masks(self, masks: MovingMasks) -> None:
+        """See `Engine.move_masks`."""
+        self._moving = masks
+        masks.take(self._pieces(shared=False), shapes=self._shapes(), optimizer=self._optimizer, publish=self._publish)
+
     def close(self) -> None:
         """See `Engine.close`."""
         if self._engine is None:
             return
+        zero = self._engine.optimizer
         self._engine.destroy()
+        if self._stage > 0:
+            # Hooks of the parameters lead to it for as long as there is a model, and it holds master weights.
+            self._engine.optimizer = None
+            vars(zero).clear()
         if self._stage == 3:
             _empty(self._parameters.values())
         elif self._stage > 0:
@@ -214,30 +233,45 @@ class DeepSpeedEngine:
                 vars(parameter).clear()  # DeepSpeed's own of it, which may keep it and its gradients alive
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
-        self._engine, self._parameters, self._zeros = None, {}, None
+        if self._moving is not None:
+            self._moving.close()
+        self._engine, self._parameters, self._zeros, self._moving = None, {}, None, None
 
     # -- placement -------------------------------------------------------------------------------------------------
 
-    def _place(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> dict[str, Tensor]:
+    def _place(
+        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Place]
+    ) -> dict[str, Tensor]:
         """Bring weights to the devices, cut up for ZeRO-3; returns the buffers as they are."""
         if self._stage < 3:
-            materialise((*model.parameters(), *model.buffers()), device=self.device, processes=self._processes)
+            tensors = (*model.parameters(), *model.buffers())
+            dtype = torch.bfloat16 if self._low_precision else None
+            materialise(tensors, device=self.device, processes=self._processes, places=places, dtype=dtype)
         else:
-            self._cut_up(model, config=config, deepspeed=deepspeed)
+            self._cut_up(model, config=config, deepspeed=deepspeed, places=places)
         return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
     @torch.no_grad()
-    def _cut_up(self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any) -> None:
+    def _cut_up(
+        self, model: nn.Module, *, config: Mapping[str, Any], deepspeed: Any, places: Mapping[Tensor, Place]
+    ) -> None:
         """ZeRO-3: one module's weights at a time exist whole; DeepSpeed hands out those of the main process."""
         dtype = torch.bfloat16 if self._low_precision else torch.float32
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                if hasattr(parameter, "ds_id"):
-                    continue  # tied, and cut up already
-                if self._processes.is_main:
-                    parameter.data = parameter.data.to(self.device, dtype)
+
+        def bring(parameters: Sequence[nn.Parameter]) -> None:
+            for parameter in parameters:
+                if (place := places.get(parameter)) is not None:
+                    parameter.data = place.read(device=self.device, dtype=dtype).view(parameter.shape)
                 else:
-                    parameter.data = torch.empty(parameter.shape, dtype=dtype, device=self.device)
+                    parameter.data = parameter.data.to(self.device, dtype)
+
+        for module in model.modules():
+            # One that is tied is cut up already.
+            whole = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
+            if whole:
+                self._processes.on_main(partial(bring, whole))
+            for parameter in () if self._processes.is_main else whole:
+                parameter.data = torch.empty(parameter.shape, dtype=dtype, device=self.device)
             if any(not hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
                 only_own = nn.Module()
                 for name, parameter in module.named_parameters(recurse=False):
@@ -248,18 +282,26 @@ class DeepSpeedEngine:
                 if self._processes.size > 1:
                     dist.broadcast(buffer.data, src=0)
 
-    def _originals(self, model: nn.Module) -> dict[str, Tensor]:
+    def _originals(self, model: nn.Module, *, places: Mapping[Tensor, Place]) -> dict[str, Tensor]:
         """The main process's fp32 weights on the host: DeepSpeed makes its master weights from rounded ones."""
         if not self._processes.is_main:
             return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter not in places
+        }
 
     @torch.no_grad()
-    def _restore_precision(self, originals: Mapping[str, Tensor]) -> None:
+    def _restore_precision(self, originals: Mapping[str, Tensor], *, places: Mapping[Tensor, Place]) -> None:
         if not self._low_precision:
             return
+        by_name = {name: places[parameter] for name, parameter in self._parameters.items() if parameter in places}
+        fill_from_files(self._pieces(shared=False), by_name, processes=self._processes)
         held = {piece.name: piece for piece in self._pieces(shared=False)}
         for name, shape in self._shapes().items():
+            if name in by_name:
+                continue
             whole = (
                 originals[name].to(self.device) if self._processes.is_main else torch.empty(shape, device=self.device)
             )
@@ -269,6 +311,10 @@ class DeepSpeedEngine:
                 piece.values[WEIGHT].copy_(whole.view(-1)[piece.start : piece.start + piece.numel])
 
     # -- what this process holds -----------------------------------------------------------------------------------
+
+    def _saved(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """Pieces with all that a checkpoint has of them."""
+        return pieces if self._moving is None else self._moving.joined(pieces)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}

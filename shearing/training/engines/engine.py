@@ -21,6 +21,8 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.engines.facts import ENGINES
+from shearing.training.engines.held_state import StagedShard
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.recipe import TrainingRecipe
 
@@ -62,7 +64,11 @@ class Engine(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Take charge of a model's parameters: placement, optimiser state. Called once, first; returns what to call.
 
-        The main process's weights are taken. On the others they may be placeholders (see `models.loading.skeleton`).
+        Weights that are in files are read there, by each process what it will hold (`models.stored.paging.paged`). Of
+        all else the main process's are taken; on the others they may be placeholders (see `models.loading.skeleton`).
+
+        Raises:
+            ShearingError: a weight that is not finite.
         """
         ...
 
@@ -95,20 +101,19 @@ class Engine(Protocol):
         """Global norm of the last step's gradient before clipping; scalar on the device."""
         ...
 
-    def save(self, folder: Path) -> Fingerprints:
-        """Write this process's share of weights and optimiser state, bit for bit, into an existing folder.
+    def stage(self) -> StagedShard:
+        """Copy this process's share of weights and optimiser state to the host, bit for bit.
 
-        Returns:
-            Fingerprints of what it wrote.
+        Writing it (`StagedShard.write_into` an existing folder) can go on while the engine trains.
         """
         ...
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
-        """Read what all processes of `save` wrote, however many they were, into the prepared model.
+        """Read what all processes of `stage` wrote, however many they were, into the prepared model.
 
         Args:
             folder: the checkpoint.
-            saved: the sum of what `save` returned (`add_fingerprints`).
+            saved: the sum of what writing returned (`add_fingerprints`).
 
         Raises:
             ShearingError: the folder holds another model's parameters, or they did not come back as they were.
@@ -124,10 +129,21 @@ class Engine(Protocol):
         ...
 
     def keep_zeros(self, masks: Iterable[tuple[str, Tensor]]) -> None:
-        """Train a sparse model: what the masks drop is 0 from now on, after every step, and checked in `save`.
+        """Train a sparse model: what the masks drop is 0 from now on, after every step, and checked in `stage`.
 
         Args:
             masks: parameter and bool mask of its shape, True where a weight is kept; each is read once.
+
+        Raises:
+            ShearingError: a mask is of no parameter of the prepared model, or of another shape.
+        """
+        ...
+
+    def move_masks(self, masks: MovingMasks) -> None:
+        """Train a sparse model whose masks move; called before `load`, which restores what they have set aside.
+
+        Args:
+            masks: which; they see to it that what they drop is 0 in every forward pass, and `save` checks it.
 
         Raises:
             ShearingError: a mask is of no parameter of the prepared model, or of another shape.

@@ -11,7 +11,7 @@ optimiser, with the same kernel, as that of the other engines.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +27,23 @@ from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.models.anatomy import decoder_layers
+from shearing.models.stored.paging.paged import stop_paging
+from shearing.models.stored.paging.places import Place
 from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.held_state import (
+    StagedShard,
+    fill_from_files,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
+from shearing.training.engines.moving_masks import MovingMasks
 from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
 from shearing.training.recipe import Fsdp2Recipe
 
@@ -99,6 +103,7 @@ class Fsdp2Engine:
         self._grad_norm = torch.zeros((), device=device)
         self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._zeros: KeptZeros | None = None
+        self._moving: MovingMasks | None = None
 
     @classmethod
     def of(cls, parts: EngineParts) -> Self:
@@ -116,11 +121,14 @@ class Fsdp2Engine:
         self._processes.require_group(self.device)
         materialise(model.buffers(), device=self.device, processes=self._processes)
         layers = decoder_layers(model.model) if isinstance(model, Objective) else ()
-        self._cut_up([*layers, model])
+        places = stop_paging(model)
+        by_name = {name: places[parameter] for name, parameter in model.named_parameters() if parameter in places}
+        self._cut_up([*layers, model], places=places)
         self._held = {name: self._held_of(parameter) for name, parameter in model.named_parameters()}
         self._trained = [held for held in self._held.values() if held.cut.requires_grad]
         trained = [held.own for held in self._trained if held.own.numel()]
         self._optimizer = adamw(trained, optimization=self._optimization)
+        fill_from_files(self._pieces(), by_name, processes=self._processes)
         start_state(self._optimizer)
         return model
 
@@ -159,17 +167,19 @@ class Fsdp2Engine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._pieces(), optimizer=self._optimizer, processes=self._processes)
+        if self._moving is not None:
+            self._moving.require()
+        return StagedShard(self._saved(self._pieces()), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        load_pieces(folder, self._pieces(), optimizer=self._optimizer, shapes=self._shapes())
+        load_pieces(folder, self._saved(self._pieces()), optimizer=self._optimizer, shapes=self._shapes())
         self._let_go()
-        require_loaded(folder, self._pieces(), saved=saved, processes=self._processes)
+        require_loaded(folder, self._saved(self._pieces()), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
@@ -181,6 +191,11 @@ class Fsdp2Engine:
         self._zeros.enforce()
         self._let_go()
         self._optimizer.register_step_post_hook(self._zeros.enforce)
+
+    def move_masks(self, masks: MovingMasks) -> None:
+        """See `Engine.move_masks`."""
+        self._moving = masks
+        masks.take(self._pieces(), shapes=self._shapes(), optimizer=self._optimizer, publish=self._let_go)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -194,17 +209,23 @@ class Fsdp2Engine:
             held.own.untyped_storage().resize_(0)
         self._optimizer.state.clear()
         self._optimizer.param_groups.clear()
-        self._units, self._held, self._trained, self._zeros = [], {}, [], None
+        if self._moving is not None:
+            self._moving.close()
+        self._units, self._held, self._trained, self._zeros, self._moving = [], {}, [], None, None
 
-    def _cut_up(self, units: Sequence[nn.Module]) -> None:
-        """Bring the main process's weights over and share them out: a layer at a time, then all that is left."""
+    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[Tensor, Place]) -> None:
+        """Share out the weights: a layer at a time, then all that is left; those that are in files come later."""
         products = torch.bfloat16 if self._precision == torch.bfloat16 else None
         everyone = dist.group.WORLD
         assert everyone is not None
         mesh = DeviceMesh.from_group(everyone, self.device.type)
         for unit in units:
             whole = [parameter for parameter in unit.parameters() if not _is_cut(parameter)]
-            materialise(whole, device=self.device, processes=self._processes)
+            for parameter in whole:
+                if parameter in places:  # what is cut up is room for it
+                    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            in_memory = [parameter for parameter in whole if parameter not in places]
+            materialise(in_memory, device=self.device, processes=self._processes)
             outer = unit is units[-1]
             fully_shard(
                 unit,
@@ -241,6 +262,10 @@ class Fsdp2Engine:
         """Free gathered weights, so that the next forward pass gathers them anew."""
         for unit in self._units:
             unit.reshard()
+
+    def _saved(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """Pieces with all that a checkpoint has of them."""
+        return pieces if self._moving is None else self._moving.joined(pieces)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: held.shape for name, held in self._held.items()}

@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError, key
+from shearing.models.stored.paging.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, require_same
 from shearing.training.checkpoints.pieces import (
     MOMENTS,
+    SET_ASIDE,
     STEP,
     WEIGHT,
     Piece,
     SavedState,
     ShardedState,
+    StagedPieces,
     fingerprints,
     require_parameters,
-    write_pieces,
 )
 from shearing.training.engines.optimizer import set_steps
 
@@ -33,15 +35,70 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @torch.no_grad()
-def materialise(tensors: Iterable[Tensor], *, device: torch.device, processes: Processes) -> None:
-    """Put weights or buffers on the device, the main process's on all processes; on others they may be placeholders."""
+def materialise(
+    tensors: Iterable[Tensor],
+    *,
+    device: torch.device,
+    processes: Processes,
+    places: Mapping[Tensor, Place] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put weights or buffers on the device: from their files, or the main process's on all processes.
+
+    Args:
+        tensors: filled in place; on other processes than the main one they may be placeholders.
+        device: where they are to be.
+        processes: all of which call this.
+        places: what of them is stored, and where; each process reads it.
+        dtype: of what is read; None: that of the tensor.
+
+    Raises:
+        ShearingError: see `Place.read`.
+    """
+    in_memory: list[Tensor] = []
+    stored: list[tuple[Tensor, Place]] = []
     for tensor in tensors:
+        place = None if places is None else places.get(tensor)
+        if place is None:
+            in_memory.append(tensor)
+        else:
+            stored.append((tensor, place))
+    if stored:
+        processes.each(lambda: _read(stored, device=device, dtype=dtype))
+    for tensor in in_memory:
         if processes.is_main:
             tensor.data = tensor.data.to(device)
-        else:
+        elif tensor.device != device or not tensor.is_contiguous():
             tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if processes.size > 1:
             dist.broadcast(tensor.data, src=0)
+
+
+def _read(stored: Iterable[tuple[Tensor, Place]], *, device: torch.device, dtype: torch.dtype | None) -> None:
+    for tensor, place in stored:
+        tensor.data = place.read(device=device, dtype=dtype or tensor.dtype).view(tensor.shape)
+
+
+@torch.no_grad()
+def fill_from_files(pieces: Iterable[Piece], places: Mapping[str, Place], *, processes: Processes) -> None:
+    """Fill the weights that this process holds from the files of the model.
+
+    Args:
+        pieces: of parameters of any kind.
+        places: parameter -> where it is stored; others stay as they are.
+        processes: all of which call this.
+
+    Raises:
+        ShearingError: see `Place.read`.
+    """
+
+    def fill_own() -> None:
+        for piece in pieces:
+            if (place := places.get(piece.name)) is not None:
+                weight = piece.values[WEIGHT]
+                weight.copy_(place.read(start=piece.start, numel=piece.numel, device=weight.device, dtype=weight.dtype))
+
+    processes.each(fill_own)
 
 
 def whole_pieces(
@@ -68,18 +125,23 @@ def whole_pieces(
         )
 
 
-def save_pieces(
-    folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes
-) -> Fingerprints:
-    """Write this process's file of a checkpoint."""
-    counts = {float(state[STEP]) for state in optimizer.state.values()}
-    if len(counts) > 1:
-        raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
-    return write_pieces(
-        folder / f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors",
-        pieces,
-        step=counts.pop() if counts else 0.0,
-    )
+class StagedShard(StagedPieces):
+    """The file that this process writes of a checkpoint.
+
+    Args:
+        pieces, optimizer, processes: of the engine; all of AdamW's state has one step count.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        counts = {float(state[STEP]) for state in optimizer.state.values()}
+        if len(counts) > 1:
+            raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
+        super().__init__(pieces, step=counts.pop() if counts else 0.0)
+        self._name = f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors"
+
+    def write_into(self, folder: Path) -> Fingerprints:
+        """See `StagedPieces.write`."""
+        return self.write(folder / self._name)
 
 
 def load_pieces(folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, shapes: Shapes) -> None:
@@ -90,7 +152,7 @@ def load_pieces(folder: Path, pieces: Iterable[Piece], *, optimizer: torch.optim
     """
     state = ShardedState(folder)
     require_parameters(state, shapes=shapes, folder=folder)
-    fill(pieces, state, kinds=(WEIGHT, *MOMENTS))
+    fill(pieces, state, kinds=(WEIGHT, *MOMENTS, SET_ASIDE))
     set_steps(optimizer, state.step)
 
 

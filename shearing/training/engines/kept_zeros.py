@@ -36,13 +36,7 @@ class KeptZeros:
         held = {piece.name: piece for piece in pieces}
         self._dropped: dict[str, tuple[Tensor, Tensor]] = {}
         for name, mask in masks:
-            if shapes.get(name) != tuple(mask.shape):
-                raise ShearingError(
-                    f"mask of {name}",
-                    value=tuple(mask.shape),
-                    allowed=f"shape {shapes[name]}" if name in shapes else "masks of the model's own parameters",
-                    mend="give the masks that were stored with this very model",
-                )
+            require_shape(name, mask=mask, shapes=shapes)
             if (piece := held.get(name)) is not None:
                 weight = piece.values[WEIGHT]
                 kept = mask.reshape(-1)[piece.start : piece.start + piece.numel]
@@ -60,16 +54,48 @@ class KeptZeros:
         Raises:
             ShearingError: some are not; training with them must not be saved.
         """
-        if not self._dropped:
-            return
-        counts = torch.stack([((weight != 0) & dropped).sum() for weight, dropped in self._dropped.values()]).tolist()
-        wrong = {name: int(count) for name, count in zip(self._dropped, counts, strict=True) if count}
-        if wrong:
-            name = max(wrong, key=lambda each: wrong[each])
-            raise ShearingError(
-                f"weights of {name}",
-                value=f"{wrong[name]} dropped weights are not 0 (and in {len(wrong) - 1} more parameters)",
-                allowed="0 wherever the stored mask drops a weight",
-                mend="the last checkpoint is sound: start again from there; if it happens again, report it with the "
-                "versions of torch and deepspeed",
-            )
+        require_zero(self._dropped)
+
+
+def require_shape(name: str, *, mask: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a mask is of a parameter of the model.
+
+    Args:
+        name: of the parameter.
+        mask: that is said to be of it.
+        shapes: of all parameters of the model.
+
+    Raises:
+        ShearingError: it is of none, or of another shape.
+    """
+    if shapes.get(name) != tuple(mask.shape):
+        raise ShearingError(
+            f"mask of {name}",
+            value=tuple(mask.shape),
+            allowed=f"shape {shapes[name]}" if name in shapes else "masks of the model's own parameters",
+            mend="give the masks that were stored with this very model",
+        )
+
+
+def require_zero(held: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Check that dropped elements are 0; waits for the device.
+
+    Args:
+        held: parameter -> what is held of its weight, and which of that is dropped.
+
+    Raises:
+        ShearingError: some are not; training with them must not be saved.
+    """
+    if not held:
+        return
+    counts = torch.stack([((weight != 0) & dropped).sum() for weight, dropped in held.values()]).tolist()
+    wrong = {name: int(count) for name, count in zip(held, counts, strict=True) if count}
+    if wrong:
+        name = max(wrong, key=lambda each: wrong[each])
+        raise ShearingError(
+            f"weights of {name}",
+            value=f"{wrong[name]} dropped weights are not 0 (and in {len(wrong) - 1} more parameters)",
+            allowed="0 wherever the stored mask drops a weight",
+            mend="the last checkpoint is sound: start again from there; if it happens again, report it with the "
+            "versions of torch and deepspeed",
+        )

@@ -81,6 +81,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def count_step(optimizer: torch.optim.Optimizer, *, skipped: torch.Tensor) -> None:
+    """Count a step for parameters that it had no gradient of, too: AdamW's clock is one for all.
+
+    Args:
+        optimizer: whose step has been, and whose gradients are still there.
+        skipped: boolean scalar on the device: whether it changed nothing.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                optimizer.state[parameter][STEP] += (~skipped).float()
+
+
 def set_steps(optimizer: torch.optim.Optimizer, step: float) -> None:
     """AdamW's step count of all parameters, in a tensor of its own for each."""
     for state in optimizer.state.values():

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import Self
 
+from shearing.models.stored.paging.paged import stop_paging
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import Piece, SavedState
 from shearing.training.engines.engine import EngineParts
 from shearing.training.engines.gradient_sum import GradientSum
 from shearing.training.engines.held_state import (
+    StagedShard,
     fill_moments,
     load_pieces,
     materialise,
     require_loaded,
-    save_pieces,
     whole_pieces,
 )
 from shearing.training.engines.kept_zeros import KeptZeros
-from shearing.training.engines.optimizer import Optimization, adamw, set_learning_rate, start_state
+from shearing.training.engines.moving_masks import MovingMasks
+from shearing.training.engines.optimizer import Optimization, adamw, count_step, set_learning_rate, start_state
 
 
 class TorchEngine:
@@ -49,10 +51,12 @@ class TorchEngine:
         self._precision = precision
         self._processes = processes or Processes()
         self._parameters: dict[str, nn.Parameter] = {}
+        self._trained: list[nn.Parameter] = []
         self._grad_norm = torch.zeros((), device=device)
         self._losses_finite = torch.ones((), dtype=torch.bool, device=device)
         self._sum: GradientSum | None = None
         self._zeros: KeptZeros | None = None
+        self._moving: MovingMasks | None = None
 
     @classmethod
     def of(cls, parts: EngineParts) -> Self:
@@ -61,13 +65,15 @@ class TorchEngine:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""
-        materialise((*model.parameters(), *model.buffers()), device=self.device, processes=self._processes)
+        places = stop_paging(model)
+        tensors = (*model.parameters(), *model.buffers())
+        materialise(tensors, device=self.device, processes=self._processes, places=places)
         self._parameters = dict(model.named_parameters())
-        trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
-        self._optimizer = adamw(trained, optimization=self._optimization)
+        self._trained = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        self._optimizer = adamw(self._trained, optimization=self._optimization)
         start_state(self._optimizer)
         if self._processes.size > 1:
-            self._sum = GradientSum(trained)
+            self._sum = GradientSum(self._trained)
         return model
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -87,6 +93,9 @@ class TorchEngine:
             self._sum.finish()
             dist.all_reduce(finite := self._losses_finite.to(torch.int32), op=dist.ReduceOp.MIN)
             self._losses_finite = finite.bool()
+        for parameter in self._trained:
+            if not parameter.requires_grad:
+                parameter.grad = None  # this step does not train it
         parameters = [parameter for parameter in self._parameters.values() if parameter.grad is not None]
         self._grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         skipped = ~(self._losses_finite & self._grad_norm.isfinite())
@@ -96,6 +105,7 @@ class TorchEngine:
         # The switch torch.amp.GradScaler uses: the fused kernel returns at once and the step count does not move.
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
+        count_step(self._optimizer, skipped=skipped)
         self._optimizer.zero_grad(set_to_none=True)
         self._losses_finite = torch.ones_like(self._losses_finite)
         return skipped
@@ -104,16 +114,18 @@ class TorchEngine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def save(self, folder: Path) -> Fingerprints:
-        """See `Engine.save`."""
+    def stage(self) -> StagedShard:
+        """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
-        return save_pieces(folder, self._shares(), optimizer=self._optimizer, processes=self._processes)
+        if self._moving is not None:
+            self._moving.require()
+        return StagedShard(self._saved(self._shares()), optimizer=self._optimizer, processes=self._processes)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""
-        load_pieces(folder, self._wholes(), optimizer=self._optimizer, shapes=self._shapes())
-        require_loaded(folder, self._shares(), saved=saved, processes=self._processes)
+        load_pieces(folder, self._saved(self._wholes()), optimizer=self._optimizer, shapes=self._shapes())
+        require_loaded(folder, self._saved(self._shares()), saved=saved, processes=self._processes)
 
     def load_moments(self, moments: SavedState) -> None:
         """See `Engine.load_moments`."""
@@ -125,6 +137,11 @@ class TorchEngine:
         self._zeros.enforce()
         self._optimizer.register_step_post_hook(self._zeros.enforce)
 
+    def move_masks(self, masks: MovingMasks) -> None:
+        """See `Engine.move_masks`."""
+        self._moving = masks
+        masks.take(self._wholes(), shapes=self._shapes(), optimizer=self._optimizer)
+
     def close(self) -> None:
         """See `Engine.close`."""
         if self._sum is not None:
@@ -134,7 +151,14 @@ class TorchEngine:
         if self._parameters:
             self._optimizer.state.clear()
             self._optimizer.param_groups.clear()
-        self._parameters, self._sum, self._zeros = {}, None, None
+        if self._moving is not None:
+            self._moving.close()
+        self._parameters, self._trained = {}, []
+        self._sum = self._zeros = self._moving = None
+
+    def _saved(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
+        """Pieces with all that a checkpoint has of them."""
+        return pieces if self._moving is None else self._moving.joined(pieces)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}

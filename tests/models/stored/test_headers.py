@@ -72,6 +72,24 @@ def test_what_transformers_saves_is_accepted(family: str, tied: bool, tmp_path: 
     require_weights(str(saved(tmp_path / "model", tied=tied, family=family)))
 
 
+def test_what_the_published_pythias_hold_beside_weights_is_no_weight(tmp_path: Path) -> None:
+    """Masks of the attention and frequencies, which follow from the config."""
+
+    def with_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for layer in range(4):
+            attention = f"gpt_neox.layers.{layer}.attention"
+            tensors[f"{attention}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+            tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+            tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(2)
+        return tensors
+
+    folder = changed(saved(tmp_path / "model", tied=False, family="gpt_neox"), with_buffers)
+    source = open_source(str(folder), revision=None, converted=tmp_path / "converted")
+    assert source.folder == folder
+    head = source.read(["lm_head.weight"])["lm_head.weight"]
+    assert torch.equal(head, load_source(str(folder)).lm_head.weight)
+
+
 def test_shards_are_accepted_and_a_missing_one_is_named(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")
     shards = sorted(path.name for path in (tmp_path / "model").glob("model-*.safetensors"))

@@ -28,7 +28,8 @@ def test_one_file_as_transformers_writes_it(model: PreTrainedModel, tmp_path: Pa
     name = "model.safetensors"
     assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
     ours, theirs = (json.loads((tmp_path / of / "config.json").read_text()) for of in ("ours", "theirs"))
-    added = {"rope_theta", "rope_scaling", "torch_dtype"}
+    added = {"rope_theta", "rope_local_base_freq", "rope_scaling", "torch_dtype", "partial_rotary_factor"}
+    added |= {"rotary_emb_base", "rotary_pct"}
     assert {name: value for name, value in ours.items() if name not in added} == theirs
     assert list(ours) == sorted(ours)
 

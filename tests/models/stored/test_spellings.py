@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from shearing.models.stored.saving import write_model
 from shearing.models.stored.spellings import in_both_spellings
+from tests.models.tiny import tiny_ids, tiny_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -108,6 +109,49 @@ def test_a_share_of_the_head_that_is_turned_is_beside_the_scaling() -> None:
     assert both["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("kind", "thetas", "added"),
+    [
+        ("gemma3_text", (1e6, 1e4), {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("olmo3", (5e5, 5e5), {"rope_theta": 5e5}),
+        ("olmo3", (5e5, 1e4), None),
+    ],
+)
+def test_rope_of_layers_with_windows_has_the_names_of_its_family(
+    kind: str, thetas: tuple[float, float], added: RoPE | None
+) -> None:
+    """`Gemma3TextConfig` and `Olmo3Config` of 4.57: the scaling is for layers without windows."""
+    whole, window = ({"rope_theta": theta, "rope_type": "default"} for theta in thetas)
+    whole |= {"rope_type": "linear", "factor": 8}
+    content = {"model_type": kind, "rope_parameters": {"full_attention": whole, "sliding_attention": window}}
+    both = in_both_spellings(content)
+    if added is None:
+        assert both == content
+        return
+    assert both == {**content, **added, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert AutoConfig.for_model(**both).rope_parameters == AutoConfig.for_model(**content).rope_parameters
+
+
 def test_rope_that_differs_between_layers_is_left() -> None:
     nested = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
     assert in_both_spellings(nested) == nested
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "phi3-longrope"])
+def test_families_with_names_of_their_own(family: str, tmp_path: Path) -> None:
+    """In 4.57 GPTNeoXConfig has others, and Phi3Config refuses a fourth one in `rope_scaling`."""
+    source = tiny_model(family)
+    write_model(source, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    if family == "gpt_neox":
+        assert (content["rotary_emb_base"], content["rotary_pct"], content["rope_scaling"]) == (10_000.0, 0.5, None)
+    else:
+        assert content["partial_rotary_factor"] == source.config.rope_parameters["partial_rotary_factor"]
+        kinds = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0]}
+        assert content["rope_scaling"] == (kinds if family == "phi3-longrope" else None)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)
+    said, read = source.config.rope_parameters, found.config.rope_parameters
+    assert {name: read[name] for name in said} == said
+    for length in (4, 16):  # before and behind the length from which longrope has other factors
+        ids = tiny_ids(length=length)
+        assert torch.equal(found(ids).logits, source(ids).logits)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shearing.data.documents import IGNORED_LABEL
+from shearing.models.anatomy import Head
 from shearing.objectives.distilled import DistilledLoss, distilled_loss
 from shearing.objectives.teacher_cache.cached_teacher import KeptTargets
 from shearing.objectives.teacher_cache.draws import Draws
@@ -55,7 +56,7 @@ def _ours(
 ) -> DistilledLoss:
     return distilled_loss(
         given["hidden"],
-        given["weight"],
+        Head(given["weight"]),
         given["labels"],
         targets=KeptTargets(rows, form=form, device=torch.device("cpu")),
         weights_BS=given["weights"],

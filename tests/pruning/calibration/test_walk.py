@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shearing.data.documents import DocumentRules, Inputs
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.masked import MaskedModel, Masks
 from shearing.pruning.calibration.walk import first_inputs, layer_calls, run_layer
 from shearing.training.device import compile_layers
@@ -15,7 +16,8 @@ from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 def residual_streams(model: MaskedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """What each layer but the first and the final norm read."""
     seen: list[torch.Tensor] = []
-    places = [*model.model.model.layers[1:], model.model.model.norm]
+    norm = model.model.get_submodule(anatomy_of(model.model.config).final_norm.name)
+    places = [*decoder_layers(model.model)[1:], norm]
     handles = [place.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])) for place in places]
     with torch.no_grad():
         model(ids)
@@ -24,7 +26,9 @@ def residual_streams(model: MaskedModel, ids: torch.Tensor) -> list[torch.Tensor
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2-sliding", "qwen3", "smollm3", "granite", "olmo3", "gemma2", "gemma3"]
+)
 def test_layers_one_by_one_are_the_whole_model(family: str) -> None:
     model = MaskedModel(tiny_model(family))
     batch = Inputs(tiny_ids(sequences=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -28,6 +29,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
+from shearing.models.stored import saving
 from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
@@ -179,12 +181,16 @@ def test_a_model_under_other_names_is_converted(
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): of for name, of in tensors.items()}, folder / "model.safetensors")
 
-    def half_written(_: object, target: Path, **__: object) -> None:
-        target.write_bytes(bytes(100))
-        raise OSError(errno.ENOSPC, "No space left on device")
+    open_file = saving.opened_in_turn
+
+    @contextlib.contextmanager
+    def half_written(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        with open_file(*arguments, **keywords) as write:
+            yield write
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(tensor_files, "save_file", half_written)
+        full.setattr(saving, "opened_in_turn", half_written)
         with pytest.raises(ShearingError, match=r"output = .* GB free"):
             sparse(tmp_path / "inputs", tmp_path / "sparse")
     assert not list(tmp_path.rglob("*.writing"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.stored.stored_model import open_source
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.statistics import InputStatistics
@@ -27,12 +28,18 @@ from tests.pruning.sparse import oracle
 TOKENS = tiny_ids(sequences=5, length=24)
 LAYERS = 3
 PATTERN = KeptOf(2, 4)
+GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+}
+"""Linear layers that read the same, by family; that of most has the names of Llama's."""
 
 
 def small(family: str) -> PreTrainedModel:
     """`tiny_model` without its last layer; one of what is left attends through a window in "qwen2-sliding"."""
     model = tiny_model(family)
-    del model.model.layers[LAYERS:]
+    del decoder_layers(model)[LAYERS:]
     model.config.num_hidden_layers = LAYERS
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:LAYERS]
@@ -82,9 +89,9 @@ def pruned_whole(model: PreTrainedModel, *, name: str, true_sequential: bool) ->
     """The same with the whole model in memory: every pass starts at the tokens."""
     found: dict[str, Tensor] = {}
     method = method_of(name, matrices=[], true_sequential=true_sequential)
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(decoder_layers(model)):
         linears = {n: module for n, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        groups = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+        groups = GROUPS.get(model.config.model_type, GROUPS["llama"])
         for group in groups if true_sequential else [[member for members in groups for member in members]]:
             statistics = {}
             handles = []
@@ -101,7 +108,7 @@ def pruned_whole(model: PreTrainedModel, *, name: str, true_sequential: bool) ->
                 weight = linears[linear].weight
                 new, _ = method.reconstruction.prune(weight, choice=Choice(method.criterion, PATTERN, of_inputs))
                 weight.copy_(new)
-                found[f"model.layers.{index}.{linear}.weight"] = new
+                found[f"{anatomy_of(model.config).layers}.{index}.{linear}.weight"] = new
     return found
 
 

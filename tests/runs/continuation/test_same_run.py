@@ -18,16 +18,32 @@ from shearing.settings.neutral import is_neutral, neutral_keys
 from tests.conftest import tiny_recipe_data
 
 KEYS = [name for name, _ in keys(Recipe)]
+APART = {
+    "spp": {"spp": {}},
+    "speft": {"speft": {}},
+    "ast": {"ast": {}},
+    "ist": {"ist": {}, "lora": {}},
+    "": {"lora": {}},
+}
+"""Sections of pretrain that do not go with all others."""
+
+
+def recipe_with(key: str, *, folder: Path) -> Recipe:
+    """With all sections that go with that of a key."""
+    data = tiny_recipe_data(folder, run_dir=folder / "run")
+    if key.startswith("cascade."):
+        return Recipe.model_validate(data | {"cascade": {"targets": {"half": {"num_hidden_layers": 3}}}})
+    data["sparsify"] = {"criterion": "wanda", "pattern": "2:4"}
+    data["pretrain"] |= APART[next(name for name in APART if not name or key.startswith(f"pretrain.{name}."))]
+    data["distill"] = {"hidden": {}}
+    data["search"] = {"parameters": "1M"}
+    return Recipe.model_validate(data)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """With all sections."""
-    data = tiny_recipe_data(tmp_path, run_dir=tmp_path / "run")
-    data["sparsify"] = {"criterion": "wanda", "pattern": "2:4"}
-    data["pretrain"]["lora"] = {}
-    data["distill"] = {"hidden": {}}
-    return Recipe.model_validate(data)
+    return recipe_with("", folder=tmp_path)
 
 
 def _refusal(recipe: Recipe, *, changed: str, begun: tuple[Stage, ...]) -> str | None:
@@ -51,8 +67,10 @@ def _refusal(recipe: Recipe, *, changed: str, begun: tuple[Stage, ...]) -> str |
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_is_either_neutral_or_compared(recipe: Recipe, key: str) -> None:
-    refusal = _refusal(recipe, changed=key, begun=("prune", "compact", "sparsify", "pretrain"))
+def test_every_key_is_either_neutral_or_compared(tmp_path: Path, key: str) -> None:
+    refusal = _refusal(
+        recipe_with(key, folder=tmp_path), changed=key, begun=("prune", "compact", "sparsify", "pretrain")
+    )
     if is_neutral(key, among=neutral_keys(Recipe)):
         assert refusal is None
     else:

@@ -54,6 +54,11 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     source, target = _shapes(recipe)
     more = run_bytes(recipe, source=source, target=target) - run_bytes(plain, source=source, target=target)
     assert more == 2 * 4 * target.num_parameters()
+    spools = load_recipe(tiny_recipe, overrides=["sparsify={criterion: gblm, pattern: '2:4', samples: 3, seqlen: 8}"])
+    spooled = run_bytes(spools, source=source, target=target) - run_bytes(recipe, source=source, target=target)
+    layers = target.num_hidden_layers
+    # Gradients of the layers, and of 3 x 8 tokens what every layer reads and the last one writes, and gradients of one.
+    assert spooled == 4 * (layers * sum(target.layer_parameters()) + 3 * 8 * target.hidden_size * (layers + 2))
     budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}", "prune.estimator=hard_concrete"])
     expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
     assert run_bytes(budget, source=source, target=None) == expected

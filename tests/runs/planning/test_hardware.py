@@ -20,6 +20,7 @@ from shearing.runs.planning.hardware import (
     peak_flops,
     training_flops_per_token,
 )
+from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 SHAPE = Shape(
     family=LLAMA.of(LlamaConfig()),
@@ -100,6 +101,19 @@ def test_flops_are_those_torch_counts() -> None:
     counted = counter.get_total_flops() / tokens.numel() - attention
     norms = 2 * (2 * SHAPE.num_hidden_layers + 1) * SHAPE.hidden_size  # no products, but parameters
     assert forward_flops_per_token(SHAPE, sequence_length=32) == counted + norms
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_flops_of_every_family_are_those_torch_counts(family: str) -> None:
+    model, ids = tiny_model(family, tied=family != "qwen2", attn_implementation="eager"), tiny_ids()
+    shape, (_, length) = Shape.of(model.config), ids.shape
+    with FlopCounterMode(display=False) as counted:
+        model(ids, use_cache=False)
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    # Torch counts matrices alone, and with explicit attention all scores, those of later tokens too.
+    later = 2 * shape.num_hidden_layers * shape.units()["query_heads"] * length
+    said = forward_flops_per_token(shape, sequence_length=length) - 2 * vectors + later
+    assert counted.get_total_flops() == said * ids.numel()
 
 
 def test_training_is_three_forward_passes_and_an_embedding_is_looked_up() -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from shearing.cli import app
 from shearing.runs.planning.phases import phases
 from shearing.runs.planning.plan import Hardware, RunPlan, heldout_shares, plan
 from shearing.runs.recipe import Recipe, load_recipe, overridden
 from tests.cli.test_cli import BUDGET, error_of, shear
-from tests.repository import RECIPES, ROOT
+from tests.repository import RECIPES, ROOT, script
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -79,27 +76,26 @@ def test_a_teacher_is_counted(llama: str) -> None:
         per_token = 2 * (parameters - vocabulary * 4096) + 2 * 32 * 4096 * 4096
         assert after.teacher_flops == pytest.approx(per_token * after.tokens)
         assert after.seconds - before.seconds == pytest.approx(after.teacher_flops / (8 * 0.4 * 989.4e12))
-        for zero_stage, memory in after.memory.items():
-            without = before.memory[zero_stage]
-            chunk = 1024 * vocabulary * (2 + 4 + 4)  # logits, log-probabilities, and what KL works with
-            states = 2 * after.workload.micro_batch_size * tokens * 4096
-            assert memory.teacher in (2 * parameters, 2 * parameters + states + chunk)
-            assert memory.total >= without.total + 2 * parameters
-            assert memory.total <= without.total + 2 * parameters + states + chunk
+        memory, without = after.under_zero(2), before.under_zero(2)
+        chunk = 1024 * vocabulary * (2 + 4 + 4)  # logits, log-probabilities, and what KL works with
+        states = 2 * after.workload.micro_batch_size * tokens * 4096
+        assert memory.teacher == 2 * parameters
+        # The largest moment may be another one than before, and a few figures of each token are kept.
+        assert 2 * parameters <= memory.total - without.total <= 2 * parameters + 1.05 * (states + chunk)
     assert (plain.teacher, listening.teacher) == (None, listening.source)
     twice = planned(sheared_llama(llama, "distill={skip_low_entropy: 0.1, temperature: 2.0, precision: fp32}"))
     again = 2 * vocabulary * 4096
     assert twice.stages[0].teacher_flops == pytest.approx((per_token + again) * twice.stages[0].tokens)
-    assert twice.stages[0].memory[0].teacher >= 4 * parameters
+    assert twice.stages[0].under_zero(2).teacher == 4 * parameters
 
 
 def test_a_teacher_in_host_memory_is_counted_there(llama: str) -> None:
     kept, away = (planned(sheared_llama(llama, f"distill={{placement: {name}}}")) for name in ("replicate", "offload"))
     layers = 2 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
     for before, after in zip(kept.stages, away.stages, strict=True):
-        for zero_stage, memory in after.memory.items():
-            assert memory.teacher == before.memory[zero_stage].teacher - layers
-            assert memory.host == before.memory[zero_stage].host + layers
+        there, here = after.held(away.choice), before.held(kept.choice)
+        assert there.teacher == here.teacher - layers
+        assert there.host == here.host + layers
 
 
 def test_matched_streams_are_counted(llama: str) -> None:
@@ -113,8 +109,10 @@ def test_matched_streams_are_counted(llama: str) -> None:
         for before, after in zip(plain.stages, found[name].stages, strict=True):
             assert after.listening.matched_layers == counts[after.stage]
             stream = after.workload.tokens * after.shape.hidden_size
-            more = after.memory[0].total - before.memory[0].total
-            assert 0 <= more <= (2 + 4) * counts[after.stage] * stream
+            if name == "all" and after.stage == "pretrain":
+                more = after.under_zero(2).total - before.under_zero(2).total
+                # What compares one layer's streams is gone before the next one's are compared.
+                assert 0 < more <= (2 + 4) * counts[after.stage] * stream + 4 * 4 * stream
 
 
 def test_the_advice_fits(llama: str) -> None:
@@ -125,7 +123,7 @@ def test_the_advice_fits(llama: str) -> None:
     assert "training.engine=deepspeed" in changes
     again = planned(sheared_llama(llama, *changes))
     assert again.advice is None
-    assert all(again.hardware.fit(stage.memory[again.choice.zero_stage]) == "yes" for stage in again.stages)
+    assert all(again.hardware.fit(stage.held(again.choice)) == "yes" for stage in again.stages)
 
 
 def test_advice_under_fsdp2_keeps_the_engine(llama: str) -> None:
@@ -146,7 +144,13 @@ def test_advice_for_one_gpu_and_for_too_few(llama: str) -> None:
     assert "training.deepspeed.offload_optimizer=cpu" in alone.advice
     small = planned(sheared_llama(llama), gpus=2, gigabytes=12)
     assert small.advice is not None
-    assert small.advice.endswith(" and --gpus 4")
+    # More than the optimiser's state has to go, before more GPUs are asked for.
+    assert "training.deepspeed.offload_parameters=cpu" in small.advice
+    offloaded = planned(sheared_llama(llama, *small.advice.partition("this would: ")[2].split()), gpus=2, gigabytes=12)
+    assert offloaded.advice is None
+    less = planned(sheared_llama(llama, "training.engine=fsdp2", "prune.micro_batch_size=1"), gpus=2, gigabytes=45)
+    assert less.advice is not None
+    assert less.advice.endswith(" and --gpus 4")
     hopeless = planned(sheared_llama(llama), gpu="H100", gigabytes=1)
     assert hopeless.advice is not None
     assert "GPUs with more memory" in hopeless.advice
@@ -238,33 +242,11 @@ def test_bad_input_is_refused(tiny_recipe: Path, arguments: list[str], expected:
     assert expected in error_of("plan", tiny_recipe, *arguments)
 
 
-LLAMA_2_70B = {
-    **LLAMA_2_7B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-}
-
-
 @pytest.mark.parametrize("document", ["plan.md", "distributed.md"])
-def test_what_documents_show_is_what_the_command_says(
-    document: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "seventy").mkdir()
-    (tmp_path / "seventy" / "config.json").write_text(json.dumps(LLAMA_2_70B))
-    monkeypatch.chdir(ROOT)
-    shown = re.findall(r"```console\n\$ shear (plan .*)\n([^`]*)```", (ROOT / "docs" / document).read_text())
-    assert shown
-    for command, output in shown:
-        # Sources are names on a hub; here folders with their configs.
-        seventy = f"model.source={tmp_path / 'seventy'}"
-        words = command.replace("model.source=meta-llama/Llama-2-70b-hf", seventy).split()
-        if seventy not in words:
-            words.append(llama)
-        said = CliRunner().invoke(app, words, env={"COLUMNS": "110"})
-        assert [line.rstrip() for line in said.output.rstrip().splitlines()] == output.rstrip().splitlines()
+def test_what_documents_show_is_what_the_command_says(document: str) -> None:
+    page = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    assert "$ shear plan" in page
+    assert script("plans").embedded(page) == page, "make docs"
 
 
 def test_phases_are_those_of_the_run(llama: str) -> None:
@@ -295,12 +277,13 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     assert (tasks.what, tasks.processes, tasks.seconds) == ("evaluate: tasks, paper11", 8, None)
     step, reference = found["prune: a step"], found["prune: reference losses"]
     speed = 0.4 * 989.4e12
-    assert (step.processes, reference.processes) == (8, 1)
+    assert {found[name].processes for name in found if not name.endswith(("load", "cut"))} == {8}
     assert step.seconds == pytest.approx(made.stages[0].flops / 3200 / (8 * speed))
-    # 6.6 billion numbers that are multiplied, and attention: a forward pass over what updates read, on one GPU alone.
+    # 6.6 billion numbers that are multiplied, and attention: a forward pass over what updates read, by all GPUs.
     tokens = 7 * (50 * 32 * 3 // (10 * 7)) * 4096
     per_token = 2 * (6_738_415_616 - 32000 * 4096) + 2 * 32 * 4096 * 4096
-    assert reference.seconds == pytest.approx(per_token * tokens / speed)
-    assert found["prune: load"].memory == 4 * 6_738_415_616
+    assert reference.seconds == pytest.approx(per_token * tokens / (8 * speed))
+    # Embedding, head, final norm and a layer: no process loads more where weights are shared out, or kept in bf16.
+    assert found["prune: load"].memory == 4 * (2 * 32000 * 4096 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0

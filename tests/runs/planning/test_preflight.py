@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.errors import ShearingError
-from shearing.models.families import FAMILIES, Norm
-from shearing.models.families.llama import LLAMA
+from shearing.errors import ShearingError, key
+from shearing.models.shape import Shape
+from shearing.pruning.structured.importance.metric import Evidence
+from shearing.pruning.structured.importance.reconstruction import Reconstruction
 from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.planning.summary import Plan, render
@@ -92,22 +92,25 @@ def test_what_held_out_losses_cost_is_said_with_what_makes_it_less(tiny_recipe: 
 
 
 def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
-    attention = dataclasses.replace(LLAMA.attention, after=Norm("self_attn.after"))
-    monkeypatch.setitem(FAMILIES, "llama", dataclasses.replace(LLAMA, attention=attention))
-    with pytest.raises(ShearingError) as refused:
-        plan_of(tiny_recipe, "prune.initial_masks=reconstruction", "prune.compensate=true")
-    assert "choose another prune.initial_masks" in str(refused.value)
-    assert "switch prune.compensate off" in str(refused.value)
-    plan_of(tiny_recipe, "prune.initial_masks=activations", "prune.compensate=false")
-    given = ["prune.initial_masks=activations", "prune.compensate=false"]
-    with pytest.raises(ShearingError) as refused:
-        plan_of(
-            tiny_recipe,
-            *given,
-            "evaluation.baselines=[random, activations+refit, reconstruction, reconstruction+refit]",
+    """As a metric of one's own may say."""
+
+    def refuse(_metric: Reconstruction, source: Shape, *, evidence: Evidence) -> int:
+        raise ShearingError(
+            "source (architecture)",
+            value=source.family.model_type,
+            allowed="another",
+            mend=f"choose another {key('initial_masks')}",
         )
+
+    monkeypatch.setattr(Reconstruction, "units_of_work", refuse)
+    with pytest.raises(ShearingError) as refused:
+        plan_of(tiny_recipe, "prune.initial_masks=reconstruction")
+    assert "choose another prune.initial_masks" in str(refused.value)
+    given = ["prune.initial_masks=activations", "evaluation.baselines=[random, reconstruction, reconstruction+refit]"]
+    with pytest.raises(ShearingError) as refused:
+        plan_of(tiny_recipe, *given)
     assert refused.value.field == "evaluation.baselines"
-    assert refused.value.value == ["activations+refit", "reconstruction", "reconstruction+refit"]
+    assert refused.value.value == ["reconstruction", "reconstruction+refit"]
     assert refused.value.mend == "set evaluation.baselines=[random]"
 
 

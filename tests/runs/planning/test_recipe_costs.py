@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import pytest
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.runs.recipe import load_recipe
 from tests.cli.test_cli import shear
-from tests.repository import RECIPES, ROOT
+from tests.repository import RECIPES, ROOT, script
 
-
-def costs() -> Any:
-    """The script that makes the tables."""
-    spec = importlib.util.spec_from_file_location("costs", RECIPES / "costs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-COSTS = costs()
+COSTS = script("costs")
 
 
 def test_the_page_has_the_figures_of_today() -> None:
@@ -37,9 +23,14 @@ def test_the_page_has_the_figures_of_today() -> None:
     [
         ("llama-3.1-3b", 2_977_582_080),
         ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-30b-a3b-half", 16_030_316_544),
         ("smollm2-0.7b", 688_977_408),
         ("llama-3.2-1.2b", 1_206_470_656),
         ("sheared-llama-370m", 373_867_520),
+        ("sheared-pythia-160m", 162_322_944),
+        ("smollm3-1.5b", 1_518_300_672),
+        ("olmo-2-3b", 3_009_702_400),
+        ("gemma-3-2b", 2_009_431_040),
     ],
 )
 def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int) -> None:
@@ -57,7 +48,11 @@ def test_results_have_the_sizes_that_recipes_promise(name: str, parameters: int)
         ("llama-3.1-8b", 8_030_261_248),
         ("llama-3.2-3b", 3_212_749_824),
         ("qwen3-4b", 4_022_468_096),
+        ("qwen3-30b-a3b", 30_532_122_624),
         ("smollm2-1.7b", 1_711_376_384),
+        ("smollm3-3b", 3_075_098_624),
+        ("olmo-2-7b", 7_298_617_344),
+        ("gemma-3-4b", 3_880_263_168),
     ],
 )
 def test_sources_have_the_sizes_of_the_published_models(source: str, parameters: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shearing
@@ -67,3 +69,25 @@ def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
 def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said: str) -> None:
     with pytest.raises(ShearingError, match=said):
         shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, override])
+
+
+def test_a_rotated_source_is_cut_in_the_basis_it_was_first_rotated_into(tiny_recipe: Path) -> None:
+    """Interrupted after the rotation, a run goes on in the same coordinates; the cut model is the masked one."""
+    recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, "prune.rotate=pca", "training.precision=fp32"])
+    run = shearing.run(recipe, stages=["prune", "compact"])
+    plain = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, f"run_dir={tiny_recipe.parent / 'plain'}"])
+    assert read_json(run.compact / "shape.json")["relative_logit_difference"] < 1e-5
+    weights = load_file(run.compact / "model.safetensors")
+    of_plain = load_file(shearing.run(plain, stages=["prune", "compact"]).compact / "model.safetensors")
+    assert any(not weights[name].equal(of_plain[name]) for name in weights)
+    for left in (run.compact, run.checkpoints("prune"), run.complete("prune"), run.prune / "masks.safetensors"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    shearing.run(recipe, stages=["prune", "compact"])
+    again = load_file(run.compact / "model.safetensors")
+    assert all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_a_rotation_and_streams_by_dimension_do_not_go_together(tiny_recipe: Path) -> None:
+    overrides = [AT_ONCE, "prune.rotate=pca", "distill.hidden.weight=1.0"]
+    with pytest.raises(ShearingError, match=r"prune\.rotate = 'pca'"):
+        shearing.load_recipe(tiny_recipe, overrides=overrides)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,24 @@ def test_both_importances_agree_on_layers_and_hidden_dimensions_and_not_on_units
 def test_a_full_disk_is_said_of_the_run_and_the_stage_continues_later(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    save_file = tensor_files.save_file
+    save_file, open_file = tensor_files.save_file, tensor_files.opened_in_turn
 
     def full(tensors: Any, path: Path, **keywords: Any) -> None:
         if path.name == f".{name}.safetensors.writing":
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, **keywords)
 
+    @contextlib.contextmanager
+    def full_in_turn(path: Path, *arguments: Any, **keywords: Any) -> Iterator[Any]:
+        with open_file(path, *arguments, **keywords) as write:
+            yield write
+            if path.name == f"{name}.safetensors":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
     settings = ["prune.initial_masks=activations"]
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files, "save_file", full)
+        patch.setattr(tensor_files, "opened_in_turn", full_in_turn)
         with pytest.raises(ShearingError, match="one more checkpoint") as caught:
             pruned(tiny_recipe, *settings, run_dir=tmp_path / "run")
     assert caught.value.field == "run_dir"

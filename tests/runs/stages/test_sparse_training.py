@@ -25,7 +25,8 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages import pretrain_start as start
 from shearing.runs.stages.run import run
-from shearing.training.lora import merge_adapters
+from shearing.training.adapters.adapted import merge_in_place
+from shearing.training.adapters.lora import merge_adapters
 from tests.conftest import tiny_recipe_data
 
 ONE_SHOT = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}
@@ -195,6 +196,104 @@ def test_adapters_are_merged_without_losing_a_zero(
         assert read_manifest(found.model)["trained"][-1]["adapters"] == {"alpha": 16.0, **lora}
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("spp", {"rank": 4, "scale": 2.0, "dropout": 0.1, "targets": ["q_proj", "down_proj"]}),
+        ("speft", {"share": 0.05, "samples": 4, "targets": ["q_proj", "down_proj"]}),
+        ("speft", {"share": 0.2, "samples": 2, "salience": "fisher", "unit": "column", "targets": ["q_proj"]}),
+    ],
+)
+def test_other_adapters_are_merged_without_losing_a_zero(
+    kind: str,
+    settings: dict[str, Any],
+    tiny_inputs: Path,
+    trained: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = torch.arange(2, 2 + LENGTH)[None]
+    logits: list[Tensor] = []
+
+    def merging(adapted: Any, **keywords: Any) -> Any:
+        with torch.no_grad():
+            logits.append(adapted.eval()(input_ids=ids).logits)
+        return merge_in_place(adapted, **keywords)
+
+    monkeypatch.setattr(start, "merge_in_place", merging)
+    found = ran(
+        tiny_inputs,
+        tmp_path / "run",
+        source=trained.sparse,
+        pretrain={kind: settings, "learning_rate": 0.05},
+        training={"activation_checkpointing": "full"},
+    )
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(found.model)(input_ids=ids).logits
+    torch.testing.assert_close(merged, logits[0], rtol=1e-5, atol=1e-5)
+    assert_trained_under_masks(found.model, before=trained.sparse, adapted=tuple(settings["targets"]))
+    record = read_manifest(found.model)["trained"][-1]
+    assert record["method"] == kind
+    assert record["adapters"].items() >= settings.items()
+    if kind == "speft":
+        before, after, masks = weights(trained.sparse), weights(found.model), masks_of(trained.sparse)
+        for name, mask in masks.items():
+            if name.split(".")[-2] in settings["targets"]:
+                changed = before[name].float() != after[name]
+                assert 0 < int(changed.sum()) <= settings["share"] * int(mask.sum())
+                if settings.get("unit") == "column":
+                    assert torch.equal(changed, mask & changed.any(0))
+
+
+MOVING = {"interval": "1 steps", "decay": 0.3, "ramp": "2 steps", "freeze": "1 steps"}
+
+
+@pytest.mark.parametrize("scores", ["magnitude", "wanda"])
+def test_masks_that_move_end_as_n_of_m(scores: str, trained: RunDirectory, tiny_inputs: Path, tmp_path: Path) -> None:
+    moving = {**MOVING, "scores": scores}
+    found = ran(
+        tiny_inputs,
+        tmp_path / "run",
+        sparsify=ONE_SHOT,
+        pretrain={"ast": moving},
+        distill={"weight": 0.67, "temperature": 2.0, "domains": "all"},
+    )
+    before, after = masks_of(found.sparse), masks_of(found.model)
+    assert torch.equal(*(torch.stack([mask.sum() for mask in masks.values()]) for masks in (before, after)))
+    assert differences(found.model) == []
+    model = weights(found.model)
+    for name, mask in after.items():
+        assert torch.equal(model[name] != 0, mask), name
+    assert any(not torch.equal(before[name], mask) for name, mask in after.items())
+    lines = [json.loads(line) for line in found.metrics("pretrain").read_text().splitlines()]
+    events = [line for line in lines if line.get("event") == "masks"]
+    assert [event["step"] for event in events] == [1, 2, 3, 4]
+    assert 0 < max(event["changed"] for event in events) < 1
+    record = read_manifest(found.model)["trained"][-1]
+    assert record["method"] == "ast"
+    assert record["masks"]["scores"] == scores
+    # The first forward pass is that of the sparse model, whatever was brought back beside it.
+    reference = [json.loads(line) for line in trained.metrics("pretrain").read_text().splitlines()]
+    assert lines[0]["domain_losses"] == pytest.approx(reference[0]["domain_losses"], rel=1e-5)
+    # Trained on, and exported from a checkpoint, under the masks that moved.
+    exported = shear("export", found.path, "-o", tmp_path / "exported")
+    assert exported.exit_code == 0, exported.output
+    assert differences(tmp_path / "exported") == []
+    if scores == "magnitude":
+        on = ran(tiny_inputs, tmp_path / "on", source=found.model, pretrain={"ast": MOVING})
+        assert differences(on.model) == []
+        assert [each["method"] for each in read_manifest(on.model)["trained"]] == ["ast", "ast"]
+
+
+def test_masks_that_stay_from_the_start_are_those_of_plain_training(
+    trained: RunDirectory, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    still = {**MOVING, "freeze": "100%"}
+    found = ran(tiny_inputs, tmp_path / "run", sparsify=ONE_SHOT, pretrain={"ast": still})
+    for name in ("model.safetensors", FILE_NAME):
+        assert (found.model / name).read_bytes() == (trained.model / name).read_bytes()
+
+
 def test_masks_of_another_model_are_refused_before_training(
     trained: RunDirectory, tiny_inputs: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +334,16 @@ def test_adapters_without_peft_are_refused(tiny_inputs: Path, tmp_path: Path, mo
             ("pretrain.lora", "set training.engine=torch"),
         ),
         ({"pretrain": {"lora": {"targets": ["query"]}}}, ("pretrain.lora.targets = ['query']", "q_proj")),
+        ({"pretrain": {"spp": {"targets": ["query"]}}}, ("pretrain.spp.targets = ['query']", "q_proj")),
+        ({"pretrain": {"spp": {"rank": 5}}}, ("pretrain.spp.rank = 5", "1, 2, 4, 8, 16", "pretrain.spp.rank=4")),
+        ({"pretrain": {"spp": {}, "lora": {}}}, ("pretrain.spp = 'a section'", "pretrain.lora is there too")),
+        ({"pretrain": {"spp": {}}, "training": {"engine": "deepspeed"}}, ("pretrain.spp", "torch or fsdp2")),
+        ({"pretrain": {"ist": {}}}, ("pretrain.ist", "with one of pretrain.lora, pretrain.spp, pretrain.speft")),
+        ({"pretrain": {"ast": {}}}, ("pretrain.ast", "is a dense one", "make it sparse first")),
+        (
+            {"sparsify": {"criterion": "magnitude", "sparsity": 0.5}, "pretrain": {"ast": {}}},
+            ("pretrain.ast", "masks of N:M", "sparsify.pattern=2:4"),
+        ),
     ],
 )
 def test_what_cannot_be_is_said_by_its_key(

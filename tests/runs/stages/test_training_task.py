@@ -12,7 +12,7 @@ from shearing.objectives.distillation import Distillation
 from shearing.objectives.teacher import OnlineTeacher
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
-from shearing.runs.stages.source_model import load_whole_or_skeleton
+from shearing.runs.stages.source_model import load_source_model
 from shearing.runs.stages.training_task import task_of
 
 
@@ -30,9 +30,7 @@ def test_a_teacher_is_the_source_and_attends_as_the_model_does(
     monkeypatch.setattr(OnlineTeacher, "__init__", noted)
     recipe = load_recipe(tiny_recipe, overrides=[f"data.attention={attention}", "distill={precision: fp32}"])
     context = RunContext(recipe)
-    model, source = (
-        load_whole_or_skeleton(context, source=recipe.model.source, revision=None, whole=True) for _ in range(2)
-    )
+    model, source = load_source_model(context), load_source_model(context)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     mixture = context.initial_mixture()

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,38 @@ def test_what_another_process_still_writes_is_not_ours_to_list(tmp_path: Path) -
     place = checkpoints.save(step=1, write=write)
     (place / half_written[0].name).unlink()  # as the other process renames it
     assert _value(checkpoints.newest()) == 1
+
+
+def test_what_is_written_in_the_background_is_there_once_it_is_finished(tmp_path: Path) -> None:
+    checkpoints, go_on = Checkpoints(tmp_path, keep_last=1), threading.Event()
+    checkpoints.save(step=1, write=_write(1))
+
+    def write(folder: Path) -> dict[str, int]:
+        assert go_on.wait(60)
+        return _write(2)(folder)
+
+    checkpoints.begin(step=2, write=write, background=True)
+    assert not checkpoints.is_written
+    assert (tmp_path / "latest").read_text().strip() == "step-00000001"
+    go_on.set()
+    assert _value(checkpoints.finish()) == 2
+    assert _value(checkpoints.newest()) == 2
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_what_fails_in_the_background_is_said_when_it_is_finished(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(step=1, write=_write(1))
+
+    def write(folder: Path) -> dict[str, int]:
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints.begin(step=2, write=write, background=True)
+    with pytest.raises(ShearingError, match="free space"):
+        checkpoints.finish()
+    assert _value(checkpoints.newest()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
 
 def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:

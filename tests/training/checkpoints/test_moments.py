@@ -15,8 +15,8 @@ from shearing.training.checkpoints.pieces import (
     Piece,
     SavedMoments,
     ShardedState,
+    StagedPieces,
     write_moments,
-    write_pieces,
 )
 
 SHAPES = {"matrix": (6, 5), "bias": (7,), "cube": (3, 2, 4)}
@@ -30,7 +30,8 @@ def _moments() -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> SavedMoments:
-    write_moments(tmp_path / "moments.safetensors", _moments())
+    moments = ((kind, name, moment) for kind, of_kind in _moments().items() for name, moment in of_kind.items())
+    write_moments(tmp_path / "moments.safetensors", moments, shapes=SHAPES)
     return SavedMoments(tmp_path / "moments.safetensors", prefix="model.")
 
 
@@ -63,7 +64,7 @@ def test_moments_of_a_checkpoint_are_read_when_they_are_asked_for(
         )
         for name, shape in SHAPES.items()
     ]
-    write_pieces(tmp_path / "shard-00000-of-00001.safetensors", pieces, step=3.0)
+    StagedPieces(pieces, step=3.0).write(tmp_path / "shard-00000-of-00001.safetensors")
     state, reads = ShardedState(tmp_path), []
     read = state.read
     monkeypatch.setattr(state, "read", lambda kind, name, **of: reads.append(name) or read(kind, name, **of))

@@ -116,12 +116,12 @@ def test_non_finite_step_changes_nothing_and_is_reported(bad: float, one_of_two:
     inputs = torch.randn(5, 4)
     engine.backward(model(inputs).square().sum(), last=True)
     assert not engine.step(step=0)
-    engine.save(tmp_path)
+    engine.stage().write_into(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     engine.backward(model(inputs).square().sum() * bad, last=True)
     assert engine.step(step=1)
-    engine.save(tmp_path)
+    engine.stage().write_into(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     engine.backward(model(inputs).square().sum(), last=True)
@@ -139,7 +139,7 @@ def test_loaded_engine_continues_bit_for_bit(one_of_two: str, tmp_path: Path) ->
     model = _model()
     engine = _prepared(one_of_two, model)
     train(model, engine, range(3))
-    saved = engine.save(tmp_path)
+    saved = engine.stage().write_into(tmp_path)
     train(model, engine, range(3, 6))
 
     resumed = _model()
@@ -157,7 +157,7 @@ def test_a_torch_that_cannot_share_out_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    saved = _engine(_model()).save(tmp_path)
+    saved = _engine(_model()).stage().write_into(tmp_path)
     other = _engine(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)))
     with pytest.raises(ShearingError, match=r"0\.bias"):
         other.load(tmp_path, saved=saved)
@@ -168,7 +168,7 @@ def test_state_that_came_back_different_is_refused(kind: str, tmp_path: Path, mo
     engine = _engine(_model())
     engine.backward(engine_loss(engine), last=True)
     engine.step(step=0)
-    saved = engine.save(tmp_path)
+    saved = engine.stage().write_into(tmp_path)
 
     def wrong_place(pieces: Any, state: Any, *, kinds: Any) -> None:
         held = list(pieces)
@@ -184,7 +184,7 @@ def test_shards_of_any_cut_hold_the_same_tensors(tmp_path: Path) -> None:
     engine = _engine(_model())
     engine.backward(engine_loss(engine), last=True)
     engine.step(step=0)
-    whole = engine.save(tmp_path)
+    whole = engine.stage().write_into(tmp_path)
     for size in (2, 3, 5):
         folder = tmp_path / str(size)
         folder.mkdir()
@@ -194,7 +194,7 @@ def test_shards_of_any_cut_hold_the_same_tensors(tmp_path: Path) -> None:
             part.prepare(_model())
             part.load(tmp_path, saved=whole)
             part._processes = Processes(rank=rank, size=size)
-            marks.append(part.save(folder))
+            marks.append(part.stage().write_into(folder))
         assert add_fingerprints(marks) == whole
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             for (name, ours), (_, theirs) in zip(

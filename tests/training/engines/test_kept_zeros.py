@@ -11,8 +11,9 @@ from shearing.errors import ShearingError
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
-from shearing.training.checkpoints.pieces import WEIGHT, ShardedState
+from shearing.training.checkpoints.pieces import SET_ASIDE, WEIGHT, ShardedState
 from shearing.training.engines.engine import Engine, EngineParts, engine_of
+from shearing.training.engines.moving_masks import MovingMasks, MovingMatrix, MovingSchedule, keep_highest
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
@@ -79,45 +80,74 @@ def make_engine(
     return engine_of(kind, parts=parts)
 
 
-def train(folder: Path, kind: str, precision: torch.dtype, resume_after: int | None) -> None:
+MOVING = MovingSchedule(interval=1, decay=0.3, ramp_steps=2, freeze_step=STEPS)
+
+
+def moving_masks(model: nn.Module, *, processes: Processes) -> MovingMasks:
+    """Of the same matrices, half kept by magnitude at first: of four, or of whole rows, which processes may share."""
+    return MovingMasks(lambda: moving_matrices(model), schedule=MOVING, processes=processes)
+
+
+def moving_matrices(model: nn.Module) -> list[MovingMatrix]:
+    matrices = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "layers" in name:
+            of = parameter.shape[1] if name.split(".")[-2] in ("q_proj", "o_proj", "gate_proj") else 4
+            mask = keep_highest(parameter.detach().abs().view(-1, of), kept=of // 2).view(parameter.shape)
+            matrices.append(MovingMatrix(name=f"model.{name}", mask=mask, kept=of // 2, of=of))
+    return matrices
+
+
+def train(folder: Path, kind: str, precision: torch.dtype, resume_after: int | None, moves: bool = False) -> None:
     """What every process runs: steps with the masks; a checkpoint at the end, or one in between that is continued."""
+    sequences = 6 if moves else SEQUENCES
     with Processes.start() as processes:
         first = 0
         engine: Engine | None = None
         for last in [STEPS] if resume_after is None else [resume_after, STEPS]:
             model = tiny_model("llama")
             masks = masks_of(model)
-            engine = make_engine(kind, processes=processes, precision=precision)
+            engine = make_engine(kind, processes=processes, precision=precision, sequences=sequences)
             objective = engine.prepare(LanguageModelLoss(model, chunk_tokens=64))
             objective.train()
+            moving = None
+            if moves:
+                moving = moving_masks(tiny_model("llama"), processes=processes)
+                engine.move_masks(moving)
             if first:
                 saved = json.loads((folder / f"{first}.json").read_text())
                 engine.load(folder / str(first), saved=saved)
-            engine.keep_zeros(masks.items())
+            if moving is None:
+                engine.keep_zeros(masks.items())
+            else:
+                moving.begin(step=first)
             losses = []
             for step in range(first, last):
                 tokens = torch.randint(
-                    model.config.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step)
+                    model.config.vocab_size, (sequences, LENGTH), generator=torch.Generator().manual_seed(step)
                 )
                 micro_batches = tokens.tensor_split(processes.size)[processes.rank].split(1)
                 for index, micro_batch in enumerate(micro_batches):
                     with engine.autocast():
-                        loss = objective(micro_batch).total / (SEQUENCES * (LENGTH - 1))
+                        loss = objective(micro_batch).total / (sequences * (LENGTH - 1))
                     engine.backward(loss, last=index + 1 == len(micro_batches))
                     losses.append(float(loss.detach()))
-                assert not engine.step(step=step)
+                skipped = engine.step(step=step)
+                assert not skipped
+                if moving is not None:
+                    moving.after_step(step=step + 1, skipped=skipped)
             place = folder / str(last)
             place.mkdir(parents=True, exist_ok=True)
             processes.barrier()
-            everyone = processes.gather(engine.save(place))
+            everyone = processes.gather(engine.stage().write_into(place))
             if processes.is_main:
                 (folder / f"{last}.json").write_text(json.dumps(add_fingerprints(everyone)))
             processes.barrier()
             first = last
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return dict(ShardedState(folder / str(STEPS)).whole(WEIGHT))
+def weights(folder: Path, *, kind: str = WEIGHT) -> dict[str, Tensor]:
+    return dict(ShardedState(folder / str(STEPS)).whole(kind))
 
 
 def test_dropped_weights_stay_zero_and_kept_ones_that_are_zero_learn(tmp_path: Path) -> None:
@@ -133,7 +163,7 @@ def test_dropped_weights_stay_zero_and_kept_ones_that_are_zero_learn(tmp_path: P
         engine.backward(model(torch.randn(3, 6)).square().sum(), last=True)
         engine.step(step=step)
         assert torch.equal(model[0].weight != 0, mask)
-    engine.save(tmp_path)
+    engine.stage().write_into(tmp_path)
 
 
 def test_a_weight_that_came_back_is_never_saved(tmp_path: Path) -> None:
@@ -144,7 +174,7 @@ def test_a_weight_that_came_back_is_never_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].weight[1, 2] = 1e-30  # type: ignore[index]
     with pytest.raises(ShearingError, match=r"1 dropped weights are not 0"):
-        engine.save(tmp_path)
+        engine.stage().write_into(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -198,3 +228,47 @@ def test_every_engine_keeps_them(
             assert weight[masks[name]].all(), name
         if precision == torch.float32:
             torch.testing.assert_close(weight, reference[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain torch on one process, uninterrupted, under masks that move."""
+    folder = tmp_path_factory.mktemp("moved")
+    spawn(train, folder / "run", "torch", torch.float32, None, True, size=1, folder=folder / "out")
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "precision", "resume_after", "size"),
+    [
+        ("zero0", torch.float32, None, 2),
+        ("zero1", torch.float32, 2, 3),  # thirds begin inside of rows
+        ("zero2+offload", torch.bfloat16, 2, 2),
+        ("zero3", torch.float32, 2, 3),
+        ("fsdp2", torch.float32, 2, 2),
+    ],
+)
+def test_every_engine_moves_masks_alike(
+    kind: str, precision: torch.dtype, resume_after: int | None, size: int, moved: Path, tmp_path: Path
+) -> None:
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    spawn(train, tmp_path / "run", kind, precision, resume_after, True, size=size, folder=tmp_path / "out")
+    found, asides = weights(tmp_path / "run"), weights(tmp_path / "run", kind=SET_ASIDE)
+    expected, expected_asides = weights(moved), weights(moved, kind=SET_ASIDE)
+    first = {each.name: each for each in moving_matrices(tiny_model("llama"))}
+    assert asides.keys() == first.keys()
+    changed = 0
+    for name, aside in asides.items():
+        kept, of = aside.isnan(), first[name].of
+        assert (kept.view(-1, of).sum(1) == of // 2).all(), name
+        assert torch.equal(found[name] != 0, kept), name
+        assert not aside.nan_to_num().any()
+        changed += int((kept != first[name].mask).sum())
+        if precision == torch.float32:
+            assert torch.equal(kept, expected_asides[name].isnan()), name
+    assert changed
+    if precision == torch.float32:
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from shearing.files.result_cache import Cached
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import backbone, head_of
 from shearing.models.loading import load_source
 from shearing.models.stored.stored_model import Source
 from shearing.progress import activity
@@ -104,7 +104,7 @@ def _sums(
         # Fused attention cannot be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
             hidden_SD = backbone(model)(input_ids=row[None, :-1], use_cache=False).last_hidden_state[0]
-            loss = cross_entropy((hidden_SD @ head_weight(model).T).float(), row[1:])
+            loss = cross_entropy(head_of(model).logits(hidden_SD).float(), row[1:])
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
             probes = [_signs(weight, generator=generator) for weight in weights]
             along = torch.stack([(g * z).sum() for g, z in zip(gradients, probes, strict=True)]).sum()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shearing.files.result_cache import Cached
-from shearing.models.anatomy import backbone, decoder_layers, head_weight
+from shearing.models.anatomy import Head, backbone, decoder_layers, head_of
 from shearing.models.loading import load_source
 from shearing.models.stored.stored_model import Source
 from shearing.objectives.cross_entropy import causal_lm_loss
@@ -117,7 +117,7 @@ def _sums_of_squares(
     names: Sequence[str],
     *,
     tokens: Tensor,
-    label: Callable[[Tensor, Tensor, Tensor], Tensor],
+    label: Callable[[Tensor, Head, Tensor], Tensor],
     advance: Callable[[int], None],
 ) -> list[float]:
     """Sum over sequences [samples, T] of Σ (∂l/∂w)² for each named parameter."""
@@ -134,8 +134,8 @@ def _sums_of_squares(
         for row in tokens:
             inputs = row[None, :-1]
             hidden = backbone(model)(input_ids=inputs, use_cache=False).last_hidden_state
-            wanted = label(hidden.detach(), head_weight(model), row[None, 1:])
-            total, _ = causal_lm_loss(hidden, head_weight(model), wanted, chunk_tokens=_CHUNK_TOKENS)
+            wanted = label(hidden.detach(), head_of(model), row[None, 1:])
+            total, _ = causal_lm_loss(hidden, head_of(model), wanted, chunk_tokens=_CHUNK_TOKENS)
             total.backward()
             advance(1)
     finally:
@@ -153,7 +153,7 @@ def _square_and_let_go(parameter: Tensor, *, into: Tensor) -> None:
     parameter.grad = None
 
 
-def _true_labels(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def _true_labels(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     del hidden, head
     return labels
 
@@ -165,10 +165,10 @@ class _Sampling:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         drawn = []
         for chunk in hidden[0].split(_CHUNK_TOKENS):
-            probabilities = (chunk @ head.T).float().softmax(-1)
+            probabilities = head.logits(chunk).float().softmax(-1)
             # NaN cannot be drawn from. It is found in the gradients, whatever the labels.
             probabilities.nan_to_num_(nan=1.0)
             drawn.append(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from shearing.models.anatomy import backbone, head_weight
+from shearing.models.anatomy import Head, backbone, head_of
 from shearing.models.loading import load_source
 from shearing.objectives.cross_entropy import causal_lm_loss, per_token_loss
 from shearing.pruning.sparse.allocation.allocator import Request, Unit
@@ -141,7 +141,7 @@ class Fitness:
             rows = [(step * self._training.batch + row) % len(text) for row in range(self._training.batch)]
             batch_BT = text[rows]
             hidden_BSD = backbone(self._model)(input_ids=batch_BT[:, :-1], use_cache=False).last_hidden_state
-            head = head_weight(self._model)
+            head = head_of(self._model)
             total, each_BS = causal_lm_loss(hidden_BSD, head, batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS)
             (total / each_BS.numel()).backward()
             optimizer.step()
@@ -160,13 +160,11 @@ class Fitness:
             batch_BT = self._text[start : min(start + self._micro_batch_size, last)]
             hidden_BSD = backbone(self._model)(input_ids=batch_BT[:, :-1]).last_hidden_state
             if self._dense is None:
-                loss_BS = per_token_loss(
-                    hidden_BSD, head_weight(self._model), batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS
-                )
+                loss_BS = per_token_loss(hidden_BSD, head_of(self._model), batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS)
                 total += loss_BS.sum(dtype=torch.float64)
             else:
                 dense_BSD = self._dense[start : start + len(batch_BT)]
-                total += divergence(dense_BSD, hidden_BSD, head_VD=head_weight(self._model))
+                total += divergence(dense_BSD, hidden_BSD, head=head_of(self._model))
             self.tokens += batch_BT[:, 1:].numel()
         self.passes += 1
         found = float(total)
@@ -179,12 +177,12 @@ class Fitness:
         return torch.cat([backbone(self._model)(input_ids=part).last_hidden_state for part in parts])
 
 
-def divergence(dense_BSD: Tensor, hidden_BSD: Tensor, *, head_VD: Tensor) -> Tensor:
+def divergence(dense_BSD: Tensor, hidden_BSD: Tensor, *, head: Head) -> Tensor:
     """Sum over tokens of KL(p || q), p and q what the head predicts from either, in nats; fp64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=hidden_BSD.device)
     dense_CD = dense_BSD.flatten(0, 1).split(_CHUNK_TOKENS)
     for dense, hidden in zip(dense_CD, hidden_BSD.flatten(0, 1).split(_CHUNK_TOKENS), strict=True):
-        p = (dense @ head_VD.T).float().log_softmax(-1)
-        q = (hidden @ head_VD.T).float().log_softmax(-1)
+        p = head.logits(dense).float().log_softmax(-1)
+        q = head.logits(hidden).float().log_softmax(-1)
         total += (p.exp() * (p - q)).sum(dtype=torch.float64)
     return total

@@ -22,6 +22,7 @@ from shearing.evaluation.environment import environment
 from shearing.files.durable import flush_folder, flush_tree, locked, require_new, require_writable, write_json
 from shearing.files.full_disk import full_disk_said, no_room_for_model
 from shearing.files.tensors import overwrite
+from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source, dtype_of, open_source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix, matrices_of
@@ -129,6 +130,7 @@ def export(
     with locked(partial, field="--output"), full_disk_said(lambda: no_room_for_model(output, field="--output")):
         try:
             source = open_source(model, revision=revision, converted=partial / "source")
+            _require_linear(source)
             _require_room(output, source=source)
             matrices = matrices_of(source)
             dtype = PRECISIONS[_precision_of(source, matrices, asked=precision)]
@@ -143,6 +145,16 @@ def export(
             shutil.rmtree(partial)
     console.print(f"exported model: {output}", soft_wrap=True, highlight=False)
     return output
+
+
+def _require_linear(source: Source) -> None:
+    if anatomy_of(source.config).mlp.experts is not None:
+        raise ShearingError(
+            "model",
+            value=f"{source.config.model_type}, whose experts are kept in stacks",
+            allowed="models whose matrices are linear layers: kernels for 2:4 matrices multiply one at a time",
+            mend="serve the sparse model as it is",
+        )
 
 
 def _look(measurement: _Measurement, matrices: Sequence[Matrix], *, console: Console) -> _Found:

@@ -49,8 +49,9 @@ def write_masks(path: Path, *, shapes: Mapping[str, tuple[int, ...]], packed: It
         packed: each mask once, packed.
     """
     metadata = {"format": FORMAT, "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
-    sizes = {name: ((torch.Size(shape).numel() + 7) // 8,) for name, shape in shapes.items()}
-    write_in_turn(path, sizes, tensors=packed, metadata=metadata)
+    sizes = {name: (torch.Size(shape).numel() + 7) // 8 for name, shape in shapes.items()}
+    like = {name: torch.empty(size, dtype=torch.uint8, device="meta") for name, size in sizes.items()}
+    write_in_turn(path, like, tensors=packed, metadata=metadata)
 
 
 def mask_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ OUTPUT/allocation.json             the level of every matrix, and why; allocatio
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,10 @@ def _manifest(
     for matrix in matrices:
         layers.setdefault(str(matrix.layer), []).append(matrix)
     reached = reached_budget(of_matrices.values())
-    total = Shape.of(source.config).num_parameters()
+    if source.structure is None:
+        total = Shape.of(source.config).num_parameters()
+    else:
+        total = sum(math.prod(entry.shape) for entry in source.entries.values())
     return {
         "format": FORMAT,
         "convention": CONVENTION,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from shearing.pruning.structured import hard_concrete
 from shearing.pruning.structured.constraint import Constraint, Lagrangian
+from shearing.pruning.structured.estimators.counter_noise import noise_key, uniform
 from shearing.pruning.structured.estimators.estimator import Estimator
 from shearing.pruning.structured.mask_settings import MaskSettings
 
@@ -44,15 +44,16 @@ class MinMax(Estimator):
     @override
     def masks(self, *, step: int, draw: int) -> dict[str, Tensor]:
         """Draws whose noise depends on (seed, step, draw) alone and is the same on every process and device."""
-        generator = torch.Generator().manual_seed(_noise_seed(self._settings.seed, step, draw))
-        z = {}
-        for name, log_alpha in self._log_alpha.items():
-            noise = torch.rand(log_alpha.shape, generator=generator)
-            if log_alpha.is_cuda:
-                noise = noise.pin_memory()
-            noise = noise.to(log_alpha.device, non_blocking=True)
-            z[name] = hard_concrete.sample(log_alpha, noise=noise, temperature=self._settings.temperature)
-        return z
+        if not self._log_alpha:
+            return {}
+        sizes = [log_alpha.numel() for log_alpha in self._log_alpha.values()]
+        device = next(iter(self._log_alpha.values())).device
+        noise = uniform(sum(sizes), key=noise_key(self._settings.seed, step, draw), device=device).split(sizes)
+        temperature = self._settings.temperature
+        return {
+            name: hard_concrete.sample(log_alpha, noise=own.view_as(log_alpha), temperature=temperature)
+            for (name, log_alpha), own in zip(self._log_alpha.items(), noise, strict=True)
+        }
 
     @override
     def alive(self, *, step: int) -> dict[str, Tensor]:
@@ -115,8 +116,3 @@ class MinMax(Estimator):
         self.lagrangian.load_state_dict(state["lagrangian"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _noise_seed(seed: int, step: int, draw: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{step}/{draw}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers, head_weight
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.passing import last_states
+from shearing.processes.processes import Processes
+from shearing.pruning.calibration.shares import Share
+from shearing.pruning.structured.granularities import unit_sizes
+from shearing.pruning.structured.importance.expert_activations import ExpertRecorder
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 
 if TYPE_CHECKING:
@@ -29,13 +34,15 @@ class Activations:
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
     over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
-    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853).
+    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Where both sub-layers of a
+    layer read the same, the output of one is what it reads with what it adds. Experts and their units: see
+    `ExpertRecorder`.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One pass for each batch of the text."""
         del source
-        return len(evidence.text)
+        return len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One forward pass over the text."""
@@ -47,25 +54,29 @@ class Activations:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Activations`."""
+        own = evidence.own
         with ActivationRecorder.listening(model) as recorder:
-            for batch in evidence.text:
-                backbone(model)(**batch.keywords())
+            passes = last_states(
+                model, (share.inputs.keywords() for share in own), entering=lambda number: recorder.reads(own[number])
+            )
+            for _ in passes:
                 advance(1)
-        return recorder.scores(Shape.of(model.config))
+        return recorder.scores(Shape.of(model.config), processes=evidence.processes)
 
 
 class ActivationRecorder:
     """Running sums of what `Activations` is made of: (name, layer) -> [channels] or scalar."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: torch.device) -> None:
         self._sums: dict[tuple[str, int], Tensor] = {}
-        self._layer_input = self._mlp_input = torch.empty(0)
+        self._layer_input = self._mlp_input = torch.empty(0, device=device)
+        self._of_batch = 1.0
 
     @classmethod
     @contextmanager
     def listening(cls, model: PreTrainedModel) -> Iterator[Self]:
         """Records what passes through `model` inside the context."""
-        recorder = cls()
+        recorder = cls(device=head_weight(model).device)
         handles = recorder._listen(model)
         try:
             yield recorder
@@ -73,12 +84,21 @@ class ActivationRecorder:
             for handle in handles:
                 handle.remove()
 
-    def scores(self, source: Shape) -> Scores:
-        """Scores of everything recorded; `source` is the model's shape."""
+    def reads(self, share: Share) -> None:
+        """What passes from now on is this much of a batch."""
+        self._of_batch = share.of_batch
+
+    def scores(self, source: Shape, *, processes: Processes) -> Scores:
+        """Scores of everything that all processes recorded; `source` is the model's shape."""
         K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
+        sizes = {"heads": (K * G * dh,), "intermediate": unit_sizes(source)["intermediate"][1:]}
+        sizes["experts"] = (source.num_experts,)
+        sizes |= dict.fromkeys(("attention read", "mlp read"), (source.hidden_size,))
 
         def of_layers(name: str) -> Tensor:
-            return torch.stack([self._sums[name, layer] for layer in range(source.num_hidden_layers)]).cpu()
+            nothing = self._layer_input.new_zeros(sizes.get(name, ()), dtype=torch.float32)
+            sums = [self._sums.get((name, layer), nothing) for layer in range(source.num_hidden_layers)]
+            return processes.sum(torch.stack(sums)).cpu()
 
         heads = of_layers("heads").view(-1, K, G, dh).sum(-1)
         return {
@@ -87,6 +107,7 @@ class ActivationRecorder:
             "mlp": of_layers("mlp"),
             "kv_groups": heads.sum(-1).sqrt(),
             "query_heads": heads.sqrt(),
+            **({"experts": of_layers("experts").sqrt()} if source.num_experts else {}),
             "intermediate": of_layers("intermediate").sqrt(),
             "hidden": (of_layers("attention read").sqrt() + of_layers("mlp read").sqrt()).sum(0),
         }
@@ -97,28 +118,48 @@ class ActivationRecorder:
         for index, layer in enumerate(decoder_layers(model)):
             handles += [
                 layer.register_forward_pre_hook(self._enter_layer),
-                layer.get_submodule(family.mlp.entry).register_forward_pre_hook(partial(self._enter_mlp, index)),
                 layer.register_forward_hook(partial(self._leave_layer, index)),
             ]
+            if family.parallel:
+                handles += [
+                    layer.get_submodule(sublayer.write).register_forward_hook(partial(self._write, (name, index)))
+                    for name, sublayer in family.sublayers.items()
+                ]
+            else:
+                entry = layer.get_submodule(family.mlp.entry)
+                handles += [
+                    entry.register_forward_pre_hook(partial(self._enter_mlp, index)),
+                    layer.register_forward_hook(partial(self._leave_mlp, index)),
+                ]
             for name, sublayer, units in (
                 ("attention", family.attention, "heads"),
                 ("mlp", family.mlp, "intermediate"),
             ):
-                first_reader, write = (layer.get_submodule(linear) for linear in (sublayer.readers[0], sublayer.write))
-                handles += [
-                    first_reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))),
-                    write.register_forward_pre_hook(partial(self._input, (units, index))),
-                ]
+                reader, write = (layer.get_submodule(module) for module in (sublayer.reads, sublayer.write))
+                handles.append(reader.register_forward_pre_hook(partial(self._input, (f"{name} read", index))))
+                if sublayer.experts is None:
+                    handles.append(write.register_forward_pre_hook(partial(self._input, (units, index))))
+                else:
+                    handles.append(
+                        ExpertRecorder(
+                            write,
+                            sequences=lambda: self._mlp_input.shape[0],
+                            add=partial(self._add_of_experts, index),
+                        )
+                    )
         return handles
 
     def _add(self, key: tuple[str, int], value: Tensor) -> None:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
 
+    def _add_of_experts(self, layer: int, name: str, value: Tensor) -> None:
+        self._add((name, layer), value)
+
     def _channels(self, key: tuple[str, int], x_BSC: Tensor) -> None:
         self._add(key, x_BSC.float().abs().mean(1).square().sum(0))
 
     def _influence(self, key: tuple[str, int], before: Tensor, after: Tensor) -> None:
-        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean())
+        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean() * self._of_batch)
 
     def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._channels(key, arguments[0])
@@ -130,7 +171,11 @@ class ActivationRecorder:
         self._mlp_input = arguments[0]
         self._influence(("attention", layer), self._layer_input, arguments[0])
 
+    def _write(self, key: tuple[str, int], _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        self._influence(key, self._layer_input, self._layer_input + output)
+
+    def _leave_mlp(self, layer: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        self._influence(("mlp", layer), self._mlp_input, output[0] if isinstance(output, tuple) else output)
+
     def _leave_layer(self, layer: int, _module: nn.Module, _arguments: Any, output: Any) -> None:
-        after = output[0] if isinstance(output, tuple) else output
-        self._influence(("mlp", layer), self._mlp_input, after)
-        self._influence(("layers", layer), self._layer_input, after)
+        self._influence(("layers", layer), self._layer_input, output[0] if isinstance(output, tuple) else output)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from shearing.models.shape import Shape
+from shearing.processes.processes import Processes
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.unit_sums import unit_sums
 
@@ -32,14 +33,13 @@ class Magnitude:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `magnitude_scores`."""
-        del evidence
-        scores = magnitude_scores(model)
+        scores = magnitude_scores(model, processes=evidence.processes)
         advance(1)
         return scores
 
 
 @torch.no_grad()
-def magnitude_scores(model: PreTrainedModel) -> Scores:
-    """L2 norm of every weight that a unit owns."""
-    squares = unit_sums(model, of=lambda matrix: matrix.detach().cpu().double().square())
+def magnitude_scores(model: PreTrainedModel, *, processes: Processes | None = None) -> Scores:
+    """L2 norm of every weight that a unit owns; processes share the layers."""
+    squares = unit_sums(model, of=lambda matrix: matrix.detach().cpu().double().square(), processes=processes)
     return {name: values.sqrt().float() for name, values in squares.items()}

@@ -2,26 +2,29 @@
 
 Metrics grade the start of mask learning and serve as baselines of the same shape.
 
-Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group.
+Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
+from shearing.processes.processes import Processes
+from shearing.pruning.calibration.shares import Share, shares_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[str, Tensor]
-"""Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m];
-hidden [d]; of the units of a row the higher are kept."""
+"""Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m]
+or [L, E, m]; experts [L, E]; hidden [d]; of the units of a row the higher are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +32,22 @@ class Evidence:
     """What a metric may go by, beside the model.
 
     Attributes:
-        text: tokens [B, S], on the model's device; empty for metrics that read none. The documents are those of rows of
-            S + 1 tokens: whether a label of these S - 1 counts is in `documents.left_out[:, :-1]`.
+        text: all of it, tokens [B, S], on the model's device; empty for metrics that read none. The documents are those
+            of rows of S + 1 tokens: whether a label of these S - 1 counts is in `documents.left_out[:, :-1]`.
         target: shape to reach; None where there is only a number of parameters.
         seed: of whatever is drawn.
+        processes: those that score together, each on its share of the text; all have the same evidence.
     """
 
     text: Sequence[Inputs] = ()
     target: Shape | None = None
     seed: int = 0
+    processes: Processes = field(default_factory=Processes)
+
+    @cached_property
+    def own(self) -> list[Share]:
+        """What this process reads."""
+        return shares_of(self.text, processes=self.processes)
 
     @property
     def text_tokens(self) -> int:
@@ -64,7 +74,7 @@ class Metric(Protocol):
     """Scores units; see `registry` for those that have a name."""
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """How often `scores` calls `advance` with 1 for a model of these sizes.
+        """How often `scores` calls `advance` with 1 on this process, for a model of these sizes.
 
         Raises:
             ShearingError: the metric is not for models of their family; `scores` would say the same.
@@ -80,8 +90,10 @@ class Metric(Protocol):
     ) -> Scores:
         """Scores of all units of the granularities that its `MetricFacts` say it gives, fp32 on the CPU.
 
+        All processes of the evidence call it, and have the same scores.
+
         Args:
-            model: plain model, on any device; left as it is.
+            model: plain model, on any device, whole or with weights that come on demand; left as it is.
             evidence: what else there is to go by.
             advance: for progress, see `units_of_work`.
         """

@@ -5,16 +5,18 @@ Legend: T tokens, O outputs and I inputs of a linear layer; B sequences, S posit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of, decoder_layers
-from shearing.models.families import Family
+from shearing.models.families import Family, SubLayer
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import named_places, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
@@ -147,28 +149,31 @@ def _diagonal_blocks(matrix_II: Tensor, *, width: int) -> Tensor:
 class Reconstruction:
     """Heads, groups and intermediate units by `elimination_order`, where any go; the rest by `Activations`.
 
+    Units of experts are among the rest: few of the text's tokens pass through each of them.
+
     A token counts by the inverse mean square of the residual stream after the write, which is what the next norm
-    divides by; so attention sinks, a thousand times as large as anything else, count like other tokens.
+    divides by; so attention sinks, a thousand times as large as anything else, count like other tokens. Where a norm
+    with gain g stands between the write and the residual stream, it is g W whose output counts, and a token by the
+    inverse mean square of what is written too: the norm's differential, but for its part along the output itself.
 
     See `Metric`. Layers are visited one after the other, with one layer's moments at a time. The target says how many
     units of a row go; without one, half of each row.
-
-    Both methods raise `ShearingError` for a family whose sub-layers have a norm after their write: the residual stream
-    has not what they write in it, but that normalised.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each layer."""
         del evidence
-        _require_added_writes(source.family)
         return source.num_hidden_layers
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One forward pass over the text, its second moments, and an elimination in every layer."""
         goes, d = _units_that_go(source, target=evidence.target), source.hidden_size
         K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        m = 0 if source.num_experts else m
         heads = K * G * source.head_dim
         flops = 2.0 * evidence.text_tokens * (heads**2 + m**2)
+        for sublayer, inputs in zip(source.family.sublayers.values(), (heads, m), strict=True):
+            flops += 2.0 * evidence.text_tokens * inputs * d if sublayer.after else 0.0
         columns = {"kv_groups": G * source.head_dim, "query_heads": K * source.head_dim, "intermediate": 1}
         for name, inputs in ((name, m if name == "intermediate" else heads) for name, count in goes.items() if count):
             # Inverse of the moment: n^3 for the factor and its use; the Gram matrix of the weights.
@@ -183,54 +188,112 @@ class Reconstruction:
     ) -> Scores:
         """See `Reconstruction`."""
         source, family = Shape.of(model.config), anatomy_of(model)
-        _require_added_writes(family)
-        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
-        goes = _units_that_go(source, target=evidence.target)
-        rows_of = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
-        orders: dict[str, list[Tensor]] = {name: [] for name, count in goes.items() if count}
-        places = named_places(family, "attention write", "mlp norm", "mlp write")
-        streams, calls = first_inputs(model, evidence.text)
+        processes, own, layers = evidence.processes, evidence.own, decoder_layers(model)
+        of_units = family.mlp.experts is None
+        places = named_places(family, "attention write", "mlp norm", *(["mlp write"] if of_units else []))
+        elimination = _Elimination(source, goes=_units_that_go(source, target=evidence.target))
+        streams, calls = first_inputs(model, [share.inputs for share in own])
+        waiting: _Layer | None = None
         with ActivationRecorder.listening(model) as recorder:
-            for index, layer in enumerate(decoder_layers(model)):
-                writes = weight_of(layer, family.attention.write), weight_of(layer, family.mlp.write)
-                heads, units = (_statistics_for(write) for write in writes)
-                for batch, of_layers in enumerate(calls):
+            for index, layer in enumerate(layers):
+                heads = _statistics_for(weight_of(layer, family.attention.write))
+                units = _statistics_for(weight_of(layer, family.mlp.write)) if of_units else None
+                for batch, (share, of_layers) in enumerate(zip(own, calls, strict=True)):
+                    recorder.reads(share)
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
-                    heads.add(seen["attention write"], weights=token_weights(seen["mlp norm"]))
-                    units.add(seen["mlp write"], weights=token_weights(after))
+                    # Side by side, both are added to what the next norm reads.
+                    written = after if family.parallel else seen["mlp norm"]
+                    for sublayer, read, name, stream in (
+                        (family.attention, heads, "attention write", written),
+                        (family.mlp, units, "mlp write", after),
+                    ):
+                        if read is not None:
+                            read.add(seen[name], weights=_token_weights(layer, sublayer, seen[name], stream=stream))
                     streams[batch] = after
-                for name, earlier in orders.items():
-                    weight, read = (writes[1], units) if name == "intermediate" else (writes[0], heads)
-                    rows, count = rows_of[name]
-                    order = elimination_order(weight, read.token_moment, rows=rows, units=count, remove=goes[name])
-                    earlier.append(order.cpu())
+                # What goes of one layer says nothing of the next: as many are solved at once as there are processes.
+                turn = index % processes.size
+                for statistics in (heads, units):
+                    if statistics is not None:
+                        statistics.combine(processes, rank=turn)
+                if turn == processes.rank:
+                    waiting = _Layer(index, layer, heads=heads, units=units)
+                del heads, units
+                if waiting is not None and (turn == processes.size - 1 or index == len(layers) - 1):
+                    elimination.solve(waiting, family=family)
+                    waiting = None
                 advance(1)
-        sizes = unit_sizes(source)
-        eliminated = {name: torch.stack(of_layers).view(sizes[name]) for name, of_layers in orders.items()}
-        return {**recorder.scores(source), **eliminated}
+        return {**recorder.scores(source, processes=processes), **elimination.scores(processes)}
 
 
-def _require_added_writes(family: Family) -> None:
-    if not all(sublayer.adds_its_write for sublayer in family.sublayers.values()):
-        raise ShearingError(
-            "source (architecture)",
-            value=family.model_type,
-            allowed="for importance by reconstruction, a family whose sub-layers add what they write to the residual "
-            "stream as it is, without a norm in between",
-            mend=f"choose another {key('initial_masks')}, as activations",
-        )
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and what its writes read, of all processes."""
+
+    index: int
+    module: nn.Module
+    heads: InputStatistics
+    units: InputStatistics | None
+
+
+class _Elimination:
+    """Orders of elimination, layer by layer.
+
+    Args:
+        source: shape of the model.
+        goes: units of a row that are removed, by granularity.
+    """
+
+    def __init__(self, source: Shape, *, goes: Mapping[str, int]) -> None:
+        K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
+        self._goes = {name: count for name, count in goes.items() if count}
+        self._rows = {"kv_groups": (1, K), "query_heads": (K, G), "intermediate": (1, m)}
+        self._orders = {name: torch.zeros(unit_sizes(source)[name]) for name in self._goes}
+
+    def solve(self, layer: _Layer, *, family: Family) -> None:
+        """Find out in which order the units of a layer go."""
+        with weights_here(layer.module):
+            for name, order in self._orders.items():
+                of_mlp = name == "intermediate"
+                sublayer, read = (family.mlp, layer.units) if of_mlp else (family.attention, layer.heads)
+                assert read is not None
+                rows, count = self._rows[name]
+                write = _added_write(layer.module, sublayer)
+                found = elimination_order(write, read.token_moment, rows=rows, units=count, remove=self._goes[name])
+                order[layer.index] = found.cpu().view(order[layer.index].shape)
+
+    def scores(self, processes: Processes) -> Scores:
+        """What all processes have found."""
+        return {name: processes.sum(order) for name, order in self._orders.items()}
+
+
+def _added_write(layer: nn.Module, sublayer: SubLayer) -> Tensor:
+    """Weight of a sub-layer's write, its rows times the gain of the norm behind it."""
+    weight = weight_of(layer, sublayer.write)
+    if sublayer.after is None:
+        return weight
+    return weight * (sublayer.after.kind.offset + weight_of(layer, sublayer.after.name))[:, None]
+
+
+def _token_weights(layer: nn.Module, sublayer: SubLayer, x: Tensor, *, stream: Tensor) -> Tensor:
+    """How much tokens [B, S] count, from what the write reads and the stream behind it."""
+    weights = token_weights(stream)
+    if sublayer.after is None:
+        return weights
+    return weights * token_weights(layer.get_submodule(sublayer.write)(x))
 
 
 def _units_that_go(source: Shape, *, target: Shape | None) -> dict[str, int]:
     """Units of a row that are removed, by granularity."""
     K, G, m = source.num_key_value_heads, source.query_heads_per_group, source.intermediate_size
     if target is None:
-        return {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
-    return {
-        "kv_groups": K - target.num_key_value_heads,
-        "query_heads": G - target.query_heads_per_group,
-        "intermediate": m - target.intermediate_size,
-    }
+        goes = {"kv_groups": K // 2, "query_heads": G // 2, "intermediate": m // 2}
+    else:
+        goes = {
+            "kv_groups": K - target.num_key_value_heads,
+            "query_heads": G - target.query_heads_per_group,
+            "intermediate": m - target.intermediate_size,
+        }
+    return {**goes, "intermediate": 0} if source.num_experts else goes
 
 
 def _statistics_for(weight: Tensor) -> InputStatistics:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from shearing.pruning.structured.importance.metric import Metric
 
 
-EVERYTHING = frozenset({"layers", "attention", "mlp", "kv_groups", "query_heads", "intermediate", "hidden"})
-"""All that `Scores` may hold."""
+EVERYTHING = frozenset({"layers", "attention", "mlp", "kv_groups", "query_heads", "intermediate", "experts", "hidden"})
+"""All that `Scores` may hold; experts where a model has some."""
 
 _LAYERS = frozenset({"layers"})
 _SUBLAYERS = frozenset({"attention", "mlp"})

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shearing.data.documents import IGNORED_LABEL, Inputs
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import head_weight
+from shearing.models.anatomy import head_of
+from shearing.models.stored.paging.on_demand import weights_here
 from shearing.objectives.cross_entropy import causal_lm_loss
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def sum_of_losses(model: PreTrainedModel, hidden_BSD: Tensor, batch: Inputs) -> 
         hidden_BSD: hidden states of the batch after the final norm.
         batch: what was read.
     """
-    total, _ = causal_lm_loss(hidden_BSD[:, :-1], head_weight(model), labels_of(batch), chunk_tokens=_CHUNK_TOKENS)
+    head = head_of(model)
+    with weights_here(head.weight):
+        total, _ = causal_lm_loss(hidden_BSD[:, :-1], head, labels_of(batch), chunk_tokens=_CHUNK_TOKENS)
     return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shearing.files.durable import read_json
+from shearing.models.attention import requested
 from shearing.models.cutting import Selection
 from shearing.models.masked import Masks
 from shearing.models.shape import Shape
@@ -22,6 +23,7 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
 from shearing.runs.stages.evaluation.recipe import Baseline
+from shearing.runs.stages.source_model import load_source_model, model_to_read
 from shearing.training.recipe import StageRecipe
 
 OF_RUN = ("source", "compact", "sparse", "final")
@@ -36,6 +38,9 @@ class Row:
         group: of those of the same shape, at the same place of a run.
         flops: of choosing its units, the refit and its training.
         units: hash of the units that it kept, asked for once it is loaded; None: all.
+        load: gives the model on each of the processes, all of which call it; on several of them its weights may come on
+            demand.
+        whole: gives it in this process's memory; None: `load` does.
         learned: what mask learning made of its start.
     """
 
@@ -49,6 +54,11 @@ class Row:
     load: Callable[[], PreTrainedModel]
     units: Callable[[], str | None] = lambda: None
     learned: Learned | None = None
+    whole: Callable[[], PreTrainedModel] | None = None
+
+    def load_whole(self) -> PreTrainedModel:
+        """The model in the memory of this process, which alone may call this."""
+        return self.load() if self.whole is None else self.whole()
 
     @property
     def of_run(self) -> bool:
@@ -61,21 +71,28 @@ def rows_of(context: RunContext) -> list[Row]:
     recipe, run, source = context.recipe, context.directory, Source(context)
     source_fingerprint = fingerprint_of(Path(recipe.model.source), recipe.model.revision)
     whole = Shape.of(context.config)
+    alone = context.processes.size == 1
     rows = [Row("source", "source", "source", whole, 0, 0.0, source_fingerprint, source.model)]
+    if not alone:
+        rows = [replace(rows[0], whole=lambda: load_source_model(context))]
     learned: Learned | None = None
     units: Callable[[], str | None] = lambda: None  # noqa: E731
 
     def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> Row:
         def load() -> PreTrainedModel:
+            return model_to_read(context, source=str(folder), revision=None)
+
+        def in_memory() -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=recipe.model.attn_implementation
+                folder, dtype=torch.float32, attn_implementation=requested(recipe.model.attn_implementation)
             )
             model.to(context.device)  # type: ignore[arg-type]
             return model
 
         shape = Shape.of(AutoConfig.from_pretrained(folder))
         mark = fingerprint_of(folder, None)
-        return Row(name, label, group, shape, training_tokens, flops, mark, load, units, learned)
+        loads = (in_memory, None) if alone else (load, in_memory)
+        return Row(name, label, group, shape, training_tokens, flops, mark, loads[0], units, learned, loads[1])
 
     tokens, flops, made_by = 0, 0.0, []
     shape, length = whole, recipe.data.sequence_length

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shearing.errors import named
 from shearing.evaluation.environment import version_of
@@ -14,14 +14,13 @@ from shearing.evaluation.tasks.chosen import ChosenTask, chosen_tasks
 from shearing.evaluation.tasks.figures import in_words
 from shearing.evaluation.tasks.opening import open_harness
 from shearing.files.result_cache import Cached
-from shearing.models.loading import skeleton
+from shearing.models.stored.paging.on_demand import weights_here
 from shearing.processes.processes import Processes
 from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.names import EVALUATION_NAMES
 from shearing.runs.stages.evaluation.kept import kept
 from shearing.runs.stages.evaluation.rows import Row
-from shearing.training.engines.held_state import materialise
 
 if TYPE_CHECKING:
     from shearing.evaluation.tasks.harness import Harness
@@ -37,7 +36,7 @@ def measure_tasks(context: RunContext, rows: Sequence[Row], *, results: dict[str
 
     Args:
         context: of the run.
-        rows: its models; on the main process.
+        rows: its models.
         results: by the names of rows; on the main process.
 
     Raises:
@@ -51,19 +50,21 @@ def measure_tasks(context: RunContext, rows: Sequence[Row], *, results: dict[str
     with named(EVALUATION_NAMES):
         harness = processes.each(lambda: open_harness(chosen_tasks(settings.tasks), folder=settings.task_folder))
     loads = {row.name: row for row in asked}
-    total = sum(loads[name].shape.num_parameters() * len(tasks) for name, tasks in missing.items()) if asked else 1
+    total = sum(loads[name].shape.num_parameters() * len(tasks) for name, tasks in missing.items())
     with activity(f"tasks of {len(missing)} models", total=total, console=context.console) as advance:
         for name, tasks in missing.items():
-            row = loads.get(name)
-            model = shared_model(None if row is None else row.load, context=context)
-            for task in tasks:
-                found = measure_task(context, model, task, harness=harness, processes=processes)
-                if row is not None:
-                    place_of(context, task, fingerprint=row.fingerprint).write(found)
-                    results[name]["tasks"] |= found
+            row = loads[name]
+            model = row.load()
+            # Questions are many and short: each process answers its own with all of the model at hand.
+            with weights_here(model):
+                for task in tasks:
+                    found = measure_task(context, model, task, harness=harness, processes=processes)
+                    if processes.is_main:
+                        place_of(context, task, fingerprint=row.fingerprint).write(found)
+                        results[name]["tasks"] |= found
                     advance(row.shape.num_parameters())
             del model  # before the next one is loaded
-            if row is not None:
+            if processes.is_main:
                 context.console.print(f"{row.label}: {in_words(results[name]['tasks'])}", highlight=False)
 
 
@@ -82,30 +83,6 @@ def measure_task(
         precision=context.precision,
         processes=processes,
     )
-
-
-def shared_model(load: Callable[[], PreTrainedModel] | None, *, context: RunContext) -> PreTrainedModel:
-    """The model that the main process loads, on all processes.
-
-    Args:
-        load: on the main process.
-        context: of the run.
-    """
-    processes, loaded = context.processes, list[PreTrainedModel]()
-
-    def config() -> PretrainedConfig:
-        assert load is not None
-        loaded.append(load())
-        found: PretrainedConfig = loaded[0].config
-        return found
-
-    shape = processes.on_main(config)
-    if not loaded:
-        loaded.append(skeleton(shape, attn_implementation=context.recipe.model.attn_implementation))
-    if processes.size > 1:
-        weights = (*loaded[0].parameters(), *loaded[0].buffers())
-        materialise(weights, device=context.device, processes=processes)
-    return loaded[0]
 
 
 def place_of(context: RunContext, task: ChosenTask, *, fingerprint: str) -> Cached:

@@ -40,11 +40,11 @@ def measure_writing(context: RunContext, rows: Sequence[Row], *, results: dict[s
     missing = [row for row in rows if row.of_run and found[row.name] is None]
     source: Read | None = None
     if missing:
-        model = rows[0].load()
+        model = rows[0].load_whole()
         source = text.read_by(model)
         for row in missing:
             if row is not rows[0]:
-                model = row.load()
+                model = row.load_whole()
             found[row.name] = _measured(model, text=text, source=source, itself=row is rows[0])
             places[row.name].write(found[row.name])
             context.console.print(_in_words(row, found[row.name]), highlight=False)
@@ -135,7 +135,7 @@ def _measured(model: PreTrainedModel, *, text: _Text, source: Read, itself: bool
     content: dict[str, Any] = {"agreement": None, "kl_from_source": None}
     if not itself:
         own = text.read_by(model)
-        if len(own.head_Vd) == len(source.head_Vd):
+        if len(own.head.weight) == len(source.head.weight):
             near = agreement(own, source, device=context.device)
             content = {"agreement": near.greedy, "kl_from_source": near.kl, "tokens": near.tokens}
     if not text.prompts:

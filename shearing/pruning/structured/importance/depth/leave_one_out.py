@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.depth.passage import (
     Passage,
@@ -42,7 +41,7 @@ class LeaveOneOut:
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each part and batch."""
-        return len(parts_of(self._parts, layers=source.num_hidden_layers)) * len(evidence.text)
+        return len(parts_of(self._parts, layers=source.num_hidden_layers)) * len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """Half a pass for each part, and its head."""
@@ -56,7 +55,7 @@ class LeaveOneOut:
     ) -> Scores:
         """See `LeaveOneOut`."""
         parts = parts_of(self._parts, layers=model.config.num_hidden_layers)
-        losses = _losses_without(model, evidence.text, parts=parts, gone=frozenset(), advance=advance)
+        losses = _losses_without(model, evidence, parts=parts, gone=frozenset(), advance=advance)
         return as_scores(self._parts, losses)
 
 
@@ -70,7 +69,7 @@ class GreedyLeaveOneOut:
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each layer that is tried, and batch."""
-        return sum(_left_in_each_round(source, target=evidence.target)) * len(evidence.text)
+        return sum(_left_in_each_round(source, target=evidence.target)) * len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """In each round half a pass of what is left for each layer that is left, and its head."""
@@ -89,7 +88,7 @@ class GreedyLeaveOneOut:
         for _ in _left_in_each_round(source, target=evidence.target):
             losses = _losses_without(
                 model,
-                evidence.text,
+                evidence,
                 parts=[parts[layer] for layer in staying],
                 gone=frozenset().union(*(parts[layer] for layer in order)),
                 advance=advance,
@@ -116,7 +115,7 @@ def _round_of_layers(left: int) -> int:
 @torch.no_grad()
 def _losses_without(
     model: PreTrainedModel,
-    text: Sequence[Inputs],
+    evidence: Evidence,
     *,
     parts: Sequence[SubLayers],
     gone: SubLayers,
@@ -128,9 +127,9 @@ def _losses_without(
         parts: each inside one layer, from the bottom up.
         gone: what is not there besides.
     """
-    labels = require_labels(number_of_labels(text))
+    labels = require_labels(number_of_labels(evidence.text))
     sums = torch.zeros(len(parts), dtype=torch.float64)
-    for batch in text:
+    for batch in (share.inputs for share in evidence.own):
         passage, here = Passage(model, batch), 0
         stream = passage.stream
         for number, part in enumerate(parts):
@@ -140,4 +139,4 @@ def _losses_without(
             hidden = passage.to_end(stream, first=first, gone=gone | part)
             sums[number] += finite(float(sum_of_losses(model, hidden, batch)), metric="leave one out")
             advance(1)
-    return sums / labels
+    return evidence.processes.sum(sums) / labels

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.calibration.walk import layer_calls, run_layer
+from shearing.models.stored.paging.passing import layer_calls
+from shearing.pruning.calibration.walk import run_layer
 from shearing.pruning.structured.importance.metric import Cost
 
 if TYPE_CHECKING:

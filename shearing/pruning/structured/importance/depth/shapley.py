@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shearing.data.documents import Inputs
-from shearing.models.anatomy import head_weight
+from shearing.models.anatomy import Head, head_of
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.pruning.calibration.shares import Share
 from shearing.pruning.structured.importance.depth.passage import (
     Passage,
     SubLayers,
@@ -46,7 +47,7 @@ class ShapleyLike:
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each pair and batch."""
         del source
-        return self._pairs * len(evidence.text)
+        return self._pairs * len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One pass for each pair; at most two where sub-layers go alone, as a layer without one of them is computed."""
@@ -65,43 +66,80 @@ class ShapleyLike:
         parts = parts_of(self._parts, layers=model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(evidence.seed)
         require_labels(number_of_labels(evidence.text))
-        head = head_weight(model)
-        gram = head.float().T @ head.float() if self._harm == "logits" else None
+        head, gram = head_of(model) if self._harm == "logits" else None, None
+        if head is not None and head.cap is None:
+            with weights_here(head.weight):
+                gram = gram_of(head)
+        own = {share.batch: share for share in evidence.own}
         totals = torch.zeros(len(parts), dtype=torch.float64)
-        for batch in evidence.text:
-            passage = Passage(model, batch)
-            whole = None if gram is None else passage.to_end(passage.stream, gone=frozenset())
-
-            def harm(
-                gone: SubLayers, passage: Passage = passage, whole: Tensor | None = whole, batch: Inputs = batch
-            ) -> float:
-                hidden = passage.to_end(passage.stream, gone=gone)
-                if whole is None or gram is None:
-                    total = float(sum_of_losses(model, hidden, batch)) / max(1, number_of_labels([batch]))
-                else:
-                    total = float(logit_distances(whole, hidden, gram=gram).mean())
-                return finite(total, metric="Shapley-like")
-
-            for _ in range(self._pairs):
-                drawn = torch.randperm(len(parts), generator=generator)
-                first, second = drawn[: len(parts) // 2], drawn[len(parts) // 2 :]
+        for number, batch in enumerate(evidence.text):
+            # Every process draws for every batch, so that what is drawn does not depend on who reads it.
+            drawn = [torch.randperm(len(parts), generator=generator) for _ in range(self._pairs)]
+            if number not in own:
+                continue
+            harm = _Harm(model, own[number], labels=number_of_labels([batch]), head=head, gram=gram)
+            for of_pair in drawn:
+                first, second = of_pair[: len(parts) // 2], of_pair[len(parts) // 2 :]
                 without_first, without_second = (
-                    harm(frozenset().union(*(parts[part] for part in absent.tolist()))) for absent in (first, second)
+                    harm.without(frozenset().union(*(parts[part] for part in absent.tolist())))
+                    for absent in (first, second)
                 )
                 totals[first] += without_first - without_second
                 totals[second] += without_second - without_first
                 advance(1)
+        totals = evidence.processes.sum(totals)
         return as_scores(self._parts, totals / (self._pairs * max(1, len(evidence.text))))
 
 
-def logit_distances(whole: Tensor, hidden: Tensor, *, gram: Tensor) -> Tensor:
-    """Euclidean distances of the logits of two models with the same head, without the logits: [B, S].
+class _Harm:
+    """What leaving parts out does to a batch, as far as one process's rows say; of all processes it is the sum.
 
-    |W (h - h')|² = (h - h')ᵀ WᵀW (h - h').
+    Args:
+        model: plain model.
+        share: this process's rows.
+        labels: those of the whole batch.
+        head: of the model, where logits are compared; None: the loss counts.
+        gram: see `logit_distances`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, share: Share, *, labels: int, head: Head | None, gram: Tensor | None
+    ) -> None:
+        self._model, self._share, self._labels, self._head, self._gram = model, share, labels, head, gram
+        self._passage = Passage(model, share.inputs)
+        self._whole = None if head is None else self._passage.to_end(self._passage.stream, gone=frozenset())
+
+    def without(self, gone: SubLayers) -> float:
+        hidden = self._passage.to_end(self._passage.stream, gone=gone)
+        if self._whole is None or self._head is None:
+            total = float(sum_of_losses(self._model, hidden, self._share.inputs)) / max(1, self._labels)
+        else:
+            with weights_here(self._head.weight):
+                mean = float(logit_distances(self._whole, hidden, head=self._head, gram=self._gram).mean())
+            total = mean * self._share.of_batch
+        return finite(total, metric="Shapley-like")
+
+
+def gram_of(head: Head) -> Tensor:
+    """WᵀW [D, D] of a head without a cap, W what it multiplies hidden states by."""
+    weight = head.weight.float() / head.divisor
+    return weight.T @ weight
+
+
+def logit_distances(whole: Tensor, hidden: Tensor, *, head: Head, gram: Tensor | None) -> Tensor:
+    """Euclidean distances of the logits of two models with the same head: [B, S].
+
+    |W (h - h')|² = (h - h')ᵀ WᵀW (h - h'), so without logits where the head has no cap.
 
     Args:
         whole, hidden: hidden states [B, S, D] after the final norm.
-        gram: WᵀW [D, D] of the head.
+        head: of both.
+        gram: `gram_of` it; None: it has a cap.
     """
+    if gram is None:
+        rows = zip(whole, hidden, strict=True)
+        return torch.stack(
+            [(head.logits(one).float() - head.logits(other).float()).norm(dim=-1) for one, other in rows]
+        )
     difference = (whole - hidden).float()
     return ((difference @ gram) * difference).sum(-1).clamp_min(0).sqrt()

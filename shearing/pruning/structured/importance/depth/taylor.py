@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.gradients.matrix_gradients import differentiable
+from shearing.pruning.structured.importance.gradients.matrix_gradients import gradients_by_place
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
@@ -37,52 +37,60 @@ class LayerTaylor:
         self._protect = protect
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One for each batch of the text."""
-        del source
-        return len(evidence.text)
+        """One for each batch of the text and layer."""
+        return source.num_hidden_layers * len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
-        """The text forward and backward once."""
+        """The text forward and backward once; for that, each layer computes it once more."""
         del source
-        return Cost(forward_tokens=evidence.text_tokens, backward_tokens=evidence.text_tokens)
+        return Cost(forward_tokens=2 * evidence.text_tokens, backward_tokens=evidence.text_tokens)
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `LayerTaylor`."""
-        owners = _owners(model)
-        parameters = [parameter for owned in owners.values() for parameter in owned]
         labels = require_labels(number_of_labels(evidence.text))
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        with differentiable(parameters), torch.enable_grad():
-            for batch in evidence.text:
-                hidden = backbone(model)(**batch.keywords()).last_hidden_state
-                loss = sum_of_losses(model, hidden, batch) / labels
-                finite(float(loss.detach()), metric="Taylor of layers")
-                for total, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+        batches, processes = [share.inputs for share in evidence.own], evidence.processes
+
+        def loss_of(batch: int, hidden_BSD: Tensor, _head: Tensor) -> Tensor:
+            loss = sum_of_losses(model, hidden_BSD, batches[batch]) / labels
+            finite(float(loss.detach()), metric="Taylor of layers")
+            return loss
+
+        sums = torch.zeros(2, model.config.num_hidden_layers, dtype=torch.float64)
+        places = gradients_by_place(
+            model, batches, loss_of=loss_of, parameters=lambda layer: list(layer.parameters()), outside=False
+        )
+        for place in places:
+            assert place.layer is not None
+            gradients = {parameter: torch.zeros_like(parameter) for parameter in place.parameters}
+            for of_batch in place.of_rows:
+                for total, gradient in zip(gradients.values(), of_batch, strict=True):
                     total += gradient
                 advance(1)
-        left = iter(gradients)
-        sums = {
-            owner: sum(float((weight.detach().double() * next(left).double()).abs().sum()) for weight in owned)
-            for owner, owned in owners.items()
-        }
-        of_kind = {
-            kind: torch.tensor([value for (of, _), value in sums.items() if of == kind])
-            for kind in ("attention", "mlp")
-        }
+            turn = place.layer % processes.size
+            for total in gradients.values():
+                processes.sum_on(total, rank=turn)
+            if turn == processes.rank:
+                sums[:, place.layer] = _by_sublayer(model, place.layer, gradients)
+        # Rounded one by one, as they are compared.
+        of_kind = dict(zip(("attention", "mlp"), processes.sum(sums).float(), strict=True))
         layers = of_kind["attention"] + of_kind["mlp"]
         return {"layers": protected(layers)} if self._protect else {"layers": layers, **of_kind}
 
 
-def _owners(model: PreTrainedModel) -> dict[tuple[str, int], list[nn.Parameter]]:
-    """(sub-layer, layer) -> its parameters, with its norms."""
-    owners: dict[tuple[str, int], list[nn.Parameter]] = {}
-    for index, layer in enumerate(decoder_layers(model)):
-        parameters = dict(layer.named_parameters())
-        for kind, sublayer in anatomy_of(model).sublayers.items():
-            owners[kind, index] = [parameters[parameter.name] for parameter in sublayer.parameters]
-    return owners
+def _by_sublayer(model: PreTrainedModel, index: int, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
+    """Sums of |w g| of attention and MLP [2], each with its norms."""
+    layer = decoder_layers(model)[index]
+    parameters = dict(layer.named_parameters())
+    of_kind = [
+        sum(
+            float((weight.detach().double() * gradients[weight].double()).abs().sum())
+            for weight in (parameters[parameter.name] for parameter in sublayer.parameters)
+        )
+        for sublayer in anatomy_of(model).sublayers.values()
+    ]
+    return torch.tensor(of_kind, dtype=torch.float64)
 
 
 def protected(scores: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from shearing.pruning.structured.importance.gradients.taylor import (
+    BY_ELEMENTS,
+    BY_VECTORS,
     TaylorMetric,
     as_scores,
-    products_of_rows,
-    sums_of_elements,
-    sums_of_vectors,
+    sums_of_rows,
 )
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 
@@ -38,14 +38,12 @@ class Structural(TaylorMetric):
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Structural`."""
-        vectors: dict[str, list[Tensor]] = {}
-        elements: dict[str, list[Tensor]] = {}
-        for products in products_of_rows(model, evidence=evidence, advance=advance):
-            by_vector, by_element = sums_of_vectors(model, products), sums_of_elements(model, products)
-            for name in ("kv_groups", "query_heads", "intermediate"):
-                vectors.setdefault(name, []).append(by_vector[name])
-                elements.setdefault(name, []).append(by_element[name])
-        return as_scores({name: _fused(torch.stack(vectors[name]), torch.stack(elements[name])) for name in vectors})
+        rows = sums_of_rows(model, evidence=evidence, kinds=(BY_VECTORS, BY_ELEMENTS), advance=advance)
+        fused = {}
+        for name in ("kv_groups", "query_heads", "intermediate"):
+            vectors, elements = (torch.stack([of_row[kind][name] for of_row in rows]) for kind in (0, 1))
+            fused[name] = _fused(vectors, elements)
+        return as_scores(fused)
 
 
 def _fused(vectors_NLu: Tensor, elements_NLu: Tensor) -> Tensor:

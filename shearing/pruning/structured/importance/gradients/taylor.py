@@ -9,7 +9,9 @@ Legend: w a weight, G_n the gradient of the loss summed over the c_n labels of r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,13 +20,15 @@ from torch import Tensor, nn
 from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.gradients.matrix_gradients import (
+    Labels,
     LabelsOfModel,
-    matrices_of,
-    matrix_gradients,
+    Place,
+    RowGradients,
+    labels_of_text,
 )
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.text_loss import require_labels
-from shearing.pruning.structured.importance.unit_sums import unit_sums
+from shearing.pruning.structured.importance.unit_sums import Of, UnitSums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,19 +36,22 @@ if TYPE_CHECKING:
 Sums = dict[nn.Parameter, Tensor]
 """Matrix -> as many sums."""
 
+Term = Callable[[Tensor, int], Tensor]
+"""What a row adds to the sums of a matrix: from the gradient of its loss, which may change, and its number of labels.
+"""
+
 
 class TaylorMetric(ABC):
     """One forward and one backward pass over the text, row by row."""
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One for each row of the text."""
-        del source
-        return sum(batch.tokens.shape[0] for batch in evidence.text)
+        """One for each row of the text and layer."""
+        return source.num_hidden_layers * sum(share.inputs.tokens.shape[0] for share in evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
-        """One forward and one backward pass over the text."""
+        """One forward and one backward pass over the text; for that, each layer computes it once more."""
         del source
-        return Cost(forward_tokens=evidence.text_tokens, backward_tokens=evidence.text_tokens)
+        return Cost(forward_tokens=2 * evidence.text_tokens, backward_tokens=evidence.text_tokens)
 
     @abstractmethod
     def scores(
@@ -54,53 +61,39 @@ class TaylorMetric(ABC):
 
 
 class FirstOrder(TaylorMetric):
-    """Σ |w g| over a unit's weights, g = Σ_n G_n / c: LLM-Pruner (arXiv 2305.11627), `param_first`; see `Metric`.
-
-    Holds one copy of the model's matrices, the sums of their gradients.
-    """
+    """Σ |w g| over a unit's weights, g = Σ_n G_n / c: LLM-Pruner (arXiv 2305.11627), `param_first`; see `Metric`."""
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `FirstOrder`."""
-        total, sums = 0, _zeros(model)
-        for row in _rows(evidence):
-            with matrix_gradients(model, row) as (count, gradients):
-                for matrix, gradient in gradients:
-                    sums[matrix] += gradient
-            total += count
-            advance(1)
-        require_labels(total)
-        return as_scores(unit_sums(model, of=lambda w: (_double(w) * _double(sums[w]) / total).abs()))
+        units = UnitSums(model)
+        for place, text, (sums,) in sums_over_rows(
+            model, evidence=evidence, terms=(lambda gradient, _: gradient,), advance=advance
+        ):
+            _add(units, place, of=partial(_first_order, sums=sums, labels=text.labels))
+        return as_scores(units.sums(evidence.processes))
 
 
 class SecondOrder(TaylorMetric):
     """Σ |w g - ½ w² F|, g = Σ_n G_n / c and F = mean over rows of (G_n / c_n)²: LLM-Pruner's `param_mix`; see `Metric`.
 
-    Holds two copies of the model's matrices. F is of gradients that are means over a row, so it is smaller than the
-    curvature of the loss by about the number of labels of a row, and the first order decides (docs/methods.md).
+    F is of gradients that are means over a row, so it is smaller than the curvature of the loss by about the number of
+    labels of a row, and the first order decides (docs/methods.md).
     """
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `SecondOrder`."""
-        total, rows, sums, squares = 0, 0, _zeros(model), _zeros(model)
-        for row in _rows(evidence):
-            with matrix_gradients(model, row) as (count, gradients):
-                for matrix, gradient in gradients:
-                    sums[matrix] += gradient
-                    squares[matrix] += (gradient / max(count, 1)).square_()
-            total += count
-            rows += count > 0
-            advance(1)
-        require_labels(total)
-
-        def change(w: nn.Parameter) -> Tensor:
-            weight = _double(w)
-            return (weight * _double(sums[w]) / total - weight.square() * _double(squares[w]) / (2 * rows)).abs()
-
-        return as_scores(unit_sums(model, of=change))
+        units = UnitSums(model)
+        terms: tuple[Term, ...] = (
+            lambda gradient, _: gradient,
+            lambda gradient, count: (gradient / max(count, 1)).square_(),
+        )
+        for place, text, (sums, squares) in sums_over_rows(model, evidence=evidence, terms=terms, advance=advance):
+            _add(units, place, of=partial(_second_order, sums=sums, squares=squares, text=text))
+        return as_scores(units.sums(evidence.processes))
 
 
 class VectorOrder(TaylorMetric):
@@ -114,10 +107,8 @@ class VectorOrder(TaylorMetric):
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `VectorOrder`."""
-        rows = [
-            sums_of_vectors(model, products) for products in products_of_rows(model, evidence=evidence, advance=advance)
-        ]
-        return as_scores({name: torch.stack([row[name] for row in rows]).mean(0) for name in rows[0]})
+        rows = sums_of_rows(model, evidence=evidence, kinds=(BY_VECTORS,), advance=advance)
+        return as_scores({name: torch.stack([row[name] for (row,) in rows]).mean(0) for name in rows[0][0]})
 
 
 class Distillation(TaylorMetric):
@@ -128,73 +119,158 @@ class Distillation(TaylorMetric):
     not. Its second derivative is the Fisher information of the model's own distribution; the labels of a row are drawn
     independently, so the mean of G_n² is that of the sum over its tokens, whatever the length of the row. The expansion
     is Optimal Brain Damage's (LeCun et al., 1989) on the distance that distillation minimises.
-
-    Holds one copy of the model's matrices.
     """
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Distillation`."""
-        information = fisher_information(model, evidence=evidence, advance=advance)
-        return as_scores(unit_sums(model, of=lambda w: _double(w).square() * _double(information[w]) / 2))
+        units = UnitSums(model)
+        for place, information in fisher_information(model, evidence=evidence, advance=advance):
+            _add(units, place, of=partial(_half_curvature, information=information))
+        return as_scores(units.sums(evidence.processes))
 
 
 def fisher_information(
     model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
-) -> Sums:
+) -> Iterator[tuple[Place, Sums]]:
     """Diagonal of the Fisher information of the model's predictions on a text, per token, for every matrix.
 
     Args:
         model: plain model.
         evidence: text, and the seed of the labels that are drawn.
-        advance: called with 1 after every row.
+        advance: called with 1 after every row and layer.
+
+    Returns:
+        For one place after the other its information; each place on one of the processes.
     """
-    labels, total, squares = LabelsOfModel(seed=evidence.seed), 0, _zeros(model)
-    for row in _rows(evidence):
-        with matrix_gradients(model, row, labels=labels) as (count, gradients):
-            for matrix, gradient in gradients:
-                squares[matrix] += gradient.square_()
-        total += count
-        advance(1)
-    require_labels(total)
-    for sums in squares.values():
-        sums /= total
-    return squares
+    labels = LabelsOfModel(seed=evidence.seed)
+    for row in _rows_before_own(evidence):
+        labels.skip(model, row)
+    terms: tuple[Term, ...] = (lambda gradient, _: gradient.square_(),)
+    for place, text, (squares,) in sums_over_rows(
+        model, evidence=evidence, terms=terms, labels=labels, advance=advance
+    ):
+        yield place, {matrix: total.div_(text.labels) for matrix, total in squares.items()}
 
 
-def products_of_rows(
-    model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Sums]:
-    """Products w G_n / c_n of every weight, for each row n of the text that has labels."""
-    total = 0
-    for row in _rows(evidence):
-        with matrix_gradients(model, row) as (count, gradients):
-            products = {matrix: gradient.mul_(matrix.detach()).div_(max(count, 1)) for matrix, gradient in gradients}
-        if count:
-            yield products
-        total += count
-        advance(1)
-    require_labels(total)
+@dataclass(frozen=True)
+class _Text:
+    """What all processes have read: labels that count, and rows that have some."""
+
+    labels: int
+    rows: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], *, evidence: Evidence) -> _Text:
+        labels, rows = evidence.processes.sum(torch.tensor([sum(counts), sum(map(bool, counts))])).tolist()
+        return cls(require_labels(labels), rows)
 
 
-def sums_of_vectors(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
-    """Σ |Σ_k w_k g_k| over the rows and columns of every unit, of `products_of_rows`."""
-    return unit_sums(model, of=lambda w: _double(products[w]), of_vector=torch.abs)
+def sums_over_rows(
+    model: PreTrainedModel,
+    *,
+    evidence: Evidence,
+    terms: Sequence[Term],
+    labels: Labels = labels_of_text,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[Place, _Text, list[Sums]]]:
+    """For one place of the model after the other, sums of each term over the rows of all processes, fp32.
+
+    Each place comes on one of the processes in turn, which alone has its sums; all have to ask to the end.
+    """
+    processes = evidence.processes
+    gradients, text = RowGradients(model, _rows(evidence), labels=labels), None
+    for number, place in enumerate(gradients.places()):
+        sums = [{matrix: torch.zeros_like(matrix, dtype=torch.float32) for matrix in place.parameters} for _ in terms]
+        for row, of_matrices in enumerate(place.of_rows):
+            count = gradients.counts[row]
+            for matrix, gradient in zip(place.parameters, of_matrices, strict=True):
+                for of_term, term in zip(sums, terms, strict=True):
+                    of_term[matrix] += term(gradient, count)
+            if place.layer is not None:
+                advance(1)
+        if text is None:
+            text = _Text.of(gradients.counts, evidence=evidence)
+        turn = number % processes.size
+        for of_term in sums:
+            for total in of_term.values():
+                processes.sum_on(total, rank=turn)
+        if turn == processes.rank:
+            yield place, text, sums
 
 
-def sums_of_elements(model: PreTrainedModel, products: Sums) -> dict[str, Tensor]:
-    """Σ |w g| over the weights of every unit, of `products_of_rows`."""
-    return unit_sums(model, of=lambda w: _double(products[w]).abs())
+@dataclass(frozen=True)
+class Kind:
+    """One way to sum up the products w G_n / c_n of a row n by unit: what of each product, and what of each vector."""
+
+    of_product: Callable[[Tensor], Tensor]
+    of_vector: Callable[[Tensor], Tensor]
 
 
-def _rows(evidence: Evidence) -> Iterator[Inputs]:
-    for batch in evidence.text:
-        yield from batch.rows()
+BY_VECTORS = Kind(of_product=lambda products: products, of_vector=torch.abs)
+"""Σ |Σ_k w_k g_k| over the rows and columns of every unit."""
+
+BY_ELEMENTS = Kind(of_product=torch.abs, of_vector=lambda sums: sums)
+"""Σ |w g| over the weights of every unit."""
 
 
-def _zeros(model: PreTrainedModel) -> Sums:
-    return {matrix: torch.zeros_like(matrix, dtype=torch.float32, requires_grad=False) for matrix in matrices_of(model)}
+def sums_of_rows(
+    model: PreTrainedModel, *, evidence: Evidence, kinds: Sequence[Kind], advance: Callable[[int], None]
+) -> list[list[dict[str, Tensor]]]:
+    """Sums by unit for each row of the text that has labels, of all processes, and each kind."""
+    rows = _rows(evidence)
+    gradients = RowGradients(model, rows)
+    units = [[UnitSums(model, of_vector=kind.of_vector) for kind in kinds] for _ in rows]
+    for place in gradients.places():
+        for row, of_matrices in enumerate(place.of_rows):
+            count = max(gradients.counts[row], 1)
+            products = {
+                matrix: gradient.mul_(matrix.detach()).div_(count)
+                for matrix, gradient in zip(place.parameters, of_matrices, strict=True)
+            }
+            for of_kind, kind in zip(units[row], kinds, strict=True):
+                _add(of_kind, place, of=partial(_products, products=products, kind=kind))
+            if place.layer is not None:
+                advance(1)
+    counts = gradients.counts
+    _Text.of(counts, evidence=evidence)
+    own = [[of_kind.sums() for of_kind in of_row] for of_row, count in zip(units, counts, strict=True) if count]
+    return [of_row for of_process in evidence.processes.gather(own) for of_row in of_process]
+
+
+def _add(units: UnitSums, place: Place, *, of: Of) -> None:
+    if place.layer is not None:
+        units.add_layer(place.layer, of)
+    for parameter in () if place.layer is not None else place.parameters:
+        units.add_outer(parameter, of)
+
+
+def _first_order(w: nn.Parameter, *, sums: Sums, labels: int) -> Tensor:
+    return (_double(w) * _double(sums[w]) / labels).abs()
+
+
+def _second_order(w: nn.Parameter, *, sums: Sums, squares: Sums, text: _Text) -> Tensor:
+    weight = _double(w)
+    first = weight * _double(sums[w]) / text.labels
+    return (first - weight.square() * _double(squares[w]) / (2 * text.rows)).abs()
+
+
+def _half_curvature(w: nn.Parameter, *, information: Sums) -> Tensor:
+    return _double(w).square() * _double(information[w]) / 2
+
+
+def _products(w: nn.Parameter, *, products: Sums, kind: Kind) -> Tensor:
+    return kind.of_product(_double(products[w]))
+
+
+def _rows(evidence: Evidence) -> list[Inputs]:
+    return [row for share in evidence.own for row in share.inputs.rows()]
+
+
+def _rows_before_own(evidence: Evidence) -> list[Inputs]:
+    rows = [row for batch in evidence.text for row in batch.rows()]
+    return rows[: len(rows) * evidence.processes.rank // evidence.processes.size]
 
 
 def _double(tensor: Tensor) -> Tensor:

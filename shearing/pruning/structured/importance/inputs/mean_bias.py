@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
-_FLAGS = ("attention_bias", "mlp_bias")
+_FLAGS = ("attention_bias", "attention_out_bias", "mlp_bias")
 """What Hugging Face's configs call it that linear layers of a kind have biases."""
 
 

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.errors import ShearingError
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.models.stored.paging.passing import last_states
+from shearing.processes.processes import Processes
 from shearing.pruning.calibration.places import weight_of
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
@@ -28,14 +32,16 @@ def write_inputs(
     *,
     needs: frozenset[Need],
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
 ) -> dict[str, list[InputStatistics]]:
     """Statistics of the inputs of the writes of the dense model, for `attention` and `mlp` layer by layer; fp64 sums.
 
     Args:
         model: plain model.
-        text: what it reads.
+        text: what this process has it read.
         needs: which statistics.
         advance: called with 1 after every batch.
+        processes: whose statistics are added up; this one's alone if None.
     """
     family = anatomy_of(model)
     found: dict[str, list[InputStatistics]] = {kind: [] for kind in family.sublayers}
@@ -48,12 +54,14 @@ def write_inputs(
             write = layer.get_submodule(sublayer.write)
             handles.append(write.register_forward_pre_hook(partial(_add, statistics)))
     try:
-        for batch in text:
-            backbone(model)(**batch.keywords())
+        for _ in last_states(model, (batch.keywords() for batch in text)):
             advance(1)
     finally:
         for handle in handles:
             handle.remove()
+    for of_layers in found.values():
+        for statistics in of_layers:
+            statistics.combine(processes or Processes())
     return found
 
 
@@ -72,9 +80,19 @@ class WriteInputMetric(ABC):
         self._needs = needs
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One pass for each batch of the text."""
-        del source
-        return len(evidence.text)
+        """One pass for each batch of the text.
+
+        Raises:
+            ShearingError: the MLPs are made of experts, which have no one write.
+        """
+        if source.num_experts:
+            raise ShearingError(
+                "initial_masks",
+                value=f"a metric of what writes read, as wanda, for {source.family.model_type}",
+                allowed="models whose MLPs are not made of experts",
+                mend="choose another metric, as activations",
+            )
+        return len(evidence.own)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One forward pass over the text."""
@@ -87,16 +105,15 @@ class WriteInputMetric(ABC):
     ) -> Scores:
         """A head's score is the mean over its channels, a group's the mean over its heads."""
         source, family = Shape.of(model.config), anatomy_of(model)
-        found = write_inputs(model, evidence.text, needs=self._needs, advance=advance)
-        of_kind = {
-            kind: torch.stack(
-                [
-                    self.of_inputs(weight_of(layer, sublayer.write).double(), statistics, kind=kind).cpu()
-                    for layer, statistics in zip(decoder_layers(model), found[kind], strict=True)
-                ]
-            )
-            for kind, sublayer in family.sublayers.items()
-        }
+        text = [share.inputs for share in evidence.own]
+        found = write_inputs(model, text, needs=self._needs, advance=advance, processes=evidence.processes)
+        numbers: dict[str, list[Tensor]] = {kind: [] for kind in family.sublayers}
+        for index, layer in enumerate(decoder_layers(model)):
+            with weights_here(layer):
+                for kind, sublayer in family.sublayers.items():
+                    weight = weight_of(layer, sublayer.write).double()
+                    numbers[kind].append(self.of_inputs(weight, found[kind][index], kind=kind).cpu())
+        of_kind = {kind: torch.stack(of_layers) for kind, of_layers in numbers.items()}
         K, G, dh = source.num_key_value_heads, source.query_heads_per_group, source.head_dim
         heads = of_kind["attention"].view(-1, K, G, dh).mean(-1)
         return {

@@ -5,7 +5,7 @@ Legend: g gates, p their openness; sg() is no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import head_weight
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.processes.processes import Processes
 from shearing.pruning.structured.granularities import Granularity
 from shearing.pruning.structured.importance.learned.masked_loss import frozen
 from shearing.pruning.structured.importance.learned.rows import ranks, searched
@@ -81,17 +83,31 @@ class HardBudget:
         # A target that takes nothing has no gates, and no optimiser wants none.
         groups = [{"params": list(gates.values())}]
         optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=_BETAS, weight_decay=0.0) if gates else None
-        with frozen(model) as loss_of, torch.enable_grad():
+        processes = evidence.processes
+        # A step goes back through all layers: their weights are there together.
+        with weights_here(model), frozen(model, processes=processes) as loss_of, torch.enable_grad():
             for step in range(steps):
                 batch = evidence.text[step % len(evidence.text)]
                 loss = loss_of({g.name: straight_through(gates[g.name], granularity=g) for g in granularities}, batch)
-                finite(float(loss.detach()), metric="hard budget")
+                own = 0.0 if loss is None else float(loss.detach())
+                finite(float(processes.sum(torch.tensor(own, dtype=torch.float64))), metric="hard budget")
                 if optimizer is not None:
-                    loss.backward()
+                    if loss is not None:
+                        loss.backward()
+                    _add_gradients(gates.values(), processes=processes)
                     optimizer.step()
                     optimizer.zero_grad()
                 advance(1)
         return {**start, **{name: values.detach().float().cpu() for name, values in gates.items()}}
+
+
+def _add_gradients(gates: Iterable[nn.Parameter], *, processes: Processes) -> None:
+    """Gradients of all processes, alike on each."""
+    for gate in gates:
+        if gate.grad is None and processes.size > 1:
+            gate.grad = torch.zeros_like(gate)
+        if gate.grad is not None:
+            gate.grad = processes.sum(gate.grad)
 
 
 def straight_through(gates: Tensor, *, granularity: Granularity) -> Tensor:

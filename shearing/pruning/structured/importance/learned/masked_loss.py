@@ -11,6 +11,8 @@ from torch import Tensor
 from shearing.data.documents import Inputs
 from shearing.models.anatomy import backbone
 from shearing.models.masked import MaskedModel
+from shearing.processes.processes import Processes
+from shearing.pruning.calibration.shares import rows_of_batch
 from shearing.pruning.structured.granularities import as_masks
 from shearing.pruning.structured.importance.text_loss import number_of_labels, sum_of_losses
 
@@ -21,30 +23,35 @@ if TYPE_CHECKING:
 class MaskedLoss:
     """A masked model with frozen weights; from `frozen`."""
 
-    def __init__(self, model: MaskedModel) -> None:
-        self._model = model
+    def __init__(self, model: MaskedModel, *, processes: Processes) -> None:
+        self._model, self._processes = model, processes
 
-    def __call__(self, z: Mapping[str, Tensor], batch: Inputs) -> Tensor:
-        """Mean loss of a batch in nats a token, a scalar with gradient where the masks have one.
+    def __call__(self, z: Mapping[str, Tensor], batch: Inputs) -> Tensor | None:
+        """Mean loss of a batch in nats a token, as far as it is of this process's rows; a scalar with gradient.
+
+        Added up over processes it is the mean loss. None where this process has no row of the batch.
 
         Args:
             z: mask values by granularity, on the model's device.
             batch: its text.
         """
         self._model.set_masks(as_masks(z))
-        hidden = backbone(self._model.model)(**batch.keywords()).last_hidden_state
-        return sum_of_losses(self._model.model, hidden, batch) / max(1, number_of_labels([batch]))
+        own = rows_of_batch(batch, processes=self._processes)
+        if own is None:
+            return None
+        hidden = backbone(self._model.model)(**own.keywords()).last_hidden_state
+        return sum_of_losses(self._model.model, hidden, own) / max(1, number_of_labels([batch]))
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[MaskedLoss]:
-    """The loss of a model under masks; the model is as it was when the context ends."""
+def frozen(model: PreTrainedModel, *, processes: Processes | None = None) -> Iterator[MaskedLoss]:
+    """The loss of a model under masks, shared by processes; the model is as it was when the context ends."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     masked = MaskedModel(model)
     try:
-        yield MaskedLoss(masked)
+        yield MaskedLoss(masked, processes=processes or Processes())
     finally:
         masked.release()
         for parameter in trained:

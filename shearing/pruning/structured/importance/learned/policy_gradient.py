@@ -70,18 +70,17 @@ class PolicyGradient:
         generator = torch.Generator().manual_seed(evidence.seed)
         device = head_weight(model).device
         steps = self._epochs * len(evidence.text)
-        with frozen(model) as loss_of:
+        with frozen(model, processes=evidence.processes) as loss_of:
             for step in range(steps):
                 batch = evidence.text[step % len(evidence.text)]
                 draws = [
                     {name: torch.bernoulli(s, generator=generator) for name, s in chances.items()} for _ in range(2)
                 ]
-                losses = [
-                    finite(
-                        float(loss_of({name: m.float().to(device) for name, m in z.items()}, batch)), metric="policy"
-                    )
-                    for z in draws
-                ]
+                parts = torch.zeros(2, dtype=torch.float64)
+                for index, z in enumerate(draws):
+                    own = loss_of({name: m.float().to(device) for name, m in z.items()}, batch)
+                    parts[index] = 0.0 if own is None else float(own)
+                losses = [finite(loss, metric="policy") for loss in evidence.processes.sum(parts).tolist()]
                 rate = self._rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for g in granularities:
                     s, (first, second) = chances[g.name], (z[g.name] for z in draws)

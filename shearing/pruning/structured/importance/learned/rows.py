@@ -10,14 +10,14 @@ from torch import Tensor
 
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity, granularities_of, unit_sizes
-from shearing.pruning.structured.rounding import EVERY_GRANULARITY
+from shearing.pruning.structured.rounding import every_granularity
 
 
 def searched(source: Shape, *, target: Shape | None) -> tuple[Granularity, ...]:
     """What loses units, each with how many of a row stay; without a target half of every row, rounded up."""
     if target is not None:
-        return granularities_of(EVERY_GRANULARITY, source=source, target=target)
-    sizes = {name: unit_sizes(source)[name] for name in EVERY_GRANULARITY}
+        return granularities_of(every_granularity(source), source=source, target=target)
+    sizes = {name: unit_sizes(source)[name] for name in every_granularity(source)}
     return tuple(Granularity(name, size, size[-1] - size[-1] // 2) for name, size in sizes.items() if size[-1] > 1)
 
 

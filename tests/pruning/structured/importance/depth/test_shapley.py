@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from shearing.data.documents import Inputs
-from shearing.pruning.structured.importance.depth.shapley import ShapleyLike, logit_distances
+from shearing.models.anatomy import Head
+from shearing.pruning.structured.importance.depth.shapley import ShapleyLike, gram_of, logit_distances
 from shearing.pruning.structured.importance.metric import Evidence
 from tests.models.tiny import tiny_ids, tiny_model
 from tests.pruning.structured.importance.depth.oracle import loss_of, shortened
@@ -57,6 +58,8 @@ def test_the_seed_says_which_subnetworks() -> None:
 
 def test_distances_of_logits_need_no_logits() -> None:
     generator = torch.Generator().manual_seed(0)
-    head, whole, hidden = (torch.randn(size, generator=generator) for size in ((50, 6), (2, 3, 6), (2, 3, 6)))
-    expected = ((whole - hidden) @ head.T).norm(dim=-1)
-    torch.testing.assert_close(logit_distances(whole, hidden, gram=head.T @ head), expected)
+    weight, whole, hidden = (torch.randn(size, generator=generator) for size in ((50, 6), (2, 3, 6), (2, 3, 6)))
+    for head in (Head(weight), Head(weight, divisor=8.0), Head(weight, cap=3.0), Head(weight, divisor=0.5, cap=3.0)):
+        gram = None if head.cap else gram_of(head)
+        expected = (head.logits(whole) - head.logits(hidden)).norm(dim=-1)
+        torch.testing.assert_close(logit_distances(whole, hidden, head=head, gram=gram), expected)

@@ -61,10 +61,12 @@ def test_biases_of_zero_change_nothing_and_are_there_where_the_config_can_have_t
     biased = with_biases(model)
     torch.testing.assert_close(logits_of(biased, ids), logits_of(model, ids))
     masks = plant_masks(Shape.of(model.config))
-    folded = {"llama": ("attention", "mlp"), "qwen3": ("attention",)}.get(family.partition("-")[0], ())
+    both = ("attention", "mlp")
+    has = {"attention": hasattr(model.config, "attention_bias"), "mlp": hasattr(model.config, "mlp_bias")}
+    folded = both if family.startswith(("gpt_neox", "seed_oss")) else tuple(kind for kind in both if has[kind])
     found = fold_means(MaskedModel(biased), masks=masks, batches=BATCHES)
     assert found == MeanBias(folded, tuple(kind for kind in ("attention", "mlp") if kind not in folded))
-    if folded and family != "llama-biases":
+    if folded and not model.config.attention_bias and not family.startswith(("gpt_neox", "seed_oss")):
         assert not any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
 
 

@@ -13,7 +13,7 @@ from shearing.errors import ShearingError
 from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
-from shearing.training.lora import add_adapters, merge_adapters
+from shearing.training.adapters.lora import add_adapters, merge_adapters
 from tests.models.tiny import VOCAB_SIZE, tiny_ids, tiny_model
 
 pytest.importorskip("peft")

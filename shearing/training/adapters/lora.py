@@ -22,12 +22,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
+from shearing.training.adapters.adapted import ADAPTER, require_dropped
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-ADAPTER = "default"
 
 
 def add_adapters(
@@ -88,15 +86,7 @@ def merge_adapters(adapted: PeftModel, *, masks: Iterable[tuple[str, Tensor]]) -
         ShearingError: a weight that a mask drops is not 0.
     """
     model: PreTrainedModel = adapted.merge_and_unload()
-    for name, mask in masks:
-        weight = model.get_parameter(name)
-        if (back := int((weight[~mask.to(weight.device)] != 0).sum())) > 0:
-            raise ShearingError(
-                name,
-                value=f"{back} dropped weights are not 0 after merging",
-                allowed="adapters made by add_adapters, with the masks that are stored with the model",
-                mend="make the adapters anew with these masks",
-            )
+    require_dropped(model, masks=masks)
     return model
 
 

@@ -1,0 +1,1 @@
+"""Families with Llama's matrices and other norms, scales or positions."""

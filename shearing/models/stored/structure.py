@@ -1,0 +1,183 @@
+"""Linear layers of a model that no family declares, found by its structure: a model is lists of modules that are alike.
+
+For what prunes matrices where they are. Nothing is known of heads, widths and what adds up to what, so nothing is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from shearing.errors import ShearingError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_TOWERS = ("vision_config", "audio_config")
+"""What a config of more than text calls the configs of its other towers."""
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer inside one of a model's lists of modules.
+
+    Attributes:
+        name: of its weight in the files.
+        member: of its module, inside its element of the list.
+        block: number of that element; decoder layers are the first, in their order.
+    """
+
+    name: str
+    member: str
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What is found of a model.
+
+    Attributes:
+        model: without weights.
+        linears: every linear layer in a list of modules, block by block, without the towers that were left out.
+        layers: name of the list of decoder layers; None where there is none that all of a text goes through.
+        stored_names: parameter of the model -> its name in the files, for those that are there as they are.
+        left_out: names of towers that were left out.
+    """
+
+    model: PreTrainedModel
+    linears: tuple[StoredLinear, ...]
+    layers: str | None
+    stored_names: Mapping[str, str]
+    left_out: tuple[str, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Elements of lists that have linear layers, or are decoder layers."""
+        return 1 + max(linear.block for linear in self.linears)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers; 0 without any."""
+        return 0 if self.layers is None else len(list(self.model.get_submodule(self.layers).children()))
+
+
+def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: bool) -> Structure:
+    """The structure of a model.
+
+    Args:
+        config: its config.
+        stored: names of the tensors in its files.
+        towers: whether towers for images and sound count.
+
+    Raises:
+        ShearingError: it has no linear layers in lists of modules.
+    """
+    model = _built(config)
+    names = _stored_names(model, stored)
+    left_out = () if towers else tuple(_towers(model, config))
+    layers = _decoder_layers(model, config, besides=tuple(_towers(model, config)))
+    blocks: dict[str, int] = {}
+    if layers is not None:
+        blocks = {f"{layers}.{index}": index for index, _ in enumerate(model.get_submodule(layers).children())}
+    linears = []
+    for name, module in model.named_modules():
+        stored_name = names.get(f"{name}.weight")
+        block = _block_of(model, name)
+        if not isinstance(module, nn.Linear) or stored_name is None or block is None or _is_inside(name, left_out):
+            continue
+        number = blocks.setdefault(block, len(blocks))
+        linears.append(StoredLinear(stored_name, name.removeprefix(f"{block}."), number))
+    if not linears:
+        raise ShearingError(
+            "source (architecture)",
+            value=config.model_type,
+            allowed="a model with linear layers (torch.nn.Linear) in lists of layers",
+            mend="choose another model: this one's weights are in modules of other kinds, or under names that "
+            "transformers changes when it reads them",
+        )
+    linears.sort(key=lambda linear: linear.block)
+    return Structure(model, tuple(linears), layers, names, left_out)
+
+
+def _built(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the class that its config names; its parameters are on the device `meta`."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    named: list[Any] = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    of_config = [found for found in named if found is not None and isinstance(config, found.config_class)]
+    architecture: Any = next(iter(of_config), None)
+    with init_empty_weights(include_buffers=False):
+        if architecture is None:
+            auto = transformers.AutoModelForCausalLM
+            architecture = auto if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else transformers.AutoModel
+            built = architecture.from_config(config)
+        else:
+            built = architecture(config)
+    model: PreTrainedModel = built.eval()
+    return model
+
+
+def _stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Parameter -> its name in the files, where transformers renames it at the most."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    own, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+    found = {}
+    for name in stored:
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            if candidate in own:
+                found[candidate] = name
+                break
+    return found
+
+
+def _towers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:
+    """Modules whose config is that of another tower than the text's."""
+    from transformers import PreTrainedModel
+
+    kinds = tuple(type(found) for name in _TOWERS if (found := getattr(config, name, None)) is not None)
+    for name, module in model.named_modules():
+        if name and isinstance(module, PreTrainedModel) and isinstance(module.config, kinds):
+            yield name
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _block_of(model: nn.Module, name: str) -> str | None:
+    """The outermost element of a list of modules that a module is in."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    return None
+
+
+def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig, *, besides: tuple[str, ...]) -> str | None:
+    """The one list of as many layers as the text's config has, in a model that predicts the next token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config(decoder=True)
+    depth = getattr(text, "num_hidden_layers", None)
+    architectures: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    predicts = any(architecture is type(model) for _, architecture in architectures.items())
+    if not predicts or getattr(config, "is_encoder_decoder", False):
+        return None
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not _is_inside(name, besides)
+    ]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return outermost[0] if len(outermost) == 1 else None

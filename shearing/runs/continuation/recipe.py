@@ -1,0 +1,94 @@
+"""Recipe section `cascade`: sizes on the way to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from pydantic import Field
+
+from shearing.errors import ShearingError
+from shearing.models.recipe import TargetRecipe, target_contradictions
+from shearing.settings.quantities import Duration
+from shearing.settings.section import Section
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "parameters",
+)
+
+
+class CascadeRecipe(Section):
+    """Sizes on the way: a run prunes and trains to each, and goes on from it to the next, up to `target`.
+
+    A list in `target` is short for it: the last is the target, those before are these.
+    """
+
+    targets: dict[str, TargetRecipe] = Field(
+        min_length=1,
+        description="By the names of their folders, from large to small, each like `target`.",
+    )
+    duration: Duration = Field(
+        Duration(fraction=0.25),
+        description="Of pretrain in each run before the last; a share is of pretrain.duration.",
+    )
+
+
+def split_list(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose `target` is a list, with the last as its target and those before as a cascade.
+
+    Args:
+        data: plain data of a recipe; left as it is.
+    """
+    targets = data.get("target")
+    if not isinstance(targets, list) or not targets:
+        return data
+    *before, last = targets
+    if not before:
+        return {**data, "target": last}
+    cascade = data.get("cascade") or {}
+    steps = {f"step-{number}": target for number, target in enumerate(before, start=1)}
+    return {**data, "target": last, "cascade": {**cascade, "targets": steps}}
+
+
+def cascade_contradictions(cascade: CascadeRecipe, *, target: TargetRecipe) -> Iterator[ShearingError]:
+    """Targets that are none, or do not shrink, as far as they say it themselves.
+
+    Args:
+        cascade: the section.
+        target: the last.
+    """
+    for name, each in cascade.targets.items():
+        for error in target_contradictions(each):
+            yield ShearingError(
+                f"targets.{name} ({error.field})", value=error.value, allowed=error.allowed, mend=error.mend
+            )
+        if each.vocab_size is not None:
+            yield ShearingError(
+                f"targets.{name}.vocab_size",
+                value=each.vocab_size,
+                allowed="null: the vocabulary is cut in the end, as the last target says",
+                mend="give it to the last target",
+            )
+    named = {**cascade.targets, "the last": target}
+    for (before_name, before), (name, after) in pairwise(named.items()):
+        pairs = {size: (getattr(before, size), getattr(after, size)) for size in SIZES}
+        both = {size: pair for size, pair in pairs.items() if None not in pair}
+        grown = [size for size, (earlier, later) in both.items() if later > earlier]
+        if grown or (pairs and all(earlier == later for earlier, later in pairs.values())):
+            shown = grown or list(both)
+            yield ShearingError(
+                "targets",
+                value=", ".join(f"{size} {both[size][0]} then {both[size][1]}" for size in shown),
+                allowed=f"targets that shrink from each to the next: {name} does not from {before_name}",
+                mend="order the list from large to small",
+            )
+    if cascade.duration.steps == 0 or cascade.duration.tokens == 0 or cascade.duration.fraction == 0:
+        yield ShearingError(
+            "duration", value=str(cascade.duration), allowed="at least a step", mend="write a share, as 25%"
+        )

@@ -1,0 +1,1 @@
+"""`shear search`: shapes at a budget, each cut and trained a little, raced by successive halving."""

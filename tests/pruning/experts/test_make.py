@@ -1,0 +1,129 @@
+"""A dense model as a mixture of experts: with all of them active it is the dense model, as any reader opens it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from shearing.cli.frame import app
+from shearing.errors import ShearingError
+from shearing.pruning.experts.make import find_experts, make_experts, mixture_config, mixture_of
+from shearing.pruning.experts.recipe import MoeRecipe
+from shearing.pruning.experts.split import SPREAD, by_coactivation
+from tests.models.tiny import tiny_ids, tiny_model
+
+
+def recipe(**changes: Any) -> MoeRecipe:
+    return MoeRecipe.model_validate(
+        {"model": "none", "output": "none", "calibration": ["none"], "experts": 5, "active": 5, **changes}
+    )
+
+
+@pytest.mark.parametrize("split", ["coactivation", "random"])
+@pytest.mark.parametrize("family", ["llama", "llama-rope-scaling", "mistral", "qwen3"])
+def test_all_experts_are_the_dense_model(family: str, split: str) -> None:
+    dense = tiny_model(family)
+    layers = find_experts(dense, tokens=tiny_ids(), recipe=recipe(split=split))
+    mixture = mixture_of(dense, config=mixture_config(dense.config, experts=5, active=5), layers=layers)
+    ids = tiny_ids(seed=5)
+    with torch.no_grad():
+        torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    for layer in layers:
+        assert sorted(layer.groups.flatten().tolist()) == list(range(dense.config.intermediate_size))
+        assert layer.strength == 1.0
+        assert layer.error < 1e-5
+
+
+def test_a_mixture_of_few_keeps_the_norm_of_what_it_adds() -> None:
+    dense, ids = tiny_model("llama"), tiny_ids()
+    settings = recipe(experts=5, active=2)
+    layers = find_experts(dense, tokens=ids, recipe=settings)
+    mixture = mixture_of(dense, config=mixture_config(dense.config, experts=5, active=2), layers=layers)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, arguments, output: seen.update({name: output, f"{name} in": arguments[0]})
+
+    first: Any = dense.model.layers[0].mlp
+    mixed: Any = mixture.model.layers[0].mlp
+    first.register_forward_hook(keep("dense"))
+    mixed.register_forward_hook(keep("mixture"))
+    with torch.no_grad():
+        dense(ids), mixture(ids)
+    assert torch.equal(seen["dense in"], seen["mixture in"])
+    assert float(seen["mixture"].norm() / seen["dense"].norm()) == pytest.approx(1.0, abs=0.02)
+    # One token after the other, from the formula: the sum of what the two experts of highest logits add.
+    x, whole = seen["dense in"].flatten(0, 1), seen["mixture"].flatten(0, 1)
+    for token, output in zip(x, whole, strict=True):
+        chosen = (layers[0].router @ token).topk(2).indices.tolist()
+        units = torch.cat([layers[0].groups[each] for each in chosen])
+        h = torch.nn.functional.silu(first.gate_proj.weight[units] @ token) * (first.up_proj.weight[units] @ token)
+        expected = layers[0].strength * (first.down_proj.weight[:, units] @ h)
+        torch.testing.assert_close(output, expected, rtol=0.05, atol=0.02 * float(expected.detach().abs().max()))
+    logits = x @ layers[0].router.t()
+    assert float(logits.std()) == pytest.approx(SPREAD, rel=1e-3)
+
+
+def test_units_that_are_active_together_stay_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, (200,), generator=generator)
+    order = torch.randperm(12, generator=generator)
+    kinds = torch.arange(12)[order] % 3
+    activations = (tokens[:, None] == kinds) * torch.rand(200, 12, generator=generator)
+    groups = by_coactivation(activations, experts=3, generator=torch.Generator().manual_seed(1))
+    assert {frozenset(kinds[units].tolist()) for units in groups} == {frozenset({kind}) for kind in range(3)}
+
+
+def test_the_command_writes_a_model_that_any_reader_opens(tiny_inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "mixture"
+    arguments = ["moe", str(tiny_inputs / "model"), "--experts", "6", "--active", "6", "-o", str(output)]
+    arguments += ["--calibration", str(tiny_inputs / "corpus"), "--samples", "4", "--seqlen", "16"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "6 experts of 8 units, 6 active" in result.output
+    mixture = AutoModelForCausalLM.from_pretrained(output)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model")
+    assert type(mixture).__name__ == "MixtralForCausalLM"
+    ids = torch.arange(2, 18)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(output).encode("ab01")
+    assert len(json.loads((output / "experts.json").read_text())["layers"]) == 4
+    again = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert again.exit_code == 2
+    assert "--output" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("qwen2", {}, "there is no mixture of other kinds"),
+        ("llama-biases", {}, "llama with attention_bias with mlp_bias"),
+        ("llama", {"experts": 3}, "shares 40 units out by multiples of 8.*: 5"),
+    ],
+)
+def test_what_cannot_be_is_said(family: str, changes: dict[str, int], said: str) -> None:
+    with pytest.raises(ShearingError, match=said):
+        mixture_config(tiny_model(family).config, **{"experts": 5, "active": 2, **changes})
+
+
+def test_more_active_than_there_are(tmp_path: Path) -> None:
+    arguments = ["moe", "model", "-o", str(tmp_path / "x"), "--experts", "2", "--active", "3", "--calibration", "c"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "at most the 2 experts" in result.stderr
+
+
+def test_a_folder_that_is_there_is_left(tiny_inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    settings = recipe(model=str(tiny_inputs / "model"), output=tmp_path / "there")
+    with pytest.raises(ShearingError, match="there"):
+        make_experts(settings, console=Console(quiet=True))

@@ -1,0 +1,136 @@
+"""Cascades: sizes one after the other, each an ordinary run whose optimiser goes on and whose teacher is the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from shearing.errors import ShearingError
+from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.runs.continuation.cascade import cascade_of, require_shrinking
+from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.run import run
+from shearing.training.checkpoints.checkpoints import checkpoints_in
+from shearing.training.checkpoints.pieces import SavedMoments, ShardedState
+from tests.conftest import tiny_recipe_data
+
+FIRST = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 32}
+
+
+def data_of(inputs: Path, folder: Path, *before: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    data = tiny_recipe_data(inputs, run_dir=folder)
+    data["target"] = [*before, data["target"]]
+    data["prune"] |= {"duration": "0 steps"}
+    data["distill"] = {"weight": 0.5, "domains": "all"}
+    data["cascade"] = {"duration": "75%"}
+    for name, values in sections.items():
+        data[name] = values if name == "target" else data[name] | values
+    return data
+
+
+def test_a_list_of_targets_is_a_cascade(tiny_inputs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data_of(tiny_inputs, tmp_path / "run", FIRST)))
+    recipe = load_recipe(file)
+    assert recipe.cascade is not None
+    assert recipe.cascade.targets["step-1"].hidden_size == 24
+    assert recipe.target is not None
+    assert recipe.target.hidden_size == 16
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    before, last = cascade_of(recipe)
+    assert before.pretrain.duration.steps == 3
+    assert before.run_dir == tmp_path / "run" / "cascade" / "step-1"
+    assert (before.distill, before.model.source) == (recipe.distill, recipe.model.source)
+    assert last.distill is not None
+    assert (last.distill.teacher, last.distill.revision) == (recipe.model.source, None)
+    assert last.model.source == str(before.run_dir / "model")
+    assert last.prune is not None
+    assert last.prune.moments_of == before.run_dir
+    assert (last.pretrain.duration, last.run_dir, last.seed) == (recipe.pretrain.duration, recipe.run_dir, recipe.seed)
+    # A list of one is that one, and without a list there is one run.
+    alone = Recipe.model_validate(data_of(tiny_inputs, tmp_path, cascade={}) | {"cascade": None})
+    assert alone.cascade is None
+    assert cascade_of(alone) == [alone]
+
+
+def test_moments_go_on_with_the_weights_that_stay(tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST))
+    done = run(recipe)
+    first = RunDirectory(tmp_path / "run" / "cascade" / "step-1")
+    [newest] = list(checkpoints_in(first.checkpoints("pretrain")).values())[-1:]
+    before, after = ShardedState(newest), SavedMoments(done.moments, prefix=PARAMETER_PREFIX)
+    assert (before.step, after.step) == (3.0, 3.0)
+    kept = load_file(done.prune / "masks.safetensors")["hidden"].nonzero().flatten()
+    assert len(kept) == 16
+    name = f"{PARAMETER_PREFIX}model.embed_tokens.weight"
+    for kind in ("exp_avg", "exp_avg_sq"):
+        whole = dict(before.whole(kind))[name]
+        cut = after.read(kind, name, start=0, numel=len(whole) * 16).view(-1, 16)
+        assert whole.abs().sum() > 0
+        assert cut.equal(whole[:, kept])
+    assert AutoConfig.from_pretrained(done.model).hidden_size == 16
+    assert (done.path / "evaluation.json").is_file()
+    assert not first.evaluation.is_file()
+    # Interrupted between its runs, it is the same.
+    other = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "other", FIRST))
+    run(cascade_of(other)[0], stages=["prune", "compact", "pretrain"])
+    run(other, stages=None)
+    models = [load_file(RunDirectory(folder).model / "model.safetensors") for folder in (done.path, tmp_path / "other")]
+    assert all(models[0][name].equal(models[1][name]) for name in models[0])
+    assert run(other, stages=["evaluate"]).is_complete("evaluate")
+
+
+@pytest.mark.parametrize(
+    ("before", "sections", "says"),
+    [
+        ([{"hidden_size": 16}], {}, None),
+        ([{"hidden_size": 12, "num_hidden_layers": 3}], {}, "hidden_size 12 then 16"),
+        (
+            [FIRST, FIRST],
+            {},
+            "targets that shrink from each to the next: step-2 does not from step-1",
+        ),
+        ([{"parameters": "5K", "uniform": True}, {"parameters": "6K", "uniform": True}], {}, "parameters 5000 then"),
+        ([{"hidden_size": 24, "parameters": 3}], {}, "either a budget or sizes by name"),
+        ([FIRST], {"pretrain": {"lora": {"rank": 2}}}, "none in a cascade"),
+        ([FIRST], {"cascade": {"duration": 0}}, "at least a step"),
+    ],
+)
+def test_lists_that_do_not_shrink_are_refused(
+    tiny_inputs: Path, tmp_path: Path, before: list[dict[str, Any]], sections: dict[str, Any], says: str | None
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data_of(tiny_inputs, tmp_path, *before, **sections)))
+    if says is None:
+        load_recipe(file)
+        return
+    with pytest.raises(ShearingError) as caught:
+        load_recipe(file)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ({"hidden_size": 32}, "cascade.targets.step-1 = '"),
+        ({"hidden_size": 24, "num_attention_heads": 3}, "cascade.targets.step-1 (num_attention_heads) = 3"),
+        ({"hidden_size": 24, "num_key_value_heads": 1}, "target (num_attention_heads) = 3"),
+    ],
+)
+def test_targets_are_compared_with_what_they_are_cut_from(
+    tiny_inputs: Path, tmp_path: Path, before: dict[str, Any], says: str
+) -> None:
+    data = data_of(tiny_inputs, tmp_path, before)
+    # What a target leaves out is as in the model that it is cut from: two groups, or the one that is left.
+    data["target"][1] = {"num_attention_heads": 3, "hidden_size": 16, "num_hidden_layers": 2}
+    recipe = Recipe.model_validate(data)
+    with pytest.raises(ShearingError) as caught:
+        require_shrinking(recipe, source=AutoConfig.from_pretrained(tiny_inputs / "model"))
+    assert says in str(caught.value)
