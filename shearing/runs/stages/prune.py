@@ -96,6 +96,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     mixture = context.initial_mixture()
     refitted = run.prune / REFITTED
     processes.on_main(lambda: _make_folder(run.prune, without=refitted))
+    moments = None if recipe.pruning.prune.moments_of is None else processes.each(lambda: _moments(context))
     said = full_disk_said(lambda: no_space(run.prune))
     source = recipe.model
     if recipe.pruning.prune.rotate != "none":
@@ -120,7 +121,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        moments=None if recipe.pruning.prune.moments_of is None else processes.each(lambda: _moments(context)),
+        moments=moments,
         before_first_step=partial(_refit, context, whole=masking.model, choice=choice, source=source),
         correspondence=lambda: Correspondence.of_masked(masking.model),
     )
