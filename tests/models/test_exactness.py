@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
-from shearing.models.cutting import Selection, compact, compact_moments
+from shearing.models.cutting import Selection, compact
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
 from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.granularities import granularities_of
+from tests.models.moments import require_moments_of_the_cut
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
@@ -209,17 +210,4 @@ def test_moments_of_the_cut_model_are_those_it_would_have_had(family, tied):
     source = Shape.of(model.config)
     masks, target = masks_and_target(source, GRANULARITIES, fractional=False, seed=1)
     selection = Selection.of(masks, source=source, target=target)
-    masked = MaskedModel(model)
-    masked.set_masks(masks)
-    masked.model(tiny_ids()).logits.square().mean().backward()
-    masked.release()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    small = compact(model, masks=masks, selection=selection).requires_grad_(True)
-    small(tiny_ids()).logits.square().mean().backward()
-    steps = dict.fromkeys(gradients, torch.tensor(3.0))
-    found = compact_moments(model, {"exp_avg": gradients, "step": steps}, selection=selection)
-    assert set(found["exp_avg"]) == set(found["step"]) == {name for name, _ in small.named_parameters()}
-    for name, parameter in small.named_parameters():
-        largest = float(parameter.grad.abs().max())
-        torch.testing.assert_close(found["exp_avg"][name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
-        assert float(found["step"][name]) == 3.0
+    require_moments_of_the_cut(model, masks=masks, selection=selection)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
-from shearing.models.cutting import Selection, compact, compact_moments
+from shearing.models.cutting import Selection, compact
 from shearing.models.families.experts.balance import RouterBalance
 from shearing.models.families.experts.products import compute_experts_under_autocast
 from shearing.models.masked import MaskedModel, Masks
@@ -27,6 +27,7 @@ from tests.models.experts import (
     masks_and_target,
     subsets_of,
 )
+from tests.models.moments import require_moments_of_the_cut
 from tests.models.tiny import tiny_ids, tiny_model
 
 
@@ -125,20 +126,7 @@ def test_moments_of_the_cut_model_are_those_it_would_have_had(family, tied):
     source = Shape.of(model.config)
     masks, target = masks_and_target(source, GRANULARITIES, fractional=False, seed=1)
     selection = Selection.of(masks, source=source, target=target)
-    masked = MaskedModel(model)
-    masked.set_masks(masks)
-    masked.model(tiny_ids()).logits.square().mean().backward()
-    masked.release()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    small = compact(model, masks=masks, selection=selection).requires_grad_(True)
-    small(tiny_ids()).logits.square().mean().backward()
-    steps = dict.fromkeys(gradients, torch.tensor(3.0))
-    found = compact_moments(model, {"exp_avg": gradients, "step": steps}, selection=selection)
-    assert set(found["exp_avg"]) == set(found["step"]) == {name for name, _ in small.named_parameters()}
-    for name, parameter in small.named_parameters():
-        largest = float(parameter.grad.abs().max())
-        torch.testing.assert_close(found["exp_avg"][name], parameter.grad, rtol=1e-4, atol=1e-5 * largest)
-        assert float(found["step"][name]) == 3.0
+    require_moments_of_the_cut(model, masks=masks, selection=selection)
 
 
 @pytest.mark.parametrize("family", EXPERT_CONFIGS)
