@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 STORED = frozenset({".safetensors", ".bin", ".gguf"})
 WEIGHT_FILES = ("*.safetensors",)
 
-_NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
+NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "use_cache"})
+"""Keys of a config that no fingerprint depends on."""
+
 _BEGINNING = 4096
 """Bytes of a tensor that its model's fingerprint is made of."""
 
@@ -84,7 +86,7 @@ class Source:
 
         A copy of the model has the same one.
         """
-        config = {key: value for key, value in self.config.to_dict().items() if key not in _NOT_THE_MODEL}
+        config = {key: value for key, value in self.config.to_dict().items() if key not in NOT_THE_MODEL}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         of_file: dict[str, list[str]] = {}
         for name in sorted(self.entries):
@@ -187,7 +189,7 @@ def stored_fingerprint(name: str, *, revision: str | None) -> str:
     config = load_config(name, revision=revision)
     if not Path(name).is_dir():
         return f"{name}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
-    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+    values = {key: value for key, value in config.to_dict().items() if key not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for path in sorted(path for path in Path(name).iterdir() if path.suffix in STORED):
         digest.update(repr((path.name, path.stat().st_size)).encode())

@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from shearing.errors import ShearingError
 from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import read_json, write_json
+from shearing.models.stored.spellings import in_both_spellings
+from shearing.models.stored.stored_model import NOT_THE_MODEL
 from shearing.runs.race.rows import Row
 from shearing.runs.recipe import Recipe
 from shearing.settings.document import section_of
@@ -76,12 +78,16 @@ class RaceFolder:
 
 
 def model_fingerprint(source: str, *, revision: str | None) -> str:
-    """Hash of a model's config and weights, wherever it lies; of a name on the hub, the name and the revision."""
+    """Hash of a model's config and weights, wherever it lies; of a name on the hub, the name and the revision.
+
+    The same whatever release of transformers wrote the config, and under whichever names: a race outlasts an update.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return f"{source}@{revision or 'main'}"
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return _digest([[file.name, sha256_of_file(file)] for file in files])
+    config = in_both_spellings(read_json(folder / "config.json"))
+    said = {key: value for key, value in config.items() if key not in NOT_THE_MODEL}
+    return _digest([said, *([file.name, sha256_of_file(file)] for file in sorted(folder.glob("*.safetensors")))])
 
 
 def settings_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +20,13 @@ from shearing.data.mixture.sampler import Batch, Mixture
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
 from shearing.models.shape import Shape
+from shearing.models.stored.spellings import in_both_spellings
 from shearing.pruning.structured.importance.chance import Chance
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
 from shearing.runs.race.methods import METHODS, RaceMethod, Ranking
 from shearing.runs.race.race import compare
+from shearing.runs.race.records import model_fingerprint
 from shearing.runs.race.rows import RaceSettings
 from shearing.runs.recipe import Recipe
 from shearing.training.engines import optimizer, torch_engine
@@ -402,3 +405,16 @@ def test_rows_are_small_and_name_no_place(tiny_inputs: Path, tmp_path: Path) -> 
         assert str(tmp_path) not in text
         assert str(tiny_inputs) not in text
         assert len(text) < 8000
+
+
+def test_a_race_outlasts_an_update_of_what_writes_configs(tiny_inputs: Path, tmp_path: Path) -> None:
+    source = Path(_recipe(tiny_inputs).model.source)
+    said = model_fingerprint(str(source), revision=None)
+    other = shutil.copytree(source, tmp_path / "other")
+    config = read_json(other / "config.json")
+    newer = in_both_spellings(config) | {"transformers_version": "7.0.0"}
+    assert newer.keys() > config.keys()
+    write_json(other / "config.json", newer)
+    assert model_fingerprint(str(other), revision=None) == said
+    write_json(other / "config.json", newer | {"rms_norm_eps": 1e-3})
+    assert model_fingerprint(str(other), revision=None) != said
