@@ -144,8 +144,9 @@ def plan(
 ) -> None:
     """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
     resolved = load(recipe, overrides)
+    from shearing.runs.planning.hardware import Hardware
     from shearing.runs.planning.phases import phases
-    from shearing.runs.planning.plan import Hardware, plan as make
+    from shearing.runs.planning.plan import plan as make
     from shearing.runs.planning.plan_tables import render, render_phases
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)

@@ -9,8 +9,9 @@ import torch
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
-from shearing.runs.planning.hardware import gpu_of
-from shearing.runs.planning.plan import USABLE, Hardware, RunPlan, StagePlan, plan, what_would_fit
+from shearing.runs.planning.hardware import USABLE, Hardware, gpu_of
+from shearing.runs.planning.plan import RunPlan, plan, what_would_fit
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import gigabytes
 from shearing.runs.recipe import Recipe, split_batch
 from shearing.runs.run_directory import Stage

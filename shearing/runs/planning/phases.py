@@ -20,7 +20,8 @@ from shearing.pruning.structured.refitting import refit_cost
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
-from shearing.runs.planning.plan import RunPlan, StagePlan, num_domains
+from shearing.runs.planning.plan import RunPlan, num_domains
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.recipe import Recipe
 
 

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.runs.planning.hardware import GPUS
-from shearing.runs.planning.memory import Memory
+from shearing.runs.planning.memory import ZERO_STAGES, Memory
 from shearing.runs.planning.phases import Phase
-from shearing.runs.planning.plan import ZERO_STAGES, RunPlan, StagePlan
+from shearing.runs.planning.plan import RunPlan
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import shape_cells
 
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from shearing.models.families.experts.products import compute_experts_under_autocast
 from shearing.models.shape import Shape
 from shearing.runs.planning.hardware import forward_flops_per_token
-from shearing.runs.planning.memory import Sharding, estimate, saved_by_layer
+from shearing.runs.planning.memory import Sharding
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.saved import saved_by_layer
 from tests.runs.planning.test_memory import SIZES, WORKLOAD, bytes_saved, model_of
 
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

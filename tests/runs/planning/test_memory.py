@@ -32,19 +32,10 @@ from shearing.models.shape import Shape
 from shearing.objectives.objective import Origins, Parts, objective_of
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
-from shearing.runs.planning.memory import (
-    Checkpointing,
-    Layerwise,
-    Listening,
-    Memory,
-    Sharding,
-    Workload,
-    ZeroStage,
-    estimate,
-    kept_by_layer,
-    saved_by_layer,
-)
-from shearing.runs.planning.traced_step import StepModel, Taught, measure
+from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Memory, Sharding, Workload, ZeroStage
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.saved import kept_by_layer, saved_by_layer
+from shearing.runs.planning.step.traced_step import StepModel, Taught, measure
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.phases import phases
-from shearing.runs.planning.plan import Hardware, RunPlan, heldout_shares, plan
+from shearing.runs.planning.plan import RunPlan, heldout_shares, plan
 from shearing.runs.recipe import Recipe, load_recipe, overridden
 from tests.cli.test_cli import BUDGET, error_of, shear
 from tests.repository import RECIPES, ROOT, script

@@ -40,18 +40,9 @@ from shearing.models.shape import Shape, config_for
 from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts, objective_of
 from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.granularities import as_masks, granularities_of
-from shearing.runs.planning.live_memory import Interval, LiveMemory
-from shearing.runs.planning.memory import (
-    LOSS,
-    Listening,
-    Memory,
-    Moment,
-    Sharding,
-    Workload,
-    estimate,
-    largest,
-    weight_dtype,
-)
+from shearing.runs.planning.memory import LOSS, Listening, Memory, Moment, Sharding, Workload, largest, weight_dtype
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.live_memory import Interval, LiveMemory
 from shearing.training.device import checkpoint_activations, offload_layers
 
 if TYPE_CHECKING:
