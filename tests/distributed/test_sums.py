@@ -1,4 +1,4 @@
-"""What processes find out together, each from its share of the text, is what one finds out; also when one is killed."""
+"""What processes find out together, each from its share of the text, is what one finds out; also when one is ended."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import on_demand
 from shearing.models.stored.stored_model import open_source
 from shearing.processes.processes import Processes
+from shearing.processes.stop import INTERRUPTED_EXIT_CODE
 from shearing.pruning.structured import refitting
 from shearing.pruning.structured.importance import reconstruction
 from shearing.pruning.structured.importance.metric import Evidence, Scores
@@ -136,15 +137,15 @@ def _recipe(inputs: Path, run_dir: Path) -> Recipe:
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def _die_on_call(number: int) -> Any:
-    """A function that kills its process, for good, when it is called for the n-th time."""
+def _die_on_call(number: int, *, by: signal.Signals) -> Any:
+    """A function that sends its process a signal when it is called for the n-th time."""
     calls: list[None] = []
 
     def counted(function: Any) -> Any:
         def called(*arguments: Any, **keywords: Any) -> Any:
             calls.append(None)
             if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
             return function(*arguments, **keywords)
 
         return called
@@ -152,15 +153,15 @@ def _die_on_call(number: int) -> Any:
     return counted
 
 
-def _run_and_die(recipe: Recipe, stages: tuple[Stage, ...], where: str) -> None:
-    """As `runs.train`, but the second process is killed in the middle of what `where` says."""
+def _run_and_die(recipe: Recipe, stages: tuple[Stage, ...], where: str, by: signal.Signals) -> None:
+    """As `runs.train`, but the second process gets a signal in the middle of what `where` says."""
     if os.environ["RANK"] == "1":
         module, function, number = {
             "importance": (reconstruction, "elimination_order", 2),
             "refit": (refitting, "_refit_write", 3),
             "evaluation": (heldout, "per_token_loss", 4),
         }[where]
-        setattr(module, function, _die_on_call(number)(getattr(module, function)))
+        setattr(module, function, _die_on_call(number, by=by)(getattr(module, function)))
     runs.train(recipe, stages)
 
 
@@ -171,7 +172,7 @@ def _evaluated(run_dir: Path) -> dict[str, Any]:
     return {name: evaluation[name] for name in ("settings", "models")}
 
 
-def test_one_process_dies_while_all_score_refit_or_evaluate_and_the_same_command_goes_on(
+def test_one_process_is_stopped_or_dies_while_all_score_refit_or_evaluate_and_the_same_command_goes_on(
     tiny_inputs: Path, tmp_path: Path
 ) -> None:
     alone, together, killed = (_recipe(tiny_inputs, tmp_path / name) for name in ("alone", "together", "killed"))
@@ -180,7 +181,11 @@ def test_one_process_dies_while_all_score_refit_or_evaluate_and_the_same_command
     for where, stages in (("importance", STAGES), ("refit", STAGES), ("evaluation", ("evaluate",))):
         if where == "evaluation":
             spawn(runs.train, killed, ("prune", "compact"), size=2, folder=tmp_path / "out")
-        group = start(_run_and_die, killed, stages, where, size=2, folder=tmp_path / f"out-{where}")
+        stopped = start(_run_and_die, killed, stages, where, signal.SIGTERM, size=2, folder=tmp_path / f"stop-{where}")
+        assert stopped.wait(seconds=60) == [INTERRUPTED_EXIT_CODE] * 2, stopped.said()
+        assert "was asked to stop (SIGTERM)" in stopped.said()
+        assert "Traceback" not in stopped.said()
+        group = start(_run_and_die, killed, stages, where, signal.SIGKILL, size=2, folder=tmp_path / f"out-{where}")
         first, second = group.wait(seconds=60)
         assert second == -signal.SIGKILL, group.said()
         assert first not in (0, None), group.said()

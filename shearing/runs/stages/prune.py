@@ -32,6 +32,7 @@ from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.models.stored.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.processes.stop import stopping_at_once
 from shearing.progress import activity
 from shearing.pruning.rotation.basis import rotate
 from shearing.pruning.rotation.components import principal_basis
@@ -291,7 +292,10 @@ def _refit(context: RunContext, *, whole: MaskedModel, choice: MaskLearner | Rem
     if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
     layers = whole.model.config.num_hidden_layers
-    with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
+    with (
+        stopping_at_once(),  # which training, under way already, would put off to its first step's end
+        activity("compensation for what the masks close", total=layers, console=context.console) as advance,
+    ):
         if context.processes.size == 1 and holds_all_in_fp32(context):
             refit(whole, masks=choice.final_masks(), batches=context.calibration_batches(), advance=advance)
             return
