@@ -19,7 +19,7 @@ from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting import refit_cost
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
-from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
+from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
 from shearing.runs.planning.plan import RunPlan, num_domains
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.recipe import Recipe
@@ -72,6 +72,8 @@ def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
 
 def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     for stage in made.stages:
+        if stage.stage == "prune" and made.rotated:
+            yield _rotation(recipe, made=made)
         held = loaded(stage.shape, recipe=recipe, made=made)
         if held == _fp32(stage.shape):
             held += _copies(stage.shape, made=made)
@@ -79,8 +81,7 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         yield Phase(
             what=f"{stage.stage}: load",
             processes=made.hardware.processes,
-            memory=loaded(stage.shape, recipe=recipe, made=made)
-            + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
+            memory=loaded(stage.shape, recipe=recipe, made=made) + (0 if heard is None else heard.loaded),
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
         if stage is made.stages[0]:
@@ -96,6 +97,19 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
                 disk=_fp32(stage.shape) + _fp32(made.target),
             )
     yield from _evaluation(recipe, made=made)
+
+
+def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
+    """The main process finds the basis, and writes the source in it."""
+    length = recipe.data.sequence_length
+    tokens = whole_rows(recipe.pruning.prune.calibration_tokens, sequence_length=length) * length
+    return Phase(
+        what="prune: rotate",
+        processes=1,
+        memory=_fp32(made.source),
+        disk=2 * made.source.num_parameters() + made.rotated,
+        flops=forward_flops_per_token(made.source, sequence_length=length) * tokens,
+    )
 
 
 def _reference(recipe: Recipe, *, stage: StagePlan, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -133,8 +147,15 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             what="prune: refit",
             processes=made.hardware.processes,
             memory=held,
+            disk=made.refitted if _refits_through_files(recipe, made=made) else 0,
             flops=_flops(cost, made=made, length=length),
         )
+
+
+def _refits_through_files(recipe: Recipe, *, made: RunPlan) -> bool:
+    """Whether refitted layers are written: one process that holds all weights changes them where they are."""
+    alone = made.hardware.processes == 1
+    return not (alone and recipe.training.holds_all_in_fp32(bf16=made.precision == torch.bfloat16))
 
 
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
@@ -161,7 +182,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
         processes=made.hardware.processes,
         memory=memory.total,
         host=memory.host + memory.staging,
-        disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters(),
+        disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters() + FP32 * stage.workload.moving,
         times=stage.steps // max(1, settings.in_steps(settings.checkpoint_interval, sequence_length=length)),
     )
 

@@ -107,6 +107,12 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
+    if plan.rotated:
+        yield f"rotation: the source once more on disk, {plan.rotated / 1e9:,.1f} GB until mask learning is complete"
+    if plan.refitted:
+        yield f"compensation: refitted layers on disk, at most {plan.refitted / 1e9:,.1f} GB until training begins"
+    if any(stage.workload.moving for stage in plan.stages):
+        yield "pretrain: optimizer and checkpoints with what moving masks set aside, 4 bytes for each of their weights"
     if any(not stage.held(plan.choice).traced for stage in plan.stages):
         yield "memory: by arithmetic; what this model computes depends on numbers, so it cannot be traced without them"
     if plan.one_shot:

@@ -320,6 +320,24 @@ def test_a_checkpoint_is_shared_out() -> None:
     assert held(0, processes=8).staging == -(-BILLION.num_parameters() // 8) * 12
 
 
+@pytest.mark.parametrize(
+    ("sharding", "share"),
+    [
+        (Sharding(processes=8), 1),
+        (Sharding(processes=8, zero_stage=2), 8),
+        (Sharding(processes=8, zero_stage=3, layerwise=Layerwise(reshard=True, sums_once=False)), 8),
+    ],
+    ids=["torch", "ZeRO-2", "FSDP2"],
+)
+def test_what_moving_masks_set_aside_is_counted(sharding: Sharding, share: int) -> None:
+    """4 bytes for each weight where moments are, and in each process's part of a checkpoint."""
+    plain, moving = (
+        estimate(BILLION, workload=dataclasses.replace(BF16, moving=count), sharding=sharding) for count in (0, 8_000)
+    )
+    assert moving.optimizer - plain.optimizer == moving.total - plain.total == 4 * 8_000 // share
+    assert moving.staging - plain.staging == 4 * 1_000
+
+
 def test_recomputing_and_smaller_micro_batches_hold_less() -> None:
     kept = [
         sum(kept_by_layer(BILLION, workload=dataclasses.replace(BF16, checkpointing=how), weight_bytes=4).values())
