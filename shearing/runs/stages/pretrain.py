@@ -168,8 +168,10 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
     }
     size = None if context.recipe.target is None else context.recipe.target.vocab_size
     weights: Iterable[tuple[str, Tensor]] | None = None
-    if settings.adapters is not None or size is not None:
+    if size is not None:  # what is cut of a vocabulary is compared with the whole model
         model = start.merged(start.restored(state, adapters=settings.adapters))
+    elif settings.adapters is not None:
+        model, weights = start.skeleton(), start.merged_weights(state, adapters=settings.adapters)
     else:
         model, weights = start.skeleton(), start.weights(state)
     write = partial(write_trained, source=start.folder, record=record, moved=moved_masks(state))
