@@ -102,7 +102,8 @@ def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware
             micro_batch_size=size,
         )
         sharding = choice.sharding(hardware.processes)
-        memory = measure(stage.model, workload=workload, sharding=sharding, listening=stage.listening)
+        listening = None if stage.listening is None else stage.listening.among(hardware.processes)
+        memory = measure(stage.model, workload=workload, sharding=sharding, listening=listening)
         if hardware.fit(memory) == "yes":
             return size
     return None

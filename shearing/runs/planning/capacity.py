@@ -111,7 +111,7 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         # The teacher is whole beside it.
         heard = each.listening
         memory = loaded(each.shape, recipe=recipe, made=made)
-        memory += 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
+        memory += 0 if heard is None else heard.loaded
         yield _Need(what=f"loading for {each.stage}", memory=memory, certain=_is_known(made, each))
         step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.

@@ -13,7 +13,7 @@ micro-batch, S positions of a sequence, C tokens of a chunk of the loss, N proce
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -27,6 +27,9 @@ ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the fp32 weight and AdamW's two moments."""
+
+BEFORE_LAYERS = "forward, before the layers"
+"""The moment at which a teacher runs, and then the embedding."""
 
 LOSS = "loss"
 """The moment at which logits exist."""
@@ -60,6 +63,7 @@ class Workload:
         chunk_tokens: tokens whose logits exist at the same time.
         masked: masks are being learned.
         eager_attention: attention weights are tensors, instead of a fused kernel's own business.
+        moving: weights whose masks move with training: what is dropped of them is set aside, in fp32.
     """
 
     micro_batch_size: int
@@ -70,6 +74,7 @@ class Workload:
     chunk_tokens: int
     masked: bool
     eager_attention: bool = False
+    moving: int = 0
 
     @property
     def tokens(self) -> int:
@@ -93,6 +98,7 @@ class Listening:
             and the student's at a temperature that is not 1.
         matched_layers: layers behind which its residual stream is compared with the student's.
         offloaded: its layers' weights are in host memory, but for the one that runs.
+        shared_by: processes that share out its layers, which are whole while they run; None: each has all of them.
     """
 
     shape: Shape
@@ -100,6 +106,7 @@ class Listening:
     buffers: int
     matched_layers: int = 0
     offloaded: bool = False
+    shared_by: int | None = None
 
     @property
     def number_bytes(self) -> int:
@@ -109,13 +116,34 @@ class Listening:
     @property
     def host(self) -> int:
         """Bytes of its weights in host memory."""
-        layers = self.shape.num_hidden_layers * sum(self.shape.layer_parameters())
-        return self.number_bytes * layers if self.offloaded else 0
+        return self.number_bytes * self._inside if self.offloaded else 0
 
     @property
     def weights(self) -> int:
         """Bytes of its weights on the device while the student computes."""
+        if self.shared_by is not None:
+            return self.number_bytes * (self._outside + -(-self._inside // self.shared_by))
         return self.number_bytes * self.shape.num_parameters() - self.host
+
+    @property
+    def loaded(self) -> int:
+        """Bytes of its weights on the device while it is loaded, or runs: two layers that are shared out are whole."""
+        if self.shared_by is not None:
+            whole = min(2, self.shape.num_hidden_layers) * sum(self.shape.layer_parameters())
+            return self.weights + self.number_bytes * whole * int(self.shared_by > 1)
+        return self.number_bytes * self.shape.num_parameters()
+
+    def among(self, processes: int) -> Listening:
+        """The same, where so many processes share the work."""
+        return self if self.shared_by is None else replace(self, shared_by=processes)
+
+    @property
+    def _inside(self) -> int:
+        return self.shape.num_hidden_layers * sum(self.shape.layer_parameters())
+
+    @property
+    def _outside(self) -> int:
+        return self.shape.num_parameters() - self._inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +190,8 @@ class Memory:
         moment: when that is.
         weights: what is multiplied, with the bf16 copies that autocast makes and the layers ZeRO-3 has gathered.
         gradients: of the weights, those that exist at that moment, with the buckets they are exchanged in.
-        optimizer: AdamW's moments, and the fp32 weights where the model has bf16 ones or ZeRO its own.
+        optimizer: AdamW's moments, and the fp32 weights where the model has bf16 ones or ZeRO its own; and what masks
+            that move set aside.
         activations: all that depends on the number of tokens, the loss included.
         host: bytes in host memory beside it: what is offloaded.
         staging: bytes in host memory that a checkpoint adds while it is written: this process's share of it.
@@ -288,8 +317,10 @@ def _sharded(
     optimizer = _MOMENTS * total if stage == 0 else (FP32 + _MOMENTS) * share
     if stage and phase.name == "optimizer" and not sums_apart:
         optimizer += FP32 * share  # the gradient of the share, in one piece
+    aside = FP32 * sharding.share(workload.moving)
+    optimizer += aside if stage else FP32 * workload.moving
     if offload_optimizer:
-        optimizer, host = 0, host + (2 * FP32 + _MOMENTS) * share
+        optimizer, host = 0, host + (2 * FP32 + _MOMENTS) * share + aside
     return Memory(
         moment=phase.name,
         weights=weights + phase.copies,
@@ -297,7 +328,7 @@ def _sharded(
         optimizer=optimizer,
         activations=phase.activations,
         host=host,
-        staging=CHECKPOINT_BYTES_PER_PARAMETER * share,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside,
         teacher=teacher,
     )
 
@@ -321,6 +352,7 @@ def _layer_by_layer(
     """
     total, layer, layers = shape.num_parameters(), sum(shape.layer_parameters()), shape.num_hidden_layers
     share, many = sharding.share(total), sharding.processes > 1
+    aside = FP32 * sharding.share(workload.moving)
     gathered = 0
     if phase.name != "optimizer":
         running = layers if not way.reshard else 0 if phase.name == LOSS else min(2, layers)
@@ -335,9 +367,9 @@ def _layer_by_layer(
         moment=phase.name,
         weights=weight_bytes * gathered + phase.copies,
         gradients=gradients,
-        optimizer=(FP32 + _MOMENTS) * share,
+        optimizer=(FP32 + _MOMENTS) * share + aside,
         activations=phase.activations,
         host=host,
-        staging=CHECKPOINT_BYTES_PER_PARAMETER * share,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside,
         teacher=teacher,
     )

@@ -24,7 +24,7 @@ from shearing.objectives.teacher import teacher_precision
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.advice import advice_for, least_changes
-from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes
+from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes, moving_weights, refitted_bytes, rotated_bytes
 from shearing.runs.planning.hardware import Hardware, forward_flops_per_token, training_flops_per_token
 from shearing.runs.planning.memory import Listening, Workload
 from shearing.runs.planning.step.stage_plan import Choice, StagePlan, layerwise_of, workload_at
@@ -55,6 +55,8 @@ class RunPlan:
         adapters: only they are trained in the end; figures are those of training all weights.
         one_shot: weights are zeroed in between, which no other figure here is of.
         spooled: bytes of disk that this needs beside the model, for gradients.
+        rotated: bytes of disk that the source in another basis takes until mask learning is complete.
+        refitted: bytes of disk that refitted layers take until training begins; at most.
         stages: the training stages in order.
         advice: what to change, where the recipe's choice does not fit.
     """
@@ -72,6 +74,8 @@ class RunPlan:
     adapters: bool
     one_shot: bool
     spooled: int
+    rotated: int
+    refitted: int
     stages: Sequence[StagePlan]
     advice: str | None
 
@@ -135,6 +139,8 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
         spooled=gradient_bytes(recipe, shape=target or source),
+        rotated=rotated_bytes(recipe, source=source),
+        refitted=refitted_bytes(recipe, source=source),
         stages=planned,
         advice=advice_for(planned, choice=choice, hardware=hardware),
     )
@@ -178,8 +184,8 @@ def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype)
     return Taught(config=config, distill=distill, dtype=teacher_precision(distill, products=precision))
 
 
-def _listening(model: StepModel) -> Listening | None:
-    """What a process holds of the teacher of a stage's model."""
+def _listening(model: StepModel, *, processes: int) -> Listening | None:
+    """What one of so many processes holds of the teacher of a stage's model."""
     taught = model.taught
     if taught is None:
         return None
@@ -190,6 +196,7 @@ def _listening(model: StepModel) -> Listening | None:
         buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
         matched_layers=_matched_layers(distill, shape=model.shape),
         offloaded=distill.placement == "offload",
+        shared_by=processes if distill.placement == "shard" else None,
     )
 
 
@@ -226,7 +233,11 @@ def _stage_plan(
     hardware: Hardware,
     precision: torch.dtype,
 ) -> StagePlan:
-    settings, shape, listening = recipe.training_stages[stage], model.shape, _listening(model)
+    settings, shape, listening = (
+        recipe.training_stages[stage],
+        model.shape,
+        _listening(model, processes=hardware.processes),
+    )
     length = recipe.data.sequence_length
     steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
     sequences = per_step // length
@@ -246,6 +257,7 @@ def _stage_plan(
     teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
     speed = None if peak is None else peak * hardware.mfu * hardware.processes
+    moving = moving_weights(recipe, shape=shape) if stage == "pretrain" else 0
     workload = workload_at(
         Workload(
             micro_batch_size=settings.micro_batch_size,
@@ -256,6 +268,7 @@ def _stage_plan(
             chunk_tokens=recipe.training.loss_chunk_tokens,
             masked=stage == "prune",
             eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
+            moving=moving,
         ),
         sequences=sequences,
         processes=hardware.processes,
@@ -277,7 +290,7 @@ def _stage_plan(
         processes=hardware.processes,
         choice=Choice.of(recipe),
         layerwise=layerwise_of(recipe),
-        disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
+        disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters(), moving=moving),
     )
 
 

@@ -15,6 +15,7 @@ from shearing.models.tokenizer import load_tokenizer
 from shearing.runs.context import RunContext
 from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.planning.rows import rows_read
+from shearing.training.engines.fsdp2_engine import require_fsdp2
 
 
 def require_teacher(context: RunContext) -> None:
@@ -48,6 +49,16 @@ def require_teacher(context: RunContext) -> None:
             allowed=f"fewer than the vocabulary's {config.vocab_size} tokens",
             mend="lower it, or set distill.kind=forward_kl, which keeps all",
         )
+    if recipe.distill.placement == "shard":
+        require_fsdp2()
+        if recipe.distill.cache is not None:
+            raise ShearingError(
+                "distill.placement",
+                value="shard",
+                allowed="replicate or offload with distill.cache: which rows are missing there each process finds by "
+                "itself, and a teacher that is shared out runs on all of them or on none",
+                mend="set distill.placement=replicate, or leave distill.cache out",
+            )
     _require_matchable(context)
     if recipe.teacher == recipe.model:
         return  # what there is to check of the source model is checked where it is loaded
