@@ -20,7 +20,9 @@ from shearing.files.full_disk import full_disk_said
 from shearing.models.correspondence import Correspondence
 from shearing.models.shape import Shape
 from shearing.models.stored.companions import copy_companions
-from shearing.models.stored.saving import round_weights, write_model
+from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.saving import write_model
+from shearing.models.stored.stored_model import open_source
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
 from shearing.runs.context import RunContext
@@ -167,31 +169,25 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
         "versions": environment(context.device),
     }
     size = None if context.recipe.target is None else context.recipe.target.vocab_size
-    weights: Iterable[tuple[str, Tensor]] | None = None
-    if size is not None:  # what is cut of a vocabulary is compared with the whole model
-        model = start.merged(start.restored(state, adapters=settings.adapters))
-    elif settings.adapters is not None:
-        model, weights = start.skeleton(), start.merged_weights(state, adapters=settings.adapters)
-    else:
-        model, weights = start.skeleton(), start.weights(state)
+    adapters = settings.adapters
+    weights = start.weights(state) if adapters is None else start.merged_weights(state, adapters=adapters)
     write = partial(write_trained, source=start.folder, record=record, moved=moved_masks(state))
-    _save_model(model, weights, run=run, start=start, write_trained=write, dtype=result_dtype(context))
+    _save_model(weights, run=run, start=start, write_trained=write, dtype=result_dtype(context))
     if size is not None:
-        cut = _save_with_kept_tokens(model, context=context, size=size, start=start, write_trained=write)
+        cut = _save_with_kept_tokens(context, size=size, start=start, write_trained=write)
         context.console.print(str(cut), soft_wrap=True, highlight=False)
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
 
 def _save_with_kept_tokens(
-    model: PreTrainedModel,
-    *,
     context: RunContext,
+    *,
     size: int | str,
     start: Start,
     write_trained: Callable[[Path], None],
 ) -> CutVocabulary:
-    """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model; `model` is rounded as that is."""
+    """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model."""
     run = context.directory
     beside = run.path / ".model-kept-tokens.partial"
     for folder in (beside, run.kept_tokens):
@@ -199,8 +195,9 @@ def _save_with_kept_tokens(
     try:
         with full_disk_said(lambda: no_space(run.path)):
             shutil.copytree(run.model, beside)
-            round_weights(model, dtype=result_dtype(context))
-            cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=model, masks=start.masks)
+            files = open_source(str(run.model), revision=None, converted=run.path / ".model.converted")
+            whole = on_demand(files, device=torch.device("cpu"))
+            cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=whole, masks=start.masks)
             if start.masks is not None:
                 write_trained(beside)
     except BaseException:
@@ -228,8 +225,7 @@ def _moments(context: RunContext) -> SavedMoments | None:
 
 
 def _save_model(
-    model: PreTrainedModel,
-    weights: Iterable[tuple[str, Tensor]] | None,
+    weights: Iterable[tuple[str, Tensor]],
     *,
     run: RunDirectory,
     start: Start,
@@ -239,8 +235,7 @@ def _save_model(
     """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained.
 
     Args:
-        model: what was trained; a skeleton where there are `weights`.
-        weights: one after the other; None: those of the model.
+        weights: of what was trained, one after the other.
         run: of this folder.
         start: what training began with.
         write_trained: writes what is to be said of a sparse model.
@@ -252,7 +247,7 @@ def _save_model(
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            write_model(model, beside, weights=weights, dtype=dtype)
+            write_model(start.skeleton(), beside, weights=weights, dtype=dtype)
             copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside)
