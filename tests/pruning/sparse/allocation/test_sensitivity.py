@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from shearing.errors import ShearingError
 from shearing.files.result_cache import Cached, cache_folder
 from shearing.models.stored.stored_model import Source, open_source
+from shearing.pruning.calibration import whole
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
@@ -89,7 +90,7 @@ def test_only_one_gradient_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     kept: list[PreTrainedModel] = []
     counts: list[int] = []
     passes: list[None] = []
-    load, square = sensitivity.load_source, sensitivity._square_and_let_go
+    load, square = whole.load_source, sensitivity._square_and_let_go
 
     def loaded(*arguments: Any, **keywords: Any) -> PreTrainedModel:
         kept.append(load(*arguments, **keywords))
@@ -100,7 +101,7 @@ def test_only_one_gradient_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         counts.append(sum(other.grad is not None for other in kept[0].parameters()))
         square(parameter, into=into)
 
-    monkeypatch.setattr(sensitivity, "load_source", loaded)
+    monkeypatch.setattr(whole, "load_source", loaded)
     monkeypatch.setattr(sensitivity, "_square_and_let_go", squared)
     source = source_of(tiny_model(), tmp_path)
     traces_of(source)
@@ -157,7 +158,7 @@ def test_what_was_computed_is_not_computed_again(tmp_path: Path, monkeypatch: py
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError
 
-    monkeypatch.setattr(sensitivity, "load_source", refuse)
+    monkeypatch.setattr(whole, "load_source", refuse)
     said = StringIO()
     again = open_source(str(tmp_path / "model"), revision=None, converted=tmp_path / "converted")
     assert traces_of(again, console=Console(file=said)) == first
