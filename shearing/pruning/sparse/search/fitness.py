@@ -140,7 +140,7 @@ class Fitness:
                     weight.masked_fill_(gone[name], 0.0)
             self.tokens += 3 * batch_BT[:, 1:].numel()
         for weight in weights.values():
-            weight.requires_grad_(requires_grad=False)
+            weight.requires_grad = False
         self._trained = genome
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.allocation import sensitivity
 from shearing.pruning.sparse.allocation.sensitivity import fisher_trace
+from tests.models.experts import expert_configs
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 TOKENS = tiny_ids(sequences=3, length=20)
@@ -70,6 +71,29 @@ def test_half_precision(tmp_path: Path) -> None:
     assert found != expected_traces
     assert found == pytest.approx(expected_traces, rel=0.1)
     assert traces_of(source, dtype=torch.float16) == found
+
+
+def test_experts_are_matrices_of_their_own(tmp_path: Path) -> None:
+    """Each one's trace is that of its part of the stacks that the model has."""
+    with expert_configs():
+        model = tiny_model("qwen3_moe")
+    found = traces_of(source_of(model, tmp_path))
+    names = [name for name, _ in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
+    sums = dict.fromkeys(found, 0.0)
+    for row in TOKENS:
+        loss = nn.functional.cross_entropy(model(row[None, :-1], use_cache=False).logits[0], row[1:])
+        for name, stack in zip(
+            names, torch.autograd.grad(loss, [model.get_parameter(name) for name in names]), strict=True
+        ):
+            parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            for expert, of_expert in enumerate(stack):
+                for part, matrix in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                    place = f"{name.rpartition('.')[0]}.{expert}.{part}.weight"
+                    sums[place] += float(matrix.double().square().sum()) / len(TOKENS)
+    assert any(sums.values())
+    for place, total in sums.items():
+        if "experts" in place:
+            assert found[place] == pytest.approx(total, rel=1e-3, abs=1e-12), place
 
 
 def test_is_no_square_of_sums(tmp_path: Path) -> None:
