@@ -131,8 +131,8 @@ SEARCH = SearchSettings(population=4, offspring=4, generations=2)
 ALLOCATORS: Mapping[str, Allocator] = {
     "depth": Depth(spread=0.3),
     "alpha": Alpha(),
-    "owl": Owl(outlier_ratio=2.0),
-    "redundancy": Redundancy(outlier_ratio=2.0),
+    "owl": Owl(outlier_ratio=2.0, spread=0.3),
+    "redundancy": Redundancy(outlier_ratio=2.0, spread=0.4),
     "rank": Rank(spread=0.3),
     "hessian": HessianRank(spread=0.3),
     "msp": Msp(CALIBRATION, settings=SEARCH),
@@ -150,7 +150,8 @@ def test_every_allocation_meets_the_budget(name: str, tmp_path: Path) -> None:
         allocation = allocator.allocate(request)
         assert mean_density(allocation.patterns, matrices=request.matrices) == Fraction(1, 2), called
         assert allocation.patterns.keys() == {matrix.name for matrix in request.matrices}
-        assert len(set(allocation.patterns.values())) > 1, called
+        # A search may find that nothing is better than the same level everywhere.
+        assert called.startswith("msp") or len(set(allocation.patterns.values())) > 1, called
 
 
 def test_the_trace_of_the_hessian_is_that_of_the_whole_model(tmp_path: Path) -> None:
