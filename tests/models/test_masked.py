@@ -112,8 +112,9 @@ class _NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_sync_and_no_square_mask():
-    model = tiny_model()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_no_host_sync_and_no_square_mask(family):
+    model = tiny_model(family)
     source = Shape.of(model.config)
     masks, _ = masks_and_target(source, GRANULARITIES, fractional=True, seed=0)
     drop_attention_mask(model, sequence_length=16)

@@ -119,7 +119,7 @@ def request_of(folder: Path, **changes: Any) -> Request:
         "reconstruction": reconstructions()["none"],
         "damping": 0.01,
         "budget": Fraction(1, 2),
-        "levels": [KeptOf(kept, 4) for kept in range(1, 5)],
+        "levels": [KeptOf(kept, 8) for kept in range(1, 9)],
         "unit": "matrix",
         "compute": compute_of(folder / "run", micro_batch_size=2),
         "console": QUIET,
