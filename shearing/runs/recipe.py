@@ -228,7 +228,7 @@ def _validated(data: dict[str, Any], *, places: Places) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        errors = located(error, model=Recipe, data=data, places=places)
+        errors = located(error, model=Recipe, data=split_list(data), places=places)
     raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import read_index
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.loading import require_weights
@@ -37,16 +37,32 @@ from shearing.runs.planning.checks.settings import (
 from shearing.runs.planning.checks.sparsity import require_adapters, require_moving, zeros_of
 from shearing.runs.planning.checks.teacher import require_cached, require_teacher, teacher_in_words
 from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
-from shearing.runs.planning.plan import heldout_shares
-from shearing.runs.planning.summary import Plan, TrainingPlan, gigabytes
-from shearing.runs.recipe import Recipe, split_batch
+from shearing.runs.planning.summary import Plan, gigabytes, training_plans
+from shearing.runs.recipe import split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.trackers import require_trackers
 
 _Checked = TypeVar("_Checked")
 
 
-@named(COMPONENT_NAMES)
+class _Findings:
+    """What checks have refused, each thing once."""
+
+    def __init__(self) -> None:
+        self.errors: list[ShearingError] = []
+
+    def attempt(self, check: Callable[[], _Checked]) -> _Checked | None:
+        """What a check gives, or None where it refuses."""
+        try:
+            with named(COMPONENT_NAMES):
+                return check()
+        except ShearingError as error:
+            said = {str(each) for each in self.errors}
+            found = error.errors if isinstance(error, CombinedShearingError) else [error]
+            self.errors += [each for each in found if str(each) not in said]
+            return None
+
+
 def preflight(
     context: RunContext,
     *,
@@ -66,17 +82,29 @@ def preflight(
     Raises:
         ShearingError: all that was found, together.
     """
+    plan, errors = survey(context, stages=stages, devices=devices, starts=starts)
+    if errors or plan is None:
+        raise _together(errors)
+    return plan
+
+
+@named(COMPONENT_NAMES)
+def survey(
+    context: RunContext,
+    *,
+    stages: Sequence[Stage] | None = None,
+    devices: Devices | None = None,
+    starts: bool = True,
+) -> tuple[Plan | None, list[ShearingError]]:
+    """As `preflight`, but what stands in the way is beside the plan, not instead of it.
+
+    Where no more is missing than the corpus, or the source's weights and tokenizer, there is a plan all the same: what
+    the recipe and the source's config say by themselves, without domains. Where anything else is wrong there is none.
+    """
     recipe = context.recipe
     stages = recipe.stages if stages is None else stages
-    found: list[ShearingError] = []
-
-    def attempt(check: Callable[[], _Checked]) -> _Checked | None:
-        try:
-            return check()
-        except ShearingError as error:
-            found.extend(error.errors if isinstance(error, CombinedShearingError) else [error])
-            return None
-
+    wrong, missing = _Findings(), _Findings()
+    attempt = wrong.attempt
     attempt(context.directory.require_writable)
     attempt(lambda: context.device)
     attempt(lambda: require_engine(recipe))
@@ -89,8 +117,8 @@ def preflight(
         attempt(lambda: require_tasks(recipe, last=len(stages) > 1))
     config = attempt(lambda: context.config)
     if config is None:
-        raise _together(found)
-    attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
+        return None, wrong.errors
+    missing.attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: require_teacher(context))
     attempt(lambda: require_context(recipe, config=config))
     source = Shape.of(config)
@@ -104,22 +132,24 @@ def preflight(
     zeros = attempt(lambda: zeros_of(recipe, config=config, target=target))
     attempt(lambda: require_adapters(recipe, config=config))
     attempt(lambda: require_moving(recipe, source=source))
-    corpus = attempt(lambda: context.corpus)
+    corpus = missing.attempt(lambda: context.corpus)
+    weights: dict[str, float] = {}
     if corpus is None:
-        raise _together(found)
-    tokens = {domain: corpus.manifests[domain].train.tokens for domain in corpus.domains}
-    attempt(lambda: context.outside)
-    weights = attempt(lambda: context.initial_weights)
-    if recipe.distill is not None:
-        attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
-        if set(recipe.training_stages) & set(stages):
-            attempt(lambda: require_cached(context))
-    attempt(lambda: require_reference(recipe, corpus=corpus))
-    if found or weights is None:
-        raise _together(found)
+        # That it is not there may stand behind a tokenizer that is not.
+        missing.attempt(lambda: read_index(recipe.data.corpus))
+    else:
+        attempt(lambda: context.outside)
+        weights = attempt(lambda: context.initial_weights) or {}
+        if recipe.distill is not None:
+            attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
+            if set(recipe.training_stages) & set(stages):
+                attempt(lambda: require_cached(context))
+        attempt(lambda: require_reference(recipe, corpus=corpus))
+    if wrong.errors:
+        return None, [*wrong.errors, *missing.errors]
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
     disk = max(0, run_bytes(recipe, source=source, target=target) - bytes_in(recipe.run_dir))
-    largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights)
+    largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights) if weights else {}
     plan = Plan(
         source=source,
         target=target,
@@ -127,23 +157,25 @@ def preflight(
         zeros=zeros,
         teacher=None if recipe.distill is None else teacher_in_words(context),
         uniform=recipe.target is None or target is not None or recipe.target.uniform,
-        tokens=tokens,
+        tokens={} if corpus is None else {name: each.train.tokens for name, each in corpus.manifests.items()},
         weights=weights,
         largest=largest,
-        training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
+        training=list(training_plans(recipe, corpus=corpus, weights=weights, largest=largest)),
         doubts=[*doubts_of(recipe, source=source), *odd_sizes(recipe, source=source)],
         notes=[*gpus.notes, *said_of_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
     if plan.disk > plan.free:
-        raise ShearingError(
-            "run_dir",
-            value=str(recipe.run_dir),
-            allowed=f"{gigabytes(plan.disk)} of free disk; there are {gigabytes(plan.free)}",
-            mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
+        missing.errors.append(
+            ShearingError(
+                "run_dir",
+                value=str(recipe.run_dir),
+                allowed=f"{gigabytes(plan.disk)} of free disk; there are {gigabytes(plan.free)}",
+                mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
+            )
         )
-    return plan
+    return plan, missing.errors
 
 
 def _capacity(context: RunContext, *, stages: Sequence[Stage], devices: Devices | None, starts: bool) -> Capacity:
@@ -168,35 +200,6 @@ def _capacity(context: RunContext, *, stages: Sequence[Stage], devices: Devices 
     if starts and recipe.training.memory_check == "refuse":
         raise found.unfit
     return Capacity(unfit=found.unfit, notes=[f"too large: {found.unfit.allowed}; {found.unfit.mend}", *found.notes])
-
-
-def _training(
-    recipe: Recipe, *, corpus: Corpus, weights: Mapping[str, float], largest: Mapping[str, float]
-) -> Iterator[TrainingPlan]:
-    length, mixture = recipe.data.sequence_length, recipe.mixture
-    shares = heldout_shares(recipe)
-    for stage, settings in recipe.training_stages.items():
-        interval = "interval" if stage == "prune" else "pretrain_interval"
-        lower = (
-            f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
-            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now "
-            f"{recipe.heldout_tokens(domains=len(corpus.domains)):,})"
-        )
-        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
-        rows = steps * per_step // length
-        passes, most_passes = (
-            {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
-            for each in (weights, largest)
-        )
-        yield TrainingPlan(
-            stage=stage,
-            steps=steps,
-            tokens_per_step=per_step,
-            heldout_share=shares[stage],
-            lower=lower,
-            passes=passes,
-            most_passes=most_passes,
-        )
 
 
 def _together(errors: Sequence[ShearingError]) -> ShearingError:
