@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from shearing.models.shape import Shape
@@ -34,13 +35,14 @@ def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters:
     return CHECKPOINT_BYTES_PER_PARAMETER * parameters * (settings.keep_last + 1 + forever)
 
 
-def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
+def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = ()) -> int:
     """Bytes that a run has at most.
 
     Args:
         recipe: of the run.
         source: shape of its source model.
         target: what that is cut to; None where a budget leaves it open, or no units are pruned.
+        family: shapes of the smaller sizes that are cut out of the final model.
     """
     budget = None if recipe.target is None else recipe.target.parameters
     final = (source if target is None else target).num_parameters() if budget is None else budget
@@ -51,6 +53,7 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
         # prune/ ends in its weights; the moments that are carried, compact/ and model/ are of the target's size.
         models = 1 if isinstance(settings, PruneRecipe) else 4 if recipe.pretrain.carries else 2
         total += parameters * _BYTES_OF_WEIGHT * models
+    total += sum(shape.num_parameters() * _BYTES_OF_WEIGHT for shape in family)
     if recipe.target is not None and recipe.target.vocab_size is not None:
         total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:

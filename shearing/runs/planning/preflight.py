@@ -39,6 +39,7 @@ from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import require_shrinking
+from shearing.runs.continuation.family import family_shapes, importance_of
 from shearing.runs.names import (
     ADAPTER_NAMES,
     COMPONENT_NAMES,
@@ -119,6 +120,7 @@ def preflight(
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: require_shrinking(recipe, source=config))
+    family = attempt(lambda: family_shapes(recipe, source=config)) if target is not None or not recipe.prune else None
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_rotatable(recipe, source=source))
     attempt(lambda: _require_uncompiled(recipe, source=source))
@@ -141,12 +143,15 @@ def preflight(
     if found or weights is None:
         raise _together(found)
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
-    disk = max(0, run_bytes(recipe, source=source, target=target) - bytes_in(recipe.run_dir))
+    sizes = family or {}
+    disk = run_bytes(recipe, source=source, target=target, family=sizes.values())
+    disk = max(0, disk - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights)
     plan = Plan(
         source=source,
         target=target,
         budget=None if recipe.target is None else recipe.target.parameters,
+        family=sizes,
         zeros=zeros,
         teacher=None if recipe.distill is None else _teacher_in_words(context),
         uniform=recipe.target is None or target is not None or recipe.target.uniform,
@@ -381,6 +386,9 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+    if recipe.family is not None:
+        with named({"importance": "family.importance"}):
+            metric_of(importance_of(recipe, family=recipe.family)).units_of_work(source, evidence=Evidence())
 
 
 @named(EVALUATION_NAMES)

@@ -23,7 +23,7 @@ from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages import pretrain_start as start
+from shearing.runs.stages.pretraining import start
 from shearing.runs.stages.run import run
 from shearing.training.adapters.adapted import merge_in_place
 from shearing.training.adapters.lora import merge_adapters
