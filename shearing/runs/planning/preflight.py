@@ -387,7 +387,7 @@ def _require_metric(recipe: Recipe, *, source: Shape) -> None:
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
     if recipe.family is not None:
-        with named({"importance": "family.importance"}):
+        with named({"initial_masks": "family.importance"}):
             metric_of(importance_of(recipe, family=recipe.family)).units_of_work(source, evidence=Evidence())
 
 

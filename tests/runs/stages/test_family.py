@@ -24,6 +24,7 @@ from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretraining.family import masks_in
 from shearing.runs.stages.run import run
+from shearing.settings.quantities import format_parameters
 from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.stage import Interrupted
 from tests.conftest import tiny_recipe_data
@@ -46,6 +47,7 @@ def data_of(inputs: Path, folder: Path, *, change: Callable[[dict[str, Any]], An
     data["target"] = {"num_hidden_layers": 3}
     data["prune"] |= {"duration": "0 steps"}
     data["pretrain"] |= {"duration": "8 steps", "checkpoint_interval": "2 steps", "optimizer": "fresh"}
+    data["pretrain"]["batch_size"] = "4 sequences"
     data["distill"] = {"weight": 0.5, "domains": "all"}
     data["mixture"] = {"update": "constant"}
     data["family"] = json.loads(json.dumps(FAMILY))
@@ -99,11 +101,14 @@ def test_sizes_take_turns_and_every_one_is_judged(done: RunDirectory) -> None:
     assert {name for share in shares for name, part in share.items() if part} == {"whole", "medium", "small"}
     models = json.loads(done.evaluation.read_text())["models"]
     assert list(models)[-3:] == ["final", "family-medium", "family-small"]
-    assert {models[name]["training_tokens"] for name in list(models)[-3:]} == {8 * 2 * 16}
+    assert {models[name]["training_tokens"] for name in list(models)[-3:]} == {8 * 4 * 16}
     parameters = [models[name]["parameters"] for name in list(models)[-3:]]
     assert parameters == sorted(parameters, reverse=True)
     assert all(models[name]["mean"]["loss"] > 0 and models[name]["generation"] for name in list(models)[-3:])
-    assert "medium, of the same training" in done.report.read_text()
+    page = done.report.read_text()
+    assert "medium, of the same training" in page
+    small = models["family-small"]
+    assert f"{small['mean']['loss']:.2f} at {format_parameters(small['parameters'])}." in page
 
 
 def test_stopped_and_continued_is_the_same_run(
