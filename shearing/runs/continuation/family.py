@@ -43,7 +43,7 @@ def family_shapes(recipe: Recipe, *, source: PretrainedConfig) -> dict[str, Shap
             raise ShearingError(
                 f"family.sizes.{name} ({error.field})",
                 value=error.value,
-                allowed=f"{error.allowed}; the source is {before} here: {_in_words(have)}",
+                allowed=f"{error.allowed}; its source is {before}: {_in_words(have)}",
                 mend=error.mend,
             ) from None
         if shape == have:

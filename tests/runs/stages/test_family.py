@@ -213,7 +213,7 @@ def test_what_a_recipe_cannot_want(
         ({"a": {"hidden_size": 32}}, "something smaller than in the model that is trained"),
         ({"a": {"num_hidden_layers": 4}}, "family.sizes.a (num_hidden_layers) = 4"),
         ({"a": {"num_experts": 4}}, "are not made of experts"),
-        ({"a": {"num_key_value_heads": 1}, "b": {"num_attention_heads": 4}}, "the source is a here"),
+        ({"a": {"num_key_value_heads": 1}, "b": {"num_attention_heads": 4}}, "its source is a: "),
     ],
 )
 def test_sizes_that_are_not_inside_each_other(
