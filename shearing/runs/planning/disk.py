@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from shearing.models.families.axes import count
@@ -68,13 +69,14 @@ def rotated_bytes(recipe: Recipe, *, source: Shape) -> int:
     return _BYTES_OF_WEIGHT * source.num_parameters()
 
 
-def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
+def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = ()) -> int:
     """Bytes that a run has at most at the same time.
 
     Args:
         recipe: of the run.
         source: shape of its source model.
         target: what that is cut to; None where a budget leaves it open, or no units are pruned.
+        family: shapes of the smaller sizes that are cut out of the final model.
     """
     budget = None if recipe.target is None else recipe.target.parameters
     final = (source if target is None else target).num_parameters() if budget is None else budget
@@ -91,6 +93,7 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
         total += parameters * _BYTES_OF_WEIGHT * models
         if stage == "prune":
             on_the_way = max(on_the_way, rotated + total)
+    total += sum(shape.num_parameters() * _BYTES_OF_WEIGHT for shape in family)
     if recipe.target is not None and recipe.target.vocab_size is not None:
         total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:

@@ -16,7 +16,9 @@ from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
+from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.pruning.structured.refitting import refit_cost
+from shearing.runs.continuation.family import importance_of
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
@@ -88,7 +90,16 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             yield from _reference(recipe, stage=stage, made=made, held=held)
         if stage.stage == "prune":
             yield from _choice(recipe, made=made, held=held)
+        if stage.stage == "pretrain" and recipe.family is not None:
+            yield _sorting(recipe, family=recipe.family, shape=stage.shape, made=made, held=held)
         yield from _training(recipe, stage=stage, made=made)
+        if stage.stage == "pretrain" and made.family:
+            yield Phase(
+                what=f"pretrain: cut {len(made.family)} sizes",
+                processes=1,
+                host=one_layer(stage.shape),
+                disk=sum(_fp32(stage.shape) + _fp32(shape) for shape in made.family.values()),
+            )
         if stage.stage == "prune" and made.target is not None:
             yield Phase(
                 what="cut",
@@ -158,6 +169,23 @@ def _refits_through_files(recipe: Recipe, *, made: RunPlan) -> bool:
     return not (alone and recipe.training.holds_all_in_fp32(bf16=made.precision == torch.bfloat16))
 
 
+def _sorting(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, made: RunPlan, held: int) -> Phase:
+    """What sorts the units of a family."""
+    length = recipe.data.sequence_length
+    rows = whole_rows(family.calibration_tokens, sequence_length=length)
+    name = importance_of(recipe, family=family)
+    text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
+    smallest = list(made.family.values())[-1]
+    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=smallest, seed=recipe.seed)
+    cost = metric_of(name).cost(shape, evidence=evidence)
+    return Phase(
+        what=f"pretrain: importance ({METRICS[name].title})",
+        processes=made.hardware.processes,
+        memory=held,
+        flops=flops_of(cost, shape, sequence_length=length),
+    )
+
+
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
     if not stage.steps:
         return
@@ -194,6 +222,7 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     models = [made.source, target]
     if recipe.prune is not None:
         models += [target] * (1 + len(recipe.evaluation.baselines))
+    models += made.family.values()
     flops = None
     if domains is not None:
         tokens = domains * whole_rows(recipe.evaluation.tokens_per_domain, sequence_length=length) * length

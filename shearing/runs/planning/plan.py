@@ -6,7 +6,7 @@ Everything follows from the recipe and the source's config; neither weights nor 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
+from shearing.pruning.structured.rounding import every_granularity
+from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.advice import advice_for, least_changes
 from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes, moving_weights, refitted_bytes, rotated_bytes
@@ -49,6 +51,7 @@ class RunPlan:
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
         budget: parameters to reach, where the recipe gives them instead of sizes.
+        family: shapes of the smaller sizes that are trained inside the last, by name.
         vocab_size: tokens that the final model keeps; `auto` those that the corpus uses, None all.
         choice: the recipe's.
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
@@ -68,6 +71,7 @@ class RunPlan:
     teacher: Shape | None
     target: Shape | None
     budget: int | None
+    family: Mapping[str, Shape]
     vocab_size: int | str | None
     choice: Choice
     within_documents: bool
@@ -104,6 +108,11 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     if target is not None:
         trained = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
     configs: dict[TrainingStage, PretrainedConfig] = {"prune": config, "pretrain": trained}
+    family = family_shapes(recipe, source=config)
+    masked: dict[TrainingStage, tuple[str, ...]] = {
+        "prune": () if recipe.prune is None else _masked(recipe, source=source, target=None if budget else target),
+        "pretrain": _shrinking(list(family.values())[-1], source=target or source) if family else (),
+    }
     precision = _precision(recipe, hardware=hardware)
     taught = _taught(recipe, source=config, precision=precision)
     planned = [
@@ -113,9 +122,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
             model=StepModel(
                 config=configs[stage],
                 attention=recipe.model.attn_implementation,
-                granularities=_masked(recipe, source=source, target=None if budget else target)
-                if stage == "prune"
-                else (),
+                granularities=masked[stage],
                 taught=taught,
             ),
             hardware=hardware,
@@ -133,6 +140,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         teacher=None if taught is None else Shape.of(taught.config),
         target=target,
         budget=budget,
+        family=family,
         vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
@@ -170,6 +178,12 @@ def _masked(recipe: Recipe, *, source: Shape, target: Shape | None) -> tuple[str
     """Granularities that masks act on, of those that have something to prune."""
     chosen = granularities_of(recipe.pruning.prune.granularities, source=source, target=None)
     return tuple(each.name for each in chosen if target is None or getattr(target, SIZE_OF[each.name]) < each.units)
+
+
+def _shrinking(smallest: Shape, *, source: Shape) -> tuple[str, ...]:
+    """Granularities that masks of a family act on."""
+    chosen = granularities_of(every_granularity(source), source=source, target=smallest)
+    return tuple(each.name for each in chosen)
 
 
 def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype) -> Taught | None:
@@ -266,7 +280,7 @@ def _stage_plan(
             bf16=precision == torch.bfloat16,
             checkpointing=recipe.training.activation_checkpointing,
             chunk_tokens=recipe.training.loss_chunk_tokens,
-            masked=stage == "prune",
+            masked=stage == "prune" or recipe.family is not None,
             eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
             moving=moving,
         ),

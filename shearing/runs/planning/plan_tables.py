@@ -61,13 +61,13 @@ def _shapes(plan: RunPlan) -> Table:
     table.add_row("source", *shape_cells(plan.source))
     if plan.teacher is not None:
         table.add_row("teacher", *shape_cells(plan.teacher))
-    if plan.target is None:
-        return table
-    if plan.budget is None:
+    if plan.target is not None and plan.budget is None:
         table.add_row("target", *shape_cells(plan.target))
-    else:
+    elif plan.target is not None:
         about = f"to be learned; figures below are of the source with {plan.target.num_hidden_layers} layers"
         table.add_row("target", f"{plan.budget:,} at most", "", about)
+    for name, shape in plan.family.items():
+        table.add_row(name, *shape_cells(shape))
     return table
 
 
@@ -118,6 +118,12 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if plan.one_shot:
         spooled = f", and spools {plan.spooled / 1e9:,.1f} GB of gradients" if plan.spooled else ""
         yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{spooled}"
+    if plan.family:
+        models = 4 * sum(shape.num_parameters() for shape in plan.family.values())
+        yield (
+            f"family: pretrain computes the whole model, whatever size a step trains; {', '.join(plan.family)} add "
+            f"{models / 1e9:,.2f} GB of models in fp32"
+        )
     if plan.adapters:
         yield "pretrain: at most; figures are those of training all weights, adapters take less memory and disk"
     if any(stage.seconds is None for stage in plan.stages):

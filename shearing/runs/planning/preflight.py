@@ -14,6 +14,7 @@ from shearing.models.shape import Shape
 from shearing.objectives.recipe import require_domains
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import require_shrinking
+from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.checks.pruning import (
@@ -124,6 +125,7 @@ def survey(
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: target_of(recipe.pruning, config=config))
     attempt(lambda: require_shrinking(recipe, source=config))
+    family = attempt(lambda: family_shapes(recipe, source=config)) if target is not None or not recipe.prune else None
     attempt(lambda: require_metric(recipe, source=source))
     attempt(lambda: require_rotation(recipe, source=source))
     attempt(lambda: require_uncompiled(recipe, source=source))
@@ -148,12 +150,15 @@ def survey(
     if wrong.errors:
         return None, [*wrong.errors, *missing.errors]
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
-    disk = max(0, run_bytes(recipe, source=source, target=target) - bytes_in(recipe.run_dir))
+    sizes = family or {}
+    disk = run_bytes(recipe, source=source, target=target, family=sizes.values())
+    disk = max(0, disk - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights) if weights else {}
     plan = Plan(
         source=source,
         target=target,
         budget=None if recipe.target is None else recipe.target.parameters,
+        family=sizes,
         zeros=zeros,
         teacher=None if recipe.distill is None else teacher_in_words(context),
         uniform=recipe.target is None or target is not None or recipe.target.uniform,

@@ -53,6 +53,7 @@ class Plan:
         source: shape of the source model.
         target: shape to reach, or None where a budget leaves it open or no units are pruned.
         budget: parameters to reach, embeddings included, where the recipe gives a budget.
+        family: shapes of the smaller sizes that are trained inside the last, by name.
         zeros: in words, what stays zero in training; None for a dense model.
         teacher: in words, what is listened to; None: nothing.
         uniform: whether the result fits an ordinary config.
@@ -68,6 +69,7 @@ class Plan:
     source: Shape
     target: Shape | None
     budget: int | None
+    family: Mapping[str, Shape]
     zeros: str | None
     teacher: str | None
     uniform: bool
@@ -129,6 +131,8 @@ def render(plan: Plan) -> RenderableType:
     elif plan.budget is not None:
         open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
         shapes.add_row("target", f"{plan.budget:,} at most", "", open_sizes)
+    for name, shape in plan.family.items():
+        shapes.add_row(name, *shape_cells(shape))
     columns = ("stage", "steps", "tokens a step", "tokens", "held-out losses")
     stages = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for stage in plan.training:

@@ -287,6 +287,7 @@ def mistakes(recipe: Recipe) -> list[ShearingError]:
         ("sparsify", recipe.sparsify),
         ("pretrain.lora", recipe.pretrain.lora),
         ("cascade", recipe.cascade),
+        ("family", recipe.family),
     ):
         if section is not None:
             found.append(

@@ -25,12 +25,14 @@ from shearing.models.stored.saving import write_model
 from shearing.models.stored.stored_model import open_source
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
+from shearing.pruning.structured.masking.nested import NestedMasking
 from shearing.runs.context import RunContext
 from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
-from shearing.runs.stages.pretrain_start import (
+from shearing.runs.stages.pretraining.family import family_masking, write_family
+from shearing.runs.stages.pretraining.start import (
     Start,
     choose_salient,
     measure_input_norms,
@@ -54,6 +56,8 @@ from shearing.training.stage import Trained
 @named(COMPONENT_NAMES)
 def pretrain(context: RunContext) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
+
+    With the section `family` it trains several sizes in turns, and run_dir/family has the smaller ones.
 
     After mask learning, the stream of samples, the domain weights, the reference losses and, with
     `pretrain.optimizer: carried`, AdamW's moments go on where it ended. What the masks of a sparse model drop is 0
@@ -98,12 +102,13 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         if isinstance(adapters, SpeftRecipe):
             processes.on_main(partial(choose_salient, context, settings=adapters, start=start, model=model))
         processes.each(lambda: start.adapt(model, adapters=adapters, seed=recipe.seed))
+    masking = family_masking(context, start=start, model=model)
     task = task_of(
         context,
         stage="pretrain",
         model=model,
         mixture=mixture,
-        masking=None,
+        masking=masking,
         reference=reference,
         rule_memory=None if learned is None else learned.get("rule_memory"),
         moments=None if learned is None else processes.each(lambda: _moments(context)),
@@ -129,7 +134,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         "steps": task.schedule.total_steps,
         "tokens": num_samples * mixture.sequence_length,
     }
-    processes.on_main(lambda: _finish(context, start=start, complete=complete, trained=trained))
+    processes.on_main(lambda: _finish(context, start=start, complete=complete, trained=trained, masking=masking))
     return complete
 
 
@@ -160,7 +165,14 @@ def _correspondence(context: RunContext) -> Correspondence:
     return Correspondence.of_source(num_layers=Shape.of(context.config).num_hidden_layers)
 
 
-def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
+def _finish(
+    context: RunContext,
+    *,
+    start: Start,
+    complete: dict[str, Any],
+    trained: Trained,
+    masking: NestedMasking | None,
+) -> None:
     run, settings, state = context.directory, context.recipe.pretrain, ShardedState(trained.checkpoint)
     record = {
         "steps": complete["steps"],
@@ -176,6 +188,8 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
     if size is not None:
         cut = _save_with_kept_tokens(context, size=size, start=start, write_trained=write)
         context.console.print(str(cut), soft_wrap=True, highlight=False)
+    if masking is not None:
+        write_family(context, masking=masking, start=start, state=state, dtype=result_dtype(context))
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 

@@ -199,6 +199,7 @@ def _print_summary(directory: RunDirectory, *, console: Console) -> None:
         ("model after cutting", directory.compact / "config.json"),
         ("sparse model", directory.sparse / "config.json"),
         ("final model", directory.model / "config.json"),
+        *((f"size {path.name}", path / "config.json") for path in sorted(directory.family.glob("*"))),
         ("with kept tokens", directory.kept_tokens / "config.json"),
         ("evaluation", directory.evaluation),
         ("report", directory.report),

@@ -28,7 +28,7 @@ from shearing.runs.planning.disk import moving_weights
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.pretrain_start import Start
+from shearing.runs.stages.pretraining.start import Start
 from shearing.runs.stages.run import run
 from shearing.training.checkpoints.pieces import ShardedState
 from tests.conftest import tiny_recipe_data

@@ -18,6 +18,7 @@ from shearing.pruning.structured.granularities import PRUNED_BY, require_granula
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
+from shearing.runs.continuation.family import importance_of
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Pruning, Recipe
@@ -71,6 +72,9 @@ def require_metric(recipe: Recipe, *, source: Shape) -> None:
     """What grades the initial masks is for models of this family."""
     if recipe.prune is not None and (metric := recipe.prune.graded_by) is not None:
         metric_of(metric).units_of_work(source, evidence=Evidence())
+    if recipe.family is not None:
+        with named({"initial_masks": "family.importance"}):
+            metric_of(importance_of(recipe, family=recipe.family)).units_of_work(source, evidence=Evidence())
 
 
 def require_baselines(recipe: Recipe, *, source: Shape) -> None:
