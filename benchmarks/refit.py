@@ -1,7 +1,11 @@
 """What becomes of a model right after a cut and a little later: by how weights are refitted, by the stream's basis.
 
-    python benchmarks/refit.py [rotation] [--quick] [--arms NAME …] [--recipe recipes/race-135m.yaml]
+    python benchmarks/refit.py {refit,rotation} [--quick] [--arms NAME …] [--recipe recipes/race-135m.yaml]
                                [--output runs/refit] [key=value …]
+
+`refit`: the same units, what stays refitted by least squares with the constant ridge and with one that held-out rows
+choose, and block by block by steps of their own (`--block-steps`); against the last, with the constant ridge again, as
+many FLOPs in more calibration text, and in more training.
 
 `rotation`: the cut in the source's basis and in that of principal components, at two widths. A tied source is rotated
 with a head of its own; beside it is one that has that and is not rotated, for it has as many parameters.
@@ -25,18 +29,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from structured import quick_inputs
 from transformers import AutoModelForCausalLM
 
 from shearing.evaluation.environment import environment
 from shearing.files.durable import read_json, write_json
-from shearing.models.shape import Shape
+from shearing.models.shape import Shape, resolve_target
 from shearing.models.stored.companions import copy_companions
 from shearing.models.stored.saving import write_model
 from shearing.pruning.rotation.basis import untie
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
 from shearing.runs.recipe import Recipe, load_recipe, overridden
+from shearing.runs.stages.choices import START_SCORES, choosing_flops, keep_scores, training_flops
 from shearing.runs.stages.run import run
 
 AT_ONCE = ["prune.duration=0 steps", "pretrain.optimizer=fresh", "model.save_dtype=fp32"]
@@ -49,13 +55,48 @@ class Arm:
     Attributes:
         overrides: of the recipe.
         untied: the source's head is a matrix of its own, whose values are the embedding's.
+        same_units: units go by the scores of the first arm, whatever text this one reads.
+        more_steps: of training.
     """
 
     overrides: Sequence[str]
     untied: bool = False
+    same_units: bool = False
+    more_steps: int = 0
 
 
-def rotations(recipe: Recipe, *, quick: bool) -> dict[str, Arm]:
+def refits(recipe: Recipe, *, block_steps: int) -> dict[str, Arm]:
+    """Ways to refit, in the end at equal FLOPs."""
+    steps = [f"prune.block_refit={{steps: {block_steps}}}"]
+    plain = _refit_flops(recipe, [])
+    more = _refit_flops(recipe, steps) - plain
+    tokens = recipe.pruning.prune.calibration_tokens
+    another = _refit_flops(recipe, [f"prune.calibration_tokens={2 * tokens}"]) - plain
+    context = RunContext(recipe)
+    length = recipe.data.sequence_length
+    a_step = training_flops(
+        resolve_target(recipe.pruning.target, source=context.config),
+        teacher=None,
+        tokens=recipe.pretrain.tokens_per_step(sequence_length=length),
+        sequence_length=length,
+    )
+    text = tokens + round(tokens * more / another / length) * length
+    return {
+        "linear": Arm([], same_units=True),
+        "linear, ridge auto": Arm(["prune.refit_ridge=auto"], same_units=True),
+        "blocks": Arm(steps, same_units=True),
+        "linear, more text": Arm([f"prune.calibration_tokens={text}"], same_units=True),
+        "linear, trained longer": Arm([], same_units=True, more_steps=round(more / a_step)),
+    }
+
+
+def _refit_flops(recipe: Recipe, overrides: Sequence[str]) -> float:
+    context = RunContext(overridden(recipe, overrides=overrides))
+    target = resolve_target(recipe.pruning.target, source=context.config)
+    return choosing_flops(context, metric=None, refitted=True, target=target)
+
+
+def rotations(*, quick: bool) -> dict[str, Arm]:
     """The cut of a sixth and of half of the hidden dimensions, in both bases."""
     arms = {}
     for width in (48, 36) if quick else (480, 288):
@@ -64,9 +105,6 @@ def rotations(recipe: Recipe, *, quick: bool) -> dict[str, Arm]:
         arms[f"untied {width}"] = Arm([size], untied=True)
         arms[f"untied, rotated {width}"] = Arm([size, "prune.rotate=pca"], untied=True)
     return arms
-
-
-MODES = {"rotation": rotations}
 
 
 def untied_source(recipe: Recipe, *, folder: Path) -> Path:
@@ -87,6 +125,7 @@ def measured(recipe: Recipe, arm: Arm, *, folder: Path, steps: int) -> dict[str,
     kept = folder / "losses.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not kept.is_file():
+        steps += arm.more_steps
         source = [f"model.source={untied_source(recipe, folder=folder.parent / 'untied')}"] if arm.untied else []
         asked = overridden(
             recipe,
@@ -100,13 +139,23 @@ def measured(recipe: Recipe, arm: Arm, *, folder: Path, steps: int) -> dict[str,
         )
         console = Console(file=sys.stderr, width=150)
         context = RunContext(asked, console=console)
+        prune, scores = asked.pruning.prune, folder.parent / "scores.safetensors"
+        if arm.same_units and scores.is_file():
+            assert prune.graded_by is not None
+            target = resolve_target(asked.pruning.target, source=context.config)
+            context.directory.prune.mkdir(parents=True, exist_ok=True)
+            keep_scores(context, load_file(scores), metric=prune.graded_by, target=target)
         started = time.monotonic()
         directory = run(asked, stages=("prune", "compact"), console=console)
         cut_seconds = time.monotonic() - started
+        if arm.same_units and not scores.is_file():
+            shutil.copyfile(directory.prune / START_SCORES, scores)
         model = load_model(directory.compact, context=context)
         found = {
             "parameters": Shape.of(model.config).num_parameters(),
             "cut_seconds": cut_seconds,
+            "refit_flops": _refit_flops(asked, []),
+            "steps": steps,
             "cut": losses_of(model, context=context),
         }
         del model
@@ -119,11 +168,12 @@ def measured(recipe: Recipe, arm: Arm, *, folder: Path, steps: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=list(MODES))
+    parser.add_argument("mode", choices=["refit", "rotation"])
     parser.add_argument("--quick", action="store_true", help="a tiny model that counts")
     parser.add_argument("--arms", nargs="+", default=None, help="only these")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/race-135m.yaml"))
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--block-steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("runs/refit"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -132,10 +182,15 @@ def main() -> None:
         if arguments.quick:
             path, output = quick_inputs(Path(temporary)), Path(temporary) / "refit"
         recipe = load_recipe(path, overrides=[*arguments.overrides, "prune.duration=0 steps"])
-        arms = MODES[arguments.mode](recipe, quick=arguments.quick)
+        if arguments.mode == "refit":
+            arms = refits(recipe, block_steps=arguments.block_steps)
+        else:
+            arms = rotations(quick=arguments.quick)
         chosen = {name: arm for name, arm in arms.items() if arguments.arms is None or name in arguments.arms}
         rows = {
-            name: measured(recipe, arm, folder=output / name.replace(", ", "-").replace(" ", "-"), steps=arguments.steps)
+            name: measured(
+                recipe, arm, folder=output / name.replace(", ", "-").replace(" ", "-"), steps=arguments.steps
+            )
             for name, arm in chosen.items()
         }
     line = {

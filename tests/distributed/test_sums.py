@@ -27,7 +27,7 @@ from shearing.pruning.structured import refitting
 from shearing.pruning.structured.importance import reconstruction
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import select
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import Stage

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shearing.pruning.structured.masking import Masking
     from shearing.pruning.structured.parameter_budget import ParameterBudget
     from shearing.pruning.structured.recipe import PruneRecipe
-    from shearing.pruning.structured.refitting import refit
+    from shearing.pruning.structured.refitting.linear import refit
 
 __all__ = [
     "METRICS",
@@ -59,7 +59,7 @@ __getattr__ = late(
         "fold_means": "importance.inputs.mean_bias",
         "granularities_of": "granularities",
         "metric_of": "importance.registry",
-        "refit": "refitting",
+        "refit": "refitting.linear",
         "with_biases": "importance.inputs.mean_bias",
     },
 )

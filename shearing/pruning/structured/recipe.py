@@ -13,6 +13,7 @@ from shearing.errors import ShearingError, key
 from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.masking.facts import MASKINGS
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
@@ -88,6 +89,14 @@ class PruneRecipe(StageRecipe):
         True,
         description="Before the first step, refit the weights that stay so that they make up for the units that a "
         "graded start closes (least squares, layer by layer); only with sparsity_warmup 0.",
+    )
+    refit_ridge: Positive | Literal["auto"] = Field(
+        1.5,
+        description="How strongly `compensate` holds weights where they are, as a share of what they read. auto: for "
+        "each matrix the one whose refit to four fifths of the calibration text leaves least on the other fifth.",
+    )
+    block_refit: BlockRefitRecipe | None = Field(
+        None, description="Steps of each block by itself after `compensate`; null: none."
     )
     log_alpha_limit: Positive = Field(
         10.0,

@@ -16,7 +16,7 @@ from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
@@ -127,7 +127,14 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
-        cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
+        cost = refit_cost(
+            made.source,
+            target=made.target,
+            text_tokens=rows * length,
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            batch_tokens=prune.micro_batch_size * length,
+        )
         yield Phase(
             what="prune: refit",
             processes=made.hardware.processes,

@@ -15,7 +15,8 @@ from shearing.models.shape import Shape
 from shearing.processes.processes import Processes
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
-from shearing.pruning.structured.refitting import _Fit, refit
+from shearing.pruning.structured.refitting.least_squares import Fit
+from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import select
 from tests.models.declared import declared_families
 from tests.models.test_exactness import follows_width
@@ -167,9 +168,9 @@ def test_the_intercept_and_the_weights_are_the_least_squares_of_inputs_beside_a_
     lacks = x @ torch.randn(6, 3, generator=generator) + torch.randn(4, 50, 3, generator=generator) + 2.0
     weights = torch.rand(4, 50, generator=generator)
     columns = torch.tensor([0, 2, 3, 5])
-    fit = _Fit(torch.zeros(3, 6), columns=columns, outputs=3, ridge=0.3, intercept=True)
+    fit = Fit(torch.zeros(3, 6), columns=columns, outputs=3, ridge=0.3, intercept=True)
     fit.add(x, lacks=lacks, weights=weights)
-    correction, intercept = fit.solve(Processes())
+    correction, intercept, _ = fit.solve(Processes())
     beside_one = torch.cat([x[..., columns], torch.ones(4, 50, 1)], -1).flatten(0, 1).double()
     weighted = beside_one * weights.flatten()[:, None]
     normal = weighted.T @ beside_one

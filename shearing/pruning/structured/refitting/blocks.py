@@ -1,0 +1,237 @@
+"""Refit of whole blocks: each is trained alone to put out what the source's does, on what reaches it under the masks.
+
+Inputs and targets are known before any block is trained, so blocks do not wait for each other: of several processes
+each trains one at a time.
+
+Legend: R rows of the text, S positions, d hidden, K dimensions of it that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from shearing.data.documents import Inputs
+from shearing.models.masked import MaskedModel
+from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_here
+from shearing.models.stored.paging.passing import Call
+from shearing.processes.processes import Processes
+from shearing.pruning.calibration.shares import Share
+from shearing.pruning.calibration.walk import first_inputs
+from shearing.pruning.structured.importance.metric import Cost
+from shearing.pruning.structured.importance.reconstruction import token_weights
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
+
+
+@dataclass(frozen=True)
+class BlockErrors:
+    """What a block's output lacks on the calibration text, as a share of it; see `Blocks`.
+
+    Attributes:
+        before: after the linear refit.
+        after: after its steps.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one process needs to train a block by itself.
+
+    Attributes:
+        number: of its layer.
+        layer: under masks.
+        weights: of the layer, by name: copies.
+        calls: of each batch, what the layer is called with.
+        inputs, wanted: of each batch, the residual stream in front of it and the source's behind it, [B, S, d].
+        kept: dimensions of the stream that stay, [K]; None: all.
+    """
+
+    number: int
+    layer: nn.Module
+    weights: dict[str, Tensor]
+    calls: Sequence[Call]
+    inputs: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+    kept: Tensor | None
+
+    def error(self, batch: int, weights: dict[str, Tensor]) -> Tensor:
+        """Mean over tokens of |Δ|² over K times the target's mean square; Δ is what the output lacks."""
+        call = self.calls[batch]
+        around = _Around(self.layer)
+        output = functional_call(
+            around,
+            {f"layer.{name}": weight for name, weight in weights.items()},
+            (self.inputs[batch], *call.arguments),
+            call.keywords,
+        )
+        stream = output[0] if isinstance(output, tuple) else output
+        lacks = self.wanted[batch] - stream
+        lacks = lacks if self.kept is None else lacks[..., self.kept]
+        return (lacks.square().mean(-1) * token_weights(self.wanted[batch])).mean()
+
+    @torch.no_grad()
+    def whole_error(self, weights: dict[str, Tensor]) -> float:
+        """Of all rows."""
+        rows = [len(each) for each in self.inputs]
+        return sum(number * float(self.error(batch, weights)) for batch, number in enumerate(rows)) / sum(rows)
+
+
+class _Around(nn.Module):
+    """Calls a layer's `forward`, so that what listens to the layer, as what brings its weights, does not hear of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments: object, **keywords: object) -> object:
+        return self.layer.forward(*arguments, **keywords)
+
+
+class Blocks:
+    """Trains blocks by themselves, to lessen
+
+        Σ_t w_t |y_t - f(x'_t)|²,   w_t = 1 / mean square of y_t,
+
+    over all weights of a block f: x' is the residual stream that the linear refit of the layers below leads to, y the
+    whole model's behind the block, over the dimensions that stay. Adam takes `steps`, each on a batch of the text, in
+    an order that depends on the layer alone. A block that is no better after them stays as it was. Blocks are trained
+    by themselves in Puzzle too (blockwise local distillation, arXiv 2411.19146), on the source's own streams.
+
+    Args:
+        model: whose blocks they are, under masks while one is taken or finished.
+        settings: how many steps.
+        batches: tokens [B, S]; all of them on every process.
+        kept: hidden dimensions that stay; None: all.
+        processes: each with a share of the rows; all of them make every call.
+        keep: see `refit`; called once a block is what it stays.
+
+    Attributes:
+        errors: by layer, of all blocks that are finished.
+    """
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        settings: BlockRefitRecipe,
+        *,
+        batches: Sequence[Inputs],
+        kept: Tensor | None,
+        processes: Processes,
+        keep: Callable[[int, nn.Module], None],
+    ) -> None:
+        self._settings, self._kept, self._processes, self._keep = settings, kept, processes, keep
+        streams, self._calls = first_inputs(model.model, batches)
+        self._like = [torch.empty_like(stream, device="meta") for stream in streams]
+        self._device = streams[0].device
+        self._round: list[tuple[int, nn.Module]] = []
+        self._own: _Block | None = None
+        self.errors: dict[int, BlockErrors] = {}
+
+    def take(
+        self,
+        number: int,
+        layer: nn.Module,
+        *,
+        shares: Sequence[Share],
+        inputs: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+    ) -> None:
+        """The next block, whose weights are here; once every process has one, they are trained.
+
+        Args:
+            number: of the layer.
+            layer: under masks, refitted.
+            shares: rows of this process.
+            inputs: the residual stream in front of the layer, of each share [B, S, d].
+            wanted: the whole model's behind it.
+        """
+        owner = len(self._round)
+        whole_inputs, whole_wanted = (self._gathered(shares, each, owner=owner) for each in (inputs, wanted))
+        self._round.append((number, layer))
+        if owner == self._processes.rank:
+            weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
+            calls = [of_layers[number] for of_layers in self._calls]
+            self._own = _Block(number, layer, weights, calls, whole_inputs, whole_wanted, self._kept)
+        if len(self._round) == self._processes.size:
+            self.finish()
+
+    def finish(self) -> None:
+        """Train the blocks that were taken and are not yet; every process has the weights of all afterwards."""
+        trained: dict[str, Tensor] = {}
+        errors = BlockErrors(0.0, 0.0)
+        if self._own is not None:
+            trained, errors = _train(self._own, settings=self._settings)
+        for owner, (number, layer) in enumerate(self._round):
+            with weights_here(layer), torch.no_grad():
+                for name, weight in layer.named_parameters():
+                    value = trained[name] if owner == self._processes.rank else torch.empty_like(weight)
+                    weight.copy_(self._processes.share(value, rank=owner))
+                said = torch.tensor([errors.before, errors.after], dtype=torch.float64, device=weight.device)
+                before, after = self._processes.share(said, rank=owner).tolist()
+                self.errors[number] = BlockErrors(before, after)
+                self._keep(number, layer)
+        self._round, self._own = [], None
+
+    def _gathered(self, shares: Sequence[Share], streams: Sequence[Tensor], *, owner: int) -> list[Tensor]:
+        """Of every batch of the text, what all processes have of it; only of use to the owner."""
+        if self._processes.size == 1:
+            return list(streams)
+        whole = []
+        place = {share.batch: (share, stream) for share, stream in zip(shares, streams, strict=True)}
+        first = 0
+        for batch, like in enumerate(self._like):
+            filled = torch.zeros_like(like, device=self._device)
+            if batch in place:
+                share, stream = place[batch]
+                filled[share.numbers.start - first : share.numbers.stop - first] = stream
+            whole.append(self._processes.sum_on(filled, rank=owner))
+            first += len(like)
+        return whole
+
+
+@torch.enable_grad()
+def _train(block: _Block, *, settings: BlockRefitRecipe) -> tuple[dict[str, Tensor], BlockErrors]:
+    """Its weights after the steps, or before where these are no better."""
+    weights = {name: weight.clone().requires_grad_() for name, weight in block.weights.items()}
+    optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
+    generator = torch.Generator().manual_seed(block.number)
+    order: list[int] = []
+    for step in range(settings.steps):
+        order = order or torch.randperm(len(block.inputs), generator=generator).tolist()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - step / settings.steps)
+        optimizer.zero_grad()
+        block.error(order.pop(), weights).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    trained = {name: weight.detach() for name, weight in weights.items()}
+    before, after = block.whole_error(block.weights), block.whole_error(trained)
+    # A comparison with what is not finite is false.
+    return (trained, BlockErrors(before, after)) if after < before else (block.weights, BlockErrors(before, before))
+
+
+def block_refit_cost(
+    source: Shape, *, target: Shape, settings: BlockRefitRecipe, text_tokens: int, batch_tokens: int
+) -> Cost:
+    """What `Blocks` takes, without attention's scores: a block under masks computes what it would without.
+
+    That is 6 FLOPs for each token of a step and weight, and 2 for each of two passes over the text.
+
+    Args:
+        source: shape of the model.
+        target: shape that its masks leave.
+        settings: how many steps.
+        text_tokens: of the calibration text.
+        batch_tokens: of one of its batches.
+    """
+    layer = (source.active_parameters() - source.num_parameters()) // source.num_hidden_layers
+    layer += sum(source.layer_parameters())
+    per_weight = 6.0 * settings.steps * min(batch_tokens, text_tokens) + 4.0 * text_tokens
+    return Cost(other_flops=per_weight * layer * target.num_hidden_layers)
