@@ -38,7 +38,7 @@ from shearing.files.durable import read_json, write_json
 from shearing.models.shape import Shape, resolve_target
 from shearing.models.stored.companions import copy_companions
 from shearing.models.stored.saving import write_model
-from shearing.pruning.rotation.basis import untie
+from shearing.pruning.rotation.tied import untie
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
 from shearing.runs.recipe import Recipe, load_recipe, overridden

@@ -118,19 +118,6 @@ def rotate(model: PreTrainedModel, basis: Basis) -> float:
     return 0.0
 
 
-@torch.no_grad()
-def untie(model: PreTrainedModel) -> None:
-    """Give a model's head weights of its own, in place: the same function, with V d parameters more where it was tied.
-
-    Its config says so too.
-    """
-    family = anatomy_of(model)
-    head, embedding = (model.get_submodule(name) for name in (family.head, family.embedding))
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(weight_of(embedding).clone())
-    model.config.tie_word_embeddings = False
-
-
 def fitted_gain(embedding_Vd: Tensor, *, wanted: Tensor, moment: Tensor) -> tuple[Tensor, float]:
     """The diagonal gain g' that comes nearest to a matrix A between norm and head.
 

@@ -115,7 +115,13 @@ class PruneRecipe(StageRecipe):
         "none",
         description="pca: the residual stream is first rotated into the principal components of what norms read on "
         "`calibration_tokens`, so that hidden dimensions that go are directions. The rotated model computes the same "
-        "function; but where the head is the embedding, the last norm's gain is fitted, and what that loses is said.",
+        "function; where the head is the embedding, see rotate_tied.",
+    )
+    rotate_tied: Literal["refuse", "untie", "diagonal"] = Field(
+        "refuse",
+        description="Of a rotation where the head is the embedding, so that the last norm's gain has no place to go. "
+        "untie: the head becomes a matrix of its own, in the result too, and parameters count it; diagonal: the gain "
+        "is fitted, which changes the function by what is said; refuse: neither.",
     )
     moments_of: Path | None = Field(
         None,
@@ -131,6 +137,11 @@ class PruneRecipe(StageRecipe):
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )
+
+    @property
+    def unties(self) -> bool:
+        """Whether a rotation gives a tied head weights of its own."""
+        return self.rotate != "none" and self.rotate_tied == "untie"
 
     def refits(self, *, sequence_length: int) -> bool:
         """Whether the weights that stay are refitted before the first step, as `compensate` says.

@@ -133,7 +133,7 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             text_tokens=rows * length,
             ridge=prune.refit_ridge,
             blocks=prune.block_refit,
-            batch_tokens=prune.micro_batch_size * length,
+            sequence_length=length,
         )
         yield Phase(
             what="prune: refit",

@@ -22,6 +22,7 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes
@@ -282,7 +283,8 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     Raises:
         ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
     """
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    stored = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = config_as_cut(stored, prune=recipe.prune)
     source = Shape.of(config)
     target, budget = None, None
     if recipe.target is not None:
@@ -295,7 +297,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         trained = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
     configs: dict[TrainingStage, PretrainedConfig] = {"prune": config, "pretrain": trained}
     precision = _precision(recipe, hardware=hardware)
-    taught = _taught(recipe, source=config, precision=precision)
+    taught = _taught(recipe, source=stored, precision=precision)
     planned = [
         _stage_plan(
             recipe,

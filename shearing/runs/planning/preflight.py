@@ -30,6 +30,7 @@ from shearing.models.stored.stored_model import require_finite
 from shearing.models.tokenizer import load_tokenizer
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.rotation.basis import require_rotatable
+from shearing.pruning.rotation.tied import require_place_for_gain
 from shearing.pruning.sparse.patterns import KeptOf
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
 from shearing.pruning.sparse.stored.trained import groups_of, masks_beside, require_masks_fit
@@ -116,11 +117,12 @@ def preflight(
     attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: _require_teacher(context))
     attempt(lambda: _require_context(recipe, config=config))
+    stored, config = Shape.of(config), context.config_as_cut
     source = Shape.of(config)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: require_shrinking(recipe, source=config))
     attempt(lambda: _require_metric(recipe, source=source))
-    attempt(lambda: _require_rotatable(recipe, source=source))
+    attempt(lambda: _require_rotatable(recipe, source=stored, target=target))
     attempt(lambda: _require_uncompiled(recipe, source=source))
     attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
@@ -154,7 +156,7 @@ def preflight(
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*_doubts(recipe, source=source), *_odd_sizes(recipe, source=source)],
+        doubts=[*_doubts(recipe, source=stored, target=target), *_odd_sizes(recipe, source=source)],
         notes=[*gpus.notes, *_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),
@@ -417,9 +419,10 @@ def _require_baselines(recipe: Recipe, *, source: Shape) -> None:
         )
 
 
-def _require_rotatable(recipe: Recipe, *, source: Shape) -> None:
+def _require_rotatable(recipe: Recipe, *, source: Shape, target: Shape | None) -> None:
     if recipe.prune is not None and recipe.prune.rotate != "none":
         require_rotatable(source.family)
+        require_place_for_gain(source, prune=recipe.prune, target=target)
 
 
 def _require_uncompiled(recipe: Recipe, *, source: Shape) -> None:
@@ -433,10 +436,15 @@ def _require_uncompiled(recipe: Recipe, *, source: Shape) -> None:
         )
 
 
-def _doubts(recipe: Recipe, *, source: Shape) -> Iterator[str]:
+def _doubts(recipe: Recipe, *, source: Shape, target: Shape | None) -> Iterator[str]:
     if recipe.prune is not None:
         if recipe.prune.rotate != "none" and source.tied:
-            yield "prune.rotate with a head that is the embedding: the last norm's gain is fitted, which changes logits"
+            head = source.vocab_size * (source if target is None else target).hidden_size
+            yield (
+                f"prune.rotate_tied=untie: the head becomes a matrix of its own, {head:,} of the result's parameters"
+                if recipe.prune.unties
+                else "prune.rotate_tied=diagonal: the last norm's gain is fitted, which changes logits"
+            )
         if source.num_experts and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
             yield (
                 "prune.compensate refits what stays of the attention alone: experts and routers stay as they are, and "

@@ -82,7 +82,7 @@ class FlopCount:
                 text_tokens=self.evidence.text_tokens,
                 ridge=prune.refit_ridge,
                 blocks=prune.block_refit,
-                batch_tokens=prune.micro_batch_size * self.sequence_length,
+                sequence_length=self.sequence_length,
             )
         )
 

@@ -322,7 +322,7 @@ def _choosing(recipe: Recipe, *, source: Shape, target: Shape) -> float:
             text_tokens=rows * length,
             ridge=prune.refit_ridge,
             blocks=prune.block_refit,
-            batch_tokens=prune.micro_batch_size * length,
+            sequence_length=length,
         )
         flops += flops_of(cost, source, sequence_length=length)
     return flops

@@ -26,6 +26,7 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN
 from shearing.pruning.structured.masking.facts import MASKINGS
+from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.refitting.linear import Refitted, refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
@@ -58,8 +59,12 @@ def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict
         "sequence_length": recipe.data.sequence_length,
         "calibration_tokens": recipe.pruning.prune.calibration_tokens,
         "attention": recipe.data.attention,
-        **({"rotate": recipe.pruning.prune.rotate} if recipe.pruning.prune.rotate != "none" else {}),
+        **_basis(recipe.pruning.prune),
     }
+
+
+def _basis(prune: PruneRecipe) -> dict[str, str]:
+    return {} if prune.rotate == "none" else {"rotate": prune.rotate, "rotate_tied": prune.rotate_tied}
 
 
 def kept_scores(context: RunContext, *, metric: str, target: Shape | None) -> Scores | None:
@@ -277,7 +282,7 @@ def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, t
             text_tokens=tokens,
             ridge=prune.refit_ridge,
             blocks=prune.block_refit,
-            batch_tokens=prune.micro_batch_size * length,
+            sequence_length=length,
         )
         flops += flops_of(cost, source, sequence_length=length)
     return flops

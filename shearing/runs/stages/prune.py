@@ -36,6 +36,7 @@ from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.progress import activity
 from shearing.pruning.rotation.basis import rotate
 from shearing.pruning.rotation.components import principal_basis
+from shearing.pruning.rotation.tied import untie
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
@@ -249,6 +250,8 @@ def _rotated(context: RunContext) -> str:
         context.directory.prune / ROTATION,
         {"rotation": basis.rotation.contiguous(), "moment": basis.moment.contiguous()},
     )
+    if context.recipe.pruning.prune.unties:
+        untie(model)
     lost = rotate(model, basis)
     if lost:
         context.console.print(

@@ -35,6 +35,7 @@ def recipe_with(key: str, *, folder: Path) -> Recipe:
         return Recipe.model_validate(data | {"cascade": {"targets": {"half": {"num_hidden_layers": 3}}}})
     data["sparsify"] = {"criterion": "wanda", "pattern": "2:4"}
     data["pretrain"] |= APART[next(name for name in APART if not name or key.startswith(f"pretrain.{name}."))]
+    data["prune"]["block_refit"] = {"steps": 1}
     data["distill"] = {"hidden": {}}
     data["search"] = {"parameters": "1M"}
     return Recipe.model_validate(data)

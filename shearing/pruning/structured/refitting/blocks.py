@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ class _Block:
         number: of its layer.
         layer: under masks.
         weights: of the layer, by name: copies.
-        calls: of each batch, what the layer is called with.
-        inputs, wanted: of each batch, the residual stream in front of it and the source's behind it, [B, S, d].
+        calls: of each row, what the layer is called with.
+        inputs, wanted: of each row, the residual stream in front of it and the source's behind it, [1, S, d].
         kept: dimensions of the stream that stay, [K]; None: all.
     """
 
@@ -62,26 +63,25 @@ class _Block:
     wanted: Sequence[Tensor]
     kept: Tensor | None
 
-    def error(self, batch: int, weights: dict[str, Tensor]) -> Tensor:
-        """Mean over tokens of |Δ|² over K times the target's mean square; Δ is what the output lacks."""
-        call = self.calls[batch]
+    def error(self, row: int, weights: dict[str, Tensor]) -> Tensor:
+        """What the output lacks of the target: its mean square over that of the target, in the mean over tokens."""
+        call = self.calls[row]
         around = _Around(self.layer)
         output = functional_call(
             around,
             {f"layer.{name}": weight for name, weight in weights.items()},
-            (self.inputs[batch], *call.arguments),
+            (self.inputs[row], *call.arguments),
             call.keywords,
         )
         stream = output[0] if isinstance(output, tuple) else output
-        lacks = self.wanted[batch] - stream
+        lacks = self.wanted[row] - stream
         lacks = lacks if self.kept is None else lacks[..., self.kept]
-        return (lacks.square().mean(-1) * token_weights(self.wanted[batch])).mean()
+        return (lacks.square().mean(-1) * token_weights(self.wanted[row])).mean()
 
     @torch.no_grad()
     def whole_error(self, weights: dict[str, Tensor]) -> float:
         """Of all rows."""
-        rows = [len(each) for each in self.inputs]
-        return sum(number * float(self.error(batch, weights)) for batch, number in enumerate(rows)) / sum(rows)
+        return sum(float(self.error(row, weights)) for row in range(len(self.inputs))) / len(self.inputs)
 
 
 class _Around(nn.Module):
@@ -91,18 +91,18 @@ class _Around(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, *arguments: object, **keywords: object) -> object:
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return self.layer.forward(*arguments, **keywords)
 
 
 class Blocks:
-    """Trains blocks by themselves, to lessen
+    """Trains blocks by themselves. They lessen
 
         Σ_t w_t |y_t - f(x'_t)|²,   w_t = 1 / mean square of y_t,
 
     over all weights of a block f: x' is the residual stream that the linear refit of the layers below leads to, y the
-    whole model's behind the block, over the dimensions that stay. Adam takes `steps`, each on a batch of the text, in
-    an order that depends on the layer alone. A block that is no better after them stays as it was. Blocks are trained
+    whole model's behind the block, over the dimensions that stay. Adam takes `steps`, each on rows that follow upon
+    each other in the text, in an order that depends on the layer alone. A block that is no better after them stays as it was. Blocks are trained
     by themselves in Puzzle too (blockwise local distillation, arXiv 2411.19146), on the source's own streams.
 
     Args:
@@ -128,9 +128,10 @@ class Blocks:
         keep: Callable[[int, nn.Module], None],
     ) -> None:
         self._settings, self._kept, self._processes, self._keep = settings, kept, processes, keep
-        streams, self._calls = first_inputs(model.model, batches)
-        self._like = [torch.empty_like(stream, device="meta") for stream in streams]
-        self._device = streams[0].device
+        self._batches = [len(batch.tokens) for batch in batches]
+        rows = [batch.part(row, row + 1) for batch in batches for row in range(len(batch.tokens))]
+        streams, self._calls = first_inputs(model.model, rows)
+        self._row, self._device = streams[0].shape[1:], streams[0].device
         self._round: list[tuple[int, nn.Module]] = []
         self._own: _Block | None = None
         self.errors: dict[int, BlockErrors] = {}
@@ -158,7 +159,7 @@ class Blocks:
         self._round.append((number, layer))
         if owner == self._processes.rank:
             weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
-            calls = [of_layers[number] for of_layers in self._calls]
+            calls = [of_row[number] for of_row in self._calls]
             self._own = _Block(number, layer, weights, calls, whole_inputs, whole_wanted, self._kept)
         if len(self._round) == self._processes.size:
             self.finish()
@@ -181,20 +182,18 @@ class Blocks:
         self._round, self._own = [], None
 
     def _gathered(self, shares: Sequence[Share], streams: Sequence[Tensor], *, owner: int) -> list[Tensor]:
-        """Of every batch of the text, what all processes have of it; only of use to the owner."""
+        """Of every row of the text, what its process has of it; only of use to the owner."""
+        own = {share.batch: (share, stream) for share, stream in zip(shares, streams, strict=True)}
         if self._processes.size == 1:
-            return list(streams)
-        whole = []
-        place = {share.batch: (share, stream) for share, stream in zip(shares, streams, strict=True)}
-        first = 0
-        for batch, like in enumerate(self._like):
-            filled = torch.zeros_like(like, device=self._device)
-            if batch in place:
-                share, stream = place[batch]
-                filled[share.numbers.start - first : share.numbers.stop - first] = stream
-            whole.append(self._processes.sum_on(filled, rank=owner))
-            first += len(like)
-        return whole
+            return [row for stream in streams for row in stream.split(1)]
+        rows: list[Tensor] = []
+        for batch, length in enumerate(self._batches):
+            whole = torch.zeros(length, *self._row, device=self._device)
+            if batch in own:
+                share, stream = own[batch]
+                whole[share.numbers.start - len(rows) : share.numbers.stop - len(rows)] = stream
+            rows.extend(self._processes.sum_on(whole, rank=owner).split(1))
+        return rows
 
 
 @torch.enable_grad()
@@ -203,13 +202,16 @@ def _train(block: _Block, *, settings: BlockRefitRecipe) -> tuple[dict[str, Tens
     weights = {name: weight.clone().requires_grad_() for name, weight in block.weights.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(block.number)
+    groups = torch.arange(len(block.inputs)).split(settings.sequences)
     order: list[int] = []
     for step in range(settings.steps):
-        order = order or torch.randperm(len(block.inputs), generator=generator).tolist()
+        order = order or torch.randperm(len(groups), generator=generator).tolist()
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps)
         optimizer.zero_grad()
-        block.error(order.pop(), weights).backward()  # type: ignore[no-untyped-call]
+        rows = groups[order.pop()].tolist()
+        for row in rows:
+            (block.error(row, weights) / len(rows)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     trained = {name: weight.detach() for name, weight in weights.items()}
     before, after = block.whole_error(block.weights), block.whole_error(trained)
@@ -218,7 +220,7 @@ def _train(block: _Block, *, settings: BlockRefitRecipe) -> tuple[dict[str, Tens
 
 
 def block_refit_cost(
-    source: Shape, *, target: Shape, settings: BlockRefitRecipe, text_tokens: int, batch_tokens: int
+    source: Shape, *, target: Shape, settings: BlockRefitRecipe, text_tokens: int, sequence_length: int
 ) -> Cost:
     """What `Blocks` takes, without attention's scores: a block under masks computes what it would without.
 
@@ -229,9 +231,9 @@ def block_refit_cost(
         target: shape that its masks leave.
         settings: how many steps.
         text_tokens: of the calibration text.
-        batch_tokens: of one of its batches.
+        sequence_length: tokens of one of its rows.
     """
     layer = (source.active_parameters() - source.num_parameters()) // source.num_hidden_layers
     layer += sum(source.layer_parameters())
-    per_weight = 6.0 * settings.steps * min(batch_tokens, text_tokens) + 4.0 * text_tokens
+    per_weight = 6.0 * settings.steps * min(settings.sequences * sequence_length, text_tokens) + 4.0 * text_tokens
     return Cost(other_flops=per_weight * layer * target.num_hidden_layers)

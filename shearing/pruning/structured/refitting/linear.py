@@ -180,7 +180,7 @@ def refit_cost(
     text_tokens: int,
     ridge: Ridge = RIDGE,
     blocks: BlockRefitRecipe | None = None,
-    batch_tokens: int = 0,
+    sequence_length: int = 0,
 ) -> Cost:
     """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations, or two.
 
@@ -193,7 +193,7 @@ def refit_cost(
         text_tokens: T, of the batches.
         ridge: see `refit`.
         blocks: see `refit`.
-        batch_tokens: of a batch; only read with `blocks`.
+        sequence_length: tokens of a row of the text; only read with `blocks`.
     """
     tried = len(RIDGES) if ridge == "auto" else 0
     d, kept = source.hidden_size, target.hidden_size
@@ -208,7 +208,7 @@ def refit_cost(
     flops *= target.num_hidden_layers
     if blocks is not None and blocks.steps:
         steps = block_refit_cost(
-            source, target=target, settings=blocks, text_tokens=text_tokens, batch_tokens=batch_tokens
+            source, target=target, settings=blocks, text_tokens=text_tokens, sequence_length=sequence_length
         )
         flops += steps.other_flops
     return Cost(forward_tokens=2 * text_tokens, other_flops=flops)
