@@ -60,8 +60,8 @@ def require_place_for_gain(source: Shape, *, prune: PruneRecipe, target: Shape |
         raise ShearingError(
             "rotate",
             value=f"{prune.rotate}, of a head that is the embedding",
-            allowed=f"{key('rotate_tied')} other than refuse there: the last norm's gain belongs into the head, which is "
-            "the embedding too",
+            allowed=f"{key('rotate_tied')} other than refuse there: the head, which is the embedding too, cannot take "
+            "the last norm's gain",
             mend=f"set {key('rotate_tied')}=untie ({head:,} parameters more) or diagonal (another function), or "
             f"{key('rotate')}=none",
         )

@@ -254,6 +254,22 @@ def estimator_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[Sh
         yield no_budget(prune.estimator)
 
 
+def refit_contradictions(prune: PruneRecipe, *, sequence_length: int) -> Iterator[ShearingError]:
+    """Steps of blocks after a refit that there is not.
+
+    Args:
+        prune: the section.
+        sequence_length: tokens of a sequence.
+    """
+    if prune.block_refit is not None and not prune.refits(sequence_length=sequence_length):
+        yield ShearingError(
+            "block_refit",
+            value=f"{prune.block_refit.steps} steps",
+            allowed=f"steps after a refit: {key('compensate')}, a graded start and no {key('sparsity_warmup')}",
+            mend=f"set those, or {key('block_refit')}=null",
+        )
+
+
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:
     """Granularities that are named twice, or exclude each other."""
     chosen = prune.granularities

@@ -38,6 +38,7 @@ from shearing.pruning.structured.granularities import PRUNED_BY, require_granula
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
+from shearing.pruning.structured.refitting.blocks import require_dense
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import require_shrinking
 from shearing.runs.names import (
@@ -124,6 +125,7 @@ def preflight(
     attempt(lambda: _require_metric(recipe, source=source))
     attempt(lambda: _require_rotatable(recipe, source=stored, target=target))
     attempt(lambda: _require_uncompiled(recipe, source=source))
+    attempt(lambda: require_dense(source, blocks=None if recipe.prune is None else recipe.prune.block_refit))
     attempt(lambda: _require_vocabulary(recipe))
     attempt(lambda: _require_baselines(recipe, source=source))
     zeros = attempt(lambda: _zeros(recipe, config=config, target=target))

@@ -64,6 +64,7 @@ def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
         ("prune.masks=staged", r"prune\.duration = '0 steps'\n.*prune\.masks=learned"),
         ("prune.sparsity_warmup=2 steps", r"prune\.sparsity_warmup"),
         ("pretrain.duration=0 steps", r"pretrain\.duration"),
+        ("prune={compensate: false, block_refit: {steps: 1}}", r"prune\.block_refit = '1 steps'\n.*prune\.compensate"),
     ],
 )
 def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said: str) -> None:

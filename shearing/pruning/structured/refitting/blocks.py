@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError, key
 from shearing.models.masked import MaskedModel
 from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
@@ -95,15 +96,33 @@ class _Around(nn.Module):
         return self.layer.forward(*arguments, **keywords)
 
 
+def require_dense(source: Shape, *, blocks: BlockRefitRecipe | None) -> None:
+    """Check that a model has no experts: in a refit they stay as they are, and steps of whole blocks would move them.
+
+    Raises:
+        ShearingError: it has.
+    """
+    if blocks is not None and source.num_experts:
+        raise ShearingError(
+            "block_refit",
+            value=f"{blocks.steps} steps",
+            allowed=f"none with the experts of a {source.family.model_type}",
+            mend=f"set {key('block_refit')}=null",
+        )
+
+
 class Blocks:
-    """Trains blocks by themselves. They lessen
+    """Trains blocks by themselves, towards what the source puts out.
+
+    What is lessened is
 
         Σ_t w_t |y_t - f(x'_t)|²,   w_t = 1 / mean square of y_t,
 
     over all weights of a block f: x' is the residual stream that the linear refit of the layers below leads to, y the
     whole model's behind the block, over the dimensions that stay. Adam takes `steps`, each on rows that follow upon
-    each other in the text, in an order that depends on the layer alone. A block that is no better after them stays as it was. Blocks are trained
-    by themselves in Puzzle too (blockwise local distillation, arXiv 2411.19146), on the source's own streams.
+    each other in the text, in an order that depends on the layer alone. A block that is no better after them stays as
+    it was. Blocks are trained by themselves in Puzzle too (blockwise local distillation, arXiv 2411.19146), on the
+    source's own streams.
 
     Args:
         model: whose blocks they are, under masks while one is taken or finished.
