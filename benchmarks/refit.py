@@ -1,6 +1,6 @@
 """What becomes of a model right after a cut and a little later: by how weights are refitted, by the stream's basis.
 
-    python benchmarks/refit.py {refit,rotation} [--quick] [--arms NAME …] [--recipe recipes/race-135m.yaml]
+    python benchmarks/refit.py [--of {refit,rotation}] [--quick] [--arms NAME …] [--recipe recipes/race-135m.yaml]
                                [--output runs/refit] [key=value …]
 
 `refit`: the same units, what stays refitted by least squares with the constant ridge and with one that held-out rows
@@ -8,7 +8,8 @@ choose, and block by block by steps of their own (`--block-steps`); against the 
 many FLOPs in more calibration text, and in more training.
 
 `rotation`: the cut in the source's basis and in that of principal components, at two widths. A tied source is rotated
-with a head of its own; beside it is one that has that and is not rotated, for it has as many parameters.
+with a head of its own; beside it are one that has that and is not rotated, and one whose head is tied and which is as
+much wider: both have as many parameters.
 
 Every arm is an ordinary run that cuts at once and trains for 30 steps. Losses are of test text and of text of no
 training domain. Arms are kept in the output folder.
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,27 @@ def _refit_flops(recipe: Recipe, overrides: Sequence[str]) -> float:
     return choosing_flops(context, metric=None, refitted=True, target=target)
 
 
-def rotations(*, quick: bool) -> dict[str, Arm]:
-    """The cut of a sixth and of half of the hidden dimensions, in both bases."""
+def rotations(recipe: Recipe, *, widths: Sequence[int]) -> dict[str, Arm]:
+    """The cut to these widths in both bases, and to the one that has as many parameters with a tied head."""
+    context = RunContext(recipe)
+
+    def shape(width: int) -> Shape:
+        target = recipe.pruning.target.model_copy(update={"hidden_size": width})
+        return resolve_target(target, source=context.config)
+
+    def as_large(parameters: int) -> int:
+        step = 2 * shape(widths[0]).num_attention_heads  # what configs take
+        all_widths = range(step, Shape.of(context.config).hidden_size + 1, step)
+        return min(all_widths, key=lambda width: abs(shape(width).num_parameters() - parameters))
+
     arms = {}
-    for width in (48, 36) if quick else (480, 288):
+    for width in widths:
         size = f"target.hidden_size={width}"
         arms[f"tied {width}"] = Arm([size])
         arms[f"untied {width}"] = Arm([size], untied=True)
         arms[f"untied, rotated {width}"] = Arm([size, "prune.rotate=pca"], untied=True)
+        wider = as_large(replace(shape(width), tied=False).num_parameters())
+        arms[f"tied, as large as untied {width}"] = Arm([f"target.hidden_size={wider}"])
     return arms
 
 
@@ -168,7 +182,7 @@ def measured(recipe: Recipe, arm: Arm, *, folder: Path, steps: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=["refit", "rotation"])
+    parser.add_argument("--of", choices=["refit", "rotation"], default="refit")
     parser.add_argument("--quick", action="store_true", help="a tiny model that counts")
     parser.add_argument("--arms", nargs="+", default=None, help="only these")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/race-135m.yaml"))
@@ -182,10 +196,10 @@ def main() -> None:
         if arguments.quick:
             path, output = quick_inputs(Path(temporary)), Path(temporary) / "refit"
         recipe = load_recipe(path, overrides=[*arguments.overrides, "prune.duration=0 steps"])
-        if arguments.mode == "refit":
+        if arguments.of == "refit":
             arms = refits(recipe, block_steps=arguments.block_steps)
         else:
-            arms = rotations(quick=arguments.quick)
+            arms = rotations(recipe, widths=(48, 36) if arguments.quick else (480, 288))
         chosen = {name: arm for name, arm in arms.items() if arguments.arms is None or name in arguments.arms}
         rows = {
             name: measured(
@@ -194,7 +208,7 @@ def main() -> None:
             for name, arm in chosen.items()
         }
     line = {
-        "benchmark": f"refit {arguments.mode}",
+        "benchmark": "refit" if arguments.of == "refit" else "refit: rotation",
         "quick": arguments.quick,
         "steps": arguments.steps,
         "arms": rows,
