@@ -66,9 +66,9 @@ class Arm:
     more_steps: int = 0
 
 
-def refits(recipe: Recipe, *, block_steps: int) -> dict[str, Arm]:
+def refits(recipe: Recipe, *, block_steps: int, block_rate: float) -> dict[str, Arm]:
     """Ways to refit, in the end at equal FLOPs."""
-    steps = [f"prune.block_refit={{steps: {block_steps}}}"]
+    steps = [f"prune.block_refit={{steps: {block_steps}, learning_rate: {block_rate}}}"]
     plain = _refit_flops(recipe, [])
     more = _refit_flops(recipe, steps) - plain
     tokens = recipe.pruning.prune.calibration_tokens
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/race-135m.yaml"))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--block-steps", type=int, default=30)
+    parser.add_argument("--block-rate", type=float, default=1e-4)
     parser.add_argument("--output", type=Path, default=Path("runs/refit"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
@@ -197,7 +198,7 @@ def main() -> None:
             path, output = quick_inputs(Path(temporary)), Path(temporary) / "refit"
         recipe = load_recipe(path, overrides=[*arguments.overrides, "prune.duration=0 steps"])
         if arguments.of == "refit":
-            arms = refits(recipe, block_steps=arguments.block_steps)
+            arms = refits(recipe, block_steps=arguments.block_steps, block_rate=arguments.block_rate)
         else:
             arms = rotations(recipe, widths=(48, 36) if arguments.quick else (480, 288))
         chosen = {name: arm for name, arm in arms.items() if arguments.arms is None or name in arguments.arms}

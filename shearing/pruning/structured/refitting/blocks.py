@@ -1,7 +1,6 @@
-"""Refit of whole blocks: each is trained alone to put out what the source's does, on what reaches it under the masks.
+"""Refit of whole blocks: each is trained alone to put out what the source does, from what the source gives it.
 
-Inputs and targets are known before any block is trained, so blocks do not wait for each other: of several processes
-each trains one at a time.
+So blocks do not wait for each other: of several processes each trains one at a time.
 
 Legend: R rows of the text, S positions, d hidden, K dimensions of it that stay.
 """
@@ -52,7 +51,8 @@ class _Block:
         layer: under masks.
         weights: of the layer, by name: copies.
         calls: of each row, what the layer is called with.
-        inputs, wanted: of each row, the residual stream in front of it and the source's behind it, [1, S, d].
+        inputs, wanted: of each row, the source's residual stream in front of it, without what goes, and behind it,
+            [1, S, d].
         kept: dimensions of the stream that stay, [K]; None: all.
     """
 
@@ -118,11 +118,11 @@ class Blocks:
 
         Σ_t w_t |y_t - f(x'_t)|²,   w_t = 1 / mean square of y_t,
 
-    over all weights of a block f: x' is the residual stream that the linear refit of the layers below leads to, y the
-    whole model's behind the block, over the dimensions that stay. Adam takes `steps`, each on rows that follow upon
-    each other in the text, in an order that depends on the layer alone. A block that is no better after them stays as
-    it was. Blocks are trained by themselves in Puzzle too (blockwise local distillation, arXiv 2411.19146), on the
-    source's own streams.
+    over all weights of a block f: x' is what stays of the whole model's residual stream behind the block before that is
+    kept, y that behind f, over the dimensions that stay. So a block makes up for layers that are gone before it, but not
+    for what the blocks below lack: all of them would, once each. Adam takes `steps`, each on rows that follow upon each
+    other in the text, in an order that depends on the layer alone. A block that is no better after them stays as it was.
+    (Blockwise local distillation, Puzzle, arXiv 2411.19146.)
 
     Args:
         model: whose blocks they are, under masks while one is taken or finished.
@@ -170,8 +170,8 @@ class Blocks:
             number: of the layer.
             layer: under masks, refitted.
             shares: rows of this process.
-            inputs: the residual stream in front of the layer, of each share [B, S, d].
-            wanted: the whole model's behind it.
+            inputs: the whole model's residual stream behind the layer before that stays, of each share [B, S, d].
+            wanted: the same behind this one.
         """
         owner = len(self._round)
         whole_inputs, whole_wanted = (self._gathered(shares, each, owner=owner) for each in (inputs, wanted))
@@ -179,7 +179,11 @@ class Blocks:
         if owner == self._processes.rank:
             weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
             calls = [of_row[number] for of_row in self._calls]
-            self._own = _Block(number, layer, weights, calls, whole_inputs, whole_wanted, self._kept)
+            kept = torch.ones_like(whole_inputs[0][0, 0])
+            if self._kept is not None:
+                kept = torch.zeros_like(kept).index_fill(0, self._kept, 1.0)
+            inputs_kept = [row * kept for row in whole_inputs]  # under masks the others are zero
+            self._own = _Block(number, layer, weights, calls, inputs_kept, whole_wanted, self._kept)
         if len(self._round) == self._processes.size:
             self.finish()
 

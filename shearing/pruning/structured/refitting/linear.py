@@ -112,6 +112,7 @@ def refit(
     fitting = _Fitting(ridge=ridge, held=held, processes=processes)
     refit_readers, refit_write = partial(_refit_readers, fitting=fitting), partial(_refit_write, fitting=fitting)
     ridges: dict[str, float] = {}
+    behind_kept = whole  # of the whole model, behind the last layer that stays
     trained = None
     if blocks is not None and blocks.steps:
         trained = Blocks(model, blocks, batches=batches, kept=hidden, processes=processes, keep=keep)
@@ -165,7 +166,8 @@ def refit(
             if trained is None or not (_kept(masks.attention, index) or _kept(masks.mlp, index)):
                 keep(index, layer)
             else:
-                trained.take(index, layer, shares=shares, inputs=before, wanted=whole)
+                trained.take(index, layer, shares=shares, inputs=behind_kept, wanted=whole)
+                behind_kept = whole
         advance(1)
     if trained is not None:
         trained.finish()

@@ -13,5 +13,5 @@ class BlockRefitRecipe(Section):
     steps: int = Field(ge=0, description="Of each block; 0: none.")
     sequences: int = Field(4, ge=1, description="Of a step, of the calibration text; one passes at a time.")
     learning_rate: Positive = Field(
-        3e-4, description="Of Adam, for all weights of the block; it falls linearly to nothing."
+        1e-4, description="Of Adam, for all weights of the block; it falls linearly to nothing."
     )

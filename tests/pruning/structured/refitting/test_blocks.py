@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from shearing.data.documents import Inputs
+from shearing.models.anatomy import decoder_layers
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
+from shearing.pruning.calibration.walk import first_inputs
 from shearing.pruning.structured.refitting.blocks import block_refit_cost
 from shearing.pruning.structured.refitting.linear import refit, refit_cost
 from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
@@ -39,7 +41,7 @@ def test_the_error_of_every_block_falls_and_is_what_its_output_lacks(family: str
     subject.set_masks(masks)
     linear = MaskedModel(copy.deepcopy(subject.release()))
     refit(linear, masks=masks, batches=BATCHES)
-    reached = [residual_streams(linear, batch.tokens) for batch in BATCHES]
+    streams, calls = first_inputs(subject.model, BATCHES)
 
     steps = BlockRefitRecipe(steps=12, learning_rate=1e-3)
     found = refit(subject := MaskedModel(subject.model), masks=masks, batches=BATCHES, blocks=steps)
@@ -47,13 +49,20 @@ def test_the_error_of_every_block_falls_and_is_what_its_output_lacks(family: str
     assert list(found.blocks) == kept
     alive = masks.hidden > 0
     for index in kept:
-        # Streams behind layer `index`, of the whole model and of the one that is refitted linearly.
-        wanted, before = (torch.cat([each[index] for each in streams]) for streams in (whole, reached))
-        lacks = (wanted - before)[..., alive].square().mean(-1) / wanted.square().mean(-1)
-        assert found.blocks[index].before == pytest.approx(float(lacks.mean()), rel=1e-4)
+        # From what the whole model gives: behind layer 0 where layer 1 is gone.
+        lacks = []
+        for batch, of_layers in enumerate(calls):
+            before = streams[batch] if index == 0 else whole[batch][index - (2 if index == 2 else 1)]
+            call, layer = of_layers[index], decoder_layers(linear.model)[index]
+            with torch.no_grad():
+                output = layer(before * masks.hidden, *call.arguments, **call.keywords)
+            output = output[0] if isinstance(output, tuple) else output
+            wanted = whole[batch][index]
+            lacks.append((wanted - output)[..., alive].square().mean(-1) / wanted.square().mean(-1))
+        assert found.blocks[index].before == pytest.approx(float(torch.cat(lacks).mean()), rel=1e-4)
         assert found.blocks[index].after < found.blocks[index].before
 
-    # The first block reads the same stream in both, so its output is what training has made of it.
+    # The first block reads the same stream in the model, so its output is what training has made of it.
     after = torch.cat([residual_streams(subject, batch.tokens)[0] for batch in BATCHES])
     wanted = torch.cat([each[0] for each in whole])
     lacks = (wanted - after)[..., alive].square().mean(-1) / wanted.square().mean(-1)
