@@ -119,10 +119,10 @@ class Blocks:
         Σ_t w_t |y_t - f(x'_t)|²,   w_t = 1 / mean square of y_t,
 
     over all weights of a block f: x' is what stays of the whole model's residual stream behind the block before that is
-    kept, y that behind f, over the dimensions that stay. So a block makes up for layers that are gone before it, but not
+    kept, y that behind f, over the dimensions that stay. So a block makes up for layers that are gone before it, not
     for what the blocks below lack: all of them would, once each. Adam takes `steps`, each on rows that follow upon each
-    other in the text, in an order that depends on the layer alone. A block that is no better after them stays as it was.
-    (Blockwise local distillation, Puzzle, arXiv 2411.19146.)
+    other in the text, in an order that depends on the layer alone. A block that is no better afterwards stays as it
+    was. (Blockwise local distillation, Puzzle, arXiv 2411.19146.)
 
     Args:
         model: whose blocks they are, under masks while one is taken or finished.
