@@ -25,6 +25,7 @@ from shearing.pruning.structured.recipe import (
     estimator_contradictions,
     granularity_contradictions,
     masking_contradictions,
+    refit_contradictions,
 )
 from shearing.runs.continuation.recipe import (
     CascadeRecipe,
@@ -314,6 +315,7 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
+        yield from _renamed(refit_contradictions(recipe.prune, sequence_length=recipe.data.sequence_length))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     yield from _optional_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":

@@ -28,7 +28,8 @@ from shearing.pruning.structured import refitting
 from shearing.pruning.structured.importance import reconstruction
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting.linear import refit
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 from shearing.pruning.structured.rounding import select
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import Stage
@@ -73,7 +74,7 @@ def _score_and_refit(folder: Path, *, names: Sequence[str], documents: bool) -> 
                 assert len(calls) == metric.units_of_work(source, evidence=many), name
                 if processes.is_main:
                     _require_same(found, metric.scores(whole, evidence=one), rest=rest, name=name, target=target)
-            _refit_alike(model, whole, masks_of=rest, target=target, text=text, processes=processes)
+            _refit_alike(model, whole, masks_of=rest, target=target, text=text, processes=processes, blocks=documents)
 
 
 def _require_same(found: Scores, expected: Scores, *, rest: Scores, name: str, target: Shape) -> None:
@@ -88,7 +89,7 @@ def _require_same(found: Scores, expected: Scores, *, rest: Scores, name: str, t
 
 
 def _refit_alike(
-    model: Any, whole: Any, *, masks_of: Scores, target: Shape, text: list[Inputs], processes: Processes
+    model: Any, whole: Any, *, masks_of: Scores, target: Shape, text: list[Inputs], processes: Processes, blocks: bool
 ) -> None:
     masks, _ = select(masks_of, source=Shape.of(whole.config), target=target)
     refitted: dict[str, Tensor] = {}
@@ -97,13 +98,14 @@ def _refit_alike(
         for name, weight in layer.named_parameters():
             refitted[f"model.layers.{index}.{name}"] = weight.detach().clone()
 
-    refit(MaskedModel(model), masks=masks, batches=text, processes=processes, keep=keep)
+    how = {"ridge": "auto", "blocks": BlockRefitRecipe(steps=3, learning_rate=1e-3)} if blocks else {}
+    refit(MaskedModel(model), masks=masks, batches=text, processes=processes, keep=keep, **how)
     for name, weight in refitted.items():
         theirs = processes.all_gather(weight)
         assert torch.equal(theirs[0], theirs[-1]), f"{name} is not alike on all processes"
     if processes.is_main:
         before = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
-        refit(MaskedModel(whole), masks=masks, batches=text)
+        refit(MaskedModel(whole), masks=masks, batches=text, **how)
         expected = dict(whole.named_parameters())
         assert any(not torch.equal(before[name], expected[name]) for name in refitted)
         for name, weight in refitted.items():

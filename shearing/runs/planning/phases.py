@@ -17,7 +17,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.continuation.family import importance_of
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
@@ -153,7 +153,14 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
-        cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
+        cost = refit_cost(
+            made.source,
+            target=made.target,
+            text_tokens=rows * length,
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            sequence_length=length,
+        )
         yield Phase(
             what="prune: refit",
             processes=made.hardware.processes,

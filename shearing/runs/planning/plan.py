@@ -21,6 +21,7 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.pruning.structured.rounding import every_granularity
 from shearing.runs.continuation.family import family_shapes
@@ -96,7 +97,8 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     Raises:
         ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
     """
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    stored = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = config_as_cut(stored, prune=recipe.prune)
     source = Shape.of(config)
     target, budget = None, None
     if recipe.target is not None:
@@ -114,7 +116,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         "pretrain": _shrinking(list(family.values())[-1], source=target or source) if family else (),
     }
     precision = _precision(recipe, hardware=hardware)
-    taught = _taught(recipe, source=config, precision=precision)
+    taught = _taught(recipe, source=stored, precision=precision)
     planned = [
         _stage_plan(
             recipe,

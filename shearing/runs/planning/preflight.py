@@ -12,6 +12,7 @@ from shearing.errors import CombinedShearingError, ShearingError, named
 from shearing.models.loading import require_weights
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import require_domains
+from shearing.pruning.structured.refitting.blocks import require_dense
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import require_shrinking
 from shearing.runs.continuation.family import family_shapes
@@ -116,9 +117,10 @@ def survey(
     attempt(lambda: require_exportable(recipe, stages=stages))
     if "evaluate" in stages:
         attempt(lambda: require_tasks(recipe, last=len(stages) > 1))
-    config = attempt(lambda: context.config)
-    if config is None:
+    stored = attempt(lambda: Shape.of(context.config))
+    if stored is None:
         return None, wrong.errors
+    config = context.config_as_cut
     missing.attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: require_teacher(context))
     attempt(lambda: require_context(recipe, config=config))
@@ -127,8 +129,9 @@ def survey(
     attempt(lambda: require_shrinking(recipe, source=config))
     family = attempt(lambda: family_shapes(recipe, source=config)) if target is not None or not recipe.prune else None
     attempt(lambda: require_metric(recipe, source=source))
-    attempt(lambda: require_rotation(recipe, source=source))
+    attempt(lambda: require_rotation(recipe, source=stored, target=target))
     attempt(lambda: require_uncompiled(recipe, source=source))
+    attempt(lambda: require_dense(source, blocks=None if recipe.prune is None else recipe.prune.block_refit))
     attempt(lambda: require_vocabulary(recipe))
     attempt(lambda: require_baselines(recipe, source=source))
     zeros = attempt(lambda: zeros_of(recipe, config=config, target=target))
@@ -166,7 +169,7 @@ def survey(
         weights=weights,
         largest=largest,
         training=list(training_plans(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*doubts_of(recipe, source=source), *odd_sizes(recipe, source=source)],
+        doubts=[*doubts_of(recipe, source=stored, target=target), *odd_sizes(recipe, source=source)],
         notes=[*gpus.notes, *said_of_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),

@@ -51,7 +51,7 @@ def compact(context: RunContext) -> dict[str, Any]:
     """
     recipe, run = context.recipe, context.directory
     run.read_complete("prune")
-    config = copy.deepcopy(context.config)
+    config = copy.deepcopy(context.config_as_cut)
     source = Shape.of(config)
     masks, target, selection = kept_units(context)
     architecture, source_architecture = map(architecture_name, (cut_config(config, selection=selection), config))
@@ -105,9 +105,9 @@ def kept_units(context: RunContext) -> KeptUnits:
     Raises:
         ShearingError: its masks have no uniform shape.
     """
-    source = Shape.of(context.config)
+    source = Shape.of(context.config_as_cut)
     masks = Masks(**_masks(load_file(context.directory.prune / "masks.safetensors")))
-    shape = _target(context.recipe, masks, source=source, config=context.config)
+    shape = _target(context.recipe, masks, source=source, config=context.config_as_cut)
     return KeptUnits(masks, shape, Selection.of(masks, source=source, target=shape))
 
 

@@ -60,7 +60,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         *before, last = cascade_of(recipe)
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
-            require_shrinking(recipe, source=context.config)
+            require_shrinking(recipe, source=context.config_as_cut)
             for each in before:
                 console.rule(f"[bold]cascade: {each.name}")
                 context = RunContext(each, console=console, processes=processes)

@@ -14,6 +14,7 @@ from shearing.models.shape import Shape, other_architecture, resolve_target
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.kept_tokens import require_cuttable
 from shearing.pruning.rotation.basis import require_rotatable
+from shearing.pruning.rotation.tied import require_place_for_gain
 from shearing.pruning.structured.granularities import PRUNED_BY, require_granularities, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
@@ -100,10 +101,11 @@ def require_baselines(recipe: Recipe, *, source: Shape) -> None:
         )
 
 
-def require_rotation(recipe: Recipe, *, source: Shape) -> None:
+def require_rotation(recipe: Recipe, *, source: Shape, target: Shape | None) -> None:
     """A source model that is to be rotated can be."""
     if recipe.prune is not None and recipe.prune.rotate != "none":
         require_rotatable(source.family)
+        require_place_for_gain(source, prune=recipe.prune, target=target)
 
 
 def require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
@@ -120,11 +122,16 @@ def require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
         )
 
 
-def doubts_of(recipe: Recipe, *, source: Shape) -> Iterator[str]:
+def doubts_of(recipe: Recipe, *, source: Shape, target: Shape | None) -> Iterator[str]:
     """What may go otherwise than people expect, a sentence each."""
     if recipe.prune is not None:
         if recipe.prune.rotate != "none" and source.tied:
-            yield "prune.rotate with a head that is the embedding: the last norm's gain is fitted, which changes logits"
+            head = source.vocab_size * (source if target is None else target).hidden_size
+            yield (
+                f"prune.rotate_tied=untie: the head becomes a matrix of its own, {head:,} of the result's parameters"
+                if recipe.prune.unties
+                else "prune.rotate_tied=diagonal: the last norm's gain is fitted, which changes logits"
+            )
         if source.num_experts and recipe.prune.refits(sequence_length=recipe.data.sequence_length):
             yield (
                 "prune.compensate refits what stays of the attention alone: experts and routers stay as they are, and "

@@ -108,8 +108,9 @@ def rows_of(context: RunContext) -> list[Row]:
         flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
         flops += training_flops(whole, teacher=context.teacher_shape, tokens=tokens, sequence_length=length)
         made_by.append(learned.title)
+        own = replace(shape, tied=whole.tied)  # cut from the source as it is, whatever a rotation does to the head
         rows += [
-            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
+            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=own)
             for name, baseline in recipe.evaluation.by_name().items()
         ]
         rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
