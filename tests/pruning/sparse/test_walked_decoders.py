@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from fractions import Fraction
 from io import StringIO
@@ -37,6 +39,7 @@ from shearing.pruning.sparse.reconstruction import reconstructions
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.fitness import Training, divergence
 from shearing.pruning.sparse.search.msp import Msp
+from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from tests.models.tiny import tiny_ids
 from tests.pruning.sparse.test_any_architecture import ANY, DECODERS, TEXT, built, decoder, llava, run
@@ -196,6 +199,37 @@ def test_the_text_of_a_model_that_sees_is_pruned_as_the_text_model_alone_would_b
     assert of_llava.keys() == alone.keys()
     for matrix, weight in alone.items():
         torch.testing.assert_close(of_llava[matrix], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("criterion", "allocation"), [("gblm", "owl"), ("magnitude", "rank"), ("ria", "depth")])
+def test_the_text_of_a_model_that_sees_from_beginning_to_end(
+    criterion: str, allocation: str, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    config = llava()
+    config.text_config.vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"] + 1
+    config.image_token_index = config.text_config.vocab_size - 1
+    dense = dict(built(transformers.LlavaForConditionalGeneration, config, folder).named_parameters())
+    output = run(
+        folder,
+        tmp_path / "out",
+        criterion=criterion,
+        allocation=allocation,
+        levels=["1:4", "2:4", "3:4"],
+        unit="matrix",
+        calibration=[tiny_inputs / "corpus"],
+        samples=4,
+        seqlen=16,
+    )
+    assert not list(differences(output))
+    sparse = transformers.LlavaForConditionalGeneration.from_pretrained(output)
+    kept = total = 0
+    for name, weight in sparse.named_parameters():
+        if "language_model.layers" in name and weight.ndim == 2:
+            kept, total = kept + int(weight.count_nonzero()), total + weight.numel()
+        else:
+            assert torch.equal(weight, dense[name]), name
+    assert kept == total // 2
 
 
 TEXTS = {"calibration": ["x"]}
