@@ -10,7 +10,7 @@ import torch
 from shearing.models.anatomy import backbone, decoder_layers
 from shearing.models.loading import load_paged, load_source
 from shearing.processes.processes import Processes
-from shearing.training.frozen_shards import share_out_layers
+from shearing.training.engines.frozen_shards import share_out_layers
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 

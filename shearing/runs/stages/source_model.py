@@ -23,7 +23,7 @@ from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
-from shearing.training.frozen_shards import share_out_layers
+from shearing.training.engines.frozen_shards import share_out_layers
 
 _CONVERTED = ".source"
 """Folder in the run's for a source whose files have other names of parameters than its own, see `open_source`."""
