@@ -112,18 +112,18 @@ def preflight(
     attempt(lambda: _require_exportable(recipe, stages=stages))
     if "evaluate" in stages:
         attempt(lambda: _require_tasks(recipe, last=len(stages) > 1))
-    config = attempt(lambda: context.config)
-    if config is None:
+    stored = attempt(lambda: context.config)
+    if stored is None:
         raise _together(found)
+    config = context.config_as_cut
     attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     attempt(lambda: _require_teacher(context))
     attempt(lambda: _require_context(recipe, config=config))
-    stored, config = Shape.of(config), context.config_as_cut
-    source = Shape.of(config)
+    source, whole = Shape.of(config), Shape.of(stored)
     target = None if recipe.prune is None else attempt(lambda: _target(recipe.pruning, config=config))
     attempt(lambda: require_shrinking(recipe, source=config))
     attempt(lambda: _require_metric(recipe, source=source))
-    attempt(lambda: _require_rotatable(recipe, source=stored, target=target))
+    attempt(lambda: _require_rotatable(recipe, source=whole, target=target))
     attempt(lambda: _require_uncompiled(recipe, source=source))
     attempt(lambda: require_dense(source, blocks=None if recipe.prune is None else recipe.prune.block_refit))
     attempt(lambda: _require_vocabulary(recipe))
@@ -158,7 +158,7 @@ def preflight(
         weights=weights,
         largest=largest,
         training=list(_training(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*_doubts(recipe, source=stored, target=target), *_odd_sizes(recipe, source=source)],
+        doubts=[*_doubts(recipe, source=whole, target=target), *_odd_sizes(recipe, source=source)],
         notes=[*gpus.notes, *_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),

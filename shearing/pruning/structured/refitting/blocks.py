@@ -77,7 +77,8 @@ class _Block:
         stream = output[0] if isinstance(output, tuple) else output
         lacks = self.wanted[row] - stream
         lacks = lacks if self.kept is None else lacks[..., self.kept]
-        return (lacks.square().mean(-1) * token_weights(self.wanted[row])).mean()
+        error: Tensor = (lacks.square().mean(-1) * token_weights(self.wanted[row])).mean()
+        return error
 
     @torch.no_grad()
     def whole_error(self, weights: dict[str, Tensor]) -> float:
@@ -234,7 +235,7 @@ def _train(block: _Block, *, settings: BlockRefitRecipe) -> tuple[dict[str, Tens
         optimizer.zero_grad()
         rows = groups[order.pop()].tolist()
         for row in rows:
-            (block.error(row, weights) / len(rows)).backward()  # type: ignore[no-untyped-call]
+            (block.error(row, weights) / len(rows)).backward()
         optimizer.step()
     trained = {name: weight.detach() for name, weight in weights.items()}
     before, after = block.whole_error(block.weights), block.whole_error(trained)
