@@ -325,12 +325,8 @@ def _say(found: Refitted, *, context: RunContext) -> None:
         said = ", ".join(f"{ridge:g} of {counts[ridge]}" for ridge in sorted(counts))
         context.console.print(f"ridges by held-out rows, of {counts.total()} fits: {said}")
     if blocks := found.blocks.values():
-        before, after = (
-            sum(values) / len(blocks) for values in zip(*((b.before, b.after) for b in blocks), strict=True)
-        )
-        context.console.print(
-            f"blocks' outputs lack {before:.2%} of what the source's are, {after:.2%} after their steps"
-        )
+        before, after = (sum(each) / len(blocks) for each in ([b.before for b in blocks], [b.after for b in blocks]))
+        context.console.print(f"what blocks' outputs lack of the source's: {before:.2%}, after their steps {after:.2%}")
 
 
 def _take(model: PreTrainedModel, folder: Path) -> None:

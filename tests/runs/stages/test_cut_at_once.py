@@ -64,12 +64,26 @@ def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
         ("prune.masks=staged", r"prune\.duration = '0 steps'\n.*prune\.masks=learned"),
         ("prune.sparsity_warmup=2 steps", r"prune\.sparsity_warmup"),
         ("pretrain.duration=0 steps", r"pretrain\.duration"),
-        ("prune={compensate: false, block_refit: {steps: 1}}", r"prune\.block_refit = '1 steps'\n.*prune\.compensate"),
     ],
 )
 def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said: str) -> None:
     with pytest.raises(ShearingError, match=said):
         shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, override])
+
+
+def test_what_a_refit_has_found_is_said(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [AT_ONCE, "prune.refit_ridge=auto", "prune.block_refit={steps: 4, learning_rate: 1e-3}"]
+    run = shearing.run(shearing.load_recipe(tiny_recipe, overrides=overrides), stages=["prune", "compact"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ridges by held-out rows" in said
+    assert "what blocks' outputs lack" in said
+    assert read_json(run.compact / "shape.json")["relative_logit_difference"] < 1e-5
+
+
+def test_steps_of_blocks_need_a_refit(tiny_recipe: Path) -> None:
+    overrides = [AT_ONCE, "prune.compensate=false", "prune.block_refit={steps: 1}"]
+    with pytest.raises(ShearingError, match=r"prune\.block_refit = '1 steps'\n.*prune\.compensate"):
+        shearing.load_recipe(tiny_recipe, overrides=overrides)
 
 
 @pytest.mark.parametrize("tied", ["untie", "diagonal"])
