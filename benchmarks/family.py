@@ -37,11 +37,13 @@ QUICK = [
     "prune.duration=0 steps",
     "prune.calibration_tokens=1024",
     "pretrain.duration=120 steps",
+    "pretrain.micro_batch_size=2",
     "pretrain.learning_rate=3e-3",
     "pretrain.warmup=8 steps",
     "mixture.update=constant",
     "target={num_hidden_layers: 4, hidden_size: 60, intermediate_size: 80}",
     "family.sizes={medium: {num_hidden_layers: 3, hidden_size: 54}, small: {hidden_size: 48, intermediate_size: 64}}",
+    "family.draws=4",
     "family.calibration_tokens=1024",
     "distill={weight: 0.5, domains: all}",
 ]

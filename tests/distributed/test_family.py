@@ -35,11 +35,10 @@ def _recipe(inputs: Path, run_dir: Path, **settings: Any) -> Recipe:
     "settings",
     [
         {},
-        {"engine": "deepspeed", "zero_stage": 2},
         {"engine": "deepspeed", "zero_stage": 3},
         {"engine": "fsdp2"},
     ],
-    ids=["torch", "ZeRO-2", "ZeRO-3", "FSDP2"],
+    ids=["torch", "ZeRO-3", "FSDP2"],
 )
 def test_two_processes_train_the_family_that_one_does(
     settings: dict[str, Any], tiny_inputs: Path, tmp_path: Path, once: Once

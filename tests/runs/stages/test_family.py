@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shearing.errors import ShearingError
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
+from shearing.runs.continuation.extension import extend
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.planning.phases import phases
 from shearing.runs.planning.plan import Hardware, plan
@@ -135,6 +136,18 @@ def test_a_size_goes_on_as_any_model_does(done: RunDirectory, tiny_inputs: Path,
     data["pretrain"]["duration"] = "2 steps"
     further = run(Recipe.model_validate(data), stages=["pretrain"], console=Console(quiet=True))
     assert AutoConfig.from_pretrained(further.model).hidden_size == 16
+
+
+def test_an_extended_run_goes_on_with_the_same_sizes(done: RunDirectory, tmp_path: Path) -> None:
+    longer = extend(done, to=tmp_path / "longer", onward=True, overrides=["pretrain.duration=10 steps"]).directory
+    assert longer.family_masks.read_bytes() == done.family_masks.read_bytes()
+    assert not longer.family.exists()
+    run(load_recipe(longer.recipe), stages=["pretrain"], console=Console(quiet=True))
+    # The rate falls later, so from the ninth step on it is another run; turns go on as in any other.
+    turns = [[line["size"] for line in lines_of(each) if "size" in line] for each in (done, longer)]
+    assert turns[1][:8] == turns[0]
+    assert len(turns[1]) == 10
+    assert sorted(path.name for path in longer.family.iterdir()) == ["medium", "small"]
 
 
 def test_a_source_is_the_largest_of_its_own_family(tiny_inputs: Path, tmp_path: Path) -> None:
