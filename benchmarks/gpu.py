@@ -46,7 +46,7 @@ from shearing.pruning.structured.masking.learned import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
 from shearing.runs.planning.memory import Listening, Sharding, Workload
-from shearing.runs.planning.traced_step import StepModel, Taught, measure
+from shearing.runs.planning.step.traced_step import StepModel, Taught, measure
 from shearing.training.device import compile_layers
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine

@@ -1,8 +1,9 @@
 """What masks cost: a mask-learning step against the same step of the dense model, and against the usual way.
 
 The usual way multiplies activations at every site (heads, intermediate units, both sub-layers' outputs, every norm's
-output). Ours scales the output projections and the embedding. Each side runs in turn in one process for the times,
-and alone in a process of its own for the memory.
+output). Ours scales the output projections and the embedding. The sides take turns in one process for the times, in
+turned order every other round, and each runs alone in a process of its own for the memory. Times are of the GPU's work,
+or of the processors', which other work on the machine lengthens less than it does what a clock on the wall shows.
 
     python benchmarks/mask_overhead.py [--quick] [--model FOLDER | --family MODEL_TYPE]
 
@@ -30,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_of
 from shearing.models.attention import drop_attention_mask
 from shearing.models.families import FAMILIES
+from shearing.models.families.experts.products import compute_experts_under_autocast
 from shearing.models.loading import load_source
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
@@ -51,6 +53,14 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
 }
 QUICK = {**SMOLLM2_135M, "vocab_size": 8192, "num_hidden_layers": 6}
+EXPERTS = {
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 768,
+}
+"""Of families with experts; a token is computed by as many units as in the others."""
 
 
 class ActivationMasks:
@@ -104,12 +114,14 @@ def make_step(side: str, *, model: PreTrainedModel, bf16: bool) -> Callable[[int
             hidden_size=5 * source.hidden_size // 6,
             intermediate_size=2 * source.intermediate_size // 3,
             num_attention_heads=2 * source.num_attention_heads // 3,
+            num_experts=3 * source.num_experts // 4,
         )
         section = PruneRecipe.model_validate(
             {"duration": 1000, "batch_size": 1, "initial_masks": "open", "sparsity_warmup": 200, "freeze": 0}
         )
         settings = MaskSettings.of(section, tokens_per_step=1, seed=0)
-        learner = MaskLearner(GRANULARITIES, source=source, target=target, settings=settings, device=device)
+        granularities = (*GRANULARITIES, "experts") if source.num_experts else GRANULARITIES
+        learner = MaskLearner(granularities, source=source, target=target, settings=settings, device=device)
         for granularity in learner.granularities:
             with torch.no_grad():
                 learner.log_alpha[granularity.name].uniform_(-2, 2)
@@ -148,8 +160,11 @@ def load(arguments: argparse.Namespace) -> PreTrainedModel:
     else:
         torch.manual_seed(0)
         sizes = {**(QUICK if arguments.quick else SMOLLM2_135M), "pad_token_id": None}
+        sizes |= {} if FAMILIES[arguments.family].mlp.experts is None else EXPERTS
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arguments.family, **sizes))
         model = model.to(device).eval()
+    if anatomy_of(model.config).mlp.experts is not None:
+        compute_experts_under_autocast(model)  # as in training
     drop_attention_mask(model, sequence_length=arguments.sequence_length)
     return model
 
@@ -159,9 +174,12 @@ def sides_of(arguments: argparse.Namespace) -> tuple[str, ...]:
     return SIDES if arguments.model or arguments.family == "llama" else ("dense", "masked")
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds_so_far() -> float:
+    """A clock that stops where a step ends."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure_times(arguments: argparse.Namespace, *, bf16: bool) -> dict[str, float]:
@@ -170,14 +188,12 @@ def measure_times(arguments: argparse.Namespace, *, bf16: bool) -> dict[str, flo
     steps = {side: make_step(side, model=load(arguments), bf16=bf16) for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.repetitions + 1):
-        for side in sides:
+        for side in sides if number % 2 else reversed(sides):
             tokens = batch(arguments, seed=number)
-            synchronise()
-            started = time.perf_counter()
+            started = seconds_so_far()
             steps[side](number, tokens)
-            synchronise()
             if number:
-                seconds[side].append(time.perf_counter() - started)
+                seconds[side].append(seconds_so_far() - started)
         print(f"  round {number}: " + ", ".join(f"{s} {v[-1]:.2f} s" for s, v in seconds.items() if v), flush=True)
     # Ratios pair by pair: what drifts in the machine drifts for both.
     ratios = {

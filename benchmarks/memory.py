@@ -31,8 +31,9 @@ from shearing.pruning.structured.learner import MaskLearner
 from shearing.pruning.structured.mask_settings import MaskSettings
 from shearing.pruning.structured.masking.learned import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
-from shearing.runs.planning.memory import Checkpointing, Sharding, Workload, estimate
-from shearing.runs.planning.traced_step import StepModel, measure
+from shearing.runs.planning.memory import Checkpointing, Sharding, Workload
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.traced_step import StepModel, measure
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine

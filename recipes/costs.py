@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from shearing.runs.planning.plan import Hardware, RunPlan, plan, what_would_fit
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import RunPlan, plan, what_would_fit
 from shearing.runs.recipe import load_recipe
 
 RECIPES = Path(__file__).parent

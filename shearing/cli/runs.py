@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from shearing.cli.frame import Overrides, RecipeFile, app, config, load
-from shearing.errors import ShearingError
+from shearing.errors import CombinedShearingError, ShearingError
 from shearing.processes.launcher import launcher_guard
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -144,8 +144,9 @@ def plan(
 ) -> None:
     """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
     resolved = load(recipe, overrides)
+    from shearing.runs.planning.hardware import Hardware
     from shearing.runs.planning.phases import phases
-    from shearing.runs.planning.plan import Hardware, plan as make
+    from shearing.runs.planning.plan import plan as make
     from shearing.runs.planning.plan_tables import render, render_phases
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
@@ -236,14 +237,21 @@ def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @config.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Check everything that can be checked without loading weights, and say what the run will do."""
+    """Check everything that can be checked without loading weights, and say what the run will do.
+
+    What is known is said also where something is missing, as a corpus that is not here; the errors are last.
+    """
     resolved = load(recipe, overrides)
     from shearing.runs.context import RunContext
-    from shearing.runs.planning.preflight import preflight
+    from shearing.runs.planning.preflight import survey
     from shearing.runs.planning.summary import render
 
     # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
-    Console().print(render(preflight(RunContext(resolved), stages=["prune"], starts=False)))
+    found, errors = survey(RunContext(resolved), stages=["prune"], starts=False)
+    if found is not None:
+        Console().print(render(found))
+    if errors:
+        raise CombinedShearingError(errors)
 
 
 @config.command()

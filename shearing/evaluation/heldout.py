@@ -85,7 +85,8 @@ def heldout_loss(
         micro_batch_size: rows per forward pass (B).
         precision: dtype of autocast; None or float32: the dtype of the parameters.
         tokenizer: the model's tokenizer, for bits per byte.
-        progress: called with the number of tokens just evaluated.
+        progress: called with the number of tokens just evaluated by all processes, on each of them behind equally many
+            of its passes.
         chunk_tokens: tokens whose logits exist at the same time.
         rules: what the end of a document means; None: nothing.
         objective: sum of the loss over tokens [B, T] with their documents, where the model's own modules cannot be
@@ -206,7 +207,7 @@ def _rows_of_all(
             part: then some rows are read that do not count.
     """
     for index, domain in enumerate(corpus.domains):
-        number, rows = -1, None
+        number, rows, passed = -1, None, 0
         batches = _heldout_rows(corpus, domain, split=split, rules=rules, settings=settings)
         for number, (batch_BT, positions_BT, counted_BT, begins_B) in enumerate(batches):
             documents = rules.documents(positions_BT, device=device, counted_BT=counted_BT)
@@ -214,11 +215,16 @@ def _rows_of_all(
             rows = _Rows(index, batch_BT, documents, begins_B)
             if number % processes.size == processes.rank:
                 yield replace(rows, tokens=batch_BT.to(device, non_blocking=True))
-            if progress is not None:
-                progress(batch_BT[:, 1:].numel())
+            passed += batch_BT[:, 1:].numel()
+            if progress is not None and (number + 1) % processes.size == 0:
+                # All have read equally often: who leaves it here, as all do, leaves nobody waiting for its weights.
+                progress(passed)
+                passed = 0
         left_over = (number + 1) % processes.size
         if every and rows is not None and left_over and processes.rank >= left_over:
             yield replace(rows, tokens=rows.tokens.to(device), counts=False)
+        if progress is not None and passed:
+            progress(passed)
 
 
 def _losses_of(model: PreTrainedModel, rows: Iterable[_Rows], *, chunk_tokens: int) -> Iterator[tuple[_Rows, Tensor]]:

@@ -46,10 +46,22 @@ def verdict(evaluation: Evaluation) -> str:
             faster = source["speed"]["decode_milliseconds"] / result["speed"]["decode_milliseconds"]
             sentence += f", and it writes a token {faster:.1f}× as fast"
         sentences.append(sentence + ".")
+    sentences += _sizes(models)
     if source and result and result is not source:
         sentences += _on_tasks(source, result)
         sentences += _in_writing(source, result)
     return " ".join(sentences) or "Nothing has been compared yet."
+
+
+def _sizes(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The smaller sizes of a family, where there is one."""
+    family = [each for name, each in models.items() if name.startswith("family-")]
+    listed = [
+        f"{each['mean']['loss']:.2f} at {format_parameters(each['parameters'])}"
+        for each in family
+        if each["mean"]["loss"] is not None
+    ]
+    return [f"Smaller sizes of the same training: {', '.join(listed)}."] if listed else []
 
 
 def _size(source: dict[str, Any], result: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def load_paged(
 ) -> PreTrainedModel:
     """A model as `load_source` has it in fp32, whose weights stay in their files; see `stored.paging.paged`.
 
-    A model whose parameters are not stored as they are, but made of what is, is loaded whole.
+    A model whose parameters are neither stored as they are, nor expert by expert, is loaded whole.
 
     Args:
         source, revision: of the model.

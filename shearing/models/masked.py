@@ -167,12 +167,63 @@ class MaskedLinear(nn.Module):
         return y
 
 
+class _CentredNorm(torch.autograd.Function):
+    """y = gain ⊙ (x - μ) / sqrt(σ² + ε) + bias, with mean μ and variance σ² of the n entries that are there.
+
+    Where the others are zero, both follow from the mean m and the variance v of all d, with k = d / n: μ = k m and
+    σ² = k (v + m²) - μ². So torch's own norm computes y but for a factor and a summand of each token, and its gradient
+    but for a factor and a multiple of that of y; what it takes beyond torch's is done in place, on [T, d] that are new.
+    Of what is not there y and all gradients are 0. What is kept for the backward pass is x, as torch's norm keeps it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, inside: Tensor, alive: Tensor, epsilon: float
+    ) -> Tensor:
+        width = x.shape[-1]
+        with torch.autocast(x.device.type, enabled=False):
+            k = width / alive
+            gain_d = gain * inside
+            y_Td, mean_T1, inverse_T1 = torch.native_layer_norm(
+                x.reshape(-1, width).to(torch.float32), [width], gain_d, None, epsilon
+            )
+            mean_of_alive_T1 = k * mean_T1
+            variance_T1 = k * (inverse_T1.pow(-2) - epsilon + mean_T1.square()) - mean_of_alive_T1.square()
+            inverse_of_alive_T1 = (variance_T1 + epsilon).rsqrt()
+            y_Td.mul_(inverse_of_alive_T1 / inverse_T1)
+            shift_T1 = (mean_T1 - mean_of_alive_T1) * inverse_of_alive_T1
+            if bias is None:
+                y_Td.addmm_(shift_T1, gain_d[None])
+            else:
+                # Both outer products in one pass.
+                y_Td.addmm_(torch.cat([shift_T1, torch.ones_like(shift_T1)], -1), torch.stack([gain_d, bias * inside]))
+        ctx.save_for_backward(x, mean_of_alive_T1, inverse_of_alive_T1, gain, bias, inside, alive)
+        return y_Td.view(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean_T1, inverse_T1, gain, bias, inside, alive = ctx.saved_tensors
+        width = x.shape[-1]
+        grad_Td, x_Td = (each.reshape(-1, width).to(torch.float32) for each in (grad_outputs[0], x))
+        k, gain_d = width / alive, gain * inside
+        grad_x, grad_gain, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_Td, x_Td, [width], mean_T1, inverse_T1, gain_d, bias, list(ctx.needs_input_grad[:3])
+        )
+        if grad_x is not None:
+            # Torch divides what it takes off by d and not by n.
+            grad_x = grad_x.mul_(k * inside).addcmul_(grad_Td * (gain_d * (1 - k)), inverse_T1)
+            grad_x = grad_x.view(x.shape).to(x.dtype)
+        grad_gain, grad_bias = (None if each is None else each * inside for each in (grad_gain, grad_bias))
+        return grad_x, grad_gain, grad_bias, None, None, None
+
+
 class MaskedNorm(nn.Module):
     """A norm over an axis some of whose entries are pruned: it computes what it would without them.
 
     Shares its parameters with the original. `alive`, a scalar tensor on the device, is the number of entries that are
     not pruned, or None for the full width. `inside` [width] is one for those and zero for the others; it may be None
-    where the others are zero already and no mean is taken from them. `scale`, a scalar tensor, scales what comes out.
+    where the others are zero already and no mean is taken from them. A norm that takes the mean has `inside` wherever
+    it has `alive`, and reads zeros where `inside` is zero. `scale`, a scalar tensor, scales what comes out.
     """
 
     bias: Tensor | None
@@ -192,24 +243,30 @@ class MaskedNorm(nn.Module):
         self.alive = self.inside = self.scale = None
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        x = x.to(torch.float32)
-        x = x if self.inside is None else x * self.inside
-        if self.kind.centred:
-            x = x - self._mean(x)
-            x = x if self.inside is None else x * self.inside
-        x = x * torch.rsqrt(self._mean(x.pow(2)) + self.epsilon)
         bias = self.bias
         gain: Tensor = self.kind.offset + self.weight.float() if self.kind.offset else self.weight
         if self.scale is not None:
             gain, bias = gain * self.scale, None if bias is None else bias * self.scale
+        if not self.kind.centred:
+            return self._of_squares(x, gain, bias)
+        gain, bias = gain.float(), None if bias is None else bias.float()
+        if self.inside is None:
+            return F.layer_norm(x.float(), x.shape[-1:], gain, bias, self.epsilon).to(x.dtype)
+        assert self.alive is not None
+        y: Tensor = _CentredNorm.apply(x, gain, bias, self.inside, self.alive, self.epsilon)  # type: ignore[no-untyped-call]
+        return y
+
+    def _of_squares(self, x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        x = x if self.inside is None else x * self.inside
+        squares = x.pow(2)
+        mean = squares.mean(-1, keepdim=True) if self.alive is None else squares.sum(-1, keepdim=True) / self.alive
+        x = x * torch.rsqrt(mean + self.epsilon)
         y = gain * (x if self.kind.gain_in_fp32 else x.to(dtype))
         if bias is not None:
             y = y + (bias if self.inside is None else bias * self.inside)
         return y.to(dtype) if self.kind.gain_in_fp32 else y
-
-    def _mean(self, x: Tensor) -> Tensor:
-        return x.mean(-1, keepdim=True) if self.alive is None else x.sum(-1, keepdim=True) / self.alive
 
 
 class MaskedEmbedding(nn.Module):

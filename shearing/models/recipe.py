@@ -28,8 +28,8 @@ class ModelRecipe(Section):
     )
 
 
-class TargetRecipe(Section):
-    """The shape to reach: sizes by name (unset: as in the source), or a parameter budget alone."""
+class Sizes(Section):
+    """Sizes by name; unset: as in the model that is cut."""
 
     num_hidden_layers: int | None = Field(None, ge=1, description="Layers kept.")
     hidden_size: int | None = Field(None, ge=1, description="Width of the residual stream.")
@@ -41,6 +41,11 @@ class TargetRecipe(Section):
     )
     num_attention_heads: int | None = Field(None, ge=1, description="Query heads kept in each layer.")
     num_key_value_heads: int | None = Field(None, ge=1, description="KV groups kept in each layer.")
+
+
+class TargetRecipe(Sizes):
+    """The shape to reach: sizes by name (unset: as in the source), or a parameter budget alone."""
+
     parameters: ParameterCount | None = Field(
         None, description="Parameter budget (64M, 1.3B), embeddings included; excludes every size above."
     )
@@ -60,12 +65,9 @@ class TargetRecipe(Section):
     )
 
 
-_NO_SIZES = ("parameters", "uniform", "multiple_of", "vocab_size")
-
-
 def target_contradictions(target: TargetRecipe) -> Iterator[ShearingError]:
     """A budget and sizes at once, neither of them, or `uniform` without a budget."""
-    sizes = sorted(name for name in TargetRecipe.model_fields if name not in _NO_SIZES)
+    sizes = sorted(Sizes.model_fields)
     given = [name for name in sizes if getattr(target, name) is not None]
     if target.parameters is not None and given:
         yield ShearingError(

@@ -14,7 +14,7 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Parameter, Unit, count
-from shearing.models.recipe import TargetRecipe
+from shearing.models.recipe import Sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -187,7 +187,7 @@ def architecture_name(config: PretrainedConfig) -> str:
     return name
 
 
-def resolve_target(target: TargetRecipe, *, source: PretrainedConfig) -> Shape:
+def resolve_target(target: Sizes, *, source: PretrainedConfig) -> Shape:
     """Target shape named by a recipe; sizes that it leaves out are the source's.
 
     Raises:

@@ -48,9 +48,10 @@ class DistillRecipe(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Of the teacher's weights and products; auto: bf16 where training.precision is."
     )
-    placement: Neutral[Literal["replicate", "offload"]] = Field(
+    placement: Neutral[Literal["replicate", "shard", "offload"]] = Field(
         "replicate",
-        description="Where the teacher's weights are. replicate: on the device of each process; offload: those of its "
+        description="Where the teacher's weights are. replicate: on the device of each process; shard: those of its "
+        "layers shared out among the processes, whatever the engine, each whole while it runs; offload: those of its "
         "layers in host memory, from which each comes when it runs.",
     )
     kind: DivergenceName = Field(

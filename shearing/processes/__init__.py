@@ -8,9 +8,10 @@ from shearing.late import late
 
 if TYPE_CHECKING:
     from shearing.processes.processes import AgreedEnd, FailedElsewhere, Processes
+    from shearing.processes.stop import StopAsked, StoppedAtOnce
     from shearing.processes.watch import Watch
 
-__all__ = ["AgreedEnd", "FailedElsewhere", "Processes", "Watch"]
+__all__ = ["AgreedEnd", "FailedElsewhere", "Processes", "StopAsked", "StoppedAtOnce", "Watch"]
 
 __getattr__ = late(
     __name__,
@@ -18,6 +19,8 @@ __getattr__ = late(
         "AgreedEnd": "processes",
         "FailedElsewhere": "processes",
         "Processes": "processes",
+        "StopAsked": "stop",
+        "StoppedAtOnce": "stop",
         "Watch": "watch",
     },
 )

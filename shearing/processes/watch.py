@@ -26,6 +26,7 @@ from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
 from shearing.processes.launcher import CONTINUES
+from shearing.processes.stop import StoppedAtOnce
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
@@ -130,6 +131,9 @@ class Watch:
         code = exit_code(error)
         if isinstance(error, KeyboardInterrupt):
             text = f"{self._where} was interrupted"
+            self._print(text)
+        elif isinstance(error, StoppedAtOnce):
+            text = f"{self._where} was asked to stop ({error.signal})"
             self._print(text)
         elif isinstance(error, ShearingError):
             text = f"{self._where}: {error}"

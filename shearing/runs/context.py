@@ -28,6 +28,7 @@ from shearing.models.tokenizer import begin_tokens, open_tokenizer
 from shearing.objectives.teacher_cache.cache import TeacherCache
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.text import first_samples
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, TEACHER_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
@@ -83,6 +84,15 @@ class RunContext:
             ShearingError: see `load_config`.
         """
         return load_config(self.recipe.model.source, revision=self.recipe.model.revision)
+
+    @cached_property
+    def config_as_cut(self) -> PretrainedConfig:
+        """That of the model whose units go: the source's, but for a head of its own if a rotation unties it.
+
+        Raises:
+            ShearingError: see `load_config`.
+        """
+        return config_as_cut(self.config, prune=self.recipe.prune)
 
     @cached_property
     def teacher_config(self) -> PretrainedConfig | None:

@@ -19,13 +19,20 @@ from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.recipe import ModelRecipe, TargetRecipe, target_contradictions
 from shearing.objectives.recipe import SOURCE, DistillRecipe, distill_contradictions
 from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
+from shearing.pruning.structured.masking.recipe import FamilyRecipe, family_contradictions
 from shearing.pruning.structured.recipe import (
     PruneRecipe,
     estimator_contradictions,
     granularity_contradictions,
     masking_contradictions,
+    refit_contradictions,
 )
-from shearing.runs.continuation.recipe import CascadeRecipe, cascade_contradictions, split_list
+from shearing.runs.continuation.recipe import (
+    CascadeRecipe,
+    beside_a_family,
+    cascade_contradictions,
+    split_list,
+)
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.runs.search.recipe import SearchRecipe, search_contradictions
@@ -79,6 +86,7 @@ class Recipe(Section):
     evaluation: Neutral[EvaluationRecipe] = EvaluationRecipe()
     search: Neutral[SearchRecipe | None] = None
     cascade: CascadeRecipe | None = None
+    family: FamilyRecipe | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -228,7 +236,7 @@ def _validated(data: dict[str, Any], *, places: Places) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        errors = located(error, model=Recipe, data=data, places=places)
+        errors = located(error, model=Recipe, data=split_list(data), places=places)
     raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
 
 
@@ -275,15 +283,19 @@ def split_batch(recipe: Recipe, *, stage: TrainingStage, num_processes: int) -> 
             + ", ".join(map(str, fitting)),
             mend=f"set {stage}.micro_batch_size={_nearest(fitting, to=size)}",
         )
-    draws = settings.mask_draws if isinstance(settings, PruneRecipe) else 1
+    draws, named = 1, "prune.mask_draws"
+    if isinstance(settings, PruneRecipe):
+        draws = settings.mask_draws
+    elif recipe.family is not None:
+        draws, named = recipe.family.draws, "family.draws"
     if batch % draws or (batch // draws) % size:
         possible = [count for count in range(1, batch // size + 1) if batch % count == 0 and batch // count % size == 0]
         raise ShearingError(
-            "prune.mask_draws",
+            named,
             value=draws,
             allowed=f"a number of equal parts of the batch of {batch} sequences, each a multiple of the micro-batch of "
             f"{size}: {', '.join(map(str, possible))}",
-            mend=f"set prune.mask_draws={_nearest(possible, to=draws)}, or a smaller prune.micro_batch_size",
+            mend=f"set {named}={_nearest(possible, to=draws)}, or a smaller {stage}.micro_batch_size",
         )
     return BatchSplit(sequences=share, micro_batch_size=size, accumulation=share // size)
 
@@ -303,6 +315,7 @@ def _contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             yield from _renamed(estimator_contradictions(recipe.prune, budget=budget))
     if recipe.prune is not None:
         yield from _renamed(granularity_contradictions(recipe.prune))
+        yield from _renamed(refit_contradictions(recipe.prune, sequence_length=recipe.data.sequence_length))
     yield from _renamed(mixture_contradictions(recipe.mixture, domains=recipe.data.domains))
     yield from _optional_contradictions(recipe)
     if recipe.data.attention == "documents" and recipe.model.attn_implementation == "eager":
@@ -357,6 +370,24 @@ def _optional_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
         yield from _below("search", search_contradictions(recipe.search))
     if recipe.cascade is not None:
         yield from _cascade_contradictions(recipe, recipe.cascade)
+    if recipe.family is not None:
+        yield from _family_contradictions(recipe, recipe.family)
+
+
+def _family_contradictions(recipe: Recipe, family: FamilyRecipe) -> Iterator[ShearingError]:
+    yield from _below("family", family_contradictions(family))
+    distill, target = recipe.distill, recipe.target
+    adapters = {f"pretrain.{name}": getattr(recipe.pretrain, name) for name in (*ADAPTERS, "ist", "ast")}
+    yield from beside_a_family(
+        {
+            "cascade": recipe.cascade,
+            "sparsify": recipe.sparsify,
+            **adapters,
+            "distill.hidden": None if distill is None else distill.hidden,
+            "target.parameters": None if target is None else target.parameters,
+            "target.vocab_size": None if target is None else target.vocab_size,
+        }
+    )
 
 
 def _cascade_contradictions(recipe: Recipe, cascade: CascadeRecipe) -> Iterator[ShearingError]:

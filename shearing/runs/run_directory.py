@@ -87,6 +87,16 @@ class RunDirectory:
         return self.path / "model-kept-tokens"
 
     @property
+    def family(self) -> Path:
+        """Folder of the smaller models that were trained inside the final one, each in a folder of its name."""
+        return self.path / "family"
+
+    @property
+    def family_masks(self) -> Path:
+        """Units that each of those keeps of the final one."""
+        return self.pretrain / "family.safetensors"
+
+    @property
     def evaluation(self) -> Path:
         """Held-out losses and speed of every model of the run (JSON)."""
         return self.path / "evaluation.json"

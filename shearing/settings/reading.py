@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import yaml
 from shearing.errors import ShearingError
 
 KeyPath = tuple[str | int, ...]
+
+_ONE_WORD = re.compile(r"[A-Za-z_]\w*:\S+")
 
 
 class Places:
@@ -120,6 +123,8 @@ def _walk(node: yaml.Node, path: KeyPath, *, file: str) -> Iterator[tuple[KeyPat
                     where=f"{file}:{line}",
                 )
             seen[name] = line
+            if _lacks_a_space(name, value):
+                raise _no_space(".".join(map(str, path)) or file, name=name, where=f"{file}:{line}")
             yield (*path, name), line
             yield from _walk(value, (*path, name), file=file)
     elif isinstance(node, yaml.SequenceNode):
@@ -136,11 +141,40 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
             "override", value=text, allowed="key=value with a dotted key, as prune.learning_rate=1e-4", mend="add the ="
         )
     try:
+        _require_spaces(yaml.compose(value, Loader=yaml.SafeLoader), path=path, text=text)
         return path, yaml.safe_load(value)
     except yaml.YAMLError:
         raise ShearingError(
             key, value=value, allowed="a YAML value", mend="quote the value: shells and YAML both read brackets"
         ) from None
+
+
+def _require_spaces(node: yaml.Node | None, *, path: KeyPath, text: str) -> None:
+    """Raises `ShearingError` if a mapping in an override has a key and its value written as one word."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if _lacks_a_space(str(key.value), value):
+                raise _no_space(".".join(map(str, path)), name=str(key.value), where=f"override {text}")
+            _require_spaces(value, path=(*path, str(key.value)), text=text)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _require_spaces(item, path=(*path, index), text=text)
+
+
+def _lacks_a_space(name: str, value: yaml.Node) -> bool:
+    """Whether what YAML reads as a key without a value is a key and its value: `{a:1}`."""
+    return value.value == "" and value.tag.endswith(":null") and bool(_ONE_WORD.fullmatch(name))
+
+
+def _no_space(field: str, *, name: str, where: str) -> ShearingError:
+    key, _, value = name.partition(":")
+    return ShearingError(
+        field,
+        value=name,
+        allowed="keys with a space between the colon and the value: YAML takes this for one word, without a value",
+        mend=f"write '{key}: {value}', in quotes on the command line",
+        where=where,
+    )
 
 
 def _assign(data: dict[str, Any], path: KeyPath, value: Any) -> None:

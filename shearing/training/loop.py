@@ -16,10 +16,11 @@ from shearing.data.documents import sent
 from shearing.data.mixture.origins import Origins
 from shearing.data.mixture.sampler import Batch
 from shearing.objectives.objective import Losses
+from shearing.processes.stop import StopAsked
 from shearing.training.callbacks.standard import StandardCallbacks
 from shearing.training.stage import Interrupted, Trained
 from shearing.training.start import start
-from shearing.training.task import StepResult, Task
+from shearing.training.task import Run, StepResult, Task
 
 
 def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained:
@@ -33,21 +34,30 @@ def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained
         measure_end: measure held-out losses after the last step.
 
     Raises:
-        Interrupted: SIGTERM, SIGINT or SIGUSR1 on any process; the step was finished and a checkpoint written.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 on any process; the step was finished and a checkpoint written. What
+            was measured behind the step is measured where the run continues.
         ShearingError: too many non-finite steps in a row, or no space for a checkpoint.
     """
     callbacks = StandardCallbacks.of(task, measure_end=measure_end)
     with start(task, callbacks=callbacks, console=console) as run:
-        while run.step < task.schedule.total_steps:
-            run.before_step()
-            loss, domains = _forward_backward(task, run.model, run.prefetcher.next(), step=run.step)
-            skipped = _update(task, step=run.step)
-            run.after_step(StepResult(loss=loss, domains=domains, skipped=skipped))
-            if run.stopping and not run.ends:
-                console.print(f"{run.stopping}: stopped after step {run.step}; the same command continues from there")
-                raise Interrupted
-        run.end()
+        try:
+            run.finish_step()
+            while run.step < task.schedule.total_steps:
+                run.before_step()
+                loss, domains = _forward_backward(task, run.model, run.prefetcher.next(), step=run.step)
+                skipped = _update(task, step=run.step)
+                run.after_step(StepResult(loss=loss, domains=domains, skipped=skipped))
+                if run.stopping and (not run.ends or run.unfinished):
+                    raise _stopped(run, by=run.stopping)
+            run.end()
+        except StopAsked as asked:  # in what is measured behind a step that is saved
+            raise _stopped(run, by=asked.signal) from None
     return callbacks.trained()
+
+
+def _stopped(run: Run, *, by: str) -> Interrupted:
+    run.console.print(f"{by}: stopped after step {run.step}; the same command continues from there")
+    return Interrupted()
 
 
 def _forward_backward(task: Task, model: nn.Module, batch: Batch, *, step: int) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,10 @@ from typing_extensions import Self
 from shearing.data.documents import Documents
 from shearing.data.mixture.dynamic import State
 from shearing.processes.processes import AgreedEnd
+from shearing.processes.stop import INTERRUPTED_EXIT_CODE as INTERRUPTED_EXIT_CODE
 from shearing.settings.quantities import Duration
 from shearing.training.metrics import StageTotals
 from shearing.training.recipe import StageRecipe, TrainingRecipe
-
-INTERRUPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later; a launcher can requeue on it."""
 
 PREFETCHED_STEPS = 2
 """Steps dealt ahead, and so the delay until new domain weights hold: a constant, because results depend on it."""

@@ -67,6 +67,8 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             console=console,
             display=display,
             step=step,
+            unfinished=callbacks.checkpoints.unfinished,
+            heed=callbacks.stop.heed,
         )
         for callback in every:
             callback.start(run)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import Mixture
 from shearing.objectives.objective import Objective
 from shearing.processes.processes import Processes
+from shearing.processes.stop import StopAsked
 from shearing.training.checkpoints.pieces import SavedState
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.moving_masks import MovingMasks
@@ -32,9 +34,15 @@ class Callback:
     with the other processes, a checkpoint holds what the step's hooks left, and a run that is killed and continued is
     the uninterrupted one, as long as what a callback does depends on the step and on its state alone.
 
+    A hook that measures may be left by `StopAsked` between two batches. Those after a step are called again, from that
+    one on, where the run continues: what they change is changed behind the measurement.
+
     What is on the device stays there until `Run.report`: a hook that reads from it in every step makes every step wait.
     What takes long calls `Run.report` first, so that its time does not count as the steps'.
     """
+
+    acts_on_stop: ClassVar[bool] = False
+    """Whether the end of a step is told to it also where a stop cut that short."""
 
     @property
     def name(self) -> str:
@@ -164,6 +172,23 @@ class StepResult:
     skipped: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """What a stop has left to do of a step whose weights are there.
+
+    Attributes:
+        callbacks: names of those that have not been told of its end.
+        skipped: whether it changed nothing.
+    """
+
+    callbacks: tuple[str, ...]
+    skipped: bool
+
+
+def _nobody_asks() -> None:
+    pass
+
+
 @dataclass(kw_only=True)
 class Run:
     """A stage under way, as its callbacks see it.
@@ -177,6 +202,8 @@ class Run:
         display: the live view on it.
         step: optimiser steps done.
         stopping: why the run stops after this step, once all processes know; None: it goes on.
+        unfinished: what is left to do of the last step; None: nothing.
+        heed: what a measurement calls between two batches, all processes equally often; raises `StopAsked`.
     """
 
     task: Task
@@ -187,6 +214,8 @@ class Run:
     display: Display
     step: int
     stopping: str | None = None
+    unfinished: Unfinished | None = None
+    heed: Callable[[], None] = _nobody_asks
 
     @property
     def ends(self) -> bool:
@@ -204,10 +233,44 @@ class Run:
             callback.before_step(self)
 
     def after_step(self, result: StepResult) -> None:
-        """Count a step, and tell the callbacks."""
+        """Count a step, and tell the callbacks.
+
+        Where a stop is heard on the way, those that are left are told where the run continues.
+        """
         self.step += 1
+        left = list(self.callbacks)
+        try:
+            while left:
+                left[0].after_step(self, result)
+                del left[0]
+        except StopAsked as asked:
+            names = tuple(callback.name for callback in left if not callback.acts_on_stop)
+            self.stopping, self.unfinished = asked.signal, Unfinished(callbacks=names, skipped=bool(result.skipped))
+            for callback in left:
+                if callback.acts_on_stop:
+                    callback.after_step(self, result)
+
+    def is_unfinished(self, callback: Callback) -> bool:
+        """Whether a callback has not been told of the end of the last step."""
+        return self.unfinished is not None and callback.name in self.unfinished.callbacks
+
+    def finish_step(self) -> None:
+        """Tell the callbacks that have not been told of the end of the last step, where a run continues.
+
+        Of its result they hear whether it was skipped; the rest is NaN.
+
+        Raises:
+            StopAsked: the run is to stop again.
+        """
+        if self.unfinished is None:
+            return
+        device = self.task.engine.device
+        nan, skipped = torch.tensor(torch.nan, device=device), torch.tensor(self.unfinished.skipped, device=device)
+        result = StepResult(loss=nan, domains=nan.double().expand(len(self.task.mixture.domains), 2), skipped=skipped)
         for callback in self.callbacks:
-            callback.after_step(self, result)
+            if self.is_unfinished(callback):
+                callback.after_step(self, result)
+        self.unfinished = None
 
     def report(self) -> None:
         """Have what the steps so far left on the device read and written; all processes call it together.

@@ -74,6 +74,8 @@ SITUATIONS = [
     ("no corpus", "search RECIPE -o HERE/out"),
     ("nothing", 'config check RECIPE target=[{"hidden_size":16},{"hidden_size":24}]'),
     ("nothing", 'config check RECIPE target=[{"hidden_size":32},{"hidden_size":24}]'),
+    ("nothing", 'config check RECIPE family={"sizes":{"a":{"hidden_size":14},"b":{"hidden_size":15}}}'),
+    ("nothing", 'run RECIPE family={"sizes":{}}'),
     ("nothing", "run RECIPE prune.batch_size=8tokens"),
     *(
         ("nothing", f"config check RECIPE {keys}")

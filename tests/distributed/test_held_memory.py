@@ -16,7 +16,7 @@ from shearing.models.attention import drop_attention_mask
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
 from shearing.runs.planning.memory import Layerwise, Sharding, Workload
-from shearing.runs.planning.traced_step import StepModel, measure
+from shearing.runs.planning.step.traced_step import StepModel, measure
 from tests.distributed.harness import spawn
 from tests.training.engines.test_kept_zeros import make_engine
 

@@ -177,6 +177,45 @@ def test_a_signal_to_one_process_stops_all_in_order(
     _assert_bit_for_bit(tmp_path / "run", uninterrupted("torch, 2 processes"))
 
 
+@pytest.mark.parametrize("name", ["torch, 2 processes", "FSDP2, 2 processes"])
+def test_a_signal_to_one_process_is_heard_between_two_batches_of_held_out_text(
+    name: str, tiny_inputs: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+) -> None:
+    size, recipe = _recipe(tiny_inputs, tmp_path, name)
+    # The first update (the source's losses come before it), once more where the run continues, and the end.
+    for measurement in (2, 1, 4):
+        group = start(_signalled_in, recipe, measurement, size=size, folder=tmp_path / f"out-{measurement}")
+        assert group.wait() == [INTERRUPTED_EXIT_CODE] * size, group.said()
+        assert "SIGTERM: stopped after step" in group.said()
+        assert group.said().count("passed 3 of 4") == size, "all hear a batch later"
+    spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "again")
+    _assert_bit_for_bit(tmp_path / "run", uninterrupted(name))
+
+
+def _signalled_in(recipe: Any, measurement: int) -> None:
+    """A training run whose second process gets SIGTERM behind its second batch of a measurement."""
+    from shearing.runs.stages import heldout
+
+    heldout_loss, passed = heldout.heldout_loss, [0] * measurement
+
+    def measured(*arguments: Any, progress: Callable[[int], None], **keywords: Any) -> Any:
+        passed.append(0)
+
+        def counted(tokens: int) -> None:
+            passed[-1] += 1
+            if len(passed) == 2 * measurement and passed[-1] == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            progress(tokens)
+
+        return heldout_loss(*arguments, progress=counted, **keywords)
+
+    heldout.heldout_loss = measured
+    try:
+        runs.train(recipe, ("prune",))
+    finally:
+        print(f"passed {passed[-1]} of 4", flush=True)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -1,4 +1,4 @@
-"""What processes find out together, each from its share of the text, is what one finds out; also when one is killed."""
+"""What processes find out together, each from its share of the text, is what one finds out; also when one is ended."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import on_demand
 from shearing.models.stored.stored_model import open_source
 from shearing.processes.processes import Processes
-from shearing.pruning.structured import refitting
+from shearing.processes.stop import INTERRUPTED_EXIT_CODE
 from shearing.pruning.structured.importance import reconstruction
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting import linear
+from shearing.pruning.structured.refitting.linear import refit
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 from shearing.pruning.structured.rounding import select
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import Stage
@@ -72,7 +74,7 @@ def _score_and_refit(folder: Path, *, names: Sequence[str], documents: bool) -> 
                 assert len(calls) == metric.units_of_work(source, evidence=many), name
                 if processes.is_main:
                     _require_same(found, metric.scores(whole, evidence=one), rest=rest, name=name, target=target)
-            _refit_alike(model, whole, masks_of=rest, target=target, text=text, processes=processes)
+            _refit_alike(model, whole, masks_of=rest, target=target, text=text, processes=processes, blocks=documents)
 
 
 def _require_same(found: Scores, expected: Scores, *, rest: Scores, name: str, target: Shape) -> None:
@@ -87,7 +89,7 @@ def _require_same(found: Scores, expected: Scores, *, rest: Scores, name: str, t
 
 
 def _refit_alike(
-    model: Any, whole: Any, *, masks_of: Scores, target: Shape, text: list[Inputs], processes: Processes
+    model: Any, whole: Any, *, masks_of: Scores, target: Shape, text: list[Inputs], processes: Processes, blocks: bool
 ) -> None:
     masks, _ = select(masks_of, source=Shape.of(whole.config), target=target)
     refitted: dict[str, Tensor] = {}
@@ -96,13 +98,14 @@ def _refit_alike(
         for name, weight in layer.named_parameters():
             refitted[f"model.layers.{index}.{name}"] = weight.detach().clone()
 
-    refit(MaskedModel(model), masks=masks, batches=text, processes=processes, keep=keep)
+    how = {"ridge": "auto", "blocks": BlockRefitRecipe(steps=3, learning_rate=1e-3)} if blocks else {}
+    refit(MaskedModel(model), masks=masks, batches=text, processes=processes, keep=keep, **how)
     for name, weight in refitted.items():
         theirs = processes.all_gather(weight)
         assert torch.equal(theirs[0], theirs[-1]), f"{name} is not alike on all processes"
     if processes.is_main:
         before = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
-        refit(MaskedModel(whole), masks=masks, batches=text)
+        refit(MaskedModel(whole), masks=masks, batches=text, **how)
         expected = dict(whole.named_parameters())
         assert any(not torch.equal(before[name], expected[name]) for name in refitted)
         for name, weight in refitted.items():
@@ -136,15 +139,15 @@ def _recipe(inputs: Path, run_dir: Path) -> Recipe:
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def _die_on_call(number: int) -> Any:
-    """A function that kills its process, for good, when it is called for the n-th time."""
+def _die_on_call(number: int, *, by: signal.Signals) -> Any:
+    """A function that sends its process a signal when it is called for the n-th time."""
     calls: list[None] = []
 
     def counted(function: Any) -> Any:
         def called(*arguments: Any, **keywords: Any) -> Any:
             calls.append(None)
             if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
             return function(*arguments, **keywords)
 
         return called
@@ -152,15 +155,15 @@ def _die_on_call(number: int) -> Any:
     return counted
 
 
-def _run_and_die(recipe: Recipe, stages: tuple[Stage, ...], where: str) -> None:
-    """As `runs.train`, but the second process is killed in the middle of what `where` says."""
+def _run_and_die(recipe: Recipe, stages: tuple[Stage, ...], where: str, by: signal.Signals) -> None:
+    """As `runs.train`, but the second process gets a signal in the middle of what `where` says."""
     if os.environ["RANK"] == "1":
         module, function, number = {
             "importance": (reconstruction, "elimination_order", 2),
-            "refit": (refitting, "_refit_write", 3),
+            "refit": (linear, "_refit_write", 3),
             "evaluation": (heldout, "per_token_loss", 4),
         }[where]
-        setattr(module, function, _die_on_call(number)(getattr(module, function)))
+        setattr(module, function, _die_on_call(number, by=by)(getattr(module, function)))
     runs.train(recipe, stages)
 
 
@@ -171,7 +174,7 @@ def _evaluated(run_dir: Path) -> dict[str, Any]:
     return {name: evaluation[name] for name in ("settings", "models")}
 
 
-def test_one_process_dies_while_all_score_refit_or_evaluate_and_the_same_command_goes_on(
+def test_one_process_is_stopped_or_dies_while_all_score_refit_or_evaluate_and_the_same_command_goes_on(
     tiny_inputs: Path, tmp_path: Path
 ) -> None:
     alone, together, killed = (_recipe(tiny_inputs, tmp_path / name) for name in ("alone", "together", "killed"))
@@ -180,7 +183,11 @@ def test_one_process_dies_while_all_score_refit_or_evaluate_and_the_same_command
     for where, stages in (("importance", STAGES), ("refit", STAGES), ("evaluation", ("evaluate",))):
         if where == "evaluation":
             spawn(runs.train, killed, ("prune", "compact"), size=2, folder=tmp_path / "out")
-        group = start(_run_and_die, killed, stages, where, size=2, folder=tmp_path / f"out-{where}")
+        stopped = start(_run_and_die, killed, stages, where, signal.SIGTERM, size=2, folder=tmp_path / f"stop-{where}")
+        assert stopped.wait(seconds=60) == [INTERRUPTED_EXIT_CODE] * 2, stopped.said()
+        assert "was asked to stop (SIGTERM)" in stopped.said()
+        assert "Traceback" not in stopped.said()
+        group = start(_run_and_die, killed, stages, where, signal.SIGKILL, size=2, folder=tmp_path / f"out-{where}")
         first, second = group.wait(seconds=60)
         assert second == -signal.SIGKILL, group.said()
         assert first not in (0, None), group.said()

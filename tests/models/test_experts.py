@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
 from shearing.models.cutting import Selection, compact
 from shearing.models.families.experts.balance import RouterBalance
-from shearing.models.families.experts.products import compute_experts_under_autocast
+from shearing.models.families.experts.products import compute_experts_under_autocast, experts_output
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.recipe import TargetRecipe
 from shearing.models.shape import Shape, config_for, resolve_target
@@ -98,6 +99,37 @@ def test_experts_under_autocast_are_the_stock_ones(family):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(tiny_ids())
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("tokens", [6, 90], ids=["few", "many"])
+def test_products_under_masks_are_those_of_plain_autograd(tokens):
+    """With more pairs than rows the matrices are scaled, with fewer what they read; one expert has none."""
+    torch.manual_seed(0)
+    experts, units, width = 4, 10, 12
+    index_TK = torch.stack([torch.randperm(experts - 1)[:2] for _ in range(tokens)])
+    x_TD, weights_TK = torch.randn(tokens, width), torch.rand(tokens, 2)
+    gate_up, down = torch.randn(experts, 2 * units, width), torch.randn(experts, width, units)
+    leaves = [each.double().requires_grad_() for each in (x_TD, weights_TK, gate_up, down, torch.rand(experts, units))]
+    x, weights, read, write, masks = leaves
+
+    def one_by_one() -> Tensor:
+        out = []
+        for token in range(tokens):
+            pairs = zip(index_TK[token].tolist(), weights[token], strict=True)
+            of = [
+                weight * (write[e] @ (masks[e] * F.silu(read[e, :units] @ x[token]) * (read[e, units:] @ x[token])))
+                for e, weight in pairs
+            ]
+            out.append(sum(of))
+        return torch.stack(out)
+
+    expected, upstream = one_by_one(), torch.randn(tokens, width, dtype=torch.float64)
+    found = experts_output(x, index_TK, weights, gate_up=read, down=write, activation=F.silu, units_EM=masks)
+    torch.testing.assert_close(found, expected)
+    pairs = zip(*(torch.autograd.grad(out, leaves, upstream) for out in (found, expected)), strict=True)
+    for mine, plain in pairs:
+        torch.testing.assert_close(mine, plain)
+    assert not torch.autograd.grad(one_by_one().sum(), write)[0][-1].any()
 
 
 def test_gradients_of_masks_are_those_of_finite_differences():

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shearing.models import masked as masked_module
 from shearing.models.attention import drop_attention_mask
+from shearing.models.families.norms import LAYER
 from shearing.models.masked import MaskedLinear, MaskedModel, Masks
 from shearing.models.shape import Shape
 from tests.models.test_exactness import GRANULARITIES, masks_and_target
@@ -111,8 +112,9 @@ class _NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_host_sync_and_no_square_mask():
-    model = tiny_model()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_no_host_sync_and_no_square_mask(family):
+    model = tiny_model(family)
     source = Shape.of(model.config)
     masks, _ = masks_and_target(source, GRANULARITIES, fractional=True, seed=0)
     drop_attention_mask(model, sequence_length=16)
@@ -177,3 +179,33 @@ def test_the_divisor_is_the_number_of_alive_dimensions():
     x = torch.randn(2, 36) * hidden
     expected = F.rms_norm(x[:, :24], (24,), norm.weight[:24], norm.epsilon)
     torch.testing.assert_close(norm(x)[:, :24], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centred_norm_is_the_layer_norm_of_what_is_there(dtype):
+    """Forward and backward, of streams far from their mean too; what is not there gets no gradient."""
+    torch.manual_seed(0)
+    inside = (torch.arange(40) % 5 > 1).float()
+    norm = torch.nn.LayerNorm(40, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    masked = masked_module.MaskedNorm(norm, kind=LAYER)
+    masked.inside, masked.alive = inside, inside.sum()
+    kept = inside.bool()
+    for shift, scale in ((0.0, 1.0), (3.0, 1.0), (0.0, 1e-3)):
+        x = ((torch.randn(2, 7, 40) * scale + shift) * inside).to(dtype).requires_grad_()
+        upstream = (torch.randn(2, 7, 40) * inside).to(dtype)
+        y = masked(x)
+        assert y.dtype == dtype
+        expected = F.layer_norm(x[..., kept].float(), (24,), norm.weight[kept].float(), norm.bias[kept].float(), 1e-5)
+        near = {"rtol": 1e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(y[..., kept].float(), expected, **near)
+        assert not y[..., ~kept].any()
+        leaves = [x, norm.weight, norm.bias]
+        mine = torch.autograd.grad(y, leaves, upstream)
+        plain = torch.autograd.grad(expected, leaves, upstream[..., kept].float())
+        for found, wanted in zip(mine, plain, strict=True):
+            assert found.dtype == dtype
+            off = float((found.float() - wanted.float()).abs().max())
+            assert off <= near["rtol"] * float(wanted.float().abs().max())

@@ -30,7 +30,7 @@ HIDDEN = torch.ones(SOURCE.hidden_size)
 def test_all_sections_have_names() -> None:
     sections = {name for name, field in Recipe.model_fields.items() if section_of(field)}
     # What only runs read, and what has names of its own.
-    assert sections - {"evaluation", "sparsify", "distill", "search", "cascade"} == {
+    assert sections - {"evaluation", "sparsify", "distill", "search", "cascade", "family"} == {
         section.partition(".")[0] for section in SECTIONS
     }
 

@@ -280,6 +280,27 @@ def test_training_of_a_sparse_model_killed_at_its_checkpoints(
     assert differences(directory.model) == []
 
 
+def test_a_family_killed_at_its_checkpoints(pretrained: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    def recipe(run_dir: Path) -> Recipe:
+        data = _recipe(tiny_inputs, run_dir=run_dir).model_dump(mode="json")
+        data["family"] = {"sizes": {"small": {"intermediate_size": 16}}, "draws": 2, "calibration_tokens": 64}
+        return Recipe.model_validate(data)
+
+    for name in ("whole", "run"):
+        for stage in ("prune", "compact"):
+            shutil.copytree(pretrained / stage, tmp_path / name / stage)
+    _finish(recipe(tmp_path / "whole"), stage="pretrain")
+    directory, kills = RunDirectory(tmp_path / "run"), 0
+    for step in (2, 6):
+        newest = directory.checkpoints("pretrain") / f"step-{step:08d}"
+        kills += _kill_when(_start(recipe(directory.path), stages=("pretrain",)), newest.exists)
+    assert kills
+    _finish(recipe(directory.path), stage="pretrain")
+    _assert_same("pretrain", whole=tmp_path / "whole", folder=directory.path)
+    small = Path("family") / "small" / "model.safetensors"
+    assert _tensors(directory.path / small) == _tensors(tmp_path / "whole" / small)
+
+
 def test_termination_finishes_the_step_and_the_same_command_continues(
     pruned: Path, tiny_inputs: Path, tmp_path: Path
 ) -> None:

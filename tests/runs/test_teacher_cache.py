@@ -24,7 +24,8 @@ from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.loading import load_source
 from shearing.objectives.teacher_cache.cache import INDEX_NAME, TeacherCache
 from shearing.runs.context import RunContext
-from shearing.runs.planning.plan import Hardware, plan
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import plan
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.planning.rows import rows_read
 from shearing.runs.recipe import Recipe

@@ -26,7 +26,8 @@ from shearing.pruning.sparse.stored.check import differences
 from shearing.runs.continuation.extension import change
 from shearing.runs.export.export import export
 from shearing.runs.export.vocabulary import cut_to_corpus
-from shearing.runs.planning.plan import Hardware, plan
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import plan
 from shearing.runs.planning.plan_tables import render
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.run import run

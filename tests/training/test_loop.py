@@ -23,6 +23,7 @@ from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import Losses
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
+from shearing.runs.stages import heldout
 from shearing.runs.stages.prune import prune
 from shearing.training import loop
 from shearing.training.metrics import TIMING_FIELDS
@@ -271,6 +272,48 @@ def test_signal_stops_after_the_step(
     assert (tmp_path / "run" / "prune" / "checkpoints" / "step-00000002").is_dir()
     _prune(recipe)
     _prune(_recipe(tiny_inputs, tmp_path / "whole", **sections))
+    assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")
+    for name, weight in _weights(tmp_path / "run").items():
+        assert torch.equal(weight, _weights(tmp_path / "whole")[name])
+
+
+@pytest.mark.parametrize(
+    ("sections", "first", "last"),
+    [({}, 3, 2), ({"mixture": {"update": "constant"}, "prune": {"validation_interval": "2 steps"}}, 2, 3)],
+    ids=["updates", "validation"],
+)
+def test_signal_is_heard_while_held_out_text_is_read(
+    sections: dict[str, Any], first: int, last: int, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = (_recipe(tiny_inputs, tmp_path / name, **sections) for name in ("run", "whole"))
+    _prune(whole)
+    heldout_loss, begun, passed, chosen = heldout.heldout_loss, 0, 0, 0
+
+    def signalled(*arguments: Any, progress: Callable[[int], None], **keywords: Any) -> Any:
+        nonlocal begun, passed
+        begun, passed = begun + 1, 0
+
+        def counted(tokens: int) -> None:
+            nonlocal passed
+            passed += 1
+            if begun == chosen and passed == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            progress(tokens)
+
+        return heldout_loss(*arguments, progress=counted, **keywords)
+
+    reference = int("mixture" not in sections)  # the source's losses, which are read before training
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "heldout_loss", signalled)
+        # In the first that training measures; in the same, where the run continues; in that of the end.
+        for number, step in ((reference + 1, first), (1, first), (last, 6)):
+            begun, chosen = 0, number
+            with pytest.raises(Interrupted):
+                _prune(recipe)
+            assert passed == 1
+            newest = max((tmp_path / "run" / "prune" / "checkpoints").glob("step-*"))
+            assert newest.name == f"step-{step:08d}"
+    _prune(recipe)
     assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")
     for name, weight in _weights(tmp_path / "run").items():
         assert torch.equal(weight, _weights(tmp_path / "whole")[name])

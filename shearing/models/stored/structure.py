@@ -44,13 +44,15 @@ class Structure:
         linears: every linear layer in a list of modules, block by block, without the towers that were left out.
         layers: name of the list of decoder layers; None where there is none that all of a text goes through.
         stored_names: parameter of the model -> its name in the files, for those that are there as they are.
-        left_out: names of towers that were left out.
+        towers: names of modules that read images or sound.
+        left_out: those of them that were left out.
     """
 
     model: PreTrainedModel
     linears: tuple[StoredLinear, ...]
     layers: str | None
     stored_names: Mapping[str, str]
+    towers: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @property
@@ -77,8 +79,9 @@ def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: boo
     """
     model = _built(config)
     names = _stored_names(model, stored)
-    left_out = () if towers else tuple(_towers(model, config))
-    layers = _decoder_layers(model, config, besides=tuple(_towers(model, config)))
+    found = tuple(_towers(model, config))
+    left_out = () if towers else found
+    layers = _decoder_layers(model, config, besides=found)
     blocks: dict[str, int] = {}
     if layers is not None:
         blocks = {f"{layers}.{index}": index for index, _ in enumerate(model.get_submodule(layers).children())}
@@ -99,7 +102,7 @@ def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: boo
             "transformers changes when it reads them",
         )
     linears.sort(key=lambda linear: linear.block)
-    return Structure(model, tuple(linears), layers, names, left_out)
+    return Structure(model, tuple(linears), layers, names, found, left_out)
 
 
 def _built(config: PretrainedConfig) -> PreTrainedModel:
@@ -165,19 +168,31 @@ def _block_of(model: nn.Module, name: str) -> str | None:
 
 
 def _decoder_layers(model: PreTrainedModel, config: PretrainedConfig, *, besides: tuple[str, ...]) -> str | None:
-    """The one list of as many layers as the text's config has, in a model that predicts the next token."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """The one list of as many layers as the text's config has, in a model that predicts the next token.
+
+    Of a model of more than text it is in the module whose config is the text's.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel as PreTrained
 
     text = config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
     architectures: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    predicts = any(architecture is type(model) for _, architecture in architectures.items())
-    if not predicts or getattr(config, "is_encoder_decoder", False):
+    of_text_alone = any(architecture is type(model) for _, architecture in architectures.items())
+    predicts = of_text_alone or (text is not config and model.get_output_embeddings() is not None)
+    if not predicts or any(getattr(each, "is_encoder_decoder", False) for each in (config, text)):
         return None
+    of_text = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrained) and isinstance(module.config, type(text))
+    ]
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not _is_inside(name, besides)
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and not _is_inside(name, besides)
+        and (of_text_alone or _is_inside(name, of_text))
     ]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return outermost[0] if len(outermost) == 1 else None

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.gradients import read_gradients
-from shearing.pruning.calibration.places import Matrix, Place, places_of
+from shearing.pruning.calibration.places import Matrix, Place, places_in
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of
 from shearing.pruning.calibration.text import Calibration
@@ -81,7 +80,7 @@ def dense_layers(
         return
     assert calibration is not None
     walk = LayerWalk(source, calibration=calibration, compute=compute, advance=advance)
-    places = places_of(anatomy_of(source.config))
+    places = places_in(source)
     last = max(of_layer)
     for layer in range(last + 1):
         module, stored = walk.load(layer)

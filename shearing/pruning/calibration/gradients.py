@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from shearing.files.tensors import read_tensors, write_tensors
 from shearing.models.anatomy import Head, anatomy_of
@@ -24,9 +26,9 @@ from shearing.models.loading import skeleton
 from shearing.models.stored.stored_model import Source
 from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.progress import activity
-from shearing.pruning.calibration.places import Matrix
+from shearing.pruning.calibration.places import Matrix, num_layers
 from shearing.pruning.calibration.residual_streams import Streams
-from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, fill, not_finite
+from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, fill, not_finite, not_reached
 from shearing.pruning.calibration.text import Calibration
 
 FOLDER = "gradients"
@@ -61,7 +63,7 @@ def gather_gradients(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if compute.dtype == torch.float16 else compute.dtype
     alone = replace(compute, micro_batch_size=1, dtype=dtype, folder=folder / "streams")
-    samples, layers = len(calibration.tokens), source.config.num_hidden_layers
+    samples, layers = len(calibration.tokens), num_layers(source)
     total = samples * (2 * layers - min(names) + 1)
     with _own(alone.folder), activity("gradients", total=total, console=console) as advance:
         _Pass(source, calibration=calibration, compute=alone, advance=advance).run(names, folder=folder)
@@ -69,9 +71,9 @@ def gather_gradients(
 
 def gradient_bytes(source: Source, *, matrices: Sequence[Matrix], calibration: Calibration, compute: Compute) -> int:
     """What `gather_gradients` needs on disk: the result, what every layer reads, and gradients of that."""
-    stream: int = calibration.tokens.numel() * source.config.hidden_size
-    layers: int = source.config.num_hidden_layers
-    return 4 * sum(matrix.size for matrix in matrices) + stream * ((layers + 1) * compute.dtype.itemsize + 4)
+    stream: int = calibration.tokens.numel() * source.config.get_text_config(decoder=True).hidden_size
+    of_streams = stream * ((num_layers(source) + 1) * compute.dtype.itemsize + 4)
+    return 4 * sum(matrix.size for matrix in matrices) + of_streams
 
 
 def read_gradients(name: str, *, layer: int, folder: Path) -> Tensor:
@@ -88,7 +90,7 @@ class _Pass:
 
     def run(self, names: dict[int, list[str]], *, folder: Path) -> None:
         walk = LayerWalk(self.source, calibration=self.calibration, compute=self.compute, advance=self.advance)
-        last = self.source.config.num_hidden_layers - 1
+        last = num_layers(self.source) - 1
         reads: list[Streams] = []
         with torch.no_grad():
             for layer in range(last + 1):
@@ -96,7 +98,7 @@ class _Pass:
                 module, _ = walk.load(layer)
                 walk.propagate(layer, module)
                 walk.let_go(module)
-        upstream = self._streams("upstream", dtype=torch.float32)
+        upstream = self._streams("upstream", dtype=torch.float32, width=walk.width)
         self._through_the_head(walk, upstream)
         for layer in range(last, min(names) - 1, -1):
             found = self._back(walk, layer, reads=reads.pop(), upstream=upstream, names=names.get(layer, []))
@@ -115,9 +117,12 @@ class _Pass:
         for chunk in walk.chunks:
             stream = reads.read(chunk).requires_grad_()
             after = walk.run(layer, module, stream, chunk)
-            gradient, *of_weights = torch.autograd.grad(after, [stream, *weights], upstream.read(chunk).to(after.dtype))
+            from_above = upstream.read(chunk).to(after.dtype)
+            gradient, *of_weights = torch.autograd.grad(after, [stream, *weights], from_above, allow_unused=True)
             upstream.write(chunk, gradient.float())
-            for total, of_weight in zip(sums, of_weights, strict=True):
+            for name, total, of_weight in zip(names, sums, of_weights, strict=True):
+                if of_weight is None:
+                    raise not_reached(name, module=name.removesuffix(".weight"))
                 total += of_weight.float().square()
             self.advance(1)
         walk.let_go(module)
@@ -129,6 +134,17 @@ class _Pass:
 
     def _through_the_head(self, walk: LayerWalk, upstream: Streams) -> None:
         """Gradients of each sequence's loss by the last layer's output."""
+        loss_of = self._loss_of_declared() if self.source.structure is None else partial(_loss_of_structure, walk)
+        for chunk in walk.chunks:
+            tokens = self.calibration.tokens[chunk].to(self.compute.device)
+            stream = walk.stream(chunk).requires_grad_()
+            total = loss_of(stream, tokens)
+            (gradient,) = torch.autograd.grad(total / (tokens.shape[1] - 1), stream)
+            upstream.write(chunk, gradient.float())
+            self.advance(1)
+
+    def _loss_of_declared(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Of residual streams [B, S, d] after the last layer and their tokens [B, S]: the sum of the losses."""
         config, device = self.source.config, self.compute.device
         family = anatomy_of(config)
         norm: nn.Module = skeleton(config).get_submodule(family.final_norm.name)
@@ -138,24 +154,27 @@ class _Pass:
         head = f"{family.embedding if tied else family.head}.weight"
         weight_VD = self.source.read([head])[head].to(device, self.compute.dtype)
         own_head = Head.of_config(config, weight=weight_VD)
-        for chunk in walk.chunks:
-            tokens = self.calibration.tokens[chunk].to(device)
-            stream = walk.stream(chunk).requires_grad_()
-            total, _ = causal_lm_loss(norm(stream[:, :-1]), own_head, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)
-            (gradient,) = torch.autograd.grad(total / (tokens.shape[1] - 1), stream)
-            upstream.write(chunk, gradient.float())
-            self.advance(1)
+
+        def loss_of(stream: Tensor, tokens: Tensor) -> Tensor:
+            return causal_lm_loss(norm(stream[:, :-1]), own_head, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)[0]
+
+        return loss_of
 
     def _copied(self, walk: LayerWalk, *, name: str) -> Streams:
-        copy = self._streams(name, dtype=self.compute.dtype)
+        copy = self._streams(name, dtype=self.compute.dtype, width=walk.width)
         for chunk in walk.chunks:
             copy.write(chunk, walk.stream(chunk))
         return copy
 
-    def _streams(self, name: str, *, dtype: torch.dtype) -> Streams:
-        shape = (*self.calibration.tokens.shape, self.source.config.hidden_size)
+    def _streams(self, name: str, *, dtype: torch.dtype, width: int) -> Streams:
+        shape = (*self.calibration.tokens.shape, width)
         device, folder = self.compute.device, self.compute.folder
         return Streams(shape, dtype=dtype, device=device, offload="disk", folder=folder, name=name)
+
+
+def _loss_of_structure(walk: LayerWalk, stream: Tensor, tokens: Tensor) -> Tensor:
+    logits = walk.logits(stream)[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
 @contextmanager

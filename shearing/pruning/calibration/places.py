@@ -99,6 +99,11 @@ def num_blocks(source: Source) -> int:
     return blocks
 
 
+def num_layers(source: Source) -> int:
+    """Decoder layers, which a text goes through one after the other; see `num_blocks`."""
+    return num_blocks(source) if source.structure is None else source.structure.num_layers
+
+
 def matrices_of(source: Source) -> list[Matrix]:
     """Every linear layer inside the decoder layers, layer by layer; see `num_blocks`."""
     if source.structure is not None:

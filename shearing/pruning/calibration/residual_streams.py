@@ -42,6 +42,11 @@ class Streams:
         else:
             self._all = torch.empty(shape, dtype=dtype, device=device if offload == "none" else "cpu")
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self._all.shape[-1]
+
     def read(self, chunk: slice) -> Tensor:
         """Streams [B, S, d] of some sequences, on the device."""
         return self._all[chunk].to(self._device, copy=True)

@@ -17,11 +17,13 @@ class Share:
         batch: the batch's number.
         inputs: the rows.
         of_batch: how much of the batch they are; 1.0 on one process.
+        numbers: of the rows in the whole text.
     """
 
     batch: int
     inputs: Inputs
     of_batch: float
+    numbers: range
 
 
 def shares_of(text: Sequence[Inputs], *, processes: Processes) -> list[Share]:
@@ -36,7 +38,8 @@ def shares_of(text: Sequence[Inputs], *, processes: Processes) -> list[Share]:
         rows = batch.tokens.shape[0]
         begin, stop = max(first - before, 0), min(end - before, rows)
         if begin < stop:
-            shares.append(Share(number, batch.part(begin, stop), (stop - begin) / rows))
+            numbers = range(before + begin, before + stop)
+            shares.append(Share(number, batch.part(begin, stop), (stop - begin) / rows, numbers))
         before += rows
     return shares
 

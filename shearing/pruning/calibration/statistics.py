@@ -89,6 +89,16 @@ class InputStatistics:
         if rank in (None, processes.rank):
             self.tokens, self.sequences = counts[0], int(counts[1])
 
+    def absorb(self, others: InputStatistics) -> None:
+        """Add what others have of other tokens, in place; both collect the same."""
+        self.sequences += others.sequences
+        self.tokens = self.tokens + others.tokens
+        parts = ((self._sums, others._sums), (self._squares, others._squares), (self._products, others._products))
+        for own, theirs in parts:
+            if own is not None:
+                assert theirs is not None
+                own += theirs
+
     @property
     def squares(self) -> Tensor:
         """Mean over sequences of the sum over tokens of x_j² [I]: `scaler_row` of the code released with Wanda."""

@@ -25,7 +25,7 @@ from shearing.pruning.calibration.places import Place, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.text import Calibration
-from shearing.pruning.calibration.walk import recorded_calls, run_layer
+from shearing.pruning.calibration.walk import after_layers, recorded_calls, run_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +78,7 @@ class LayerWalk:
         layers = anatomy_of(source.config).layers if structure is None else structure.layers
         assert layers is not None
         self._layers = layers
+        self._has_head = False
         _move_buffers(self._model, device=compute.device)
         self._calls: dict[int, list[Call]] = {}
         self._chunks: list[slice] = []
@@ -152,12 +153,7 @@ class LayerWalk:
             self._advance(1)
         for name, of_place in statistics.items():
             if not of_place.sequences and self._source.structure is not None:
-                raise ShearingError(
-                    "model",
-                    value=f"{name} in layer {layer}",
-                    allowed="linear layers that the calibration text goes through",
-                    mend=f"leave it dense: exclude '*.{name}'",
-                )
+                raise not_reached(f"{name} in layer {layer}", module=f"*.{name}")
             of_place.assume_alike_if_none()
             if not of_place.is_finite():
                 raise not_finite(f"layer {layer} ({name})")
@@ -181,6 +177,19 @@ class LayerWalk:
     def stream(self, chunk: slice) -> Tensor:
         """The residual streams [B, S, d] of some sequences as they are now, a copy on the compute device."""
         return self._streams.read(chunk)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token in the residual streams (d)."""
+        return self._streams.width
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """What a model that no family declares predicts [B, S, V] of streams [B, S, d] after its last layer."""
+        if not self._has_head:
+            self._fill_outside(self._model)
+            self._model.tie_weights()
+            self._has_head = True
+        return after_layers(self._model, self._modules(), stream)
 
     def pass_by(self) -> None:
         """Counts a pass that nobody needs."""
@@ -218,23 +227,32 @@ class LayerWalk:
     def _by_structure(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
         """The same, from all that there is outside of the layers and before the head."""
         model: Any = self._model.base_model
-        layers = [self._module(layer) for layer in range(len(self._model.get_submodule(self._layers)))]  # type: ignore[arg-type]
-        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        outside = {
-            self._stored_names[full]: name
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in inside
-            and (full := name if model is self._model else f"{self._model.base_model_prefix}.{name}")
-            in self._stored_names
-        }
-        stored = self._source.read(outside)
-        fill(model, names=outside, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
+        self._fill_outside(model)
+        layers = self._modules()
 
         def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
             ids = tokens.to(self._compute.device)
             return recorded_calls(layers, lambda: model(input_ids=ids, use_cache=False))
 
         return enter
+
+    def _fill_outside(self, model: nn.Module) -> None:
+        """Gives what is outside of the layers, and of towers that no text goes through, its weights."""
+        structure = self._source.structure
+        assert structure is not None
+        apart = [*self._modules(), *(self._model.get_submodule(tower) for tower in structure.towers)]
+        left = {id(parameter) for module in apart for parameter in module.parameters()}
+        prefix = "" if model is self._model else f"{self._model.base_model_prefix}."
+        outside = {
+            self._stored_names[f"{prefix}{name}"]: name
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in left and f"{prefix}{name}" in self._stored_names
+        }
+        stored = self._source.read(outside)
+        fill(model, names=outside, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
+
+    def _modules(self) -> list[nn.Module]:
+        return list(self._model.get_submodule(self._layers).children())
 
     def _module(self, layer: int) -> nn.Module:
         return self._model.get_submodule(f"{self._layers}.{layer}")
@@ -281,6 +299,16 @@ def not_finite(where: str) -> ShearingError:
         value=f"NaN or infinity in {where}",
         allowed="finite activations and weights",
         mend="compute in fp32 (precision: fp32), or check that the source model works on this text",
+    )
+
+
+def not_reached(what: str, *, module: str) -> ShearingError:
+    """The error about a linear layer of a model that no family declares, which text does not go through."""
+    return ShearingError(
+        "model",
+        value=what,
+        allowed="linear layers that the calibration text goes through",
+        mend=f"leave it dense: exclude '{module}'",
     )
 
 

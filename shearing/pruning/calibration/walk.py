@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError
 from shearing.models.stored.paging.passing import Call, Reached, layer_calls as layer_calls
 from shearing.pruning.calibration.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+_OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (lambda stream: stream, lambda stream: (stream, None, None))
+"""What layers may put out; a model knows which of the two its own do."""
 
 _MISTAKEN = (AttributeError, IndexError, TypeError, ValueError)
 """What a model raises when its layers put out a tensor where it wants a tuple."""
@@ -59,13 +64,50 @@ def recorded_calls(layers: Sequence[Any], forward: Callable[[], Any]) -> tuple[T
     Args:
         layers: its decoder layers, first to last; none is computed, nor is what comes after the last.
         forward: a pass through it.
+
+    Raises:
+        ShearingError: the pass does not go through all layers, one after the other.
     """
-    # A model knows which of the two its layers put out.
-    for output in (lambda stream: stream, lambda stream: (stream, None, None)):
+    for output in _OUTPUTS:
         streams, calls = _recorded(layers, forward, output=output)
         if len(calls) == len(layers) and all(stream.shape == streams[0].shape for stream in streams):
             return streams[0], calls
-    raise RuntimeError(f"a pass has not gone through {len(layers)} layers one after the other")
+    raise ShearingError(
+        "model",
+        value=f"a model whose text does not go through its {len(layers)} layers",
+        allowed="one that hands a stream of text, without images or sound, from each of its layers to the next",
+        mend="choose criterion magnitude, which reads no text, with allocation uniform or alpha",
+    )
+
+
+def after_layers(model: PreTrainedModel, layers: Sequence[Any], stream_BSD: Tensor) -> Tensor:
+    """Logits [B, S, V] that a model makes of what its last layer puts out, with gradient; no layer is computed.
+
+    Args:
+        model: predicts the next token; its layers may be without weights.
+        layers: its decoder layers, first to last.
+        stream_BSD: residual streams after the last.
+
+    Raises:
+        ShearingError: it makes no logits of them.
+    """
+    ids_BS = torch.zeros(stream_BSD.shape[:2], dtype=torch.int64, device=stream_BSD.device)  # any: it is not computed
+    for output in _OUTPUTS:
+
+        def stand_in(*arguments: Any, last: bool, output: Callable[[Tensor], Any] = output, **keywords: Any) -> Any:
+            return output(stream_BSD if last else arguments[0] if arguments else keywords["hidden_states"])
+
+        logits: Tensor | None = None
+        with _replaced(layers, [partial(stand_in, last=layer is layers[-1]) for layer in layers]), suppress(*_MISTAKEN):
+            logits = model(input_ids=ids_BS, use_cache=False).logits
+        if logits is not None and logits.shape[:-1] == stream_BSD.shape[:-1]:
+            return logits
+    raise ShearingError(
+        "model",
+        value=f"{type(model).__name__}, which makes no predictions of what its last layer puts out",
+        allowed="a model of text that does, where gradients of the loss are wanted",
+        mend="choose a criterion without gradients, and allocation owl, depth, alpha or redundancy",
+    )
 
 
 def _recorded(
@@ -83,16 +125,30 @@ def _recorded(
             raise Reached
         return output(stream)
 
-    try:
-        for layer in layers:
-            layer.forward = record
-        # What records must not be compiled into the layers.
-        with torch.compiler.set_stance("force_eager"), suppress(Reached, *_MISTAKEN):
-            forward()
-    finally:
-        for layer in layers:
-            del layer.forward
+    # What records must not be compiled into the layers.
+    with (
+        _replaced(layers, [record] * len(layers)),
+        torch.compiler.set_stance("force_eager"),
+        suppress(Reached, *_MISTAKEN),
+    ):
+        forward()
     return streams, calls
+
+
+@contextmanager
+def _replaced(layers: Sequence[Any], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Functions in place of what layers compute, while the context lasts."""
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer, function in zip(layers, functions, strict=True):
+            layer.forward = function
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
 
 
 def first_inputs(model: PreTrainedModel, batches: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:

@@ -270,37 +270,56 @@ def _settings(
 
 
 def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
-    """What may be pruned; of a model that no family declares by text that is its decoder layers.
+    """What may be pruned; of a model that no family declares its decoder layers, where layers are walked through.
 
     Raises:
-        ShearingError: the recipe wants of such a model what takes more than its linear layers.
+        ShearingError: the recipe wants of such a model what takes more than its structure tells.
     """
     matrices, structure = matrices_of(source), source.structure
     if structure is None:
         return matrices
-    wanted = {
-        "evaluate": (recipe.evaluate is not None, "unset"),
-        "allocation": (recipe.allocation != "uniform" and not isinstance(recipe.allocation, Path), "uniform"),
-        "criterion": ("gradients" in criteria()[recipe.criterion].needs, "one that needs no gradients"),
-    }
-    for field, (asked, allowed) in wanted.items():
-        if asked:
-            raise ShearingError(
-                field,
-                value=str(getattr(recipe, field)),
-                allowed=f"{allowed}, for {source.config.model_type!r}, of which only the linear layers are known: "
-                f"families are {', '.join(sorted(FAMILIES))}",
-                mend=f"set {field} to that, or declare the family under shearing/models/families",
-            )
-    if not recipe.needs_text:
+    if recipe.evaluate is not None:
+        raise ShearingError(
+            "evaluate",
+            value=str(recipe.evaluate),
+            allowed=f"unset, for {source.config.model_type!r}, of which only the linear layers are known: families are "
+            f"{', '.join(sorted(FAMILIES))}",
+            mend="leave evaluate out, or declare the family under shearing/models/families",
+        )
+    if not recipe.needs_text and recipe.allocation != "depth":
         return matrices
+    field = "criterion" if recipe.pruning_reads_text else "allocation"
+    others = {
+        "criterion": "what reads no text, as magnitude",
+        "allocation": "uniform, alpha, or redundancy by magnitude",
+    }
     if structure.layers is None:
         raise ShearingError(
-            "criterion",
-            value=recipe.criterion,
-            allowed=f"what reads no text, as magnitude: {type(structure.model).__name__} is no model of text alone "
-            "whose layers can be walked through one after the other",
-            mend="choose criterion magnitude",
+            field,
+            value=str(getattr(recipe, field)),
+            allowed=f"{others}: {type(structure.model).__name__} is no model that predicts text by layers which "
+            "can be walked through one after the other",
+            mend="choose criterion magnitude with such an allocation",
+        )
+    if recipe.include_towers and structure.towers:
+        raise ShearingError(
+            "include_towers",
+            value=True,
+            allowed=f"false with {field} {getattr(recipe, field)}: text goes through the text's layers alone, and not "
+            f"through {', '.join(structure.towers)}",
+            mend="set include_towers=false, or choose criterion magnitude with allocation uniform or alpha",
+        )
+    members = [
+        {linear.member for linear in structure.linears if linear.block == layer}
+        for layer in range(structure.num_layers)
+    ]
+    if unlike := next((layer for layer, found in enumerate(members) if found != members[0]), None):
+        raise ShearingError(
+            field,
+            value=str(getattr(recipe, field)),
+            allowed=f"{others}: layers of {source.config.model_type!r} are not alike, {unlike} has other linear "
+            f"layers than 0: {', '.join(sorted(members[0] ^ members[unlike])[:5])}",
+            mend="choose criterion magnitude with such an allocation",
         )
     return [matrix for matrix in matrices if matrix.layer < structure.num_layers]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.gradients import read_gradients
-from shearing.pruning.calibration.places import Place, matrices_of, num_blocks, places_in, weight_of
+from shearing.pruning.calibration.places import Place, matrices_of, num_blocks, num_layers, places_in, weight_of
 from shearing.pruning.calibration.statistics import InputStatistics
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, chunks_of, not_finite
 from shearing.pruning.calibration.text import Calibration
@@ -57,7 +57,7 @@ def units_of_work(source: Source, *, method: Method, calibration: Calibration | 
     if calibration is None or not method.needs_text:
         return num_blocks(source)
     passes = len(_groups(places_in(source), method=method)) + 1
-    return _num_layers(source) * passes * len(chunks_of(calibration, compute=compute))
+    return num_layers(source) * passes * len(chunks_of(calibration, compute=compute))
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def prune_layers(
         _prune_blocks(source, method=method, compute=compute, pruned_layers=pruned_layers, advance=advance)
         return
     pruning = _Pruning(source, method=method, calibration=calibration, compute=compute, advance=advance)
-    last = _num_layers(source) - 1
+    last = num_layers(source) - 1
     for layer in range(last + 1):
         if layer in pruned_layers:
             pruning.skip(layer, pruned_layers.weights(layer), propagate=layer < last)
@@ -117,11 +117,6 @@ def _prune_blocks(
             seconds = {"forward": 0.0, "metric": time.perf_counter() - started}
             pruned_layers.save(block, pruned, facts={"seconds": seconds})
         advance(1)
-
-
-def _num_layers(source: Source) -> int:
-    """Layers that a text goes through."""
-    return num_blocks(source) if source.structure is None else source.structure.num_layers
 
 
 def _prune_matrix(

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from shearing.pruning.structured.masking import Masking
     from shearing.pruning.structured.parameter_budget import ParameterBudget
     from shearing.pruning.structured.recipe import PruneRecipe
-    from shearing.pruning.structured.refitting import refit
+    from shearing.pruning.structured.refitting.linear import Refitted, refit
+    from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 
 __all__ = [
     "METRICS",
+    "BlockRefitRecipe",
     "Constraint",
     "Evidence",
     "Granularity",
@@ -32,6 +34,7 @@ __all__ = [
     "MetricFacts",
     "ParameterBudget",
     "PruneRecipe",
+    "Refitted",
     "Scores",
     "fold_means",
     "granularities_of",
@@ -43,6 +46,7 @@ __all__ = [
 __getattr__ = late(
     __name__,
     {
+        "BlockRefitRecipe": "refitting.recipe",
         "Constraint": "constraint",
         "Evidence": "importance.metric",
         "Granularity": "granularities",
@@ -55,11 +59,12 @@ __getattr__ = late(
         "MetricFacts": "importance.registry",
         "ParameterBudget": "parameter_budget",
         "PruneRecipe": "recipe",
+        "Refitted": "refitting.linear",
         "Scores": "importance.metric",
         "fold_means": "importance.inputs.mean_bias",
         "granularities_of": "granularities",
         "metric_of": "importance.registry",
-        "refit": "refitting",
+        "refit": "refitting.linear",
         "with_biases": "importance.inputs.mean_bias",
     },
 )

@@ -13,6 +13,7 @@ from shearing.errors import ShearingError, key
 from shearing.pruning.structured.estimators.registry import ESTIMATORS, no_budget
 from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.masking.facts import MASKINGS
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Fraction, Positive, formerly
 from shearing.training.recipe import StageRecipe
@@ -89,6 +90,14 @@ class PruneRecipe(StageRecipe):
         description="Before the first step, refit the weights that stay so that they make up for the units that a "
         "graded start closes (least squares, layer by layer); only with sparsity_warmup 0.",
     )
+    refit_ridge: Positive | Literal["auto"] = Field(
+        1.5,
+        description="How strongly `compensate` holds weights where they are, as a share of what they read. auto: for "
+        "each matrix the one whose refit to four fifths of the calibration text leaves least on the other fifth.",
+    )
+    block_refit: BlockRefitRecipe | None = Field(
+        None, description="Steps of each block by itself after `compensate`; null: none."
+    )
     log_alpha_limit: Positive = Field(
         10.0,
         description="log_alpha stays within plus and minus this; at the released code's 4.605 (ln 100) even a unit "
@@ -106,7 +115,13 @@ class PruneRecipe(StageRecipe):
         "none",
         description="pca: the residual stream is first rotated into the principal components of what norms read on "
         "`calibration_tokens`, so that hidden dimensions that go are directions. The rotated model computes the same "
-        "function; but where the head is the embedding, the last norm's gain is fitted, and what that loses is said.",
+        "function; where the head is the embedding, see rotate_tied.",
+    )
+    rotate_tied: Literal["refuse", "untie", "diagonal"] = Field(
+        "refuse",
+        description="Of a rotation where the head is the embedding, so that the last norm's gain has no place to go. "
+        "untie: the head becomes a matrix of its own, in the result too, and parameters count it; diagonal: the gain "
+        "is fitted, which changes the function by what is said; refuse: neither.",
     )
     moments_of: Path | None = Field(
         None,
@@ -122,6 +137,11 @@ class PruneRecipe(StageRecipe):
     freeze: Duration = Field(
         Duration(fraction=0.5), description="Last stretch in which masks are fixed at the exact target shape."
     )
+
+    @property
+    def unties(self) -> bool:
+        """Whether a rotation gives a tied head weights of its own."""
+        return self.rotate != "none" and self.rotate_tied == "untie"
 
     def refits(self, *, sequence_length: int) -> bool:
         """Whether the weights that stay are refitted before the first step, as `compensate` says.
@@ -232,6 +252,22 @@ def estimator_contradictions(prune: PruneRecipe, *, budget: bool) -> Iterator[Sh
     """
     if budget and not ESTIMATORS[prune.estimator].budgets:
         yield no_budget(prune.estimator)
+
+
+def refit_contradictions(prune: PruneRecipe, *, sequence_length: int) -> Iterator[ShearingError]:
+    """Steps of blocks after a refit that there is not.
+
+    Args:
+        prune: the section.
+        sequence_length: tokens of a sequence.
+    """
+    if prune.block_refit is not None and not prune.refits(sequence_length=sequence_length):
+        yield ShearingError(
+            "block_refit",
+            value=f"{prune.block_refit.steps} steps",
+            allowed=f"steps after a refit: {key('compensate')}, a graded start and no {key('sparsity_warmup')}",
+            mend=f"set those, or {key('block_refit')}=null",
+        )
 
 
 def granularity_contradictions(prune: PruneRecipe) -> Iterator[ShearingError]:

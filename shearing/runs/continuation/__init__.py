@@ -1,1 +1,1 @@
-"""How a run goes on: with the same recipe, with other keys, or as another run from a checkpoint."""
+"""How a run goes on: with the same recipe, with other keys, as another run from a checkpoint, in several sizes."""

@@ -160,7 +160,7 @@ def _set_aside(run: RunDirectory, *, step: int) -> None:
         flush_folder(run.pretrain)
     if not mark.is_file():
         return
-    for model in (run.model, run.kept_tokens):
+    for model in (run.model, run.kept_tokens, run.family):
         if model.is_dir():
             aside = run.path / f"{model.name}-step-{step:08d}"
             shutil.rmtree(aside, ignore_errors=True)  # of the same step
@@ -168,7 +168,8 @@ def _set_aside(run: RunDirectory, *, step: int) -> None:
     evaluation = read_json(run.evaluation) if run.evaluation.is_file() else {"models": {}}
     if "final" in evaluation["models"]:
         write_json(run.path / f"evaluation-step-{step:08d}.json", evaluation)
-        del evaluation["models"]["final"]
+        for name in [name for name in evaluation["models"] if name == "final" or name.startswith("family-")]:
+            del evaluation["models"][name]
         write_json(run.evaluation, evaluation)
 
 
@@ -302,7 +303,7 @@ def _put_together(run: RunDirectory, recipe: Recipe, *, checkpoint: Path, to: Pa
             if run.folder(stage).is_dir():
                 _take_over(run.folder(stage), new.folder(stage), without=run.path / "prune" / "checkpoints")
         _take_over(checkpoint, new.checkpoints("pretrain") / checkpoint.name)
-        for path in run.pretrain.glob("*.json*"):
+        for path in (*run.pretrain.glob("*.json*"), *run.pretrain.glob(run.family_masks.name)):
             if not path.name.startswith(run.complete("pretrain").stem):
                 shutil.copyfile(path, new.pretrain / path.name)
         if changes:

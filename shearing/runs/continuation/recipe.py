@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -92,3 +92,27 @@ def cascade_contradictions(cascade: CascadeRecipe, *, target: TargetRecipe) -> I
         yield ShearingError(
             "duration", value=str(cascade.duration), allowed="at least a step", mend="write a share, as 25%"
         )
+
+
+_BESIDE_A_FAMILY = {
+    "cascade": "none with a family: one has sizes one after the other, the other all at once",
+    "distill.hidden": "none with a family, as residual streams of different widths do not compare",
+    "target.parameters": "null with a family: the largest size by name, as the others are parts of it",
+    "target.vocab_size": "null with a family, as all sizes share an embedding",
+}
+
+
+def beside_a_family(found: Mapping[str, object]) -> Iterator[ShearingError]:
+    """Keys of a run that do not go with several sizes out of one training.
+
+    Args:
+        found: by key; None where there is nothing.
+    """
+    for key, value in found.items():
+        if value is not None:
+            yield ShearingError(
+                key,
+                value=value if isinstance(value, int | str) else "a section",
+                allowed=_BESIDE_A_FAMILY.get(key, "none with a family, which trains all weights of all its sizes"),
+                mend=f"set {key}=null, or family=null",
+            )

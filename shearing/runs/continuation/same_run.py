@@ -64,7 +64,7 @@ def _is_used(key: str, *, directory: RunDirectory, one_schedule: bool) -> bool:
     section = key.partition(".")[0]
     if one_schedule and key == "pretrain.duration":
         return directory.prune.exists() or directory.pretrain.exists()
-    if section == "pretrain" or key == "mixture.pretrain_interval":
+    if section in ("pretrain", "family") or key == "mixture.pretrain_interval":
         return directory.pretrain.exists()
     if section == "sparsify":
         return directory.sparsify.exists() or directory.pretrain.exists()

@@ -39,7 +39,7 @@ from shearing.runs.export.gguf_file import (
 from shearing.runs.export.hub import files_to_push, push, require_repository_name
 from shearing.runs.export.origin import Origin, open_origin
 from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
-from shearing.runs.stages.pretrain_start import way_of
+from shearing.runs.stages.pretraining.start import way_of
 from shearing.settings.quantities import format_parameters
 
 NAMES = {

@@ -21,7 +21,7 @@ from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.pretrain_start import Start, moved_masks, result_dtype
+from shearing.runs.stages.pretraining.start import Start, moved_masks, result_dtype
 from shearing.training.adapters.recipe import AdapterRecipe
 from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of
 from shearing.training.checkpoints.pieces import ShardedState

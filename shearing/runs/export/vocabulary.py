@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.token_usage import token_counts
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
 from shearing.files.tensors import read_header
-from shearing.models.anatomy import anatomy_of
+from shearing.models.anatomy import anatomy_of, head_weight
 from shearing.models.stored.cut_vocabulary import KEPT, cut_vocabulary
+from shearing.models.stored.paging.on_demand import on_demand, weights_here
+from shearing.models.stored.stored_model import open_source
 
 TOKENS = 65_536
 """Test tokens of each domain whose text is tokenised before and after."""
@@ -64,7 +67,7 @@ def cut_to_corpus(
         folder: see `cut_vocabulary`.
         corpus: tokenised as the model is.
         size: rows, or `auto`.
-        whole: the folder's model before, in fp32 on the CPU.
+        whole: the folder's model before, in fp32 on the CPU, or with weights that come on demand.
         masks: of a sparse model, whose manifest is to be written afterwards: it names sizes of files.
 
     Raises:
@@ -130,14 +133,20 @@ def _texts(corpus: Corpus, *, tokenizer: Tokenizer) -> Iterator[str]:
 @torch.no_grad()
 def _difference(folder: Path, *, whole: PreTrainedModel, ids: list[int], kept: list[int]) -> float:
     """How far logits of kept tokens are from those of the whole model, relatively."""
-    cut = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    old = torch.tensor(kept)
-    found = cut(torch.tensor([ids]), use_cache=False).logits.double()
-    expected = whole.eval()(old[ids][None], use_cache=False).logits[..., old].double()
+    files = open_source(str(folder), revision=None, converted=folder.with_name(f"{folder.name}.converted"))
+    cut, old = on_demand(files, device=torch.device("cpu")), torch.tensor(kept)
+    found = _logits(cut, torch.tensor([ids]))
+    expected = _logits(whole.eval(), old[ids][None])[..., old]
     apart = float((found - expected).norm() / expected.norm())
     if not apart <= _LARGEST_DIFFERENCE:
         raise _differs(f"logits of kept tokens differ by {apart:.3g}")
     return apart
+
+
+def _logits(model: PreTrainedModel, tokens_BS: Tensor) -> Tensor:
+    with weights_here(head_weight(model)):
+        logits_BSV: Tensor = model(tokens_BS, use_cache=False).logits
+        return logits_BSV.double()
 
 
 def _differs(value: str) -> ShearingError:

@@ -9,8 +9,9 @@ import torch
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
-from shearing.runs.planning.hardware import gpu_of
-from shearing.runs.planning.plan import USABLE, Hardware, RunPlan, StagePlan, plan, what_would_fit
+from shearing.runs.planning.hardware import USABLE, Hardware, gpu_of
+from shearing.runs.planning.plan import RunPlan, plan, what_would_fit
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import gigabytes
 from shearing.runs.recipe import Recipe, split_batch
 from shearing.runs.run_directory import Stage
@@ -110,7 +111,7 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         # The teacher is whole beside it.
         heard = each.listening
         memory = loaded(each.shape, recipe=recipe, made=made)
-        memory += 0 if heard is None else heard.number_bytes * heard.shape.num_parameters()
+        memory += 0 if heard is None else heard.loaded
         yield _Need(what=f"loading for {each.stage}", memory=memory, certain=_is_known(made, each))
         step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from shearing.models.families.axes import count
 from shearing.models.shape import Shape
 from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.structured.recipe import PruneRecipe
@@ -18,45 +20,86 @@ _BYTES_OF_WEIGHT = 4
 _SEQLEN = 2048  # of calibration text, where the recipe does not say; models that can read less read less
 
 
-def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters: int) -> int:
+def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters: int, moving: int = 0) -> int:
     """Of all checkpoints of a stage that can be there at the same time, with the one that is being written.
 
     Args:
         settings: of the stage.
         sequence_length: tokens of a sequence.
         parameters: of the model that is trained.
+        moving: those of them whose masks move: what is dropped of them is set aside.
     """
     forever = int(settings.schedule == "wsd")  # that before the decay
     if settings.keep_every is not None:
         every = settings.in_steps(settings.keep_every, sequence_length=sequence_length)
         forever += settings.total_steps(sequence_length=sequence_length) // max(1, every)
     # One more than is kept: it is whole beside the others before the oldest goes.
-    return CHECKPOINT_BYTES_PER_PARAMETER * parameters * (settings.keep_last + 1 + forever)
+    of_one = CHECKPOINT_BYTES_PER_PARAMETER * parameters + _BYTES_OF_WEIGHT * moving
+    return of_one * (settings.keep_last + 1 + forever)
 
 
-def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None) -> int:
-    """Bytes that a run has at most.
+def moving_weights(recipe: Recipe, *, shape: Shape) -> int:
+    """Weights whose masks move in the end, at most: some matrices may stay dense.
+
+    Args:
+        recipe: of the run.
+        shape: of the model that is trained in the end.
+    """
+    if recipe.pretrain.ast is None:
+        return 0
+    matrices = [each for part in (shape.family.attention, shape.family.mlp) for each in part.linears]
+    entries: int = count((each for each in matrices if len(each.axes) > 1), shape.units())
+    return shape.num_hidden_layers * entries
+
+
+def refitted_bytes(recipe: Recipe, *, source: Shape) -> int:
+    """Bytes of the refitted layers, which are in the run's folder until training begins; at most.
+
+    One process that holds all weights refits in memory.
+    """
+    if recipe.prune is None or not recipe.prune.refits(sequence_length=recipe.data.sequence_length):
+        return 0
+    return _BYTES_OF_WEIGHT * source.num_hidden_layers * sum(source.layer_parameters())
+
+
+def rotated_bytes(recipe: Recipe, *, source: Shape) -> int:
+    """Bytes of the source in another basis, which is in the run's folder until mask learning is complete."""
+    if recipe.prune is None or recipe.prune.rotate == "none":
+        return 0
+    return _BYTES_OF_WEIGHT * source.num_parameters()
+
+
+def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = ()) -> int:
+    """Bytes that a run has at most at the same time.
 
     Args:
         recipe: of the run.
         source: shape of its source model.
         target: what that is cut to; None where a budget leaves it open, or no units are pruned.
+        family: shapes of the smaller sizes that are cut out of the final model.
     """
     budget = None if recipe.target is None else recipe.target.parameters
     final = (source if target is None else target).num_parameters() if budget is None else budget
-    total = 0
+    # Before training there is nothing else; what goes after mask learning is there beside what that leaves.
+    rotated = rotated_bytes(recipe, source=source)
+    total, on_the_way = 0, rotated + refitted_bytes(recipe, source=source)
     for stage, settings in recipe.training_stages.items():
         parameters = source.num_parameters() if stage == "prune" else final
-        total += checkpoint_bytes(settings, sequence_length=recipe.data.sequence_length, parameters=parameters)
+        moving = 0 if stage == "prune" else moving_weights(recipe, shape=target or source)
+        length = recipe.data.sequence_length
+        total += checkpoint_bytes(settings, sequence_length=length, parameters=parameters, moving=moving)
         # prune/ ends in its weights; the moments that are carried, compact/ and model/ are of the target's size.
         models = 1 if isinstance(settings, PruneRecipe) else 4 if recipe.pretrain.carries else 2
         total += parameters * _BYTES_OF_WEIGHT * models
+        if stage == "prune":
+            on_the_way = max(on_the_way, rotated + total)
+    total += sum(shape.num_parameters() * _BYTES_OF_WEIGHT for shape in family)
     if recipe.target is not None and recipe.target.vocab_size is not None:
         total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
         total += gradient_bytes(recipe, shape=target or source)
-    return total
+    return max(total, on_the_way)
 
 
 def gradient_bytes(recipe: Recipe, *, shape: Shape) -> int:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost
+from shearing.runs.planning.memory import Memory
 
 _NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions"
 _H100 = "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"
@@ -215,3 +218,62 @@ def flops_of(cost: Cost, source: Shape, *, sequence_length: int) -> float:
     # A backward pass takes twice the forward pass, which `forward_tokens` counts.
     tokens = cost.forward_tokens + 2 * cost.backward_tokens
     return tokens * forward_flops_per_token(source, sequence_length=sequence_length) + cost.other_flops
+
+
+Fit = Literal["yes", "tight", "no", "?"]
+
+USABLE = 0.9
+"""Share of a GPU: CUDA's context, the workspaces of libraries and fragmentation want about a tenth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What to plan for.
+
+    Attributes:
+        processes: one on each GPU.
+        name: the GPU as it was named, or "cpu".
+        gpu: its row of the table; None if it has none.
+        memory: bytes of one GPU; None if unknown.
+        mfu: share of the peak that training reaches.
+    """
+
+    processes: int
+    name: str
+    gpu: GPU | None
+    memory: int | None
+    mfu: float
+
+    @classmethod
+    def of(cls, *, processes: int | None, gpu: str | None, gigabytes: float | None, mfu: float) -> Hardware:
+        """What the user gave, and for the rest what is here.
+
+        Raises:
+            ShearingError: a number that cannot be.
+        """
+        for field, value, valid, allowed in (
+            ("--gpus", processes, processes is None or processes >= 1, "at least 1"),
+            ("--memory", gigabytes, gigabytes is None or gigabytes > 0, "more than 0 (GB)"),
+            ("--mfu", mfu, 0 < mfu <= 1, "more than 0 and at most 1: 0.4 is usual"),
+        ):
+            if not valid:
+                raise ShearingError(field, value=value, allowed=allowed, mend="correct the value, or leave it out")
+        here = torch.cuda.is_available()
+        name = gpu or (torch.cuda.get_device_name() if here else "cpu")
+        known = gpu_of(name)
+        memory = known.memory if known else None
+        if gigabytes is not None:
+            memory = int(gigabytes * 1e9)
+        elif gpu is None and here:
+            memory = torch.cuda.get_device_properties(0).total_memory
+        return cls(
+            processes=processes or max(1, torch.cuda.device_count()), name=name, gpu=known, memory=memory, mfu=mfu
+        )
+
+    def fit(self, memory: Memory) -> Fit:
+        """Whether a GPU can hold that."""
+        if self.memory is None:
+            return "?"
+        if memory.total <= USABLE * self.memory:
+            return "yes"
+        return "tight" if memory.total <= self.memory else "no"

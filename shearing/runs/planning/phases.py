@@ -16,11 +16,14 @@ from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.masking.recipe import FamilyRecipe
+from shearing.pruning.structured.refitting.linear import refit_cost
+from shearing.runs.continuation.family import importance_of
 from shearing.runs.planning.capacity import loaded, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
-from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
-from shearing.runs.planning.plan import RunPlan, StagePlan, num_domains
+from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
+from shearing.runs.planning.plan import RunPlan, num_domains
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.recipe import Recipe
 
 
@@ -71,6 +74,8 @@ def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
 
 def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     for stage in made.stages:
+        if stage.stage == "prune" and made.rotated:
+            yield _rotation(recipe, made=made)
         held = loaded(stage.shape, recipe=recipe, made=made)
         if held == _fp32(stage.shape):
             held += _copies(stage.shape, made=made)
@@ -78,15 +83,23 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         yield Phase(
             what=f"{stage.stage}: load",
             processes=made.hardware.processes,
-            memory=loaded(stage.shape, recipe=recipe, made=made)
-            + (0 if heard is None else heard.number_bytes * heard.shape.num_parameters()),
+            memory=loaded(stage.shape, recipe=recipe, made=made) + (0 if heard is None else heard.loaded),
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
         if stage is made.stages[0]:
             yield from _reference(recipe, stage=stage, made=made, held=held)
         if stage.stage == "prune":
             yield from _choice(recipe, made=made, held=held)
+        if stage.stage == "pretrain" and recipe.family is not None:
+            yield _sorting(recipe, family=recipe.family, shape=stage.shape, made=made, held=held)
         yield from _training(recipe, stage=stage, made=made)
+        if stage.stage == "pretrain" and made.family:
+            yield Phase(
+                what=f"pretrain: cut {len(made.family)} sizes",
+                processes=1,
+                host=one_layer(stage.shape),
+                disk=sum(_fp32(stage.shape) + _fp32(shape) for shape in made.family.values()),
+            )
         if stage.stage == "prune" and made.target is not None:
             yield Phase(
                 what="cut",
@@ -95,6 +108,19 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
                 disk=_fp32(stage.shape) + _fp32(made.target),
             )
     yield from _evaluation(recipe, made=made)
+
+
+def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
+    """The main process finds the basis, and writes the source in it."""
+    length = recipe.data.sequence_length
+    tokens = whole_rows(recipe.pruning.prune.calibration_tokens, sequence_length=length) * length
+    return Phase(
+        what="prune: rotate",
+        processes=1,
+        memory=_fp32(made.source),
+        disk=2 * made.source.num_parameters() + made.rotated,
+        flops=forward_flops_per_token(made.source, sequence_length=length) * tokens,
+    )
 
 
 def _reference(recipe: Recipe, *, stage: StagePlan, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -127,13 +153,44 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
-        cost = refit_cost(made.source, target=made.target, text_tokens=rows * length)
+        cost = refit_cost(
+            made.source,
+            target=made.target,
+            text_tokens=rows * length,
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            sequence_length=length,
+        )
         yield Phase(
             what="prune: refit",
             processes=made.hardware.processes,
             memory=held,
+            disk=made.refitted if _refits_through_files(recipe, made=made) else 0,
             flops=_flops(cost, made=made, length=length),
         )
+
+
+def _refits_through_files(recipe: Recipe, *, made: RunPlan) -> bool:
+    """Whether refitted layers are written: one process that holds all weights changes them where they are."""
+    alone = made.hardware.processes == 1
+    return not (alone and recipe.training.holds_all_in_fp32(bf16=made.precision == torch.bfloat16))
+
+
+def _sorting(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, made: RunPlan, held: int) -> Phase:
+    """What sorts the units of a family."""
+    length = recipe.data.sequence_length
+    rows = whole_rows(family.calibration_tokens, sequence_length=length)
+    name = importance_of(recipe, family=family)
+    text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
+    smallest = list(made.family.values())[-1]
+    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=smallest, seed=recipe.seed)
+    cost = metric_of(name).cost(shape, evidence=evidence)
+    return Phase(
+        what=f"pretrain: importance ({METRICS[name].title})",
+        processes=made.hardware.processes,
+        memory=held,
+        flops=flops_of(cost, shape, sequence_length=length),
+    )
 
 
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
@@ -160,7 +217,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
         processes=made.hardware.processes,
         memory=memory.total,
         host=memory.host + memory.staging,
-        disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters(),
+        disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters() + FP32 * stage.workload.moving,
         times=stage.steps // max(1, settings.in_steps(settings.checkpoint_interval, sequence_length=length)),
     )
 
@@ -172,6 +229,7 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     models = [made.source, target]
     if recipe.prune is not None:
         models += [target] * (1 + len(recipe.evaluation.baselines))
+    models += made.family.values()
     flops = None
     if domains is not None:
         tokens = domains * whole_rows(recipe.evaluation.tokens_per_domain, sequence_length=length) * length

@@ -6,10 +6,9 @@ Everything follows from the recipe and the source's config; neither weights nor 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,213 +21,23 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
+from shearing.pruning.structured.rounding import every_granularity
+from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
-from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes
-from shearing.runs.planning.hardware import GPU, forward_flops_per_token, gpu_of, training_flops_per_token
-from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Memory, Sharding, Workload, ZeroStage
-from shearing.runs.planning.traced_step import StepModel, Taught, measure
+from shearing.runs.planning.advice import advice_for, least_changes
+from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes, moving_weights, refitted_bytes, rotated_bytes
+from shearing.runs.planning.hardware import Hardware, forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.memory import Listening, Workload
+from shearing.runs.planning.step.stage_plan import Choice, StagePlan, layerwise_of, workload_at
+from shearing.runs.planning.step.traced_step import StepModel, Taught
 from shearing.runs.recipe import Recipe, TrainingStage
 from shearing.training.device import resolve_device, resolve_precision
-from shearing.training.engines.facts import ENGINES
 from shearing.training.stage import PREFETCHED_STEPS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Fit = Literal["yes", "tight", "no", "?"]
-
-USABLE = 0.9
-"""Share of a GPU: CUDA's context, the workspaces of libraries and fragmentation want about a tenth."""
-
-_CHECKPOINTING: Sequence[Checkpointing] = ("none", "selective", "full")
-ZERO_STAGES: Sequence[ZeroStage] = (0, 1, 2, 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """What to plan for.
-
-    Attributes:
-        processes: one on each GPU.
-        name: the GPU as it was named, or "cpu".
-        gpu: its row of the table; None if it has none.
-        memory: bytes of one GPU; None if unknown.
-        mfu: share of the peak that training reaches.
-    """
-
-    processes: int
-    name: str
-    gpu: GPU | None
-    memory: int | None
-    mfu: float
-
-    @classmethod
-    def of(cls, *, processes: int | None, gpu: str | None, gigabytes: float | None, mfu: float) -> Hardware:
-        """What the user gave, and for the rest what is here.
-
-        Raises:
-            ShearingError: a number that cannot be.
-        """
-        for field, value, valid, allowed in (
-            ("--gpus", processes, processes is None or processes >= 1, "at least 1"),
-            ("--memory", gigabytes, gigabytes is None or gigabytes > 0, "more than 0 (GB)"),
-            ("--mfu", mfu, 0 < mfu <= 1, "more than 0 and at most 1: 0.4 is usual"),
-        ):
-            if not valid:
-                raise ShearingError(field, value=value, allowed=allowed, mend="correct the value, or leave it out")
-        here = torch.cuda.is_available()
-        name = gpu or (torch.cuda.get_device_name() if here else "cpu")
-        known = gpu_of(name)
-        memory = known.memory if known else None
-        if gigabytes is not None:
-            memory = int(gigabytes * 1e9)
-        elif gpu is None and here:
-            memory = torch.cuda.get_device_properties(0).total_memory
-        return cls(
-            processes=processes or max(1, torch.cuda.device_count()), name=name, gpu=known, memory=memory, mfu=mfu
-        )
-
-    def fit(self, memory: Memory) -> Fit:
-        """Whether a GPU can hold that."""
-        if self.memory is None:
-            return "?"
-        if memory.total <= USABLE * self.memory:
-            return "yes"
-        return "tight" if memory.total <= self.memory else "no"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The settings that decide what a step holds, beside the micro-batch.
-
-    Attributes:
-        zero_stage: DeepSpeed's, or the one that holds what the engine holds; 0: the torch engine.
-        checkpointing: `training.activation_checkpointing`.
-        offload_optimizer, offload_parameters: whether they are in host memory.
-        layerwise: how FSDP2 shares out, where that is the engine.
-    """
-
-    zero_stage: ZeroStage
-    checkpointing: Checkpointing
-    offload_optimizer: bool
-    offload_parameters: bool
-    layerwise: Layerwise | None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Choice:
-        """The recipe's."""
-        training, deepspeed = recipe.training, recipe.training.deepspeed
-        holds_as = ENGINES[training.engine].holds_as
-        return cls(
-            zero_stage=deepspeed.zero_stage if holds_as is None else holds_as,
-            checkpointing=training.activation_checkpointing,
-            offload_optimizer=deepspeed.offload_optimizer == "cpu",
-            offload_parameters=deepspeed.offload_parameters == "cpu",
-            layerwise=_layerwise(recipe) if training.engine == "fsdp2" else None,
-        )
-
-    def sharding(self, processes: int) -> Sharding:
-        """What it shares out among so many processes."""
-        return Sharding(
-            processes=processes,
-            zero_stage=self.zero_stage,
-            offload_optimizer=self.offload_optimizer,
-            offload_parameters=self.offload_parameters,
-            layerwise=self.layerwise,
-        )
-
-    @property
-    def offloads(self) -> int:
-        """How much of it is in host memory."""
-        return int(self.offload_optimizer) + int(self.offload_parameters)
-
-    def shared_by_layers(self, layerwise: Layerwise) -> Choice:
-        """The same under FSDP2."""
-        return dataclasses.replace(
-            self, zero_stage=3, offload_optimizer=False, offload_parameters=False, layerwise=layerwise
-        )
-
-    def overrides(self, before: Choice) -> list[str]:
-        """What to add to a command to get this choice instead of the one before."""
-        changed = []
-        if self.layerwise != before.layerwise:
-            changed.append("training.fsdp2.sum_gradients=micro_batch")
-        if self.zero_stage != before.zero_stage:
-            changed += ["training.engine=deepspeed", f"training.deepspeed.zero_stage={self.zero_stage}"]
-        if self.checkpointing != before.checkpointing:
-            changed.append(f"training.activation_checkpointing={self.checkpointing}")
-        if self.offload_optimizer != before.offload_optimizer:
-            changed.append("training.deepspeed.offload_optimizer=cpu")
-        if self.offload_parameters != before.offload_parameters:
-            changed.append("training.deepspeed.offload_parameters=cpu")
-        return changed
-
-
-def _layerwise(recipe: Recipe) -> Layerwise:
-    settings = recipe.training.fsdp2
-    return Layerwise(reshard=settings.reshard_after_forward, sums_once=settings.sum_gradients == "step")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """What one training stage takes.
-
-    Attributes:
-        stage: which one.
-        model: what computes a step.
-        sequences: of a step, over all processes.
-        micro_batch_size: the recipe's; a process with fewer sequences of a step has a smaller one.
-        steps: optimiser steps.
-        tokens: training tokens.
-        workload: what one process computes in a step, with the recipe's settings.
-        flops: of training.
-        heldout_flops: of the held-out losses that the mixture follows; None where the domains are not known.
-        teacher_flops: of the model that is listened to.
-        seconds: of all; None where the GPU's peak is not known.
-        listening: the model that is listened to, as a process holds it; None: there is none.
-        processes: that share the work.
-        choice: the recipe's.
-        layerwise: how FSDP2 would share out.
-        disk: bytes of all checkpoints that are there at the same time.
-    """
-
-    stage: TrainingStage
-    model: StepModel
-    sequences: int
-    micro_batch_size: int
-    steps: int
-    tokens: int
-    workload: Workload
-    flops: float
-    heldout_flops: float | None
-    teacher_flops: float
-    seconds: float | None
-    listening: Listening | None
-    processes: int
-    choice: Choice
-    layerwise: Layerwise
-    disk: int
-
-    @property
-    def shape(self) -> Shape:
-        """Of the model it trains."""
-        return self.model.shape
-
-    def held(self, choice: Choice) -> Memory:
-        """Peak of one process under a choice, otherwise with the recipe's settings."""
-        workload = dataclasses.replace(self.workload, checkpointing=choice.checkpointing)
-        return measure(
-            self.model, workload=workload, sharding=choice.sharding(self.processes), listening=self.listening
-        )
-
-    def under_zero(self, zero_stage: ZeroStage) -> Memory:
-        """Peak of one process under a stage of ZeRO; 0: under the torch engine."""
-        return self.held(dataclasses.replace(self.choice, layerwise=None, zero_stage=zero_stage))
-
-    def under_fsdp2(self) -> Memory:
-        """Peak of one process under FSDP2."""
-        return self.held(self.choice.shared_by_layers(self.layerwise))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +52,15 @@ class RunPlan:
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
         budget: parameters to reach, where the recipe gives them instead of sizes.
+        family: shapes of the smaller sizes that are trained inside the last, by name.
         vocab_size: tokens that the final model keeps; `auto` those that the corpus uses, None all.
         choice: the recipe's.
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
         one_shot: weights are zeroed in between, which no other figure here is of.
         spooled: bytes of disk that this needs beside the model, for gradients.
+        rotated: bytes of disk that the source in another basis takes until mask learning is complete.
+        refitted: bytes of disk that refitted layers take until training begins; at most.
         stages: the training stages in order.
         advice: what to change, where the recipe's choice does not fit.
     """
@@ -260,12 +72,15 @@ class RunPlan:
     teacher: Shape | None
     target: Shape | None
     budget: int | None
+    family: Mapping[str, Shape]
     vocab_size: int | str | None
     choice: Choice
     within_documents: bool
     adapters: bool
     one_shot: bool
     spooled: int
+    rotated: int
+    refitted: int
     stages: Sequence[StagePlan]
     advice: str | None
 
@@ -282,7 +97,8 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     Raises:
         ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
     """
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    stored = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = config_as_cut(stored, prune=recipe.prune)
     source = Shape.of(config)
     target, budget = None, None
     if recipe.target is not None:
@@ -294,8 +110,13 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     if target is not None:
         trained = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
     configs: dict[TrainingStage, PretrainedConfig] = {"prune": config, "pretrain": trained}
+    family = family_shapes(recipe, source=config)
+    masked: dict[TrainingStage, tuple[str, ...]] = {
+        "prune": () if recipe.prune is None else _masked(recipe, source=source, target=None if budget else target),
+        "pretrain": _shrinking(list(family.values())[-1], source=target or source) if family else (),
+    }
     precision = _precision(recipe, hardware=hardware)
-    taught = _taught(recipe, source=config, precision=precision)
+    taught = _taught(recipe, source=stored, precision=precision)
     planned = [
         _stage_plan(
             recipe,
@@ -303,9 +124,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
             model=StepModel(
                 config=configs[stage],
                 attention=recipe.model.attn_implementation,
-                granularities=_masked(recipe, source=source, target=None if budget else target)
-                if stage == "prune"
-                else (),
+                granularities=masked[stage],
                 taught=taught,
             ),
             hardware=hardware,
@@ -323,14 +142,17 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         teacher=None if taught is None else Shape.of(taught.config),
         target=target,
         budget=budget,
+        family=family,
         vocab_size=None if recipe.target is None else recipe.target.vocab_size,
         choice=choice,
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
         spooled=gradient_bytes(recipe, shape=target or source),
+        rotated=rotated_bytes(recipe, source=source),
+        refitted=refitted_bytes(recipe, source=source),
         stages=planned,
-        advice=_advice(planned, choice=choice, hardware=hardware),
+        advice=advice_for(planned, choice=choice, hardware=hardware),
     )
 
 
@@ -360,6 +182,12 @@ def _masked(recipe: Recipe, *, source: Shape, target: Shape | None) -> tuple[str
     return tuple(each.name for each in chosen if target is None or getattr(target, SIZE_OF[each.name]) < each.units)
 
 
+def _shrinking(smallest: Shape, *, source: Shape) -> tuple[str, ...]:
+    """Granularities that masks of a family act on."""
+    chosen = granularities_of(every_granularity(source), source=source, target=smallest)
+    return tuple(each.name for each in chosen)
+
+
 def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype) -> Taught | None:
     """The teacher that every process runs; None: there is none, or what it says is read from a cache."""
     distill, teacher = recipe.distill, recipe.teacher
@@ -372,8 +200,8 @@ def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype)
     return Taught(config=config, distill=distill, dtype=teacher_precision(distill, products=precision))
 
 
-def _listening(model: StepModel) -> Listening | None:
-    """What a process holds of the teacher of a stage's model."""
+def _listening(model: StepModel, *, processes: int) -> Listening | None:
+    """What one of so many processes holds of the teacher of a stage's model."""
     taught = model.taught
     if taught is None:
         return None
@@ -384,6 +212,7 @@ def _listening(model: StepModel) -> Listening | None:
         buffers=1 + DIVERGENCES[distill.kind].buffers + int(distill.temperature != 1),
         matched_layers=_matched_layers(distill, shape=model.shape),
         offloaded=distill.placement == "offload",
+        shared_by=processes if distill.placement == "shard" else None,
     )
 
 
@@ -420,7 +249,11 @@ def _stage_plan(
     hardware: Hardware,
     precision: torch.dtype,
 ) -> StagePlan:
-    settings, shape, listening = recipe.training_stages[stage], model.shape, _listening(model)
+    settings, shape, listening = (
+        recipe.training_stages[stage],
+        model.shape,
+        _listening(model, processes=hardware.processes),
+    )
     length = recipe.data.sequence_length
     steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
     sequences = per_step // length
@@ -440,7 +273,8 @@ def _stage_plan(
     teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
     speed = None if peak is None else peak * hardware.mfu * hardware.processes
-    workload = _workload(
+    moving = moving_weights(recipe, shape=shape) if stage == "pretrain" else 0
+    workload = workload_at(
         Workload(
             micro_batch_size=settings.micro_batch_size,
             micro_batches=1,
@@ -448,8 +282,9 @@ def _stage_plan(
             bf16=precision == torch.bfloat16,
             checkpointing=recipe.training.activation_checkpointing,
             chunk_tokens=recipe.training.loss_chunk_tokens,
-            masked=stage == "prune",
+            masked=stage == "prune" or recipe.family is not None,
             eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
+            moving=moving,
         ),
         sequences=sequences,
         processes=hardware.processes,
@@ -470,8 +305,8 @@ def _stage_plan(
         listening=listening,
         processes=hardware.processes,
         choice=Choice.of(recipe),
-        layerwise=_layerwise(recipe),
-        disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters()),
+        layerwise=layerwise_of(recipe),
+        disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters(), moving=moving),
     )
 
 
@@ -480,13 +315,6 @@ def _teacher_flops_per_token(recipe: Recipe, *, shape: Shape) -> float:
     assert recipe.distill is not None
     again = 2.0 * shape.vocab_size * shape.hidden_size if recipe.distill.skip_low_entropy else 0.0
     return forward_flops_per_token(shape, sequence_length=recipe.data.sequence_length) + again
-
-
-def _workload(workload: Workload, *, sequences: int, processes: int, micro_batch_size: int) -> Workload:
-    """The workload of one of so many processes at another micro-batch."""
-    own = sequences // processes
-    size = min(micro_batch_size, own)
-    return dataclasses.replace(workload, micro_batch_size=size, micro_batches=-(-own // size))
 
 
 def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:
@@ -522,99 +350,6 @@ def num_domains(recipe: Recipe) -> int | None:
     return len(list(recipe.data.corpus.glob(f"*/{MANIFEST_NAME}"))) or None
 
 
-def _advice(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> str | None:
-    """The smallest change with which all stages fit, where they do not; None where nothing is to be said."""
-    unfit = [stage.stage for stage in stages if hardware.fit(stage.held(choice)) == "no"]
-    if not unfit:
-        return None
-    start = f"{' and '.join(unfit)} will not fit"
-    ways = _ways(stages, choice=choice, hardware=hardware)
-    if ways is not None:
-        return f"{start}; this would: {' and '.join(ways)}"
-    return f"{start}, whatever is shared out, offloaded or recomputed: it takes GPUs with more memory"
-
-
 def what_would_fit(plan: RunPlan) -> list[str] | None:
     """Overrides, and the number of GPUs if it has to be another, with which all stages fit; None if nothing helps."""
-    return _ways(plan.stages, choice=plan.choice, hardware=plan.hardware)
-
-
-def _ways(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> list[str] | None:
-    processes = hardware.processes
-    while all(stage.sequences % processes == 0 for stage in stages):
-        changes = _smallest_change(stages, choice=choice, hardware=dataclasses.replace(hardware, processes=processes))
-        if changes is not None:
-            ways = [" ".join(changes)] if changes else []
-            return ways + ([f"--gpus {processes}"] if processes > hardware.processes else [])
-        processes *= 2
-    return None
-
-
-def _smallest_change(stages: Sequence[StagePlan], *, choice: Choice, hardware: Hardware) -> list[str] | None:
-    """Overrides with which every stage fits, the least that cost anything; None if there are none.
-
-    Offloading is the last resort; otherwise the fewest keys, then the least sharing and recomputation.
-    """
-    found: list[tuple[tuple[int, ...], list[str]]] = []
-    for candidate in _candidates(choice, processes=hardware.processes):
-        changed, reduction = candidate.overrides(choice), 0
-        for stage in stages:
-            size = _largest_micro_batch(stage, choice=candidate, hardware=hardware)
-            if size is None:
-                break
-            if size < stage.micro_batch_size:
-                changed.append(f"{stage.stage}.micro_batch_size={size}")
-                reduction += stage.micro_batch_size - size
-        else:
-            depth = _CHECKPOINTING.index(candidate.checkpointing)
-            cost = (candidate.offloads, len(changed), candidate.zero_stage, depth, reduction)
-            found.append((cost, changed))
-    return min(found, key=lambda entry: entry[0])[1] if found else None
-
-
-def _candidates(choice: Choice, *, processes: int) -> Iterator[Choice]:
-    """The choice and those that hold less in some way."""
-    deeper = _CHECKPOINTING[_CHECKPOINTING.index(choice.checkpointing) :]
-    if choice.layerwise is not None:
-        for checkpointing, sums_once in itertools.product(deeper, {choice.layerwise.sums_once, False}):
-            layerwise = dataclasses.replace(choice.layerwise, sums_once=sums_once)
-            yield dataclasses.replace(choice, checkpointing=checkpointing, layerwise=layerwise)
-        return
-    for zero_stage, checkpointing, optimizer, parameters in itertools.product(
-        ZERO_STAGES, deeper, (False, True), (False, True)
-    ):
-        if zero_stage < choice.zero_stage or optimizer < choice.offload_optimizer:
-            continue
-        if parameters < choice.offload_parameters or parameters > optimizer:
-            continue  # what an offloaded optimiser needs of weights is where it is
-        if (optimizer and zero_stage == 0) or (parameters and zero_stage < 3):
-            continue  # only ZeRO has another place for them
-        # One process has nobody to share with; what ZeRO gives it is that place.
-        if zero_stage != choice.zero_stage and processes == 1 and not optimizer:
-            continue
-        yield dataclasses.replace(
-            choice,
-            zero_stage=zero_stage,
-            checkpointing=checkpointing,
-            offload_optimizer=optimizer,
-            offload_parameters=parameters,
-        )
-
-
-def _largest_micro_batch(stage: StagePlan, *, choice: Choice, hardware: Hardware) -> int | None:
-    """The largest micro-batch up to the recipe's with which a stage fits; None if it does not with one sequence."""
-    own = stage.sequences // hardware.processes
-    for size in range(stage.micro_batch_size, 0, -1):
-        if own % min(size, own):
-            continue
-        workload = _workload(
-            dataclasses.replace(stage.workload, checkpointing=choice.checkpointing),
-            sequences=stage.sequences,
-            processes=hardware.processes,
-            micro_batch_size=size,
-        )
-        sharding = choice.sharding(hardware.processes)
-        memory = measure(stage.model, workload=workload, sharding=sharding, listening=stage.listening)
-        if hardware.fit(memory) == "yes":
-            return size
-    return None
+    return least_changes(plan.stages, choice=plan.choice, hardware=plan.hardware)

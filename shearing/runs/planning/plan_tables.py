@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shearing.runs.planning.hardware import GPUS
-from shearing.runs.planning.memory import Memory
+from shearing.runs.planning.memory import ZERO_STAGES, Memory
 from shearing.runs.planning.phases import Phase
-from shearing.runs.planning.plan import ZERO_STAGES, RunPlan, StagePlan
+from shearing.runs.planning.plan import RunPlan
+from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import shape_cells
 
 
@@ -60,13 +61,13 @@ def _shapes(plan: RunPlan) -> Table:
     table.add_row("source", *shape_cells(plan.source))
     if plan.teacher is not None:
         table.add_row("teacher", *shape_cells(plan.teacher))
-    if plan.target is None:
-        return table
-    if plan.budget is None:
+    if plan.target is not None and plan.budget is None:
         table.add_row("target", *shape_cells(plan.target))
-    else:
+    elif plan.target is not None:
         about = f"to be learned; figures below are of the source with {plan.target.num_hidden_layers} layers"
         table.add_row("target", f"{plan.budget:,} at most", "", about)
+    for name, shape in plan.family.items():
+        table.add_row(name, *shape_cells(shape))
     return table
 
 
@@ -106,11 +107,23 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
+    if plan.rotated:
+        yield f"rotation: the source once more on disk, {plan.rotated / 1e9:,.1f} GB until mask learning is complete"
+    if plan.refitted:
+        yield f"compensation: refitted layers on disk, at most {plan.refitted / 1e9:,.1f} GB until training begins"
+    if any(stage.workload.moving for stage in plan.stages):
+        yield "pretrain: optimizer and checkpoints with what moving masks set aside, 4 bytes for each of their weights"
     if any(not stage.held(plan.choice).traced for stage in plan.stages):
         yield "memory: by arithmetic; what this model computes depends on numbers, so it cannot be traced without them"
     if plan.one_shot:
         spooled = f", and spools {plan.spooled / 1e9:,.1f} GB of gradients" if plan.spooled else ""
         yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{spooled}"
+    if plan.family:
+        models = 4 * sum(shape.num_parameters() for shape in plan.family.values())
+        yield (
+            f"family: pretrain computes the whole model, whatever size a step trains; {', '.join(plan.family)} add "
+            f"{models / 1e9:,.2f} GB of models in fp32"
+        )
     if plan.adapters:
         yield "pretrain: at most; figures are those of training all weights, adapters take less memory and disk"
     if any(stage.seconds is None for stage in plan.stages):

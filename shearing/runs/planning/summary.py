@@ -9,7 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.models.shape import Shape
+from shearing.runs.planning.plan import heldout_shares, num_domains
+from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import Stage
 
 WORTHWHILE_PASSES = 4
@@ -20,6 +23,8 @@ WORTHWHILE_HELDOUT = 0.1
 """Share of a stage's training FLOPs that losses on held-out text may take without a word."""
 
 NOT_EXPORTABLE = "a budget leaves each layer its own size, and no ordinary config can hold that"
+
+NO_TEXT = "text: not known; domains, weights and passes over them are checked once the corpus is there"
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,11 @@ class Plan:
         source: shape of the source model.
         target: shape to reach, or None where a budget leaves it open or no units are pruned.
         budget: parameters to reach, embeddings included, where the recipe gives a budget.
+        family: shapes of the smaller sizes that are trained inside the last, by name.
         zeros: in words, what stays zero in training; None for a dense model.
         teacher: in words, what is listened to; None: nothing.
         uniform: whether the result fits an ordinary config.
-        tokens: training tokens of each domain.
+        tokens: training tokens of each domain; of none where the text is not there.
         weights: initial weight of each domain.
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
@@ -63,6 +69,7 @@ class Plan:
     source: Shape
     target: Shape | None
     budget: int | None
+    family: Mapping[str, Shape]
     zeros: str | None
     teacher: str | None
     uniform: bool
@@ -76,6 +83,45 @@ class Plan:
     free: int
 
 
+def training_plans(
+    recipe: Recipe, *, corpus: Corpus | None, weights: Mapping[str, float], largest: Mapping[str, float]
+) -> Iterator[TrainingPlan]:
+    """Of each training stage in order.
+
+    Args:
+        recipe: of the run.
+        corpus: None where it is not there: nothing is known of passes over domains.
+        weights, largest: see `Plan`.
+    """
+    length, mixture = recipe.data.sequence_length, recipe.mixture
+    domains = num_domains(recipe) if corpus is None else len(corpus.domains)
+    shares = heldout_shares(recipe)
+    for stage, settings in recipe.training_stages.items():
+        interval = "interval" if stage == "prune" else "pretrain_interval"
+        lower = (
+            f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
+            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now "
+            f"{recipe.heldout_tokens(domains=domains or 1):,})"
+        )
+        steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
+        rows = steps * per_step // length
+        passes, most_passes = (
+            {}
+            if corpus is None
+            else {name: rows * each[name] / corpus.train_rows(name, sequence_length=length) for name in corpus.domains}
+            for each in (weights, largest)
+        )
+        yield TrainingPlan(
+            stage=stage,
+            steps=steps,
+            tokens_per_step=per_step,
+            heldout_share=shares[stage],
+            lower=lower,
+            passes=passes,
+            most_passes=most_passes,
+        )
+
+
 def render(plan: Plan) -> RenderableType:
     """The plan as a short summary for a terminal."""
     shapes = Table("model", "parameters", "without embeddings", "shape", box=None, pad_edge=False, header_style="bold")
@@ -85,6 +131,8 @@ def render(plan: Plan) -> RenderableType:
     elif plan.budget is not None:
         open_sizes = "to be learned, then made uniform" if plan.uniform else "to be learned, free in each layer"
         shapes.add_row("target", f"{plan.budget:,} at most", "", open_sizes)
+    for name, shape in plan.family.items():
+        shapes.add_row(name, *shape_cells(shape))
     columns = ("stage", "steps", "tokens a step", "tokens", "held-out losses")
     stages = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for stage in plan.training:
@@ -94,7 +142,7 @@ def render(plan: Plan) -> RenderableType:
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
     teacher: list[RenderableType] = [] if plan.teacher is None else [Text(f"teacher: {plan.teacher}"), ""]
-    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))]
+    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))] if plan.tokens else [NO_TEXT]
     costly = list(map(Text, _costly(plan)))
     parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, *costly, "", *domains, "", disk]
     parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]

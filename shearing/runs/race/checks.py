@@ -99,6 +99,10 @@ def _recipe_mistakes(recipe: Recipe) -> Iterator[ShearingError]:
         yield ShearingError(
             "cascade", value="a section", allowed="none in a race: all rows have one shape", mend="set cascade=null"
         )
+    if recipe.family is not None:
+        yield ShearingError(
+            "family", value="a section", allowed="none in a race: all rows have one shape", mend="set family=null"
+        )
     if recipe.sparsify is not None:
         yield ShearingError(
             "sparsify", value="a section", allowed="none in a race of what is cut", mend="set sparsify=null"

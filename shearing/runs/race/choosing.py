@@ -25,7 +25,7 @@ from shearing.pruning.structured.importance.inputs.mean_bias import fold_means, 
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.parameter_budget import count_parameters
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import every_granularity, round_to_target, select_across_layers
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
@@ -193,13 +193,20 @@ def _cut_by_scores(row: Row, *, context: RunContext, folder: RaceFolder) -> tupl
 
 
 def _refitted(model: PreTrainedModel, *, masks: Masks, context: RunContext) -> MaskedModel:
-    masked = MaskedModel(model)
+    masked, prune = MaskedModel(model), context.recipe.pruning.prune
     layers = model.config.num_hidden_layers
     with (
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity("refit of the weights that stay", total=layers, console=context.console) as advance,
     ):
-        refit(masked, masks=masks, batches=context.calibration_batches(), advance=advance)
+        refit(
+            masked,
+            masks=masks,
+            batches=context.calibration_batches(),
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            advance=advance,
+        )
     return masked
 
 

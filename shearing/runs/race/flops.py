@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import metric_of
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.planning.hardware import flops_of, training_flops_per_token
 from shearing.runs.race.methods import Contender, Ranking, Stages
 from shearing.runs.race.rows import Steps
@@ -68,11 +68,22 @@ class FlopCount:
         )
         return Flops(
             choosing=sum(self.choosing(contender).values()),
-            refit=self._flops(refit_cost(self.source, target=self.target, text_tokens=self.evidence.text_tokens))
-            if contender.refitted
-            else 0.0,
+            refit=self._refit(contender) if contender.refitted else 0.0,
             masked=masked * at_source,
             training=(steps - masked) * at_target,
+        )
+
+    def _refit(self, contender: Contender) -> float:
+        prune = self.recipes[contender].pruning.prune
+        return self._flops(
+            refit_cost(
+                self.source,
+                target=self.target,
+                text_tokens=self.evidence.text_tokens,
+                ridge=prune.refit_ridge,
+                blocks=prune.block_refit,
+                sequence_length=self.sequence_length,
+            )
         )
 
     def choosing(self, contender: Contender) -> dict[str, float]:

@@ -46,6 +46,7 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         "mixture.update=constant",
         "mixture.initial_weights=uniform",
         f"prune.compensate={str(row.contender.refitted).lower()}",
+        *([] if row.contender.refitted else ["prune.block_refit=null"]),
         "prune.keep_last=1",
         "pretrain.keep_last=1",
         "prune.validation_interval=null",  # rows are judged by test text, at their ends

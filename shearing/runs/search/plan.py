@@ -17,7 +17,7 @@ from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import Stage
@@ -287,6 +287,7 @@ def mistakes(recipe: Recipe) -> list[ShearingError]:
         ("sparsify", recipe.sparsify),
         ("pretrain.lora", recipe.pretrain.lora),
         ("cascade", recipe.cascade),
+        ("family", recipe.family),
     ):
         if section is not None:
             found.append(
@@ -316,5 +317,13 @@ def _choosing(recipe: Recipe, *, source: Shape, target: Shape) -> float:
         evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)
         flops += flops_of(metric_of(name).cost(source, evidence=evidence), source, sequence_length=length)
     if prune.refits(sequence_length=length):
-        flops += flops_of(refit_cost(source, target=target, text_tokens=rows * length), source, sequence_length=length)
+        cost = refit_cost(
+            source,
+            target=target,
+            text_tokens=rows * length,
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            sequence_length=length,
+        )
+        flops += flops_of(cost, source, sequence_length=length)
     return flops

@@ -9,7 +9,7 @@ from shearing.errors import named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
-from shearing.runs.planning.plan import Hardware
+from shearing.runs.planning.hardware import Hardware
 from shearing.runs.recipe import Recipe
 from shearing.runs.search.candidates import budget_of, candidates_at, named_candidates
 from shearing.runs.search.plan import mistakes, plan_search

@@ -98,8 +98,8 @@ class Search:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         require_writable(settings.output, field="--output")
         self._context = RunContext(self._recipe, console=self._console)
-        self._source = Shape.of(self._context.config)
-        self._budget = budget_of(self._recipe, config=self._context.config)
+        self._source = Shape.of(self._context.config_as_cut)
+        self._budget = budget_of(self._recipe, config=self._context.config_as_cut)
         self._runner = Runner(recipe=self._recipe, folder=self.folder, console=self._console)
 
     @named(COMPONENT_NAMES)
@@ -202,16 +202,16 @@ class Search:
 
     def _plan(self, candidates: list[Candidate]) -> SearchPlan:
         teacher = self._context.teacher_shape if self._recipe.listens_online else None
-        return plan_search(self._recipe, candidates, config=self._context.config, teacher=teacher)
+        return plan_search(self._recipe, candidates, config=self._context.config_as_cut, teacher=teacher)
 
     def _candidates(self) -> list[Candidate]:
         if self.folder.candidates.is_file():
             stored = read_json(self.folder.candidates)["candidates"]
             return [Candidate.from_json(each, source=self._source) for each in stored]
         if self._budget is None:
-            return named_candidates(self._recipe, config=self._context.config)
+            return named_candidates(self._recipe, config=self._context.config_as_cut)
         times = self._layer_times(measure=True) if self._budget.kind == "latency" else None
-        return candidates_at(self._recipe, self._budget, config=self._context.config, times=times)
+        return candidates_at(self._recipe, self._budget, config=self._context.config_as_cut, times=times)
 
     def _layer_times(self, *, measure: bool) -> LayerTimes | None:
         """The table of layer times: kept in the folder, as it is of this device and this moment."""
@@ -219,7 +219,7 @@ class Search:
             return LayerTimes.from_json(read_json(self.folder.layer_times))
         if not measure:
             return None
-        search, config = search_of(self._recipe), self._context.config
+        search, config = search_of(self._recipe), self._context.config_as_cut
         shapes = shapes_to_time(self._recipe, config=config)
         with activity("layer times", total=len(shapes), console=self._console) as advance:
             found = measure_layers(
@@ -243,7 +243,7 @@ class Search:
             for candidate in plan.candidates:
                 model = model_by_chance(
                     candidate.shape,
-                    config=self._context.config,
+                    config=self._context.config_as_cut,
                     dtype=DTYPES[search.dtype],
                     device=self._context.device,
                 )

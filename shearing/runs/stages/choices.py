@@ -26,7 +26,8 @@ from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN
 from shearing.pruning.structured.masking.facts import MASKINGS
-from shearing.pruning.structured.refitting import refit, refit_cost
+from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.pruning.structured.refitting.linear import Refitted, refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
@@ -58,8 +59,12 @@ def made_from(context: RunContext, *, metric: str, target: Shape | None) -> dict
         "sequence_length": recipe.data.sequence_length,
         "calibration_tokens": recipe.pruning.prune.calibration_tokens,
         "attention": recipe.data.attention,
-        **({"rotate": recipe.pruning.prune.rotate} if recipe.pruning.prune.rotate != "none" else {}),
+        **_basis(recipe.pruning.prune),
     }
+
+
+def _basis(prune: PruneRecipe) -> dict[str, str]:
+    return {} if prune.rotate == "none" else {"rotate": prune.rotate, "rotate_tied": prune.rotate_tied}
 
 
 def kept_scores(context: RunContext, *, metric: str, target: Shape | None) -> Scores | None:
@@ -87,7 +92,7 @@ def refit_from_files(
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
     model: ModelRecipe | None = None,
-) -> None:
+) -> Refitted:
     """Refit the source under masks, layer by layer out of its files, and write what has become of each layer.
 
     Args:
@@ -97,6 +102,7 @@ def refit_from_files(
         advance: called with 1 after every layer.
         model: what stands for the source, as the source in another basis; None: itself.
     """
+    prune = context.recipe.pruning.prune
     recipe, processes = model or context.recipe.model, context.processes
     read = model_to_read(context, source=recipe.source, revision=recipe.revision)
     layers = anatomy_of(read).layers
@@ -114,15 +120,18 @@ def refit_from_files(
 
     processes.on_main(make)
     with attention_within_documents(read, on=context.document_rules.attention_within):
-        refit(
+        found = refit(
             MaskedModel(read),
             masks=masks,
             batches=context.calibration_batches(),
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
             advance=advance,
             processes=processes,
             keep=keep,
         )
     processes.barrier()
+    return found
 
 
 @dataclass
@@ -153,7 +162,14 @@ class Source:
             model, self._model = self.model(), None  # its weights change in place
             masked = MaskedModel(model)
             with attention_within_documents(model, on=self.context.document_rules.attention_within):
-                refit(masked, masks=here, batches=self.context.calibration_batches())
+                prune = self.context.recipe.pruning.prune
+                refit(
+                    masked,
+                    masks=here,
+                    batches=self.context.calibration_batches(),
+                    ridge=prune.refit_ridge,
+                    blocks=prune.block_refit,
+                )
             return compact(masked.release(), masks=masks, selection=selection)
         return self._cut_refitted(masks=masks, here=here, selection=selection)
 
@@ -260,7 +276,15 @@ def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, t
         flops += flops_of(metric_of(metric).cost(source, evidence=evidence), source, sequence_length=length)
     if refitted:
         tokens = whole_rows(prune.calibration_tokens, sequence_length=length) * length
-        flops += flops_of(refit_cost(source, target=target, text_tokens=tokens), source, sequence_length=length)
+        cost = refit_cost(
+            source,
+            target=target,
+            text_tokens=tokens,
+            ridge=prune.refit_ridge,
+            blocks=prune.block_refit,
+            sequence_length=length,
+        )
+        flops += flops_of(cost, source, sequence_length=length)
     return flops
 
 

@@ -51,7 +51,7 @@ def compact(context: RunContext) -> dict[str, Any]:
     """
     recipe, run = context.recipe, context.directory
     run.read_complete("prune")
-    config = copy.deepcopy(context.config)
+    config = copy.deepcopy(context.config_as_cut)
     source = Shape.of(config)
     masks, target, selection = kept_units(context)
     architecture, source_architecture = map(architecture_name, (cut_config(config, selection=selection), config))
@@ -105,9 +105,9 @@ def kept_units(context: RunContext) -> KeptUnits:
     Raises:
         ShearingError: its masks have no uniform shape.
     """
-    source = Shape.of(context.config)
+    source = Shape.of(context.config_as_cut)
     masks = Masks(**_masks(load_file(context.directory.prune / "masks.safetensors")))
-    shape = _target(context.recipe, masks, source=source, config=context.config)
+    shape = _target(context.recipe, masks, source=source, config=context.config_as_cut)
     return KeptUnits(masks, shape, Selection.of(masks, source=source, target=shape))
 
 
@@ -136,7 +136,7 @@ def _write_cut(config: PretrainedConfig, trained: Path, masks: Masks, selection:
     small.config.use_cache = True
     write_model(small, to, weights=cut_in_turn(config, StoredTensors(trained), masks=masks, selection=selection))
     files = sorted(to.glob("*.safetensors"))
-    difference = _relative_difference(config, trained, masks, small=(small.config, files))
+    difference = relative_difference(config, small.config, files=[trained], small_files=files, masks=masks)
     if not difference <= LARGEST_DIFFERENCE:
         raise ShearingError(
             "compact (logits of the cut model)",
@@ -148,17 +148,28 @@ def _write_cut(config: PretrainedConfig, trained: Path, masks: Masks, selection:
 
 
 @torch.no_grad()
-def _relative_difference(
-    config: PretrainedConfig, trained: Path, masks: Masks, *, small: tuple[PretrainedConfig, Sequence[Path]]
+def relative_difference(
+    config: PretrainedConfig,
+    small: PretrainedConfig,
+    *,
+    files: Sequence[Path],
+    small_files: Sequence[Path],
+    masks: Masks,
 ) -> float:
-    """Of logits, between the model in a file under masks and that of a config in files; a layer in memory at a time."""
+    """Of logits of random tokens, between a model under masks and a smaller one; a layer in memory at a time.
+
+    Args:
+        config, files: of the model that is masked.
+        small, small_files: of the smaller one.
+        masks: on the CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, CHECK_TOKENS), generator=generator)
-    masked = MaskedModel(_opened(config, [trained]))
+    masked = MaskedModel(_opened(config, files))
     masked.set_masks(masks)
     expected = masked.model(input_ids=input_ids).logits.double()
     del masked
-    found = _opened(*small)(input_ids=input_ids).logits.double()
+    found = _opened(small, small_files)(input_ids=input_ids).logits.double()
     return float((found - expected).norm() / expected.norm())
 
 

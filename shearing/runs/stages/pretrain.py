@@ -20,15 +20,19 @@ from shearing.files.full_disk import full_disk_said
 from shearing.models.correspondence import Correspondence
 from shearing.models.shape import Shape
 from shearing.models.stored.companions import copy_companions
-from shearing.models.stored.saving import round_weights, write_model
+from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.saving import write_model
+from shearing.models.stored.stored_model import open_source
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.sparse.stored.trained import require_zeros, write_trained
+from shearing.pruning.structured.masking.nested import NestedMasking
 from shearing.runs.context import RunContext
 from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
-from shearing.runs.stages.pretrain_start import (
+from shearing.runs.stages.pretraining.family import family_masking, write_family
+from shearing.runs.stages.pretraining.start import (
     Start,
     choose_salient,
     measure_input_norms,
@@ -52,6 +56,8 @@ from shearing.training.stage import Trained
 @named(COMPONENT_NAMES)
 def pretrain(context: RunContext) -> dict[str, Any]:
     """Write run_dir/model, a plain Hugging Face model, and run_dir/pretrain with metrics and checkpoints.
+
+    With the section `family` it trains several sizes in turns, and run_dir/family has the smaller ones.
 
     After mask learning, the stream of samples, the domain weights, the reference losses and, with
     `pretrain.optimizer: carried`, AdamW's moments go on where it ended. What the masks of a sparse model drop is 0
@@ -96,12 +102,13 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         if isinstance(adapters, SpeftRecipe):
             processes.on_main(partial(choose_salient, context, settings=adapters, start=start, model=model))
         processes.each(lambda: start.adapt(model, adapters=adapters, seed=recipe.seed))
+    masking = family_masking(context, start=start, model=model)
     task = task_of(
         context,
         stage="pretrain",
         model=model,
         mixture=mixture,
-        masking=None,
+        masking=masking,
         reference=reference,
         rule_memory=None if learned is None else learned.get("rule_memory"),
         moments=None if learned is None else processes.each(lambda: _moments(context)),
@@ -127,7 +134,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         "steps": task.schedule.total_steps,
         "tokens": num_samples * mixture.sequence_length,
     }
-    processes.on_main(lambda: _finish(context, start=start, complete=complete, trained=trained))
+    processes.on_main(lambda: _finish(context, start=start, complete=complete, trained=trained, masking=masking))
     return complete
 
 
@@ -158,7 +165,14 @@ def _correspondence(context: RunContext) -> Correspondence:
     return Correspondence.of_source(num_layers=Shape.of(context.config).num_hidden_layers)
 
 
-def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trained: Trained) -> None:
+def _finish(
+    context: RunContext,
+    *,
+    start: Start,
+    complete: dict[str, Any],
+    trained: Trained,
+    masking: NestedMasking | None,
+) -> None:
     run, settings, state = context.directory, context.recipe.pretrain, ShardedState(trained.checkpoint)
     record = {
         "steps": complete["steps"],
@@ -167,29 +181,27 @@ def _finish(context: RunContext, *, start: Start, complete: dict[str, Any], trai
         "versions": environment(context.device),
     }
     size = None if context.recipe.target is None else context.recipe.target.vocab_size
-    weights: Iterable[tuple[str, Tensor]] | None = None
-    if settings.adapters is not None or size is not None:
-        model = start.merged(start.restored(state, adapters=settings.adapters))
-    else:
-        model, weights = start.skeleton(), start.weights(state)
+    adapters = settings.adapters
+    weights = start.weights(state) if adapters is None else start.merged_weights(state, adapters=adapters)
     write = partial(write_trained, source=start.folder, record=record, moved=moved_masks(state))
-    _save_model(model, weights, run=run, start=start, write_trained=write, dtype=result_dtype(context))
+    _save_model(weights, run=run, start=start, write_trained=write, dtype=result_dtype(context))
     if size is not None:
-        cut = _save_with_kept_tokens(model, context=context, size=size, start=start, write_trained=write)
+        cut = _save_with_kept_tokens(context, size=size, start=start, write_trained=write)
         context.console.print(str(cut), soft_wrap=True, highlight=False)
+    if masking is not None:
+        write_family(context, masking=masking, start=start, state=state, dtype=result_dtype(context))
     run.mark_complete("pretrain", complete)
     print_summary("pretrain", trained.totals, console=context.console, rows={"model": str(run.model)})
 
 
 def _save_with_kept_tokens(
-    model: PreTrainedModel,
-    *,
     context: RunContext,
+    *,
     size: int | str,
     start: Start,
     write_trained: Callable[[Path], None],
 ) -> CutVocabulary:
-    """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model; `model` is rounded as that is."""
+    """Write run_dir/model-kept-tokens as a whole or not at all, from run_dir/model."""
     run = context.directory
     beside = run.path / ".model-kept-tokens.partial"
     for folder in (beside, run.kept_tokens):
@@ -197,8 +209,9 @@ def _save_with_kept_tokens(
     try:
         with full_disk_said(lambda: no_space(run.path)):
             shutil.copytree(run.model, beside)
-            round_weights(model, dtype=result_dtype(context))
-            cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=model, masks=start.masks)
+            files = open_source(str(run.model), revision=None, converted=run.path / ".model.converted")
+            whole = on_demand(files, device=torch.device("cpu"))
+            cut = cut_to_corpus(beside, corpus=context.corpus, size=size, whole=whole, masks=start.masks)
             if start.masks is not None:
                 write_trained(beside)
     except BaseException:
@@ -226,8 +239,7 @@ def _moments(context: RunContext) -> SavedMoments | None:
 
 
 def _save_model(
-    model: PreTrainedModel,
-    weights: Iterable[tuple[str, Tensor]] | None,
+    weights: Iterable[tuple[str, Tensor]],
     *,
     run: RunDirectory,
     start: Start,
@@ -237,8 +249,7 @@ def _save_model(
     """Write run_dir/model as a whole or not at all, with all that stood beside the model that was trained.
 
     Args:
-        model: what was trained; a skeleton where there are `weights`.
-        weights: one after the other; None: those of the model.
+        weights: of what was trained, one after the other.
         run: of this folder.
         start: what training began with.
         write_trained: writes what is to be said of a sparse model.
@@ -250,7 +261,7 @@ def _save_model(
             shutil.rmtree(folder)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            write_model(model, beside, weights=weights, dtype=dtype)
+            write_model(start.skeleton(), beside, weights=weights, dtype=dtype)
             copy_companions(start.folder, to=beside)
             if start.masks is not None:
                 write_trained(beside)

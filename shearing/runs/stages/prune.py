@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -32,9 +33,11 @@ from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.models.stored.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.processes.stop import stopping_at_once
 from shearing.progress import activity
 from shearing.pruning.rotation.basis import rotate
 from shearing.pruning.rotation.components import principal_basis
+from shearing.pruning.rotation.tied import untie
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
@@ -42,7 +45,7 @@ from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.masking.removal import Removal
 from shearing.pruning.structured.parameter_budget import ParameterBudget
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting.linear import Refitted, refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
@@ -248,6 +251,8 @@ def _rotated(context: RunContext) -> str:
         context.directory.prune / ROTATION,
         {"rotation": basis.rotation.contiguous(), "moment": basis.moment.contiguous()},
     )
+    if context.recipe.pruning.prune.unties:
+        untie(model)
     lost = rotate(model, basis)
     if lost:
         context.console.print(
@@ -288,17 +293,40 @@ def _refit(context: RunContext, *, whole: MaskedModel, choice: MaskLearner | Rem
     Several processes, and one that has no whole model, refit what they read from the files. The engine then takes the
     result from there, or from the main process's model.
     """
-    if not context.recipe.pruning.prune.refits(sequence_length=context.recipe.data.sequence_length):
+    prune = context.recipe.pruning.prune
+    if not prune.refits(sequence_length=context.recipe.data.sequence_length):
         return
     layers = whole.model.config.num_hidden_layers
-    with activity("compensation for what the masks close", total=layers, console=context.console) as advance:
+    with (
+        stopping_at_once(),  # which training, under way already, would put off to its first step's end
+        activity("compensation for what the masks close", total=layers, console=context.console) as advance,
+    ):
         if context.processes.size == 1 and holds_all_in_fp32(context):
-            refit(whole, masks=choice.final_masks(), batches=context.calibration_batches(), advance=advance)
-            return
-        folder = context.directory.prune / REFITTED
-        refit_from_files(context, masks=choice.final_masks(), folder=folder, advance=advance, model=source)
-    if holds_all_in_fp32(context):
-        context.processes.on_main(partial(_take, whole.model, folder))
+            found = refit(
+                whole,
+                masks=choice.final_masks(),
+                batches=context.calibration_batches(),
+                ridge=prune.refit_ridge,
+                blocks=prune.block_refit,
+                advance=advance,
+            )
+        else:
+            folder = context.directory.prune / REFITTED
+            found = refit_from_files(context, masks=choice.final_masks(), folder=folder, advance=advance, model=source)
+            if holds_all_in_fp32(context):
+                context.processes.on_main(partial(_take, whole.model, folder))
+    _say(found, context=context)
+
+
+def _say(found: Refitted, *, context: RunContext) -> None:
+    """Which ridges held-out rows chose, and what steps of single blocks brought."""
+    if context.recipe.pruning.prune.refit_ridge == "auto":
+        counts = Counter(found.ridges.values())
+        said = ", ".join(f"{ridge:g} of {counts[ridge]}" for ridge in sorted(counts))
+        context.console.print(f"ridges by held-out rows, of {counts.total()} fits: {said}")
+    if blocks := found.blocks.values():
+        before, after = (sum(each) / len(blocks) for each in ([b.before for b in blocks], [b.after for b in blocks]))
+        context.console.print(f"what blocks' outputs lack of the source's: {before:.2%}, after their steps {after:.2%}")
 
 
 def _take(model: PreTrainedModel, folder: Path) -> None:

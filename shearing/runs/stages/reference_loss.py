@@ -17,6 +17,7 @@ from shearing.evaluation.reference_losses.table import LossTable
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.progress import activity
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.recipe import Recipe
@@ -186,5 +187,6 @@ def _parameters(at: str | None, *, recipe: Recipe | None) -> int:
     target = recipe.pruning.target
     if target.parameters is not None:
         return target.parameters
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    stored = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = config_as_cut(stored, prune=recipe.prune)
     return resolve_target(target, source=config).num_parameters()

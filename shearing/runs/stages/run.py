@@ -17,6 +17,7 @@ from rich.console import Console
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_text
 from shearing.processes.processes import Processes
+from shearing.processes.stop import StoppedAtOnce, stopping_at_once
 from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
@@ -44,6 +45,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
 
     Raises:
         ShearingError: something the user can mend; see `preflight`, `RunDirectory` and the stages.
+        Interrupted, StoppedAtOnce: a signal asked to stop.
     """
     quiet_deepspeed()
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
@@ -58,7 +60,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         *before, last = cascade_of(recipe)
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
-            require_shrinking(recipe, source=context.config)
+            require_shrinking(recipe, source=context.config_as_cut)
             for each in before:
                 console.rule(f"[bold]cascade: {each.name}")
                 context = RunContext(each, console=console, processes=processes)
@@ -113,10 +115,17 @@ def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
                 continue
             console.rule(f"[bold]{stage}")
             started = time.monotonic()
-            if stage in ("prune", "pretrain", "evaluate"):
-                _function_of(stage)(context)
-            else:
-                processes.on_main(partial(_alone, stage, context))
+            try:
+                # Training itself ends a step first, and writes a checkpoint.
+                with stopping_at_once():
+                    if stage in ("prune", "pretrain", "evaluate"):
+                        _function_of(stage)(context)
+                    else:
+                        processes.on_main(partial(_alone, stage, context))
+            except StoppedAtOnce as asked:
+                if processes.size == 1:  # several say so themselves
+                    console.print(f"{asked.signal}: stopped in {stage}; the same command continues", soft_wrap=True)
+                raise
             console.print(f"[bold]{stage}[/bold] took {_in_words(time.monotonic() - started)}")
             _clear()
         if "evaluate" in stages:
@@ -190,6 +199,7 @@ def _print_summary(directory: RunDirectory, *, console: Console) -> None:
         ("model after cutting", directory.compact / "config.json"),
         ("sparse model", directory.sparse / "config.json"),
         ("final model", directory.model / "config.json"),
+        *((f"size {path.name}", path / "config.json") for path in sorted(directory.family.glob("*"))),
         ("with kept tokens", directory.kept_tokens / "config.json"),
         ("evaluation", directory.evaluation),
         ("report", directory.report),

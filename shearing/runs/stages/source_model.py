@@ -15,6 +15,7 @@ from shearing.models.loading import load_paged, load_source
 from shearing.models.recipe import ModelRecipe
 from shearing.models.stored.paging.on_demand import on_demand
 from shearing.models.stored.stored_model import Source, open_source
+from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.teacher import teacher_precision
 from shearing.progress import activity
 from shearing.runs.context import RunContext
@@ -22,6 +23,7 @@ from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
+from shearing.training.engines.frozen_shards import share_out_layers
 
 _CONVERTED = ".source"
 """Folder in the run's for a source whose files have other names of parameters than its own, see `open_source`."""
@@ -121,7 +123,7 @@ def model_to_read(
 
 @named(TEACHER_NAMES)
 def load_teacher(context: RunContext) -> PreTrainedModel:
-    """The model that is listened to, whole, in the precision that the recipe has for it.
+    """The model that is listened to, where and in which precision the recipe has it; all processes call this.
 
     Raises:
         ShearingError: see `load_source`.
@@ -129,6 +131,8 @@ def load_teacher(context: RunContext) -> PreTrainedModel:
     recipe, teacher = context.recipe, context.recipe.teacher
     assert recipe.distill is not None
     assert teacher is not None
+    if recipe.distill.placement == "shard":
+        return _shared_teacher(context, teacher=teacher, distill=recipe.distill)
     offloaded = recipe.distill.placement == "offload"
     model = load_source(
         teacher.source,
@@ -139,6 +143,21 @@ def load_teacher(context: RunContext) -> PreTrainedModel:
     )
     if offloaded:
         offload_layers(model, device=context.device)
+    return model
+
+
+def _shared_teacher(context: RunContext, *, teacher: ModelRecipe, distill: DistillRecipe) -> PreTrainedModel:
+    """One that no process has whole, unless its files hold other tensors than its parameters."""
+    model = context.processes.each(
+        lambda: load_paged(
+            teacher.source,
+            revision=teacher.revision,
+            attn_implementation=teacher.attn_implementation,
+            device=context.device,
+        )
+    )
+    dtype = teacher_precision(distill, products=context.precision)
+    share_out_layers(model, device=context.device, dtype=dtype, processes=context.processes)
     return model
 
 

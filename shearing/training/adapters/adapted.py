@@ -192,11 +192,15 @@ def require_dropped(model: nn.Module, *, masks: Iterable[tuple[str, Tensor]]) ->
         ShearingError: some is not.
     """
     for name, mask in masks:
-        weight = model.get_parameter(name)
-        if (back := int((weight[~mask.to(weight.device)] != 0).sum())) > 0:
-            raise ShearingError(
-                name,
-                value=f"{back} dropped weights are not 0 after merging",
-                allowed="adapters made with the masks that are stored with the model",
-                mend="make the adapters anew with these masks",
-            )
+        require_dropped_in(name, weight=model.get_parameter(name), mask=mask)
+
+
+def require_dropped_in(name: str, *, weight: Tensor, mask: Tensor) -> None:
+    """As `require_dropped`, of one weight."""
+    if (back := int((weight[~mask.to(weight.device)] != 0).sum())) > 0:
+        raise ShearingError(
+            name,
+            value=f"{back} dropped weights are not 0 after merging",
+            allowed="adapters made with the masks that are stored with the model",
+            mend="make the adapters anew with these masks",
+        )

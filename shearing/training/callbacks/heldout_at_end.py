@@ -21,6 +21,9 @@ def measure_held_out(run: Run, text: HeldOut, *, name: str) -> dict[str, float]:
         run: under way; its next step is as if there had been no measurement.
         text: what is read.
         name: of the progress bar.
+
+    Raises:
+        StopAsked: all processes heard between two batches that the run is to stop.
     """
     task, model = run.task, run.model
     if task.masking is not None:
@@ -32,10 +35,16 @@ def measure_held_out(run: Run, text: HeldOut, *, name: str) -> dict[str, float]:
         return losses.total
 
     model.eval()
-    with run.display.activity(name, total=text.tokens) as advance:
-        losses = text.measure(forward, advance)
-    model.train()
-    return losses
+    try:
+        with run.display.activity(name, total=text.tokens) as advance:
+
+            def passed(tokens: int) -> None:
+                advance(tokens)
+                run.heed()
+
+            return text.measure(forward, passed)
+    finally:
+        model.train()
 
 
 class Validation(Callback):

@@ -23,8 +23,8 @@ class MaskMoves(Callback):
 
     @override
     def start(self, run: Run) -> None:
-        """What masks do depends on the step."""
-        self._masks.begin(step=run.step)
+        """What masks do depends on the step, as far as it is finished."""
+        self._masks.begin(step=run.step - int(run.is_unfinished(self)))
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:

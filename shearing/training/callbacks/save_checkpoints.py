@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -16,7 +17,7 @@ from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.state import on_host, random_states, read_state, set_random_states, write_state
 from shearing.training.engines.held_state import StagedShard
-from shearing.training.task import Callback, Run, StepResult, Task
+from shearing.training.task import Callback, Run, StepResult, Task, Unfinished
 
 _STATE = (
     "step",
@@ -30,7 +31,8 @@ _STATE = (
     "objective",
     "random",
 )
-"""What a state file holds, in its order; behind it, under `callbacks`, what a task's own callbacks keep."""
+"""What a state file holds, in its order; behind it, under `callbacks`, what a task's own callbacks keep, and under
+`unfinished` what a stop has left to do of the step."""
 
 
 class SaveCheckpoints(Callback):
@@ -42,11 +44,17 @@ class SaveCheckpoints(Callback):
     Where it may be written in the background, the loop waits for the copy in host memory alone. The checkpoint is there
     once all processes have heard, at a later step, that each has written its part; before the next one is begun; or at
     the stage's end.
+
+    Attributes:
+        unfinished: what a stop has left to do of the step that was restored; None: nothing.
     """
+
+    acts_on_stop: ClassVar[bool] = True
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._files: Checkpoints
+        self.unfinished: Unfinished | None = None
         self._saved = self._asked = time.monotonic()
         self._due = self._under_way = False
         self._unwritten = Question(task.processes)
@@ -168,6 +176,8 @@ class SaveCheckpoints(Callback):
         # A checkpoint of a version that kept the main process's alone has no list.
         states = state["random"] if isinstance(state["random"], list) else [state["random"]]
         set_random_states(states[task.processes.rank % len(states)])
+        if (left := state.get("unfinished")) is not None:
+            self.unfinished = Unfinished(**left)
         step: int = state["step"]
         return step
 
@@ -188,7 +198,12 @@ class SaveCheckpoints(Callback):
         state["random"] = task.processes.gather(random_states())
         ordered = {key: state.pop(key) for key in _STATE}
         assert not state, f"no place in a checkpoint: {sorted(state)}"
-        return {**ordered, "callbacks": others} if others else ordered
+        unfinished = None if run.unfinished is None else asdict(run.unfinished)
+        return {
+            **ordered,
+            **({"callbacks": others} if others else {}),
+            **({"unfinished": unfinished} if unfinished else {}),
+        }
 
     def _is_others(self, callback: Callback) -> bool:
         """Whether it is one of the task's own, whose state has a place of its own."""

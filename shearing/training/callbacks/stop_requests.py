@@ -1,15 +1,19 @@
-"""Stop requests: the first SIGTERM, SIGINT or SIGUSR1 ends the run after the step; the second acts at once."""
+"""Stop requests: the first SIGTERM, SIGINT or SIGUSR1 ends the run after the step, or what is measured behind it.
+
+The second acts at once.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
 from shearing.processes.processes import Processes, Question
+from shearing.processes.stop import StopAsked
 from shearing.training.task import Callback, Run, StepResult
 
 
@@ -22,6 +26,8 @@ class StopRequests(Callback):
     Args:
         processes: those of the run.
     """
+
+    acts_on_stop: ClassVar[bool] = True
 
     def __init__(self, processes: Processes) -> None:
         self.requested: str | None = None
@@ -41,17 +47,30 @@ class StopRequests(Callback):
         if run.ends:
             self._question.answer()  # the run is over anyway, and nothing may be left under way
             return
-        number = self._question.ask(0 if self.requested is None else int(signal.Signals[self.requested]))
+        number = self._ask()
         if number and run.stopping is None:
             run.stopping = signal.Signals(number).name
         if run.stopping:
             self._question.answer()
+
+    def heed(self) -> None:
+        """Between two batches of a measurement; all processes call it equally often, and hear a batch later.
+
+        Raises:
+            StopAsked: one of them was asked to stop.
+        """
+        if number := self._ask():
+            self._question.answer()
+            raise StopAsked(number)
 
     @override
     def close(self) -> None:
         """Hand signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _ask(self) -> int:
+        return self._question.ask(0 if self.requested is None else int(signal.Signals[self.requested]))
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name

@@ -193,6 +193,14 @@ class ShardedState:
             numel = int(torch.Size(shape).numel())
             yield name, self.read(kind, name, start=0, numel=numel).view(shape)
 
+    def weights(self, *, prefix: str = "") -> Mapping[str, Tensor]:
+        """Weights by name; each is read when it is asked for.
+
+        Args:
+            prefix: left out at the beginning of names.
+        """
+        return _Wholes(self, WEIGHT, names={name.removeprefix(prefix): name for name in self.shapes})
+
     def moments(self, *, prefix: str = "") -> dict[str, Mapping[str, Tensor]]:
         """AdamW's state by kind and parameter, with its step count for each; a tensor is read when it is asked for.
 

@@ -15,8 +15,11 @@ from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of, backbone
 from shearing.models.families import LAYER, QUERY_HEADS, Axis, Norm, linear
 from shearing.models.families.llama import LLAMA
+from shearing.models.shape import Shape
 from shearing.pruning.rotation.basis import Basis, fitted_gain, require_rotatable, rotate
 from shearing.pruning.rotation.components import principal_basis
+from shearing.pruning.rotation.tied import config_as_cut, require_place_for_gain, untie
+from shearing.pruning.structured.recipe import PruneRecipe
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 BATCHES = [Inputs(tiny_ids(sequences=3, seed=seed), None) for seed in range(2)]
@@ -95,6 +98,43 @@ def test_a_tied_model_loses_what_is_said() -> None:
     wanted = even(tiny_ids()).logits
     assert rotate(even, principal_basis(even, BATCHES)) < 1e-6
     assert relative(even(tiny_ids()).logits, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_an_untied_model_is_rotated_without_loss(family: str) -> None:
+    """The head takes the last gain; a matrix of its own is all that it costs."""
+    model = tiny_model(family, tied=True)
+    before, wanted = Shape.of(model.config), model(tiny_ids()).logits
+    untie(model)
+    assert torch.equal(model(tiny_ids()).logits, wanted)
+    assert rotate(model, principal_basis(model, BATCHES)) == 0.0
+    assert relative(model(tiny_ids()).logits, wanted) < 1e-5
+    after = Shape.of(model.config)
+    assert after.num_parameters() == sum(each.numel() for each in model.parameters())
+    assert after.num_parameters() - before.num_parameters() == before.vocab_size * before.hidden_size
+    untie(model)  # nothing is left to do
+    assert Shape.of(model.config) == after
+
+
+def test_a_tied_source_is_rotated_only_at_its_price() -> None:
+    config = tiny_model("llama", tied=True).config
+    source = Shape.of(config)
+    prune = PruneRecipe(duration="1 steps", batch_size=1, learning_rate=1e-3, rotate="pca")
+    with pytest.raises(ShearingError, match=r"head that is the embedding.*\n.*rotate_tied") as refused:
+        require_place_for_gain(source, prune=prune, target=None)
+    assert f"{source.vocab_size * source.hidden_size:,} parameters more" in str(refused.value)
+    assert config_as_cut(config, prune=prune) is config
+    require_place_for_gain(replace(source, tied=False), prune=prune, target=None)
+    require_place_for_gain(source, prune=prune.model_copy(update={"rotate": "none"}), target=None)
+    require_place_for_gain(source, prune=prune.model_copy(update={"rotate_tied": "diagonal"}), target=source)
+
+    unties = prune.model_copy(update={"rotate_tied": "untie"})
+    as_cut = Shape.of(config_as_cut(config, prune=unties))
+    assert as_cut == replace(source, tied=False)
+    assert config.tie_word_embeddings
+    require_place_for_gain(source, prune=unties, target=replace(as_cut, hidden_size=source.hidden_size // 2))
+    with pytest.raises(ShearingError, match=f"fewer than the source's {source.num_parameters():,}"):
+        require_place_for_gain(source, prune=unties, target=as_cut)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,11 @@ def recipe_with(key: str, *, folder: Path) -> Recipe:
     data = tiny_recipe_data(folder, run_dir=folder / "run")
     if key.startswith("cascade."):
         return Recipe.model_validate(data | {"cascade": {"targets": {"half": {"num_hidden_layers": 3}}}})
+    if key.startswith("family."):
+        return Recipe.model_validate(data | {"family": {"sizes": {"half": {"num_hidden_layers": 1}}}})
     data["sparsify"] = {"criterion": "wanda", "pattern": "2:4"}
     data["pretrain"] |= APART[next(name for name in APART if not name or key.startswith(f"pretrain.{name}."))]
+    data["prune"]["block_refit"] = {"steps": 1}
     data["distill"] = {"hidden": {}}
     data["search"] = {"parameters": "1M"}
     return Recipe.model_validate(data)

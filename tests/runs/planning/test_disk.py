@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
-from shearing.runs.planning.disk import bytes_free, bytes_in, checkpoint_bytes, run_bytes
+from shearing.runs.planning.disk import bytes_free, bytes_in, checkpoint_bytes, refitted_bytes, rotated_bytes, run_bytes
 from shearing.runs.recipe import Recipe, load_recipe
 
 
@@ -62,6 +63,22 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}", "prune.estimator=hard_concrete"])
     expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
     assert run_bytes(budget, source=source, target=None) == expected
+
+
+def test_what_is_there_for_a_while_is_counted_where_it_is_the_most(tiny_recipe: Path) -> None:
+    plain, rotated = (load_recipe(tiny_recipe, overrides=each) for each in ([], ["prune.rotate=pca"]))
+    source, target = _shapes(plain)
+    assert rotated_bytes(plain, source=source) == 0
+    assert rotated_bytes(rotated, source=source) == 4 * source.num_parameters()
+    # Behind mask learning, what comes takes more than the source in another basis, which is gone by then.
+    assert run_bytes(plain, source=source, target=target) == run_bytes(rotated, source=source, target=target)
+    # Before it: three checkpoints and its weights, and what a cut to next to nothing adds.
+    small = dataclasses.replace(target, num_hidden_layers=1, intermediate_size=1, hidden_size=2)
+    learning = (12 * 3 + 4 + 4) * source.num_parameters()
+    assert run_bytes(rotated, source=source, target=small) == learning > run_bytes(plain, source=source, target=small)
+    layers = source.num_hidden_layers * sum(source.layer_parameters())
+    assert refitted_bytes(plain, source=source) == 4 * layers
+    assert refitted_bytes(load_recipe(tiny_recipe, overrides=["prune.compensate=false"]), source=source) == 0
 
 
 def test_what_a_folder_holds_and_what_its_disk_has_left(tmp_path: Path) -> None:

@@ -32,19 +32,10 @@ from shearing.models.shape import Shape
 from shearing.objectives.objective import Origins, Parts, objective_of
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
-from shearing.runs.planning.memory import (
-    Checkpointing,
-    Layerwise,
-    Listening,
-    Memory,
-    Sharding,
-    Workload,
-    ZeroStage,
-    estimate,
-    kept_by_layer,
-    saved_by_layer,
-)
-from shearing.runs.planning.traced_step import StepModel, Taught, measure
+from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Memory, Sharding, Workload, ZeroStage
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.saved import kept_by_layer, saved_by_layer
+from shearing.runs.planning.step.traced_step import StepModel, Taught, measure
 from shearing.training.device import checkpoint_activations
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
@@ -327,6 +318,24 @@ def test_offloading_moves_to_the_host() -> None:
 def test_a_checkpoint_is_shared_out() -> None:
     assert held(0).staging == 12 * BILLION.num_parameters()
     assert held(0, processes=8).staging == -(-BILLION.num_parameters() // 8) * 12
+
+
+@pytest.mark.parametrize(
+    ("sharding", "share"),
+    [
+        (Sharding(processes=8), 1),
+        (Sharding(processes=8, zero_stage=2), 8),
+        (Sharding(processes=8, zero_stage=3, layerwise=Layerwise(reshard=True, sums_once=False)), 8),
+    ],
+    ids=["torch", "ZeRO-2", "FSDP2"],
+)
+def test_what_moving_masks_set_aside_is_counted(sharding: Sharding, share: int) -> None:
+    """4 bytes for each weight where moments are, and in each process's part of a checkpoint."""
+    plain, moving = (
+        estimate(BILLION, workload=dataclasses.replace(BF16, moving=count), sharding=sharding) for count in (0, 8_000)
+    )
+    assert moving.optimizer - plain.optimizer == moving.total - plain.total == 4 * 8_000 // share
+    assert moving.staging - plain.staging == 4 * 1_000
 
 
 def test_recomputing_and_smaller_micro_batches_hold_less() -> None:

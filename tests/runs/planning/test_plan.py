@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.phases import phases
-from shearing.runs.planning.plan import Hardware, RunPlan, heldout_shares, plan
+from shearing.runs.planning.plan import RunPlan, heldout_shares, plan
 from shearing.runs.recipe import Recipe, load_recipe, overridden
 from tests.cli.test_cli import BUDGET, error_of, shear
 from tests.repository import RECIPES, ROOT, script
@@ -96,6 +97,19 @@ def test_a_teacher_in_host_memory_is_counted_there(llama: str) -> None:
         there, here = after.held(away.choice), before.held(kept.choice)
         assert there.teacher == here.teacher - layers
         assert there.host == here.host + layers
+
+
+def test_a_teacher_that_is_shared_out_is_counted_by_its_share(llama: str) -> None:
+    kept, shared = (planned(sheared_llama(llama, f"distill={{placement: {name}}}")) for name in ("replicate", "shard"))
+    layer = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
+    for before, after in zip(kept.stages, shared.stages, strict=True):
+        there, here = after.held(shared.choice), before.held(kept.choice)
+        assert there.teacher == here.teacher - 32 * layer * 7 // 8
+        assert there.host == here.host
+        assert after.listening is not None
+        # Two layers are whole while it runs, one of them on its way.
+        assert after.listening.loaded == there.teacher + 2 * layer
+        assert after.listening.among(16).weights == there.teacher - 32 * layer // 16
 
 
 def test_matched_streams_are_counted(llama: str) -> None:
@@ -286,4 +300,9 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     # Embedding, head, final norm and a layer: no process loads more where weights are shared out, or kept in bf16.
     assert found["prune: load"].memory == 4 * (2 * 32000 * 4096 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
+    assert found["prune: refit"].disk == made.refitted == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    rotated = overridden(recipe, overrides=["prune.rotate=pca"])
+    first, *rest = phases(rotated, made=planned(rotated))
+    assert [phase.what for phase in rest] == list(found)
+    assert (first.what, first.processes, first.disk) == ("prune: rotate", 1, (2 + 4) * 6_738_415_616)
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0

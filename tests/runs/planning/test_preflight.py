@@ -13,9 +13,10 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
 from shearing.runs.context import RunContext
-from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.preflight import preflight, survey
 from shearing.runs.planning.summary import Plan, render
 from shearing.runs.recipe import Recipe, load_recipe
+from tests.cli.test_cli import shear
 
 
 def plan_of(recipe: Path, *overrides: str) -> tuple[Recipe, Plan, str]:
@@ -122,3 +123,23 @@ def test_an_odd_width_by_name_is_doubtful_where_the_sources_is_not(tiny_recipe: 
     assert "; 32 is, and" in doubt
     assert "doubtful: target.hidden_size = 20" in said
     assert not [each for each in plan_of(tiny_recipe, "target.hidden_size=32")[1].doubts if "no multiple" in each]
+
+
+def test_what_is_known_without_text_is_said_beside_the_one_error(tiny_recipe: Path) -> None:
+    absent = f"data.corpus={tiny_recipe.parent / 'absent'}"
+    whole = plan_of(tiny_recipe)[1]
+    recipe = load_recipe(tiny_recipe, overrides=[absent])
+    plan, errors = survey(RunContext(recipe), stages=["prune"])
+    assert [error.field for error in errors] == ["data.corpus"]
+    assert plan is not None
+    assert (plan.source, plan.target, plan.disk) == (whole.source, whole.target, whole.disk)
+    assert [stage.steps for stage in plan.training] == [stage.steps for stage in whole.training]
+    result = shear("config", "check", tiny_recipe, absent)
+    assert result.exit_code == 2
+    assert f"{plan.target.num_parameters():,}" in result.stdout
+    assert "text: not known" in result.stdout
+    assert "error: data.corpus" in result.stderr
+    # What is wrong besides comes first, and nothing is planned on it.
+    plan, errors = survey(RunContext(load_recipe(tiny_recipe, overrides=[absent, "target.hidden_size=4096"])))
+    assert plan is None
+    assert [error.field for error in errors] == ["target.hidden_size", "data.corpus"]

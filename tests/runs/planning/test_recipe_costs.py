@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
+from shearing.runs.context import RunContext
+from shearing.runs.planning import preflight
 from shearing.runs.recipe import load_recipe
 from tests.cli.test_cli import shear
 from tests.repository import RECIPES, ROOT, script
@@ -68,3 +72,31 @@ def test_the_command_says_the_same(name: str) -> None:
     [made, _] = COSTS.planned(name, machine="8 x H100 of 80 GB")
     assert f"{made.target.num_parameters():,}" in result.stdout
     assert name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("smollm3-1.5b", 128),
+        ("olmo-2-3b", 128),
+        ("gemma-3-2b", 256),
+        ("sheared-pythia-160m", 64),
+        ("qwen3-30b-a3b-half", 128),
+    ],
+)
+def test_a_recipe_is_checked_as_far_as_the_config_of_its_source_says(
+    name: str, head: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights nor tokenizer nor text are here: that is said, nothing else is wrong, and the rest is known."""
+    monkeypatch.setattr(preflight, "bytes_free", lambda _: 10**15)
+    keys = {"model.source": RECIPES / "sources" / COSTS.SOURCES[name], "run_dir": tmp_path / "run"}
+    here = {"training.device": "cpu", "training.engine": "torch"}
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[f"{key}={value}" for key, value in (keys | here).items()])
+    plan, errors = preflight.survey(RunContext(recipe), starts=False)
+    assert [error.field for error in errors] == ["model.source (weights)", "model.source", "data.corpus"]
+    assert plan is not None
+    assert recipe.target is not None
+    assert plan.target == resolve_target(recipe.target, source=load_config(recipe.model.source))
+    assert plan.target.head_dim == head
+    assert {stage.stage for stage in plan.training} == {"prune", "pretrain"}
+    assert plan.tokens == {}

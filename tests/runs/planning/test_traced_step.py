@@ -11,10 +11,11 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import DistillRecipe
-from shearing.runs.planning import traced_step
-from shearing.runs.planning.live_memory import LiveMemory
-from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Sharding, Workload, estimate
-from shearing.runs.planning.traced_step import NotTraceable, StepModel, Taught, measure, traced_moments
+from shearing.runs.planning.memory import Checkpointing, Layerwise, Listening, Sharding, Workload
+from shearing.runs.planning.step import traced_step
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.live_memory import LiveMemory
+from shearing.runs.planning.step.traced_step import NotTraceable, StepModel, Taught, measure, traced_moments
 
 GRANULARITIES = ("layers", "kv_groups", "query_heads", "intermediate", "hidden")
 WORKLOAD = Workload(

@@ -14,7 +14,7 @@ import pytest
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.importance.metric import Evidence
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.race.flops import FlopCount, Flops, steps_within
 from shearing.runs.race.methods import Contender
 from shearing.runs.race.plan import Budget, RacePlan

@@ -71,20 +71,51 @@ def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said:
         shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, override])
 
 
-def test_a_rotated_source_is_cut_in_the_basis_it_was_first_rotated_into(tiny_recipe: Path) -> None:
+def test_what_a_refit_has_found_is_said(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [AT_ONCE, "prune.refit_ridge=auto", "prune.block_refit={steps: 4, learning_rate: 1e-3}"]
+    run = shearing.run(shearing.load_recipe(tiny_recipe, overrides=overrides), stages=["prune", "compact"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ridges by held-out rows" in said
+    assert "what blocks' outputs lack" in said
+    assert read_json(run.compact / "shape.json")["relative_logit_difference"] < 1e-5
+
+
+def test_steps_of_blocks_need_a_refit(tiny_recipe: Path) -> None:
+    overrides = [AT_ONCE, "prune.compensate=false", "prune.block_refit={steps: 1}"]
+    with pytest.raises(ShearingError, match=r"prune\.block_refit = '1 steps'\n.*prune\.compensate"):
+        shearing.load_recipe(tiny_recipe, overrides=overrides)
+
+
+@pytest.mark.parametrize("tied", ["untie", "diagonal"])
+def test_a_rotated_source_is_cut_in_the_basis_it_was_first_rotated_into(tiny_recipe: Path, tied: str) -> None:
     """Interrupted after the rotation, a run goes on in the same coordinates; the cut model is the masked one."""
-    recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, "prune.rotate=pca", "training.precision=fp32"])
+    overrides = [AT_ONCE, "prune.rotate=pca", f"prune.rotate_tied={tied}", "training.precision=fp32"]
+    recipe = shearing.load_recipe(tiny_recipe, overrides=overrides)
     run = shearing.run(recipe, stages=["prune", "compact"])
     plain = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, f"run_dir={tiny_recipe.parent / 'plain'}"])
     assert read_json(run.compact / "shape.json")["relative_logit_difference"] < 1e-5
     weights = load_file(run.compact / "model.safetensors")
     of_plain = load_file(shearing.run(plain, stages=["prune", "compact"]).compact / "model.safetensors")
-    assert any(not weights[name].equal(of_plain[name]) for name in weights)
+    assert sorted(weights.keys() - of_plain.keys()) == (["lm_head.weight"] if tied == "untie" else [])
+    parameters = read_json(run.compact / "shape.json")["target"]["parameters"]
+    assert parameters == sum(weight.numel() for weight in weights.values())
+    assert any(not weights[name].equal(of_plain[name]) for name in of_plain)
     for left in (run.compact, run.checkpoints("prune"), run.complete("prune"), run.prune / "masks.safetensors"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     shearing.run(recipe, stages=["prune", "compact"])
     again = load_file(run.compact / "model.safetensors")
     assert all(weights[name].equal(again[name]) for name in weights)
+    if tied == "untie":
+        shearing.run(recipe)
+        models = read_json(run.evaluation)["models"]
+        assert models["final"]["parameters"] == parameters > models["random"]["parameters"]
+
+
+def test_a_tied_source_is_not_rotated_unless_the_recipe_says_how(tiny_recipe: Path) -> None:
+    recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, "prune.rotate=pca"])
+    with pytest.raises(ShearingError, match=r"prune\.rotate = .*head that is the embedding"):
+        shearing.run(recipe)
+    assert not (recipe.run_dir / "prune").exists()
 
 
 def test_a_rotation_and_streams_by_dimension_do_not_go_together(tiny_recipe: Path) -> None:

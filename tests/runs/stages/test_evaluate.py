@@ -28,7 +28,7 @@ from shearing.models.shape import Shape, resolve_target
 from shearing.pruning.structured.importance.magnitude import Magnitude, magnitude_scores
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
-from shearing.pruning.structured.refitting import refit_cost
+from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token

@@ -18,15 +18,19 @@ from typer.testing import CliRunner, Result
 
 from shearing.cli.frame import app
 from shearing.files.durable import read_json
+from shearing.models.loading import load_config
+from shearing.models.shape import Shape
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
-from shearing.runs.recipe import Recipe
+from shearing.runs.context import RunContext
+from shearing.runs.planning.disk import moving_weights
+from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
+from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages import pretrain_start as start
+from shearing.runs.stages.pretraining.start import Start
 from shearing.runs.stages.run import run
-from shearing.training.adapters.adapted import merge_in_place
-from shearing.training.adapters.lora import merge_adapters
+from shearing.training.checkpoints.pieces import ShardedState
 from tests.conftest import tiny_recipe_data
 
 ONE_SHOT = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}
@@ -76,6 +80,23 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def masks_of(folder: Path) -> dict[str, Tensor]:
     return dict(read_masks(folder / FILE_NAME))
+
+
+def assert_merged_as_a_whole(found: RunDirectory) -> None:
+    """What was merged a weight at a time is, to the bit, what peft makes of the whole model, and computes the same."""
+    recipe, ids = load_recipe(found.recipe), torch.arange(2, 2 + LENGTH)[None]
+    begin = Start.of(RunContext(recipe))
+    state = ShardedState(max(found.checkpoints("pretrain").glob("step-*")))
+    adapted = begin.restored(state, adapters=recipe.pretrain.adapters).eval()
+    with torch.no_grad():
+        logits = adapted(input_ids=ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(found.model)(input_ids=ids).logits
+    torch.testing.assert_close(merged, logits, rtol=1e-5, atol=1e-5)
+    whole = dict(begin.merged(adapted).named_parameters())
+    written = weights(found.model)
+    assert written.keys() == whole.keys()
+    for name, weight in written.items():
+        assert torch.equal(weight, whole[name]), name
 
 
 def assert_trained_under_masks(folder: Path, *, before: Path, adapted: tuple[str, ...] | None = None) -> None:
@@ -163,18 +184,8 @@ def test_adapters_are_merged_without_losing_a_zero(
     tiny_inputs: Path,
     trained: RunDirectory,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("peft")
-    ids = torch.arange(2, 2 + LENGTH)[None]
-    logits: list[Tensor] = []
-
-    def merging(adapted: Any, **keywords: Any) -> Any:
-        with torch.no_grad():
-            logits.append(adapted.eval()(input_ids=ids).logits)
-        return merge_adapters(adapted, **keywords)
-
-    monkeypatch.setattr(start, "merge_adapters", merging)
     source = tiny_inputs / "model" if dense else trained.sparse
     lora = {"rank": 4, "dropout": dropout, "targets": ["q_proj", "down_proj"]}
     found = ran(
@@ -184,9 +195,7 @@ def test_adapters_are_merged_without_losing_a_zero(
         pretrain={"lora": lora},
         training={"activation_checkpointing": checkpointing},
     )
-    with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(found.model)(input_ids=ids).logits
-    torch.testing.assert_close(merged, logits[0], rtol=1e-5, atol=1e-5)
+    assert_merged_as_a_whole(found)
     before, after = weights(source), weights(found.model)
     assert before.keys() == after.keys()
     for name, weight in after.items():
@@ -210,17 +219,7 @@ def test_other_adapters_are_merged_without_losing_a_zero(
     tiny_inputs: Path,
     trained: RunDirectory,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ids = torch.arange(2, 2 + LENGTH)[None]
-    logits: list[Tensor] = []
-
-    def merging(adapted: Any, **keywords: Any) -> Any:
-        with torch.no_grad():
-            logits.append(adapted.eval()(input_ids=ids).logits)
-        return merge_in_place(adapted, **keywords)
-
-    monkeypatch.setattr(start, "merge_in_place", merging)
     found = ran(
         tiny_inputs,
         tmp_path / "run",
@@ -228,9 +227,7 @@ def test_other_adapters_are_merged_without_losing_a_zero(
         pretrain={kind: settings, "learning_rate": 0.05},
         training={"activation_checkpointing": "full"},
     )
-    with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(found.model)(input_ids=ids).logits
-    torch.testing.assert_close(merged, logits[0], rtol=1e-5, atol=1e-5)
+    assert_merged_as_a_whole(found)
     assert_trained_under_masks(found.model, before=trained.sparse, adapted=tuple(settings["targets"]))
     record = read_manifest(found.model)["trained"][-1]
     assert record["method"] == kind
@@ -269,6 +266,13 @@ def test_masks_that_move_end_as_n_of_m(scores: str, trained: RunDirectory, tiny_
     events = [line for line in lines if line.get("event") == "masks"]
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert 0 < max(event["changed"] for event in events) < 1
+    # The plan knows what a checkpoint takes, with what is set aside.
+    recipe, sizes = load_recipe(found.recipe), Shape.of(load_config(str(found.sparse)))
+    aside = moving_weights(recipe, shape=sizes)
+    [shard] = max(found.checkpoints("pretrain").glob("step-*")).glob("shard-*.safetensors")
+    held = sum(tensor.numel() * tensor.element_size() for tensor in load_file(shard).values())
+    assert held == CHECKPOINT_BYTES_PER_PARAMETER * sizes.num_parameters() + 4 * aside
+    assert aside == sum(mask.numel() for mask in after.values())
     record = read_manifest(found.model)["trained"][-1]
     assert record["method"] == "ast"
     assert record["masks"]["scores"] == scores

@@ -18,6 +18,7 @@ from shearing.models.masked import MaskedModel, Masks
 from shearing.pruning.structured.masking import Masking
 from shearing.training.callbacks.heldout_at_end import measure_held_out
 from shearing.training.callbacks.non_finite import NonFiniteGuard
+from shearing.training.callbacks.stop_requests import StopRequests
 from shearing.training.checkpoints.state import read_state
 from shearing.training.loop import train
 from shearing.training.metrics import TIMING_FIELDS
@@ -94,6 +95,19 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count, self.mean = state["count"], state["mean"]
+
+
+class Drift(Callback):
+    """Moves the weights behind every step, otherwise where it was skipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self.steps.append(run.step)
+        with torch.no_grad():
+            for weight in run.model.parameters():
+                weight.mul_(torch.where(result.skipped, 1.0, 1.0 + 0.01 * run.step))
 
 
 class Listener(Callback):
@@ -180,6 +194,39 @@ def test_a_callback_of_a_task_is_saved_and_continued_bit_for_bit(
     assert _lines(without) == [line for line in _lines(whole) if line.get("event") != "evaluation"]
     shard = last / "shard-00000-of-00001.safetensors"
     assert (without / shard).read_bytes() == (whole / shard).read_bytes()
+
+
+def test_what_a_stop_leaves_to_do_of_a_step_is_done_where_the_run_continues(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _train(tiny_inputs, whole, Evaluation(every=2), Drift())
+    heed = StopRequests.heed
+
+    def signalled(requests: StopRequests) -> None:
+        requests.requested = "SIGTERM"
+        heed(requests)
+
+    stopped = Evaluation(every=2), Drift()
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequests, "heed", signalled)
+        with pytest.raises(Interrupted):
+            _train(tiny_inputs, parts, *stopped)
+        assert stopped[0].count == 0
+        assert stopped[1].steps == [1]
+        kept = read_state(parts / "checkpoints" / "step-00000002", "state")
+        assert list(kept) == [*KEYS, "callbacks", "unfinished"]
+        assert kept["unfinished"] == {"callbacks": ("Evaluation", "Drift"), "skipped": False}
+        with pytest.raises(Interrupted):  # nothing is lost where it is asked again
+            _train(tiny_inputs, parts, Evaluation(every=2), Drift())
+    again = Drift()
+    _train(tiny_inputs, parts, Evaluation(every=2), again)
+    assert again.steps == list(range(2, tasks.STEPS + 1))
+    assert _lines(parts) == _lines(whole)
+    last = Path("checkpoints") / f"step-{tasks.STEPS:08d}"
+    for name in ("state.safetensors", "shard-00000-of-00001.safetensors"):
+        assert (parts / last / name).read_bytes() == (whole / last / name).read_bytes()
+    assert _state(parts) == _state(whole)
 
 
 def test_state_has_its_keys_in_order_and_callbacks_behind_them_only_where_one_keeps_something(

@@ -123,7 +123,7 @@ def test_engine_is_checked_before_anything_starts(
 def test_an_engine_that_is_not_installed_says_what_to_type(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shearing.runs.planning.preflight.find_spec", lambda _: None)
+    monkeypatch.setattr("shearing.runs.planning.checks.settings.find_spec", lambda _: None)
     with pytest.raises(ShearingError, match=r"pip install 'shearing\[deepspeed\]'"):
         preflight(RunContext(_recipe(tiny_inputs, tmp_path, training={"engine": "deepspeed"})))
 

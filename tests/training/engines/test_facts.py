@@ -13,8 +13,8 @@ from shearing.errors import ShearingError
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
 from shearing.runs.planning.memory import Layerwise
-from shearing.runs.planning.plan import Choice
 from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.step.stage_plan import Choice
 from shearing.runs.recipe import load_recipe
 from shearing.training.engines.engine import EngineParts, engine_of
 from shearing.training.engines.facts import ENGINES

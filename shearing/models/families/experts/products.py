@@ -9,7 +9,7 @@ Legend: T tokens, K experts of a token, P = T * K pairs, E experts, M units of a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,17 +73,35 @@ def experts_output(
         dtype = torch.get_autocast_dtype(x_TD.device.type)
     experts, each = gate_up.shape[0], index_TK.shape[-1]
     expert_P, order_P = index_TK.flatten().sort(stable=True)
-    product = _products(_ends(expert_P, experts=experts), dtype=dtype, widths=(*gate_up.shape[1:], *down.shape[1:]))
-    gate_PM, up_PM = product(x_TD.to(dtype)[order_P // each], gate_up).chunk(2, -1)
+    product = _products(expert_P, experts=experts, dtype=dtype, widths=(*gate_up.shape[1:], *down.shape[1:]))
+    gate_PM, up_PM = product(x_TD.to(dtype)[order_P // each], gate_up, None).chunk(2, -1)
     inner_PM = activation(gate_PM) * up_PM
-    if units_EM is not None:
-        inner_PM = _ScaledUnits.apply(inner_PM, units_EM, expert_P)  # type: ignore[no-untyped-call]
-    out_PD = product(inner_PM, down)
+    out_PD = product(inner_PM, down, units_EM)
     if listener is not None:
         listener(inner_PM, out_PD, order_P)
     # In the order of the tokens again, where they are added up in a fixed order.
     out_PD = out_PD[order_P.argsort()] * weights_TK.reshape(-1, 1)
     return out_PD.view(*index_TK.shape, -1).sum(1).to(dtype)
+
+
+_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of sorted pairs' X [P, I], a stack [E, O, I], and what scales each expert's columns of it [E, I] or None: [P, O]."""
+
+
+def _products(expert_P: Tensor, *, experts: int, dtype: torch.dtype, widths: tuple[int, ...]) -> _Product:
+    """The product of each pair with the transposed matrix of its expert, of pairs that are sorted by expert."""
+    ends_E = _ends(expert_P, experts=experts)
+    if _has_kernel(expert_P.device, dtype) and all(width % _ALIGNED == 0 for width in widths):
+        offsets = ends_E.to(torch.int32)
+
+        def together(x_PI: Tensor, stack_EOI: Tensor, columns_EI: Tensor | None) -> Tensor:
+            if columns_EI is not None:
+                x_PI = _ScaledUnits.apply(x_PI, columns_EI, expert_P)  # type: ignore[no-untyped-call]
+            return torch._grouped_mm(x_PI, stack_EOI.to(dtype).mT, offs=offsets)  # noqa: SLF001 - no older name
+
+        return together
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    return lambda x_PI, stack_EOI, columns_EI: _OneByOne.apply(x_PI, stack_EOI, columns_EI, counts)  # type: ignore[no-untyped-call]
 
 
 class _ScaledUnits(torch.autograd.Function):
@@ -92,7 +110,7 @@ class _ScaledUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inner_PM: Tensor, units_EM: Tensor, expert_P: Tensor) -> Tensor:
         ctx.save_for_backward(inner_PM, units_EM, expert_P)
-        return inner_PM * units_EM.to(inner_PM.dtype)[expert_P]
+        return units_EM.to(inner_PM.dtype)[expert_P].mul_(inner_PM)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,7 +118,7 @@ class _ScaledUnits(torch.autograd.Function):
         grad_PM = grad_outputs[0]
         grad_inner = grad_units = None
         if ctx.needs_input_grad[0]:
-            grad_inner = grad_PM * units_EM.to(grad_PM.dtype)[expert_P]
+            grad_inner = units_EM.to(grad_PM.dtype)[expert_P].mul_(grad_PM)
         if ctx.needs_input_grad[1]:
             of_pairs_PM = (grad_PM * inner_PM).to(units_EM.dtype)
             counts_E = _ends(expert_P, experts=len(units_EM)).diff(prepend=expert_P.new_zeros(1))
@@ -109,23 +127,68 @@ class _ScaledUnits(torch.autograd.Function):
         return grad_inner, grad_units, None
 
 
+class _OneByOne(torch.autograd.Function):
+    """The products expert by expert, each put where it belongs in the whole.
+
+    Autograd would put outputs, and the gradients of inputs and of the stack, together once more from parts. As in
+    `shearing.models.masked`, columns scale an expert's matrix where it has more pairs than rows, and else what it
+    reads; their gradients come out of the product that those of the matrix are made of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, stack_EOI: Tensor, columns_EI: Tensor | None, counts: list[int]) -> Tensor:
+        y_PO = x_PI.new_empty(len(x_PI), stack_EOI.shape[1])
+        with torch.autocast(x_PI.device.type, enabled=False):
+            parts = zip(stack_EOI, _rows_of(columns_EI, stack_EOI), x_PI.split(counts), y_PO.split(counts), strict=True)
+            for matrix_OI, columns_I, x_NI, y_NO in parts:
+                fold = columns_I is not None and len(x_NI) > len(matrix_OI)
+                scaled_OI = matrix_OI * columns_I if fold else matrix_OI
+                read_NI = x_NI if fold or columns_I is None else x_NI * columns_I.to(x_NI.dtype)
+                # Not as `out`: selective checkpointing keeps products, and refuses what is written to afterwards.
+                y_NO.copy_(torch.mm(read_NI, scaled_OI.to(x_NI.dtype).T))
+        ctx.save_for_backward(x_PI, stack_EOI, columns_EI)
+        ctx.counts = counts
+        return y_PO
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x_PI, stack_EOI, columns_EI = ctx.saved_tensors
+        grad_PO = grad_outputs[0].to(x_PI.dtype)
+        need_x, need_stack, need_columns, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x_PI) if need_x else None
+        grad_stack = torch.empty_like(stack_EOI) if need_stack else None
+        grad_columns = torch.empty_like(columns_EI) if need_columns else None
+        begin = 0
+        for expert, (count, columns_I) in enumerate(zip(ctx.counts, _rows_of(columns_EI, stack_EOI), strict=True)):
+            pairs = slice(begin, begin := begin + count)
+            x_NI, grad_NO, matrix_OI = x_PI[pairs], grad_PO[pairs], stack_EOI[expert]
+            if grad_x is not None:
+                fold = columns_I is not None and count > len(matrix_OI)
+                scaled_OI = matrix_OI * columns_I if fold else matrix_OI
+                torch.mm(grad_NO, scaled_OI.to(x_PI.dtype), out=grad_x[pairs])
+                if columns_I is not None and not fold:
+                    grad_x[pairs] *= columns_I.to(x_PI.dtype)
+            if grad_stack is None and grad_columns is None:
+                continue
+            into = None if grad_stack is None else grad_stack[expert]
+            outer_OI = torch.mm(grad_NO.T, x_NI, out=into if into is not None and into.dtype == x_PI.dtype else None)
+            if grad_columns is not None:
+                # In the masks' precision, which is fp32 also where the products are bf16.
+                grad_columns[expert] = (outer_OI.to(grad_columns.dtype) * matrix_OI).sum(0)
+            if into is not None and columns_I is not None:
+                torch.mul(outer_OI, columns_I, out=into)
+            elif into is not None and into is not outer_OI:
+                into.copy_(outer_OI)
+        return grad_x, grad_stack, grad_columns, None
+
+
+def _rows_of(columns_EI: Tensor | None, stack_EOI: Tensor) -> Sequence[Tensor | None]:
+    return [None] * len(stack_EOI) if columns_EI is None else columns_EI.unbind(0)
+
+
 def _ends(expert_P: Tensor, *, experts: int) -> Tensor:
     """Where the pairs of each expert end, of pairs that are sorted by expert."""
     return torch.searchsorted(expert_P, torch.arange(experts, device=expert_P.device), right=True)
-
-
-def _products(ends_E: Tensor, *, dtype: torch.dtype, widths: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """X [P, I] of sorted pairs times the transposed matrix of each one's expert, of a stack [E, O, I]."""
-    if _has_kernel(ends_E.device, dtype) and all(width % _ALIGNED == 0 for width in widths):
-        offsets = ends_E.to(torch.int32)
-        return lambda x, stack: torch._grouped_mm(x, stack.to(dtype).mT, offs=offsets)  # noqa: SLF001 - no older name
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-
-    def one_by_one(x: Tensor, stack: Tensor) -> Tensor:
-        pairs = zip(x.split(counts), stack.unbind(0), strict=True)
-        return torch.cat([F.linear(of_expert.to(dtype), matrix.to(dtype)) for of_expert, matrix in pairs])
-
-    return one_by_one
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:

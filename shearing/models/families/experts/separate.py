@@ -38,6 +38,16 @@ class SeparateExperts(nn.Module):
             self.add_module(str(number), expert)
         self.act_fn = activation
 
+    def share(self, experts: nn.Module) -> None:
+        """Makes the matrices of a stack these experts' own, without copies."""
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        for layers, read, write in zip(self._apart, gate_up.detach(), down.detach(), strict=True):
+            gate, up = read.chunk(2)
+            for name, weight in ((self._gate, gate), (self._up, up), (self._down, write)):
+                layers[name].weight = nn.Parameter(weight, requires_grad=False)
+
     def forward(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """What the experts of each token write: [T, D]; one that has no token is called with none."""
         out_TD = torch.zeros_like(x_TD)
@@ -59,15 +69,22 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return linear
 
 
-def separate_experts(model: PreTrainedModel) -> None:
+def separate_experts(model: PreTrainedModel, *, share: bool = False) -> None:
     """Takes the experts of a model without weights apart, in place; a model without experts stays as it is.
 
     Parameters of a layer then are called as in files, but for the name of the MLP (`name_in_files`).
+
+    Args:
+        model: changed in place.
+        share: it has weights, and keeps them.
     """
     experts = anatomy_of(model.config).mlp.experts
     if experts is None:
         return
     gate, up, down = (matrix.rpartition(".")[2] for matrix in experts.matrices(0))
     for layer in decoder_layers(model):
-        apart = SeparateExperts(layer.get_submodule(experts.module), gate=gate, up=up, down=down)
+        together = layer.get_submodule(experts.module)
+        apart = SeparateExperts(together, gate=gate, up=up, down=down)
+        if share:
+            apart.share(together)
         layer.set_submodule(experts.module, apart)

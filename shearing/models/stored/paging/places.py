@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shearing.errors import ShearingError
 from shearing.files.tensors import Entry, read_header, read_range
 from shearing.models.anatomy import anatomy_of
+from shearing.models.stored.expert_files import parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,14 +31,13 @@ class Place:
 
     Attributes:
         name: of the parameter.
-        path: the file.
-        entry: of the tensor in it.
+        parts: a file and a tensor in it; several where files have experts one by one: what they hold, one behind the
+            other, is the parameter, flattened.
         source: what the model is called.
     """
 
     name: str
-    path: Path
-    entry: Entry
+    parts: tuple[tuple[Path, Entry], ...]
     source: str
     _finite: bool = False
 
@@ -60,16 +60,31 @@ class Place:
         Raises:
             ShearingError: NaN or infinity among them.
         """
-        values = read_range(self.path, self.entry, start=start, numel=numel).to(device)
-        if not self._finite:
-            if not bool(torch.isfinite(values).all()):
-                raise not_finite(self.name, source=self.source)
-            self._finite = values.numel() == self.entry.numel
-        return values.to(dtype)
+        total = sum(entry.numel for _, entry in self.parts)
+        end = total if numel is None else start + numel
+        if len(self.parts) == 1:
+            whole = self._read_part(0, start, end, device=device).to(dtype)
+        else:
+            whole, first = torch.empty(end - start, dtype=dtype, device=device), 0
+            for number, (_, entry) in enumerate(self.parts):
+                begin, stop = max(start, first), min(end, first + entry.numel)
+                if begin < stop:
+                    values = self._read_part(number, begin - first, stop - first, device=device)
+                    whole[begin - start : stop - start].copy_(values)
+                first += entry.numel
+        self._finite = self._finite or end - start == total
+        return whole
+
+    def _read_part(self, number: int, begin: int, end: int, *, device: torch.device | str) -> Tensor:
+        path, entry = self.parts[number]
+        values = read_range(path, entry, start=begin, numel=end - begin).to(device)
+        if not (self._finite or bool(torch.isfinite(values).all())):
+            raise not_finite(self.name, source=self.source)
+        return values
 
     def move(self, path: Path, entry: Entry) -> None:
         """The weight is another one from now on."""
-        self.path, self.entry, self._finite = path, entry, False
+        self.parts, self._finite = ((path, entry),), False
 
 
 def give_places(model: PreTrainedModel, *, files: Iterable[Path], source: str) -> bool:
@@ -92,9 +107,17 @@ def give_places(model: PreTrainedModel, *, files: Iterable[Path], source: str) -
     for name, parameter in model.named_parameters():
         names = [other for other, tensor in every if tensor is parameter]  # tied, it may be stored as the head alone
         stored = next((each for own in names for each in (own, own.removeprefix(prefix)) if each in found), None)
-        if stored is None or found[stored][1].shape != tuple(parameter.shape):
+        if stored is not None and found[stored][1].shape == tuple(parameter.shape):
+            places[parameter] = Place(name, (found[stored],), source=source)
+            continue
+        made_of = [part.name for part in parts_of(model.config, name, shape=tuple(parameter.shape))]
+        made_of = [each if each in found else each.removeprefix(prefix) for each in made_of]
+        if not all(each in found for each in made_of):
             return False
-        places[parameter] = Place(name, *found[stored], source=source)
+        parts = tuple(found[each] for each in made_of)
+        if sum(entry.numel for _, entry in parts) != parameter.numel():
+            return False
+        places[parameter] = Place(name, parts, source=source)
     for parameter, place in places.items():
         setattr(parameter, _PLACE, place)
     return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,16 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from shearing.files.result_cache import Cached
-from shearing.models.anatomy import backbone, head_of
-from shearing.models.loading import load_source
 from shearing.models.stored.stored_model import Source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.calibration.stored_walk import Compute, not_finite
 from shearing.pruning.calibration.text import Calibration
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from shearing.pruning.calibration.whole import WholeModel
 
 VERSION = 1
 """Of what is computed: a change of it makes results that were kept before worthless."""
@@ -76,7 +72,7 @@ def hessian_trace(
     if found is not None:
         console.print(f"trace of the Hessian: from an earlier run, {cached.path}", soft_wrap=True, highlight=False)
         return {name: float(trace) for name, trace in found.items()}
-    model = load_source(str(source.folder), device=compute.device, dtype=torch.float32)
+    model = WholeModel(source, device=compute.device, dtype=torch.float32)
     names = [matrix.name for matrix in matrices]
     tokens = calibration.tokens.to(compute.device)
     with activity("trace of the Hessian", total=len(tokens), console=console) as advance:
@@ -93,18 +89,17 @@ def hessian_trace(
 
 
 def _sums(
-    model: PreTrainedModel, names: Sequence[str], *, tokens: Tensor, seed: int, advance: Callable[[int], None]
+    model: WholeModel, names: Sequence[str], *, tokens: Tensor, seed: int, advance: Callable[[int], None]
 ) -> list[float]:
     """Sum over sequences [samples, T] of zᵀHz for each named parameter."""
-    model.requires_grad_(requires_grad=False)
-    weights = [model.get_parameter(name).requires_grad_() for name in names]
+    weights = [model.parameter(name).requires_grad_() for name in names]
     generator = torch.Generator().manual_seed(seed)
     sums = [0.0] * len(weights)
     for row in tokens:
         # Fused attention cannot be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
-            hidden_SD = backbone(model)(input_ids=row[None, :-1], use_cache=False).last_hidden_state[0]
-            loss = cross_entropy(head_of(model).logits(hidden_SD).float(), row[1:])
+            logits_SV = torch.cat(list(model.logits(model.states(row[None, :-1]))))
+            loss = cross_entropy(logits_SV.float(), row[1:])
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
             probes = [_signs(weight, generator=generator) for weight in weights]
             along = torch.stack([(g * z).sum() for g, z in zip(gradients, probes, strict=True)]).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,25 +16,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shearing.files.result_cache import Cached
-from shearing.models.anatomy import Head, backbone, decoder_layers, head_of
-from shearing.models.loading import load_source
 from shearing.models.stored.stored_model import Source
-from shearing.objectives.cross_entropy import causal_lm_loss
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.calibration.stored_walk import Compute, not_finite
 from shearing.pruning.calibration.text import Calibration
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from shearing.pruning.calibration.whole import WholeModel
 
 Labels = Literal["true", "sampled"]
 
 VERSION = 1
 """Of what is computed: a change of it makes results that were kept before worthless."""
-
-_CHUNK_TOKENS = 1024
 
 
 def fisher_trace(
@@ -91,7 +83,7 @@ def fisher_trace(
     if found is not None:
         console.print(f"Fisher information: from an earlier run, {cached.path}", soft_wrap=True, highlight=False)
         return {name: float(trace) for name, trace in found.items()}
-    model = load_source(str(source.folder), device=compute.device, dtype=dtype)
+    model = WholeModel(source, device=compute.device, dtype=dtype)
     samples = calibration.tokens.shape[0]
     with activity("Fisher information", total=samples, console=console) as advance:
         sums = _sums_of_squares(
@@ -113,33 +105,29 @@ def fisher_trace(
 
 
 def _sums_of_squares(
-    model: PreTrainedModel,
+    model: WholeModel,
     names: Sequence[str],
     *,
     tokens: Tensor,
-    label: Callable[[Tensor, Head, Tensor], Tensor],
+    label: Callable[[WholeModel, Tensor, Tensor], Tensor],
     advance: Callable[[int], None],
 ) -> list[float]:
     """Sum over sequences [samples, T] of Σ (∂l/∂w)² for each named parameter."""
     sums = torch.zeros(len(names), dtype=torch.float64, device=tokens.device)
-    model.requires_grad_(requires_grad=False)
     for index, name in enumerate(names):
-        parameter = model.get_parameter(name).requires_grad_()
+        parameter = model.parameter(name).requires_grad_()
         parameter.register_post_accumulate_grad_hook(partial(_square_and_let_go, into=sums[index]))
-    layers: list[Any] = list(decoder_layers(model))
     try:
-        for layer in layers:
+        for layer in model.layers:
             # Not `gradient_checkpointing_enable`: that works in training mode alone, which has dropout.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         for row in tokens:
             inputs = row[None, :-1]
-            hidden = backbone(model)(input_ids=inputs, use_cache=False).last_hidden_state
-            wanted = label(hidden.detach(), head_of(model), row[None, 1:])
-            total, _ = causal_lm_loss(hidden, head_of(model), wanted, chunk_tokens=_CHUNK_TOKENS)
-            total.backward()
+            states = model.states(inputs)
+            model.loss(states, label(model, states.detach(), row[None, 1:])).backward()
             advance(1)
     finally:
-        for layer in layers:
+        for layer in model.layers:
             del layer.forward  # each refers to its layer: the model would stay until the next collection
     # The gradient was of the sum over predictions, l of their mean.
     sums /= (tokens.shape[1] - 1) ** 2
@@ -153,8 +141,8 @@ def _square_and_let_go(parameter: Tensor, *, into: Tensor) -> None:
     parameter.grad = None
 
 
-def _true_labels(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    del hidden, head
+def _true_labels(model: WholeModel, states: Tensor, labels: Tensor) -> Tensor:
+    del model, states
     return labels
 
 
@@ -165,10 +153,10 @@ class _Sampling:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    def __call__(self, model: WholeModel, states: Tensor, labels: Tensor) -> Tensor:
         drawn = []
-        for chunk in hidden[0].split(_CHUNK_TOKENS):
-            probabilities = head.logits(chunk).float().softmax(-1)
+        for logits in model.logits(states):
+            probabilities = logits.float().softmax(-1)
             # NaN cannot be drawn from. It is found in the gradients, whatever the labels.
             probabilities.nan_to_num_(nan=1.0)
             drawn.append(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -8,24 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shearing.models.anatomy import Head, backbone, head_of
-from shearing.models.loading import load_source
-from shearing.objectives.cross_entropy import causal_lm_loss, per_token_loss
+from shearing.pruning.calibration.whole import WholeModel
 from shearing.pruning.sparse.allocation.allocator import Request, Unit
 from shearing.pruning.sparse.search.database import Database
 from shearing.pruning.sparse.search.genome import Genome
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 FitnessKind = Literal["loss", "kl"]
-_CHUNK_TOKENS = 1024
 _HOPELESS = 1e30  # for sums that are not finite: such candidates come last, and JSON has no infinity
 
 
@@ -81,11 +74,10 @@ class Fitness:
         self._text = text.to(compute.device)
         # Adam's steps are far below what bf16 tells apart.
         dtype = torch.float32 if training.steps else compute.dtype
-        self._model: PreTrainedModel = load_source(str(request.source.folder), device=compute.device, dtype=dtype)
-        self._parameters = dict(self._model.named_parameters())
+        self._model = WholeModel(request.source, device=compute.device, dtype=dtype)
         self._now: list[int | None] = [None] * len(self._units)
         self._sums: dict[Genome, tuple[int, float]] = dict(known or {})
-        self._dense = self._hidden_of_dense() if kind == "kl" else None
+        self._dense = self._states_of_dense() if kind == "kl" else None
         self._training = training
         self._lessons: Tensor | None = None
         if training.steps:
@@ -125,32 +117,30 @@ class Fitness:
         for index, (unit, level) in enumerate(zip(self._units, genome, strict=True)):
             if self._now[index] != level:
                 for matrix in unit.matrices:
-                    self._database.put(self._parameters[matrix.name], name=matrix.name, level=level)
+                    self._database.put(self._model.parameter(matrix.name), name=matrix.name, level=level)
                 self._now[index] = level
 
     def _train(self, genome: Genome, *, text: Tensor) -> None:
         """The same steps for the same candidate, however often it is made."""
         if self._trained == genome:
             return
-        self._model.requires_grad_(requires_grad=False)
         names = [matrix.name for unit in self._units for matrix in unit.matrices]
-        weights = {name: self._parameters[name].requires_grad_() for name in names}
+        weights = {name: self._model.parameter(name).requires_grad_() for name in names}
         gone = {name: weight == 0 for name, weight in weights.items()}
         optimizer = torch.optim.Adam(weights.values(), lr=self._training.learning_rate)
         for step in range(self._training.steps):
             rows = [(step * self._training.batch + row) % len(text) for row in range(self._training.batch)]
             batch_BT = text[rows]
-            hidden_BSD = backbone(self._model)(input_ids=batch_BT[:, :-1], use_cache=False).last_hidden_state
-            head = head_of(self._model)
-            total, each_BS = causal_lm_loss(hidden_BSD, head, batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS)
-            (total / each_BS.numel()).backward()
+            labels_BS = batch_BT[:, 1:]
+            (self._model.loss(self._model.states(batch_BT[:, :-1]), labels_BS) / labels_BS.numel()).backward()
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.masked_fill_(gone[name], 0.0)
             self.tokens += 3 * batch_BT[:, 1:].numel()
-        self._model.requires_grad_(requires_grad=False)
+        for weight in weights.values():
+            weight.requires_grad = False
         self._trained = genome
 
     @torch.no_grad()
@@ -158,31 +148,26 @@ class Fitness:
         total = torch.zeros((), dtype=torch.float64, device=self._text.device)
         for start in range(first, last, self._micro_batch_size):
             batch_BT = self._text[start : min(start + self._micro_batch_size, last)]
-            hidden_BSD = backbone(self._model)(input_ids=batch_BT[:, :-1]).last_hidden_state
+            states_BSD = self._model.states(batch_BT[:, :-1])
             if self._dense is None:
-                loss_BS = per_token_loss(hidden_BSD, head_of(self._model), batch_BT[:, 1:], chunk_tokens=_CHUNK_TOKENS)
-                total += loss_BS.sum(dtype=torch.float64)
+                total += self._model.losses(states_BSD, batch_BT[:, 1:]).sum(dtype=torch.float64)
             else:
-                dense_BSD = self._dense[start : start + len(batch_BT)]
-                total += divergence(dense_BSD, hidden_BSD, head=head_of(self._model))
+                total += divergence(self._dense[start : start + len(batch_BT)], states_BSD, model=self._model)
             self.tokens += batch_BT[:, 1:].numel()
         self.passes += 1
         found = float(total)
         return found if math.isfinite(found) else _HOPELESS
 
     @torch.no_grad()
-    def _hidden_of_dense(self) -> Tensor:
-        """What the head reads in the dense model [samples, S, d]: S x V predictions would be far larger."""
-        parts = self._text[:, :-1].split(self._micro_batch_size)
-        return torch.cat([backbone(self._model)(input_ids=part).last_hidden_state for part in parts])
+    def _states_of_dense(self) -> Tensor:
+        """What predictions of the dense model are made from [samples, S, d]: S x V of them would be far larger."""
+        return torch.cat([self._model.states(part) for part in self._text[:, :-1].split(self._micro_batch_size)])
 
 
-def divergence(dense_BSD: Tensor, hidden_BSD: Tensor, *, head: Head) -> Tensor:
-    """Sum over tokens of KL(p || q), p and q what the head predicts from either, in nats; fp64 scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden_BSD.device)
-    dense_CD = dense_BSD.flatten(0, 1).split(_CHUNK_TOKENS)
-    for dense, hidden in zip(dense_CD, hidden_BSD.flatten(0, 1).split(_CHUNK_TOKENS), strict=True):
-        p = head.logits(dense).float().log_softmax(-1)
-        q = head.logits(hidden).float().log_softmax(-1)
+def divergence(dense_BSD: Tensor, states_BSD: Tensor, *, model: WholeModel) -> Tensor:
+    """Sum over tokens of KL(p || q), p and q what is predicted from either, in nats; fp64 scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=states_BSD.device)
+    for dense_CV, logits_CV in zip(model.logits(dense_BSD), model.logits(states_BSD), strict=True):
+        p, q = dense_CV.float().log_softmax(-1), logits_CV.float().log_softmax(-1)
         total += (p.exp() * (p - q)).sum(dtype=torch.float64)
     return total

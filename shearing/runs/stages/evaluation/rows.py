@@ -27,7 +27,10 @@ from shearing.runs.stages.source_model import load_source_model, model_to_read
 from shearing.training.recipe import StageRecipe
 
 OF_RUN = ("source", "compact", "sparse", "final")
-"""The names of rows that are no baselines, in the order in which a run makes them."""
+"""The names of rows that are no baselines, in the order in which a run makes them; sizes of a family come last."""
+
+FAMILY = "family-"
+"""What the names of their rows begin with."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Row:
     @property
     def of_run(self) -> bool:
         """Whether it is the source or one of the run's own models, and no baseline."""
-        return self.name in OF_RUN
+        return self.name in OF_RUN or self.name.startswith(FAMILY)
 
 
 def rows_of(context: RunContext) -> list[Row]:
@@ -105,8 +108,9 @@ def rows_of(context: RunContext) -> list[Row]:
         flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
         flops += training_flops(whole, teacher=context.teacher_shape, tokens=tokens, sequence_length=length)
         made_by.append(learned.title)
+        own = replace(shape, tied=whole.tied)  # cut from the source as it is, whatever a rotation does to the head
         rows += [
-            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=shape)
+            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=own)
             for name, baseline in recipe.evaluation.by_name().items()
         ]
         rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
@@ -119,6 +123,13 @@ def rows_of(context: RunContext) -> list[Row]:
         tokens += trained
         flops += training_flops(shape, teacher=context.teacher_shape, tokens=trained, sequence_length=length)
         rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model, tokens))
+        if recipe.family is not None:
+            # Chosen among the units that are left, at a cost that they share with the largest.
+            learned, units = None, lambda: None
+            rows += [
+                of_run(f"{FAMILY}{name}", f"{name}, of the same training", f"size {name}", run.family / name, tokens)
+                for name in recipe.family.sizes
+            ]
     return rows
 
 

@@ -16,6 +16,7 @@ from shearing.models.loading import load_paged, load_source
 from shearing.models.stored.paging.paged import stop_paging
 from shearing.models.stored.paging.places import weight_in
 from shearing.models.stored.saving import write_model
+from tests.models.experts import expert_configs
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 
@@ -65,6 +66,39 @@ def test_an_engine_reads_weights_by_range_and_those_that_replace_them(folder: Pa
         assert torch.equal(places[name].read(device="cpu"), expected), name
         rows = slice(3, 3 + weight.numel() // 2)
         assert torch.equal(places[name].read(device="cpu", start=3, numel=weight.numel() // 2), expected[rows])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@torch.no_grad()
+def test_experts_that_are_stored_one_by_one_are_read_by_range(family: str, tmp_path: Path) -> None:
+    with expert_configs():
+        write_model(tiny_model(family, tied=False), tmp_path, dtype=torch.bfloat16, shard_bytes=20_000)
+    whole, paged = load_source(str(tmp_path)), load_paged(str(tmp_path))
+    assert torch.equal(paged(tiny_ids()).logits, whole(tiny_ids()).logits)
+    assert not any(".experts." in name for name in in_memory(paged))
+    names = {id(parameter): name for name, parameter in paged.named_parameters()}
+    places = {names[id(parameter)]: place for parameter, place in stop_paging(paged).items()}
+    assert places.keys() == dict(whole.named_parameters()).keys()
+    assert any(len(place.parts) == 2 * 6 for place in places.values())
+    for name, weight in whole.named_parameters():
+        expected = weight.flatten()
+        assert torch.equal(places[name].read(device="cpu"), expected), name
+        # From inside of one expert's matrix to inside of another's.
+        for start, end in ((3, 3 + weight.numel() // 2), (weight.numel() // 3, weight.numel())):
+            found = places[name].read(device="cpu", start=start, numel=end - start, dtype=torch.float64)
+            assert torch.equal(found, expected[start:end].double()), name
+
+
+def test_an_expert_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    with expert_configs():
+        write_model(tiny_model("mixtral", tied=False), tmp_path, dtype=torch.bfloat16)
+    [(path, tensors)] = _files(tmp_path)
+    name = next(name for name in tensors if ".1.block_sparse_moe.experts.4.w3." in name)
+    tensors[name][1, 2] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ShearingError, match="NaN or infinity") as caught, torch.no_grad():
+        load_paged(str(tmp_path))(tiny_ids())
+    assert caught.value.field == "source (parameter model.layers.1.mlp.experts.gate_up_proj)"
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight"])

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from shearing.errors import ShearingError
 from shearing.models.stored.stored_model import open_source
+from shearing.pruning.calibration import whole
 from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
-from shearing.pruning.sparse.allocation import hessian_trace as module
 from shearing.pruning.sparse.allocation.hessian_trace import hessian_trace
 from shearing.pruning.sparse.allocation.rules import hessian
 from shearing.pruning.sparse.allocation.rules.hessian import HessianRank
@@ -62,7 +62,7 @@ def test_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tiny_model().save_pretrained(tmp_path / "model")
     found = traces_of(tmp_path)
     assert traces_of(tmp_path, seed=1) != found
-    monkeypatch.setattr(module, "load_source", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(whole, "load_source", lambda *_, **__: pytest.fail("computed again"))
     console = Console(file=StringIO(), width=200)
     assert traces_of(tmp_path, console=console) == found
     assert "from an earlier run" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from shearing.errors import ShearingError
 from shearing.files.result_cache import Cached, cache_folder
 from shearing.models.stored.stored_model import Source, open_source
+from shearing.pruning.calibration import whole
 from shearing.pruning.calibration.places import matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.allocation import sensitivity
 from shearing.pruning.sparse.allocation.sensitivity import fisher_trace
+from tests.models.experts import expert_configs
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 TOKENS = tiny_ids(sequences=3, length=20)
@@ -71,6 +73,29 @@ def test_half_precision(tmp_path: Path) -> None:
     assert traces_of(source, dtype=torch.float16) == found
 
 
+def test_experts_are_matrices_of_their_own(tmp_path: Path) -> None:
+    """Each one's trace is that of its part of the stacks that the model has."""
+    with expert_configs():
+        model = tiny_model("qwen3_moe")
+    found = traces_of(source_of(model, tmp_path))
+    names = [name for name, _ in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
+    sums = dict.fromkeys(found, 0.0)
+    for row in TOKENS:
+        loss = nn.functional.cross_entropy(model(row[None, :-1], use_cache=False).logits[0], row[1:])
+        for name, stack in zip(
+            names, torch.autograd.grad(loss, [model.get_parameter(name) for name in names]), strict=True
+        ):
+            parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            for expert, of_expert in enumerate(stack):
+                for part, matrix in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                    place = f"{name.rpartition('.')[0]}.{expert}.{part}.weight"
+                    sums[place] += float(matrix.double().square().sum()) / len(TOKENS)
+    assert any(sums.values())
+    for place, total in sums.items():
+        if "experts" in place:
+            assert found[place] == pytest.approx(total, rel=1e-3, abs=1e-12), place
+
+
 def test_is_no_square_of_sums(tmp_path: Path) -> None:
     found = traces_of(source_of(tiny_model(), tmp_path))
     of_batch = squares(tiny_model(), TOKENS[:, :-1], TOKENS[:, 1:], list(found))
@@ -89,7 +114,7 @@ def test_only_one_gradient_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     kept: list[PreTrainedModel] = []
     counts: list[int] = []
     passes: list[None] = []
-    load, square = sensitivity.load_source, sensitivity._square_and_let_go
+    load, square = whole.load_source, sensitivity._square_and_let_go
 
     def loaded(*arguments: Any, **keywords: Any) -> PreTrainedModel:
         kept.append(load(*arguments, **keywords))
@@ -100,7 +125,7 @@ def test_only_one_gradient_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         counts.append(sum(other.grad is not None for other in kept[0].parameters()))
         square(parameter, into=into)
 
-    monkeypatch.setattr(sensitivity, "load_source", loaded)
+    monkeypatch.setattr(whole, "load_source", loaded)
     monkeypatch.setattr(sensitivity, "_square_and_let_go", squared)
     source = source_of(tiny_model(), tmp_path)
     traces_of(source)
@@ -157,7 +182,7 @@ def test_what_was_computed_is_not_computed_again(tmp_path: Path, monkeypatch: py
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError
 
-    monkeypatch.setattr(sensitivity, "load_source", refuse)
+    monkeypatch.setattr(whole, "load_source", refuse)
     said = StringIO()
     again = open_source(str(tmp_path / "model"), revision=None, converted=tmp_path / "converted")
     assert traces_of(again, console=Console(file=said)) == first

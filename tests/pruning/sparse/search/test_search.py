@@ -218,7 +218,7 @@ def test_candidates_that_overflow_come_last(tmp_path: Path, monkeypatch: pytest.
     fitness = fitness_of(request_of(tmp_path))
     good = fitness((1, 1, 1, 1), 1)
     with torch.no_grad():
-        fitness._model.get_input_embeddings().weight.fill_(float("nan"))
+        fitness._model.model.get_input_embeddings().weight.fill_(float("nan"))
     assert good < fitness((0, 2, 1, 1), 1) < float("inf")
 
 

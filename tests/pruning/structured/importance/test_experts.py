@@ -17,7 +17,7 @@ from shearing.pruning.structured.importance.activations import Activations
 from shearing.pruning.structured.importance.magnitude import Magnitude
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS, metric_of
-from shearing.pruning.structured.refitting import refit
+from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import select, select_across_layers, shape_of
 from tests.models.experts import expert_configs
 from tests.models.tiny import tiny_ids, tiny_model

@@ -12,10 +12,10 @@ from shearing.models.anatomy import decoder_layers
 from shearing.models.cutting import compact
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.shape import Shape
-from shearing.processes.processes import Processes
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
-from shearing.pruning.structured.refitting import _Fit, refit
+from shearing.pruning.structured.refitting.least_squares import LEAST_ROWS, RIDGE, RIDGES
+from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import select
 from tests.models.declared import declared_families
 from tests.models.test_exactness import follows_width
@@ -161,19 +161,16 @@ def test_biases_of_writes_hold_the_mean_of_what_goes(ridge: float):
     torch.testing.assert_close(masked_logits(subject, ids), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_the_intercept_and_the_weights_are_the_least_squares_of_inputs_beside_a_one():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 50, 6, generator=generator) + 3.0
-    lacks = x @ torch.randn(6, 3, generator=generator) + torch.randn(4, 50, 3, generator=generator) + 2.0
-    weights = torch.rand(4, 50, generator=generator)
-    columns = torch.tensor([0, 2, 3, 5])
-    fit = _Fit(torch.zeros(3, 6), columns=columns, outputs=3, ridge=0.3, intercept=True)
-    fit.add(x, lacks=lacks, weights=weights)
-    correction, intercept = fit.solve(Processes())
-    beside_one = torch.cat([x[..., columns], torch.ones(4, 50, 1)], -1).flatten(0, 1).double()
-    weighted = beside_one * weights.flatten()[:, None]
-    normal = weighted.T @ beside_one
-    normal += 0.3 * torch.diag(torch.cat([normal.diagonal()[:4], torch.zeros(1)]))
-    wanted = torch.linalg.solve(normal, weighted.T @ lacks.flatten(0, 1).double())
-    torch.testing.assert_close(correction, wanted[:4], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(intercept, wanted[4], rtol=1e-4, atol=1e-4)
+def test_held_out_rows_choose_a_ridge_for_each_matrix():
+    model = tiny_model("llama")
+    source = Shape.of(model.config)
+    units = torch.ones(source.num_hidden_layers, source.intermediate_size)
+    units[:, ::2] = 0.0
+    masks, subject = Masks(intermediate=units), MaskedModel(model)
+    found = refit(subject, masks=masks, batches=BATCHES, ridge="auto")
+    assert len(found.ridges) == 4 * source.num_hidden_layers
+    assert set(found.ridges.values()) <= set(RIDGES)
+    assert not found.blocks
+    # Too few rows for one to be held out.
+    few = refit(subject, masks=masks, batches=[BATCHES[0].part(0, LEAST_ROWS - 1)], ridge="auto")
+    assert set(few.ridges.values()) == {RIDGE}

@@ -23,19 +23,27 @@ from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
 from shearing.models.stored.paging.passing import Reached
 from shearing.processes.processes import Processes
-from shearing.pruning.calibration.inverse import damped_factors
 from shearing.pruning.calibration.places import Place, named_places, weight_of
 from shearing.pruning.calibration.shares import shares_of
-from shearing.pruning.calibration.statistics import InputStatistics, Need, add_products, weigh
 from shearing.pruning.calibration.walk import first_inputs, listening, run_layer
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.pruning.structured.importance.reconstruction import token_weights
+from shearing.pruning.structured.refitting.blocks import BlockErrors, Blocks, block_refit_cost
+from shearing.pruning.structured.refitting.least_squares import RIDGE, RIDGES, Fit, Ridge, held_out
+from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
 
-RIDGE = 1.5
-"""How strongly refitted weights are held where they are. Small values fit the calibration text, see docs/lab-log.md."""
 
-_BARELY = 1e-9
-"""Damping that only keeps inputs which are always zero from making a matrix singular."""
+@dataclass(frozen=True)
+class Refitted:
+    """What a refit has found.
+
+    Attributes:
+        ridges: with which each matrix, or those that read the same, was held, by layer and place.
+        blocks: by layer, what its block lacked before and after steps of its own; empty without these.
+    """
+
+    ridges: Mapping[str, float]
+    blocks: Mapping[int, BlockErrors]
 
 
 @torch.no_grad()
@@ -44,11 +52,12 @@ def refit(
     *,
     masks: Masks,
     batches: Sequence[Inputs],
-    ridge: float = RIDGE,
+    ridge: Ridge = RIDGE,
+    blocks: BlockRefitRecipe | None = None,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes | None = None,
     keep: Callable[[int, nn.Module], None] = lambda _index, _layer: None,
-) -> None:
+) -> Refitted:
     """Refit the weights that stay under binary masks to what the whole model computes, layer by layer, in place.
 
     A linear layer W that reads x' under the masks, where the whole model reads x and should give y, becomes
@@ -61,24 +70,31 @@ def refit(
     as a factor: a norm takes the scale away, and with it what the layers below lack could not be told. Inputs
     x' come from layers that are refitted already (as in SparseGPT). Where a write has a bias, it is refitted with it,
     free of δ: so it holds the mean of what goes (as in FLAP, arXiv 2312.11983). Other biases, norms, embedding and head
-    stay as they are, and so do experts and their routers.
+    stay as they are, and so do experts and their routers. With `blocks`, all weights of each layer go on from there by
+    steps of their own; see `Blocks`.
 
     Args:
         model: masked model, on any device, whole or with weights that come on demand; its masks are left as `masks`.
         masks: binary.
         batches: tokens [B, S], on the model's device; all of them on every process.
-        ridge: how strongly weights are held where they are.
+        ridge: how strongly weights are held where they are; auto: rows that are held out choose it for each matrix,
+            see `Fit`. Of fewer than `LEAST_ROWS` rows none is held out, and it is `RIDGE`.
+        blocks: steps of each block by itself; None: none.
         advance: called with 1 after every layer.
         processes: those that refit together, each with a share of the text; all of them call this, and the weights of
             all become the same.
         keep: called with every layer's index and the layer, whose refitted weights are there for the last time where
             they come on demand.
+
+    Returns:
+        The ridges, and what blocks of their own steps lack.
     """
     source_model = model.model
     family = anatomy_of(source_model)
     multiplier = family.multiplier(source_model.config)
     processes = processes or Processes()
-    own = [share.inputs for share in shares_of(batches, processes=processes)]
+    shares = shares_of(batches, processes=processes)
+    own = [share.inputs for share in shares]
     was_training = source_model.training
     source_model.eval()
     model.set_masks(None)
@@ -92,8 +108,14 @@ def refit(
     listened = [attention_read, mlp_norm, mlp_read]
     listened += [attention_write] if family.parallel or family.attention.after else []
     listened += [mlp_write] if family.mlp.after else []
-    refit_readers = partial(_refit_readers, ridge=ridge, processes=processes)
-    refit_write = partial(_refit_write, ridge=ridge, processes=processes)
+    held = [held_out(share.numbers).to(source_model.device) for share in shares]
+    fitting = _Fitting(ridge=ridge, held=held, processes=processes)
+    refit_readers, refit_write = partial(_refit_readers, fitting=fitting), partial(_refit_write, fitting=fitting)
+    ridges: dict[str, float] = {}
+    behind_kept = whole  # of the whole model, behind the last layer that stays
+    trained = None
+    if blocks is not None and blocks.steps:
+        trained = Blocks(model, blocks, batches=batches, kept=hidden, processes=processes, keep=keep)
     for index, layer in enumerate(decoder_layers(source_model)):
         with weights_here(layer):
             model.set_masks(None)
@@ -113,7 +135,9 @@ def refit(
                 heads = _inputs_of_heads(masks.heads(index), inputs=weight_of(layer, family.attention.write).shape[1])
                 inputs = _read(layer, family.attention, masked)
                 normed = family.attention.before is not None
-                refit_readers(layer, attention_read, inputs=inputs, dense=dense, columns=hidden, normed=normed)
+                ridges[f"{index}: {attention_read.name}"] = refit_readers(
+                    layer, attention_read, inputs=inputs, dense=dense, columns=hidden, normed=normed
+                )
                 places = (attention_write, mlp_norm)
                 found = [
                     run_layer(layer.forward, layer, x, of_layers[index], places=places, until=mlp_norm.name)
@@ -121,7 +145,9 @@ def refit(
                 ]
                 inputs = [seen[attention_write.name] for seen, _ in found]
                 write = _Write.of(layer, family.attention, multiplier=multiplier)
-                masked = refit_write(write, masked, inputs, attention_wanted, rows=hidden, columns=heads)
+                masked, ridges[f"{index}: {attention_write.name}"] = refit_write(
+                    write, masked, inputs, attention_wanted, rows=hidden, columns=heads
+                )
             if _kept(masks.mlp, index) and family.mlp.experts is not None:
                 mlp = layer.get_submodule(family.mlp.module)
                 written = [mlp(x) for x in _read(layer, family.mlp, masked)]
@@ -129,26 +155,49 @@ def refit(
             elif _kept(masks.mlp, index):
                 inputs = _read(layer, family.mlp, before if family.parallel else masked)
                 normed = family.mlp.before is not None
-                refit_readers(layer, mlp_read, inputs=inputs, dense=dense, columns=hidden, normed=normed)
+                ridges[f"{index}: {mlp_read.name}"] = refit_readers(
+                    layer, mlp_read, inputs=inputs, dense=dense, columns=hidden, normed=normed
+                )
                 inputs = [_inputs_of_write(layer, family, x) for x in inputs]
                 write = _Write.of(layer, family.mlp, multiplier=multiplier)
-                masked = refit_write(write, masked, inputs, mlp_wanted, rows=hidden, columns=units)
-            keep(index, layer)
+                masked, ridges[f"{index}: {mlp_write.name}"] = refit_write(
+                    write, masked, inputs, mlp_wanted, rows=hidden, columns=units
+                )
+            if trained is None or not (_kept(masks.attention, index) or _kept(masks.mlp, index)):
+                keep(index, layer)
+            else:
+                trained.take(index, layer, shares=shares, inputs=behind_kept, wanted=whole)
+                behind_kept = whole
         advance(1)
+    if trained is not None:
+        trained.finish()
     source_model.train(was_training)
+    return Refitted(ridges, {} if trained is None else trained.errors)
 
 
-def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
+def refit_cost(
+    source: Shape,
+    *,
+    target: Shape,
+    text_tokens: int,
+    ridge: Ridge = RIDGE,
+    blocks: BlockRefitRecipe | None = None,
+    sequence_length: int = 0,
+) -> Cost:
     """What `refit` takes: two passes over the text, and in each layer that stays four systems of equations, or two.
 
     A system with n inputs that take part and O outputs takes 2 T n (n + O) for its sums, n^3 / 3 for the factor and
-    2 n^2 O for the solution.
+    2 n^2 O for the solution; of each ridge that is tried a factor and a solution more, and 2 n^2 O for what it leaves.
 
     Args:
         source: shape of the model.
         target: shape that its masks leave.
         text_tokens: T, of the batches.
+        ridge: see `refit`.
+        blocks: see `refit`.
+        sequence_length: tokens of a row of the text; only read with `blocks`.
     """
+    tried = len(RIDGES) if ridge == "auto" else 0
     d, kept = source.hidden_size, target.hidden_size
     heads, units = target.num_attention_heads * target.head_dim, target.intermediate_size
     flops = 0.0
@@ -157,8 +206,29 @@ def refit_cost(source: Shape, *, target: Shape, text_tokens: int) -> Cost:
     of_attention, of_mlp = ((kept, d), (heads, kept)), ((kept, d), (units, kept))
     for inputs, outputs in of_attention if source.num_experts else of_attention + of_mlp:
         flops += 2.0 * text_tokens * inputs * (inputs + outputs)
-        flops += inputs**3 / 3 + 2.0 * inputs**2 * outputs
-    return Cost(forward_tokens=2 * text_tokens, other_flops=flops * target.num_hidden_layers)
+        flops += (1 + tried) * (inputs**3 / 3 + 2.0 * inputs**2 * outputs) + tried * 2.0 * inputs**2 * outputs
+    flops *= target.num_hidden_layers
+    if blocks is not None and blocks.steps:
+        steps = block_refit_cost(
+            source, target=target, settings=blocks, text_tokens=text_tokens, sequence_length=sequence_length
+        )
+        flops += steps.other_flops
+    return Cost(forward_tokens=2 * text_tokens, other_flops=flops)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """What all fits of a refit have in common.
+
+    Attributes:
+        ridge: see `refit`.
+        held: of each share of rows, which are held out, bool [B].
+        processes: that fit together.
+    """
+
+    ridge: Ridge
+    held: Sequence[Tensor]
+    processes: Processes
 
 
 def _refit_readers(
@@ -168,22 +238,22 @@ def _refit_readers(
     inputs: Sequence[Tensor],
     dense: Sequence[tuple[Mapping[str, Tensor], Tensor]],
     columns: Tensor | None,
-    ridge: float,
-    processes: Processes,
+    fitting: _Fitting,
     normed: bool,
-) -> None:
-    """Corrects what reads the residual stream, from its inputs with masks and without."""
+) -> float:
+    """Corrects what reads the residual stream, from its inputs with masks and without; returns the ridge."""
     first = weight_of(layer, place.members[0])
-    fit = _Fit(first, columns=columns, outputs=first.shape[1], ridge=ridge)
-    for x, (seen, _) in zip(inputs, dense, strict=True):
+    fit = Fit(first, columns=columns, outputs=first.shape[1], ridge=fitting.ridge)
+    for x, (seen, _), held in zip(inputs, dense, fitting.held, strict=True):
         # Where no norm makes tokens alike, those of large streams would outweigh all others.
         weights = None if normed else token_weights(seen[place.name])
-        fit.add(x, lacks=seen[place.name] - x, weights=weights)
-    gain, _ = fit.solve(processes)
+        fit.add(x, lacks=seen[place.name] - x, weights=weights, held=held)
+    gain, _, ridge = fit.solve(fitting.processes)
     for name in place.members:
         weight = weight_of(layer, name)
         # What the output lacks is W (x - x').
         weight[:, fit.columns] += (weight.double() @ gain.T).to(weight.dtype)
+    return ridge
 
 
 @dataclass(frozen=True)
@@ -267,24 +337,23 @@ def _refit_write(
     *,
     rows: Tensor | None,
     columns: Tensor | None,
-    ridge: float,
-    processes: Processes,
-) -> list[Tensor]:
-    """Corrects what writes into the residual stream; returns the stream after it."""
+    fitting: _Fitting,
+) -> tuple[list[Tensor], float]:
+    """Corrects what writes into the residual stream; returns the stream after it, and the ridge."""
     weight, bias = write.linear.weight, write.linear.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     index_O = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    fit = _Fit(weight, columns=columns, outputs=index_O.numel(), ridge=ridge, intercept=bias is not None)
-    for stream, x, y in zip(streams, inputs, wanted, strict=True):
+    fit = Fit(weight, columns=columns, outputs=index_O.numel(), ridge=fitting.ridge, intercept=bias is not None)
+    for stream, x, y, held in zip(streams, inputs, wanted, fitting.held, strict=True):
         lacks = write.lacks(stream, x, wanted=y)
-        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=y.weights())
-    correction, intercept = fit.solve(processes)
+        fit.add(x, lacks=lacks if rows is None else lacks[..., rows], weights=y.weights(), held=held)
+    correction, intercept, ridge = fit.solve(fitting.processes)
     weight[index_O[:, None], fit.columns] += correction.T.to(weight.dtype)
     if bias is not None:
         assert intercept is not None
         bias[index_O] += intercept.to(bias.dtype)
-    return [write.add(stream, x) for stream, x in zip(streams, inputs, strict=True)]
+    return [write.add(stream, x) for stream, x in zip(streams, inputs, strict=True)], ridge
 
 
 def _between(
@@ -307,71 +376,6 @@ def _kept(mask: Tensor | None, index: int) -> bool:
 def _inputs_of_heads(heads: Tensor | None, *, inputs: int) -> Tensor | None:
     """Indices of the kept inputs of the attention's write, from a mask of its heads or groups."""
     return None if heads is None else heads.repeat_interleave(inputs // heads.numel()).nonzero()[:, 0]
-
-
-class _Fit:
-    """Normal equations of a linear correction, as sums over tokens: what is read, and what the output lacks.
-
-    Args:
-        weight: [O, I], what is corrected.
-        columns: indices of the inputs that take part; None: all.
-        outputs: number of outputs that lack something.
-        ridge: share of the moment's diagonal that is added to it.
-        intercept: whether a constant is fitted beside it.
-
-    Attributes:
-        columns: indices of the inputs that take part.
-    """
-
-    def __init__(
-        self, weight: Tensor, *, columns: Tensor | None, outputs: int, ridge: float, intercept: bool = False
-    ) -> None:
-        self._all, self._ridge = columns is None, ridge
-        self.columns = torch.arange(weight.shape[1], device=weight.device) if columns is None else columns
-        taking_part = self.columns.numel()
-        needs: frozenset[Need] = frozenset({"moment", "sums"} if intercept else {"moment"})
-        self._read = InputStatistics(taking_part, needs=needs, device=weight.device, dtype=torch.float64)
-        self._cross = torch.zeros(taking_part, outputs, dtype=torch.float64, device=weight.device)
-        self._lacks = torch.zeros(outputs, dtype=torch.float64, device=weight.device) if intercept else None
-
-    def add(self, x: Tensor, *, lacks: Tensor, weights: Tensor | None = None) -> None:
-        """Inputs [B, S, I], what the output lacks [B, S, O], and how much each token counts [B, S]."""
-        x = x if self._all else x[..., self.columns]
-        self._read.add(x, weights=weights)
-        lacks_TO = lacks.flatten(0, -2).float()
-        add_products(self._cross, weigh(x.flatten(0, -2).float(), weights), lacks_TO)
-        if self._lacks is not None:
-            self._lacks += weigh(lacks_TO, weights).sum(0, dtype=torch.float64)
-
-    def solve(self, processes: Processes) -> tuple[Tensor, Tensor | None]:
-        """Transposed correction [inputs that take part, O], and the constant [O] beside it, from the sums of all.
-
-        The main process solves, and the others take what it finds: every next sum depends on it to the last bit.
-        """
-        self._read.combine(processes, rank=0)
-        for sums in (self._cross, self._lacks):
-            if sums is not None:
-                processes.sum_on(sums, rank=0)
-        correction, intercept = torch.empty_like(self._cross), self._lacks
-        if processes.is_main:
-            correction = self._correction()
-            intercept = None if self._lacks is None else self._intercept(correction)
-        return processes.share(correction), None if intercept is None else processes.share(intercept)
-
-    def _correction(self) -> Tensor:
-        if self._lacks is None:
-            lower, _ = next(damped_factors(self._read.products, damping=self._ridge, of="each"))
-            return torch.cholesky_solve(self._cross, lower)
-        # The best constant for any correction leaves what is around the means; what holds weights stays as it is.
-        products, mean = self._read.products, self._read.mean
-        centred = products - self._read.tokens * mean[:, None] * mean
-        centred.diagonal().add_(self._ridge * products.diagonal())
-        lower, _ = next(damped_factors(centred, damping=_BARELY, of="each"))
-        return torch.cholesky_solve(self._cross - mean[:, None] * self._lacks, lower)
-
-    def _intercept(self, correction: Tensor) -> Tensor:
-        assert self._lacks is not None
-        return self._lacks / self._read.tokens - self._read.mean @ correction
 
 
 def _inputs_of_write(layer: nn.Module, family: Family, x: Tensor) -> Tensor:

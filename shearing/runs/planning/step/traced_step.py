@@ -40,18 +40,19 @@ from shearing.models.shape import Shape, config_for
 from shearing.objectives.objective import PARAMETER_PREFIX, Objective, Parts, objective_of
 from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.granularities import as_masks, granularities_of
-from shearing.runs.planning.live_memory import Interval, LiveMemory
 from shearing.runs.planning.memory import (
+    BEFORE_LAYERS,
     LOSS,
     Listening,
     Memory,
     Moment,
     Sharding,
     Workload,
-    estimate,
     largest,
     weight_dtype,
 )
+from shearing.runs.planning.step.estimate import estimate
+from shearing.runs.planning.step.live_memory import Interval, LiveMemory
 from shearing.training.device import checkpoint_activations, offload_layers
 
 if TYPE_CHECKING:
@@ -138,10 +139,14 @@ def measure(model: StepModel, *, workload: Workload, sharding: Sharding, listeni
         moments = traced_moments(model, workload=workload, dtype=weight_dtype(workload, sharding=sharding))
     except NotTraceable:
         return estimate(shape, workload=workload, sharding=sharding, listening=listening)
-    taught = None if listening is None else lambda _: listening.weights
+    taught = None if listening is None else partial(_weights_of_teacher, listening)
     host = 0 if listening is None else listening.host
     found = largest(moments, shape=shape, workload=workload, sharding=sharding, teacher=taught, host=host)
     return dataclasses.replace(found, traced=True)
+
+
+def _weights_of_teacher(listening: Listening, moment: str) -> int:
+    return listening.loaded if moment == BEFORE_LAYERS and listening.shared_by is not None else listening.weights
 
 
 def traced_moments(model: StepModel, *, workload: Workload, dtype: torch.dtype) -> list[Moment]:
@@ -362,7 +367,7 @@ def _marked_forward(model: PreTrainedModel, live: LiveMemory) -> Iterator[None]:
     layers = decoder_layers(model)
 
     def enter(place: int, *_: Any) -> None:
-        live.mark(f"forward, {_role(place - 1, layers=len(layers))} layer" if place else "forward, before the layers")
+        live.mark(f"forward, {_role(place - 1, layers=len(layers))} layer" if place else BEFORE_LAYERS)
 
     hooks = [layer.register_forward_pre_hook(partial(enter, place)) for place, layer in enumerate(layers)]
     hooks.append(layers[-1].register_forward_hook(lambda *_: live.mark("forward, last layer")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,14 @@ from shearing.pruning.sparse.stored.trained import groups_of, masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.names import ADAPTER_NAMES
 from shearing.settings.quantities import Duration
-from shearing.training.adapters.adapted import adapted_layers, linear_layers, merge_in_place
+from shearing.training.adapters.adapted import (
+    ADAPTER,
+    AdaptedLinear,
+    adapted_layers,
+    linear_layers,
+    merge_in_place,
+    require_dropped_in,
+)
 from shearing.training.adapters.lora import add_adapters, merge_adapters
 from shearing.training.adapters.recipe import AdapterRecipe, LoraRecipe, SpeftRecipe, SppRecipe, adapter_name
 from shearing.training.adapters.speft import add_deltas, choose, read_chosen, saliences, write_chosen
@@ -99,8 +106,21 @@ class Start:
                 before = dense.read([name])[name].to(weight.device, weight.dtype)
                 weight.copy_(torch.where(mask.to(weight.device), weight, before))
 
-    def adapt(self, model: PreTrainedModel, *, adapters: AdapterRecipe, seed: int) -> PreTrainedModel | PeftModel:
+    def adapt(
+        self,
+        model: PreTrainedModel,
+        *,
+        adapters: AdapterRecipe,
+        seed: int,
+        masks: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> PreTrainedModel | PeftModel:
         """Put adapters into a model of this kind, in place.
+
+        Args:
+            model: without them.
+            adapters: which.
+            seed: of what they start from.
+            masks: of adapted weights, where adapters keep them; None: those of the model.
 
         Raises:
             ShearingError: peft is not installed, no layer has such a name, or a rank that does not fit.
@@ -110,7 +130,7 @@ class Start:
             if isinstance(adapters, LoraRecipe):
                 return add_adapters(
                     model,
-                    masks=self.kept(),
+                    masks=self.kept() if masks is None else masks,
                     rank=adapters.rank,
                     alpha=adapters.alpha,
                     dropout=adapters.dropout,
@@ -154,6 +174,30 @@ class Start:
         return model if adapted is None else adapted
 
     @torch.no_grad()
+    def merged_weights(self, state: ShardedState, *, adapters: AdapterRecipe) -> Iterator[tuple[str, Tensor]]:
+        """As `weights`, with adapters merged into them: what `merged` has of `restored`, a weight at a time.
+
+        Raises:
+            ShearingError: a weight that a mask drops is not 0 after merging.
+        """
+        left = [name for name, _ in self.skeleton().named_parameters()]
+        model = self.skeleton()
+        self.adapt(model, adapters=adapters, seed=0, masks=())
+
+        def read(name: str) -> Tensor:
+            shape = state.shapes[PARAMETER_PREFIX + name]
+            numel = torch.Size(shape).numel()
+            return state.read(WEIGHT, PARAMETER_PREFIX + name, start=0, numel=numel).view(shape)
+
+        for name, mask in self.kept():
+            weight = _merged(model, name, mask=mask, read=read)
+            require_dropped_in(name, weight=weight, mask=mask)
+            left.remove(name)
+            yield name, weight
+        for name in left:
+            yield name, _merged(model, name, mask=None, read=read)
+
+    @torch.no_grad()
     def merged(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         """The plain model of what `restored` gave, which is not to be used afterwards.
 
@@ -164,6 +208,38 @@ class Start:
             return merge_adapters(model, masks=self.kept())
         # All weights were trained: under masks that stayed, which every checkpoint was checked with, or that moved.
         return merge_in_place(model, masks=self.kept()) if any(adapted_layers(model)) else model
+
+
+def _merged(model: PreTrainedModel, name: str, *, mask: Tensor | None, read: Callable[[str], Tensor]) -> Tensor:
+    """One weight of a plain model, of the weights of the same with adapters.
+
+    Args:
+        model: with adapters, without weights; as it was afterwards.
+        name: of the weight.
+        mask: its, where it has one.
+        read: gives a weight of the model with adapters by its name there.
+    """
+    module, _, own = name.rpartition(".")
+    layer: Any = model.get_submodule(module)
+    if isinstance(layer, AdaptedLinear) and own == "weight":
+        parameters = {each: getattr(layer, each) for each in (own, *layer.trained)}
+        before = {each: parameter.data for each, parameter in parameters.items()}
+        for each, parameter in parameters.items():
+            parameter.data = read(f"{module}.{each}")
+        weight: Tensor = layer.merged().weight.detach()
+        for each, parameter in parameters.items():
+            parameter.data = before[each]
+        return weight
+    if not hasattr(layer, "base_layer"):
+        return read(name)
+    weight = read(f"{module}.base_layer.{own}")
+    if own == "weight":
+        for part in ("lora_A", "lora_B"):
+            getattr(layer, part)[ADAPTER].weight.data = read(f"{module}.{part}.{ADAPTER}.weight")
+        layer.kept = mask
+        weight += layer.get_delta_weight(ADAPTER)
+        layer.kept = None
+    return weight
 
 
 def moved_masks(state: ShardedState) -> Callable[[], Iterator[tuple[str, Tensor]]] | None:

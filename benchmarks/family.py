@@ -1,0 +1,146 @@
+"""Whether a family pays: each size out of one training against the same size trained alone at equal tokens.
+
+In full: the recipe's run, and for each of its sizes, the largest too, the run that has that size as its target and no
+family; everything else is the same, samples and their order included. Runs stay in the output folder, so all of it goes
+on where it was.
+
+    python benchmarks/family.py [--quick] [--recipe recipes/family-135m.yaml] [--output DIR] [key=value …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from structured import quick_inputs
+
+from shearing.evaluation.environment import environment
+from shearing.files.durable import read_json, write_json
+from shearing.models.shape import SIZE_NAMES
+from shearing.pruning.structured.masking.recipe import WHOLE
+from shearing.runs.context import RunContext
+from shearing.runs.continuation.family import family_shapes
+from shearing.runs.planning.phases import phases
+from shearing.runs.planning.plan import Hardware, plan
+from shearing.runs.race.judging import load_model, losses_of
+from shearing.runs.recipe import Recipe, load_recipe, overridden
+from shearing.runs.run_directory import RunDirectory
+from shearing.runs.search.plan import STAGES
+from shearing.runs.stages.run import run
+
+QUICK = [
+    "prune.duration=0 steps",
+    "prune.calibration_tokens=1024",
+    "pretrain.duration=120 steps",
+    "pretrain.micro_batch_size=2",
+    "pretrain.learning_rate=3e-3",
+    "pretrain.warmup=8 steps",
+    "mixture.update=constant",
+    "target={num_hidden_layers: 4, hidden_size: 60, intermediate_size: 80}",
+    "family.sizes={medium: {num_hidden_layers: 3, hidden_size: 54}, small: {hidden_size: 48, intermediate_size: 64}}",
+    "family.draws=4",
+    "family.calibration_tokens=1024",
+    "distill={weight: 0.5, domains: all}",
+]
+
+
+def flops_of_run(recipe: Recipe) -> float:
+    """Of everything up to the last model, as `shear plan` counts: what judges it is left out."""
+    made = plan(recipe, hardware=Hardware.of(processes=1, gpu=None, gigabytes=None, mfu=0.4))
+    parts = [phase for phase in phases(recipe, made=made) if not phase.what.startswith("evaluate")]
+    return sum((phase.flops or 0.0) * phase.times for phase in parts)
+
+
+def seconds_of(directory: RunDirectory) -> float:
+    """Of the steps of a run."""
+    lines = map(json.loads, directory.metrics("pretrain").read_text(encoding="utf-8").splitlines())
+    return sum(line["seconds"] for line in lines if "event" not in line)
+
+
+def judged(recipe: Recipe, *, models: Mapping[str, Path]) -> dict[str, Any]:
+    """A recipe run to its last model, and the losses of models of it, by name; kept in the run's folder."""
+    directory, console = RunDirectory(recipe.run_dir), Console(quiet=True)
+    kept = directory.path / "losses.json"
+    if not kept.is_file():
+        run(recipe, stages=STAGES, console=console)
+        context = RunContext(recipe, console=console)
+        losses = {name: losses_of(load_model(path, context=context), context=context) for name, path in models.items()}
+        write_json(kept, {"losses": losses, "seconds": seconds_of(directory), "flops": flops_of_run(recipe)})
+    return read_json(kept)
+
+
+def compare(path: Path, *, overrides: Sequence[str], output: Path) -> dict[str, Any]:
+    """The family and a run alone of each of its sizes."""
+    recipe = load_recipe(path, overrides=[*overrides, f"run_dir={output / 'family'}", "model.save_dtype=fp32"])
+    context = RunContext(recipe, console=Console(quiet=True))
+    shapes = family_shapes(recipe, source=context.config)
+    directory = RunDirectory(recipe.run_dir)
+    models = {WHOLE: directory.model, **{name: directory.family / name for name in shapes}}
+    together = judged(recipe, models=models)
+    alone = {}
+    for name in models:
+        sizes = {key: getattr(shapes[name], key) for key in SIZE_NAMES} if name in shapes else {}
+        changed = [f"target.{key}={value}" for key, value in sizes.items()]
+        one = overridden(recipe, overrides=[*changed, "family=null", f"run_dir={output / f'alone-{name}'}"])
+        alone[name] = judged(one, models={"alone": RunDirectory(one.run_dir).model})
+    parameters = {name: load_model(folder, context=context).num_parameters() for name, folder in models.items()}
+    return {
+        "sizes": {
+            name: {
+                "parameters": parameters[name],
+                "family": _means(losses),
+                "alone": _means(alone[name]["losses"]["alone"]),
+            }
+            for name, losses in together["losses"].items()
+        },
+        "cost_over_apart": together["flops"] / sum(each["flops"] for each in alone.values()),
+        "seconds_over_apart": together["seconds"] / sum(each["seconds"] for each in alone.values()),
+        "tokens": recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)
+        * recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length),
+        "device": environment(context.device),
+    }
+
+
+def _means(losses: Mapping[str, Any]) -> dict[str, float]:
+    return {name: losses[name] for name in ("mean", "outside_mean") if name in losses}
+
+
+def worst(sizes: Mapping[str, Any], *, of: str) -> float | None:
+    """Largest difference of a mean, family minus alone; None where it was not measured."""
+    found = [each["family"][of] - each["alone"][of] for each in sizes.values() if of in each["family"]]
+    return max(found) if found else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model that counts")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/family-135m.yaml"))
+    parser.add_argument("--output", type=Path, default=Path("runs/family"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        path, output, overrides = arguments.recipe, arguments.output, arguments.overrides
+        if arguments.quick:
+            path, output, overrides = quick_inputs(Path(temporary)), Path(temporary), [*QUICK, *overrides]
+        found = compare(path, overrides=overrides, output=output)
+    line = {
+        "benchmark": "family",
+        "quick": arguments.quick,
+        "worst_family_minus_alone": worst(found["sizes"], of="mean"),
+        "worst_outside": worst(found["sizes"], of="outside_mean"),
+        "cost_over_apart": found["cost_over_apart"],
+        "seconds_over_apart": found["seconds_over_apart"],
+        "tokens": found["tokens"],
+        "sizes": found["sizes"],
+        **found["device"],
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
