@@ -162,24 +162,65 @@ class _OneByOne(torch.autograd.Function):
         for expert, (count, columns_I) in enumerate(zip(ctx.counts, _rows_of(columns_EI, stack_EOI), strict=True)):
             pairs = slice(begin, begin := begin + count)
             x_NI, grad_NO, matrix_OI = x_PI[pairs], grad_PO[pairs], stack_EOI[expert]
-            if grad_x is not None:
-                fold = columns_I is not None and count > len(matrix_OI)
-                scaled_OI = matrix_OI * columns_I if fold else matrix_OI
-                torch.mm(grad_NO, scaled_OI.to(x_PI.dtype), out=grad_x[pairs])
-                if columns_I is not None and not fold:
-                    grad_x[pairs] *= columns_I.to(x_PI.dtype)
-            if grad_stack is None and grad_columns is None:
-                continue
+            into_x = None if grad_x is None else grad_x[pairs]
             into = None if grad_stack is None else grad_stack[expert]
-            outer_OI = torch.mm(grad_NO.T, x_NI, out=into if into is not None and into.dtype == x_PI.dtype else None)
-            if grad_columns is not None:
-                # In the masks' precision, which is fp32 also where the products are bf16.
-                grad_columns[expert] = (outer_OI.to(grad_columns.dtype) * matrix_OI).sum(0)
-            if into is not None and columns_I is not None:
-                torch.mul(outer_OI, columns_I, out=into)
-            elif into is not None and into is not outer_OI:
-                into.copy_(outer_OI)
+            of_columns_I = None if grad_columns is None else grad_columns[expert]
+            if columns_I is None or count > len(matrix_OI):
+                _by_matrix(x_NI, grad_NO, matrix_OI, columns_I, into_x=into_x, into=into, of_columns_I=of_columns_I)
+            else:
+                _by_pairs(x_NI, grad_NO, matrix_OI, columns_I, into_x=into_x, into=into, of_columns_I=of_columns_I)
         return grad_x, grad_stack, grad_columns, None
+
+
+def _by_matrix(
+    x_NI: Tensor,
+    grad_NO: Tensor,
+    matrix_OI: Tensor,
+    columns_I: Tensor | None,
+    *,
+    into_x: Tensor | None,
+    into: Tensor | None,
+    of_columns_I: Tensor | None,
+) -> None:
+    """Gradients of an expert's product whose matrix is scaled, or nothing is: of the pairs, the matrix, its columns."""
+    if into_x is not None:
+        scaled_OI = matrix_OI if columns_I is None else matrix_OI * columns_I
+        torch.mm(grad_NO, scaled_OI.to(x_NI.dtype), out=into_x)
+    if into is None and of_columns_I is None:
+        return
+    outer_OI = torch.mm(grad_NO.T, x_NI, out=into if into is not None and into.dtype == x_NI.dtype else None)
+    if of_columns_I is not None:
+        # In the masks' precision, which is fp32 also where the products are bf16.
+        of_columns_I.copy_((outer_OI.to(of_columns_I.dtype) * matrix_OI).sum(0))
+    if into is not None and columns_I is not None:
+        torch.mul(outer_OI, columns_I, out=into)
+    elif into is not None and into is not outer_OI:
+        into.copy_(outer_OI)
+
+
+def _by_pairs(
+    x_NI: Tensor,
+    grad_NO: Tensor,
+    matrix_OI: Tensor,
+    columns_I: Tensor,
+    *,
+    into_x: Tensor | None,
+    into: Tensor | None,
+    of_columns_I: Tensor | None,
+) -> None:
+    """As `_by_matrix`, where what is read is scaled instead: nothing of the matrix's size is made but its gradient."""
+    scale_I = columns_I.to(x_NI.dtype)
+    if into_x is not None or of_columns_I is not None:
+        of_read_NI = torch.mm(grad_NO, matrix_OI.to(x_NI.dtype), out=into_x)
+        if of_columns_I is not None:
+            # In the masks' precision, which is fp32 also where the products are bf16.
+            of_columns_I.copy_((of_read_NI.to(of_columns_I.dtype) * x_NI).sum(0))
+        if into_x is not None:
+            into_x.mul_(scale_I)
+    if into is not None and into.dtype == x_NI.dtype:
+        torch.mm(grad_NO.T, x_NI * scale_I, out=into)
+    elif into is not None:
+        into.copy_(torch.mm(grad_NO.T, x_NI * scale_I))
 
 
 def _rows_of(columns_EI: Tensor | None, stack_EOI: Tensor) -> Sequence[Tensor | None]:
