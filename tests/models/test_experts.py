@@ -103,7 +103,7 @@ def test_experts_under_autocast_are_the_stock_ones(family):
 
 @pytest.mark.parametrize("tokens", [6, 90], ids=["few", "many"])
 def test_products_under_masks_are_those_of_plain_autograd(tokens):
-    """With more pairs than rows the matrices are scaled, with fewer what they read; one expert has none."""
+    """With more pairs than rows the matrices are scaled, with fewer what they read; one expert has no pair."""
     torch.manual_seed(0)
     experts, units, width = 4, 10, 12
     index_TK = torch.stack([torch.randperm(experts - 1)[:2] for _ in range(tokens)])

@@ -132,7 +132,7 @@ class _OneByOne(torch.autograd.Function):
 
     Autograd would put outputs, and the gradients of inputs and of the stack, together once more from parts. As in
     `shearing.models.masked`, columns scale an expert's matrix where it has more pairs than rows, and else what it
-    reads; their gradients come out of the product that those of the matrix are made of.
+    reads; their gradients come out of the product that those of what was scaled are made of.
     """
 
     @staticmethod
