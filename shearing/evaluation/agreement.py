@@ -59,7 +59,7 @@ class Read:
         model.train(False)
         try:
             with (
-                torch.inference_mode(),
+                torch.no_grad(),
                 torch.autocast(device.type, dtype=precision, enabled=precision not in (None, torch.float32)),
                 attention_within_documents(model, on=within_documents),
             ):

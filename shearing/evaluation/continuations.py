@@ -57,7 +57,7 @@ def continuations(
     model.train(False)
     try:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             torch.autocast(device.type, dtype=precision, enabled=precision not in (None, torch.float32)),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):

@@ -90,7 +90,7 @@ def heldout_loss(
         chunk_tokens: tokens whose logits exist at the same time.
         rules: what the end of a document means; None: nothing.
         objective: sum of the loss over tokens [B, T] with their documents, where the model's own modules cannot be
-            called one by one (sharded weights).
+            called one by one (sharded weights), or no family says which they are.
         processes: those that share out the rows; all have to call this, and all get the result.
 
     Returns:
@@ -102,8 +102,9 @@ def heldout_loss(
     causal_lm = model.model if isinstance(model, MaskedModel) else model
     rules = (rules or DocumentRules()).heeding(corpus.bos)
     processes = processes or Processes()
-    device = head_weight(causal_lm).device
-    count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=causal_lm.config.vocab_size)
+    device = head_weight(causal_lm).device if objective is None else causal_lm.device
+    vocab_size = causal_lm.config.get_text_config().vocab_size
+    count_bytes = None if tokenizer is None else token_bytes(tokenizer, vocab_size=vocab_size)
     count_bytes = None if count_bytes is None else count_bytes.to(device)
     sums = _Sums.of(len(corpus.domains), device=device)
     rows = _rows_of_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -48,6 +49,18 @@ def resolve_device(device: str) -> torch.device:
             mend=f"set {key('device')}=auto, or install a torch build and a driver that fit the GPU",
         )
     return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a process has there: a GPU's, or its share of the machine's; None where that is not known."""
+    if device.type == "cuda":
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return total
+    try:
+        of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not every system says so
+        return None
+    return of_machine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def resolve_precision(training: TrainingRecipe, *, device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""A teacher whose layers are shared out says to the bit what a whole one says, beside every engine."""
+"""A model whose layers are shared out, as a teacher, says to the bit what a whole one says, beside every engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from shearing.models.anatomy import backbone, decoder_layers
 from shearing.models.loading import load_paged, load_source
+from shearing.models.stored.paging.shared_out import passes_of_all, share_out_layers
 from shearing.processes.processes import Processes
-from shearing.training.engines.frozen_shards import share_out_layers
 from tests.distributed import runs
 from tests.distributed.harness import spawn
 
@@ -56,3 +56,33 @@ def _runs_shared_out(folder: Path, dtype: torch.dtype) -> None:
             assert torch.equal(found, expected)
             again = sum(each.to_local().numel() for each in decoder_layers(shared).parameters())
             assert again == share
+
+
+def test_each_process_passes_its_own_text_as_often_as_it_likes(tiny_inputs: Path, tmp_path: Path) -> None:
+    spawn(_passes, tiny_inputs / "model", size=3, folder=tmp_path / "out")
+
+
+def _passes(folder: Path) -> None:
+    with Processes.start(device="cpu") as processes:
+        whole, shared = load_source(str(folder)), load_paged(str(folder))
+        share_out_layers(shared, device=CPU, dtype=torch.float32, processes=processes)
+        tokens = torch.randint(0, 18, (2, 5 + processes.rank), generator=torch.Generator().manual_seed(processes.rank))
+        for turn in range(2):
+            with passes_of_all(shared, processes=processes), torch.no_grad():
+                # The last process has none in the first turn, the first one most.
+                for _ in range((2 - processes.rank) * (2 - turn)):
+                    assert torch.equal(shared(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+                if processes.rank != turn:
+                    found, expected = (
+                        model.generate(
+                            tokens,
+                            attention_mask=torch.ones_like(tokens),
+                            max_new_tokens=3 + processes.rank,
+                            do_sample=False,
+                        )
+                        for model in (shared, whole)
+                    )
+                    assert torch.equal(found, expected)
+            assert processes.gather(processes.rank) == [0, 1, 2]
+        with passes_of_all(whole, processes=processes):
+            pass  # not shared out: nobody waits

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shearing.errors import ShearingError, key
 from shearing.evaluation.tasks.chosen import SHOWN_METRICS, ChosenTask
+from shearing.models.stored.paging.shared_out import passes_of_all
 from shearing.processes.processes import Processes
 
 _SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -100,7 +101,8 @@ class Harness:
         """What a model reaches on a task, as the harness's own command would say.
 
         Args:
-            model: a causal language model on its device; with several processes, the same one on each.
+            model: a causal language model on its device; with several processes, the same one on each, or one whose
+                layers they share.
             task: of those that this was made with.
             tokenizer: the model's.
             limit: questions of each task, the first ones; None: all.
@@ -166,7 +168,9 @@ class _Shared(HFLM):  # type: ignore[misc]
         """By question, as the choices of one have their context in common and are answered together."""
         size = self._processes.size
         mine = [request for request in requests if request.doc_id % size == self._processes.rank]
-        parts = [iter(part) for part in self._processes.gather(answer(mine, disable_tqdm=True) if mine else [])]
+        with passes_of_all(self.model, processes=self._processes):
+            answers = answer(mine, disable_tqdm=True) if mine else []
+        parts = [iter(part) for part in self._processes.gather(answers)]
         return [next(parts[request.doc_id % size]) for request in requests]
 
 

@@ -7,7 +7,7 @@ Legend: B sequences, S positions, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from shearing.data.documents import Inputs
-from shearing.models.anatomy import anatomy_of, backbone, decoder_layers
+from shearing.models.anatomy import anatomy_of, decoder_layers
+from shearing.models.stored.paging.passing import last_states
+from shearing.processes.processes import Processes
 from shearing.pruning.rotation.basis import Basis, weight_of
 
 if TYPE_CHECKING:
@@ -24,15 +26,21 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def principal_basis(
-    model: PreTrainedModel, batches: Iterable[Inputs], *, advance: Callable[[int], None] = lambda _: None
+    model: PreTrainedModel,
+    batches: Sequence[Inputs],
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
 ) -> Basis:
     """Eigenvectors of Σ x xᵀ / ms(x) over the inputs x of all norms and all tokens, by falling eigenvalue.
 
     Args:
-        model: on any device; left as it is.
+        model: on any device; left as it is. Its weights may come on demand.
         batches: tokens [B, S], on the model's device.
-        advance: called with 1 after every batch.
+        advance: called with the number of batches of all processes that have just been read.
+        processes: those that share out the batches; all have to call this, and all get the result.
     """
+    processes = processes or Processes()
     family, device = anatomy_of(model), next(model.parameters()).device
     d = weight_of(model, family.embedding).shape[1]
     total = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -57,11 +65,13 @@ def principal_basis(
         for place in places:
             listening.callback(place.register_forward_pre_hook(adds_to(total)).remove)
         listening.callback(last.register_forward_pre_hook(adds_to(final, counts=True)).remove)
-        for batch in batches:
-            backbone(model)(**batch.keywords())
-            advance(1)
+        own = batches[processes.rank :: processes.size]
+        for number, _ in enumerate(last_states(model, (batch.keywords() for batch in own))):
+            advance(min(processes.size, len(batches) - number * processes.size))
     model.train(was_training)
     total += final
+    for sums in (total, final, tokens):
+        processes.sum(sums)
     # On the CPU, where the same sums have the same vectors on every machine of a run.
     vectors = torch.linalg.eigh(total.cpu()).eigenvectors.flip(1)
     largest = vectors.abs().argmax(dim=0)

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.documents import Documents
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
+from shearing.models.stored.stored_model import open_any
 from shearing.models.tokenizer import begin_tokens, load_tokenizer
+from shearing.pruning.calibration.whole import WholeModel
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A model on disk or on the hub: folder or name, and revision of a name."""
+    """A model on disk or on the hub: folder or name, revision of a name, whether a family declares it."""
 
     name: str
     revision: str | None = None
+    declared: bool = True
 
 
 def open_heldout(
@@ -79,7 +85,13 @@ def compare(
     """
     results = {}
     for label, stored in models.items():
-        model = load_source(stored.name, revision=stored.revision, device=device, dtype=precision)
+        if stored.declared:
+            model, objective = load_source(stored.name, revision=stored.revision, device=device, dtype=precision), None
+            shape = Shape.of(model.config)
+            sizes = shape.num_parameters(), shape.num_parameters(embeddings=False)
+        else:
+            whole = _whole(stored, device=device, precision=precision)
+            model, objective, sizes = whole.model, _objective_of(whole), _sizes(whole.model)
         losses = heldout_loss(
             model,
             corpus,
@@ -89,13 +101,14 @@ def compare(
             micro_batch_size=micro_batch_size,
             tokenizer=load_tokenizer(stored.name, revision=stored.revision),
             progress=advance,
+            objective=objective,
         )
-        shape, (nonzero, nonzero_bytes) = Shape.of(model.config), _nonzero(model)
+        nonzero, nonzero_bytes = _nonzero(model)
         results[label] = {
             "label": label,
             "group": label,
-            "parameters": shape.num_parameters(),
-            "parameters_without_embeddings": shape.num_parameters(embeddings=False),
+            "parameters": sizes[0],
+            "parameters_without_embeddings": sizes[1],
             "nonzero": nonzero,
             "nonzero_bytes": nonzero_bytes,
             "training_tokens": 0,
@@ -110,6 +123,30 @@ def compare(
         "split": corpus.named_split("test"),
     }
     return {"settings": settings, "environment": environment(device), "models": results}
+
+
+def _whole(stored: Stored, *, device: torch.device, precision: torch.dtype) -> WholeModel:
+    with tempfile.TemporaryDirectory() as converted:
+        source = open_any(stored.name, revision=stored.revision, converted=Path(converted), towers=False)
+        return WholeModel(source, device=device, dtype=precision)
+
+
+def _objective_of(whole: WholeModel) -> Callable[[Tensor, Documents | None], Tensor]:
+    """The loss of rows of a model of which no more is known than its layers."""
+
+    def loss(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
+        labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
+        return whole.losses(whole.states(tokens_BT[:, :-1]), labels_BS).sum(dtype=torch.float64)
+
+    return loss
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters of a model, and those of them that are in neither the embedding nor the head; shared ones once."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    of_ends = {id(parameter): parameter.numel() for module in ends for parameter in module.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - sum(of_ends.values())
 
 
 def _nonzero(model: PreTrainedModel) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
-from shearing.models.families import FAMILIES
 from shearing.models.stored.stored_model import Source, dtype_of, open_any
 from shearing.models.tokenizer import load_tokenizer
 from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes
@@ -278,13 +277,13 @@ def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
     matrices, structure = matrices_of(source), source.structure
     if structure is None:
         return matrices
-    if recipe.evaluate is not None:
+    if recipe.evaluate is not None and structure.layers is None:
         raise ShearingError(
             "evaluate",
             value=str(recipe.evaluate),
-            allowed=f"unset, for {source.config.model_type!r}, of which only the linear layers are known: families are "
-            f"{', '.join(sorted(FAMILIES))}",
-            mend="leave evaluate out, or declare the family under shearing/models/families",
+            allowed=f"unset, for {type(structure.model).__name__}, which is no model that predicts text by layers that "
+            "can be walked through one after the other",
+            mend="leave evaluate out",
         )
     if not recipe.needs_text and recipe.allocation != "depth":
         return matrices

@@ -156,16 +156,17 @@ def _heldout(path: Path, *, job: Job, bos: BosChoice) -> Corpus:
     return open_heldout(
         path,
         tokenizer_folder=job.source.folder,
-        vocab_size=job.source.config.vocab_size,
+        vocab_size=job.source.config.get_text_config().vocab_size,
         sequence_length=job.seqlen,
         bos=bos,
     )
 
 
 def _evaluate(recipe: SparsifyRecipe, job: Job, *, corpus: Corpus, console: Console) -> None:
+    declared = job.source.structure is None
     models = {
-        "dense": Stored(recipe.model, recipe.revision),
-        f"{recipe.criterion} {job.pattern_name}": Stored(str(recipe.output)),
+        "dense": Stored(recipe.model, recipe.revision, declared=declared),
+        f"{recipe.criterion} {job.pattern_name}": Stored(str(recipe.output), declared=declared),
     }
     tokens = corpus.heldout_tokens(split="test", sequence_length=job.seqlen, tokens_per_domain=recipe.evaluate_tokens)
     total = len(models) * tokens

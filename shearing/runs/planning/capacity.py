@@ -119,9 +119,7 @@ def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Itera
         certain = certain and not (made.adapters and each.stage == "pretrain")
         yield _Need(what=f"a step of {each.stage}", memory=step, certain=certain)
     if "evaluate" in stages:
-        # The source and one other model in fp32, and the copies that autocast makes of the larger one's weights.
-        copies = _fp32(made.source) // 2 if made.precision == torch.bfloat16 else 0
-        memory = _fp32(made.source) + _fp32(made.target or made.source) + copies
+        memory = max(measured(made), judged(recipe, made=made))
         # Nothing is lost where only the tables are missing: `shear eval` can be typed again for another device.
         yield _Need(what="evaluation", memory=memory, certain=False)
 
@@ -136,6 +134,41 @@ def loaded(shape: Shape, *, recipe: Recipe, made: RunPlan) -> int:
 def one_layer(shape: Shape) -> int:
     """Bytes of what is outside of layers and of a single layer, in fp32."""
     return _fp32(shape) - 4 * (shape.num_hidden_layers - 1) * sum(shape.layer_parameters())
+
+
+def measured(made: RunPlan) -> int:
+    """Bytes of weights on a GPU while losses on test text are measured."""
+    if made.hardware.processes > 1:
+        return one_layer(made.source)
+    # The source stays where baselines are cut from it.
+    return _fp32(made.source) + _fp32(made.target or made.source) + copies(made.source, made=made)
+
+
+def judged(recipe: Recipe, *, made: RunPlan) -> int:
+    """Bytes of weights on a GPU while the source answers tasks or writes, or is timed beside the result."""
+    if is_shared_out(recipe, made=made):
+        of_layers = _fp32(made.source) - one_layer(made.source)
+        return one_layer(made.source) + of_layers // made.hardware.processes
+    at_work, timed = _fp32(made.source) + copies(made.source, made=made), 0
+    if recipe.evaluation.speed:
+        other = _fp32(made.target or made.source)
+        timed = other + (copies(made.source, made=made) or _fp32(made.source))  # in the precision of training
+    return max(at_work, timed)
+
+
+def is_shared_out(recipe: Recipe, *, made: RunPlan) -> bool:
+    """Whether the source is, when it answers tasks or writes."""
+    return recipe.evaluation.shares_out(
+        parameters=made.source.num_parameters(),
+        processes=made.hardware.processes,
+        copies=bool(copies(made.source, made=made)),
+        memory=made.hardware.memory,
+    )
+
+
+def copies(shape: Shape, *, made: RunPlan) -> int:
+    """Bytes of what autocast makes of fp32 weights."""
+    return 2 * shape.num_parameters() if made.precision == torch.bfloat16 else 0
 
 
 def _is_known(made: RunPlan, stage: StagePlan) -> bool:

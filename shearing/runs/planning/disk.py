@@ -69,7 +69,9 @@ def rotated_bytes(recipe: Recipe, *, source: Shape) -> int:
     return _BYTES_OF_WEIGHT * source.num_parameters()
 
 
-def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = ()) -> int:
+def run_bytes(
+    recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = (), processes: int = 1
+) -> int:
     """Bytes that a run has at most at the same time.
 
     Args:
@@ -77,6 +79,7 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: It
         source: shape of its source model.
         target: what that is cut to; None where a budget leaves it open, or no units are pruned.
         family: shapes of the smaller sizes that are cut out of the final model.
+        processes: of the run; several cut each baseline into files.
     """
     budget = None if recipe.target is None else recipe.target.parameters
     final = (source if target is None else target).num_parameters() if budget is None else budget
@@ -99,6 +102,8 @@ def run_bytes(recipe: Recipe, *, source: Shape, target: Shape | None, family: It
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
         total += gradient_bytes(recipe, shape=target or source)
+    if processes > 1 and recipe.prune is not None and recipe.evaluation.baselines:
+        total += final * _BYTES_OF_WEIGHT
     return max(total, on_the_way)
 
 

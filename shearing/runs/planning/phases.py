@@ -19,7 +19,7 @@ from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.continuation.family import importance_of
-from shearing.runs.planning.capacity import loaded, one_layer
+from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
 from shearing.runs.planning.plan import RunPlan, num_domains
@@ -78,7 +78,7 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             yield _rotation(recipe, made=made)
         held = loaded(stage.shape, recipe=recipe, made=made)
         if held == _fp32(stage.shape):
-            held += _copies(stage.shape, made=made)
+            held += copies(stage.shape, made=made)
         heard = stage.listening
         yield Phase(
             what=f"{stage.stage}: load",
@@ -111,13 +111,13 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
 
 
 def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
-    """The main process finds the basis, and writes the source in it."""
-    length = recipe.data.sequence_length
+    """All find the basis, and the main process writes the source in it, a tensor at a time."""
+    length, alone = recipe.data.sequence_length, made.hardware.processes == 1
     tokens = whole_rows(recipe.pruning.prune.calibration_tokens, sequence_length=length) * length
     return Phase(
         what="prune: rotate",
-        processes=1,
-        memory=_fp32(made.source),
+        processes=made.hardware.processes,
+        memory=loaded(made.source, recipe=recipe, made=made) if alone else one_layer(made.source),
         disk=2 * made.source.num_parameters() + made.rotated,
         flops=forward_flops_per_token(made.source, sequence_length=length) * tokens,
     )
@@ -237,16 +237,23 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     yield Phase(
         what=f"evaluate: {len(models)} models",
         processes=made.hardware.processes,
-        # The source stays where baselines are cut from it.
-        memory=_fp32(made.source) + _fp32(target) + _copies(made.source, made=made),
+        memory=measured(made),
         flops=flops,
         disk=sum(_fp32(model) for model in models),
     )
+    together = is_shared_out(recipe, made=made)
+    if recipe.evaluation.generation.prompts or (recipe.evaluation.speed and not together):
+        yield Phase(
+            what="evaluate: what models write" + ", speed" * (recipe.evaluation.speed and not together),
+            processes=made.hardware.processes if together else 1,
+            memory=judged(recipe, made=made),
+            flops=None,  # models write until they end
+        )
     if recipe.evaluation.tasks:
         yield Phase(
             what=f"evaluate: tasks, {', '.join(recipe.evaluation.tasks)}",
             processes=made.hardware.processes,
-            memory=_fp32(made.source) + _copies(made.source, made=made),
+            memory=judged(recipe, made=made) if together else _fp32(made.source) + copies(made.source, made=made),
             flops=None,  # questions are of any length
         )
 
@@ -257,8 +264,3 @@ def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:
 
 def _fp32(shape: Shape) -> int:
     return 4 * shape.num_parameters()
-
-
-def _copies(shape: Shape, *, made: RunPlan) -> int:
-    """Bytes of what autocast makes of fp32 weights."""
-    return 2 * shape.num_parameters() if made.precision == torch.bfloat16 else 0

@@ -154,7 +154,7 @@ def survey(
         return None, [*wrong.errors, *missing.errors]
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
     sizes = family or {}
-    disk = run_bytes(recipe, source=source, target=target, family=sizes.values())
+    disk = run_bytes(recipe, source=source, target=target, family=sizes.values(), processes=context.processes.size)
     disk = max(0, disk - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights) if weights else {}
     plan = Plan(

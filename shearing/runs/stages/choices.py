@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,10 +19,13 @@ from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import read_header, write_tensors
 from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import attention_within_documents
-from shearing.models.cutting import Selection, compact
+from shearing.models.cutting import Selection, compact, cut_config, cut_in_turn
+from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import weights_by_name
+from shearing.models.stored.saving import write_model
 from shearing.pruning.structured.importance.metric import Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.learner import OPEN
@@ -32,11 +36,14 @@ from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
 from shearing.runs.stages.evaluation.recipe import Baseline
-from shearing.runs.stages.source_model import load_source_model, model_to_read, source_to_read
+from shearing.runs.stages.source_model import load_source_model, model_to_read, shared_model, source_to_read
 from shearing.training.checkpoints.checkpoints import no_space
 
 START_SCORES = "start_scores.safetensors"
 """In the folder of mask learning: what graded the initial masks. Its metadata says which metric wrote it, from what."""
+
+CUT = ".cut"
+"""In the folder of a run, while several processes evaluate baselines: the last one that was cut."""
 
 _MADE_FROM = "made_from"
 
@@ -138,8 +145,8 @@ def refit_from_files(
 class Source:
     """The source model and what is cut from it without training; loaded only when it is needed.
 
-    Several processes score and refit together, each reading the source from its files layer by layer; what is cut, each
-    of them has whole.
+    Several processes score and refit together, each reading the source from its files layer by layer; what is cut they
+    read from files too, in a folder that the next one takes (`CUT`).
     """
 
     context: RunContext
@@ -155,33 +162,49 @@ class Source:
     def cut(self, baseline: Baseline, *, target: Shape) -> PreTrainedModel:
         """The source cut to `target`, its units chosen by a baseline's metric."""
         masks, selection = self._choose(baseline.metric, target=target)
+        here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
+        if self.context.processes.size > 1:
+            self._write_cut(masks=masks, refitted_under=here if baseline.refitted else None, selection=selection)
+            return model_to_read(self.context, source=str(self._place), revision=None)
         if not baseline.refitted:
             return compact(self.model(), masks=masks, selection=selection)
-        here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
-        if self.context.processes.size == 1:
-            model, self._model = self.model(), None  # its weights change in place
-            masked = MaskedModel(model)
-            with attention_within_documents(model, on=self.context.document_rules.attention_within):
-                prune = self.context.recipe.pruning.prune
-                refit(
-                    masked,
-                    masks=here,
-                    batches=self.context.calibration_batches(),
-                    ridge=prune.refit_ridge,
-                    blocks=prune.block_refit,
-                )
-            return compact(masked.release(), masks=masks, selection=selection)
-        return self._cut_refitted(masks=masks, here=here, selection=selection)
+        model, self._model = self.model(), None  # its weights change in place
+        masked = MaskedModel(model)
+        with attention_within_documents(model, on=self.context.document_rules.attention_within):
+            prune = self.context.recipe.pruning.prune
+            refit(
+                masked,
+                masks=here,
+                batches=self.context.calibration_batches(),
+                ridge=prune.refit_ridge,
+                blocks=prune.block_refit,
+            )
+        return compact(masked.release(), masks=masks, selection=selection)
 
-    def _cut_refitted(self, *, masks: Masks, here: Masks, selection: Selection) -> PreTrainedModel:
-        context, source = self.context, self.context.recipe.model
-        folder = context.directory.path / ".refitted"
-        refit_from_files(context, masks=here, folder=folder)
-        refitted = model_to_read(context, source=source.source, revision=source.revision, instead=folder)
-        result = compact(refitted, masks=masks, selection=selection)
-        context.processes.barrier()
-        context.processes.on_main(lambda: shutil.rmtree(folder))
-        return result
+    def cut_shared_out(self, baseline: Baseline, *, target: Shape) -> PreTrainedModel:
+        """As `cut`, its layers shared out among several processes; see `shared_model`."""
+        self.cut(baseline, target=target)
+        return shared_model(self.context, source=str(self._place), revision=None, dtype=torch.float32)
+
+    @property
+    def _place(self) -> Path:
+        return self.context.directory.path / CUT
+
+    def _write_cut(self, *, masks: Masks, refitted_under: Masks | None, selection: Selection) -> None:
+        """Put what a cut leaves of the source, or of what a refit under masks makes of it, into its folder."""
+        context, source, model = self.context, self.context.recipe.model, self.model()
+        refitted = context.directory.path / ".refitted"
+        if refitted_under is not None:
+            refit_from_files(context, masks=refitted_under, folder=refitted)
+            model = model_to_read(context, source=source.source, revision=source.revision, instead=refitted)
+
+        def write() -> None:
+            shutil.rmtree(self._place, ignore_errors=True)
+            weights = cut_in_turn(model.config, weights_by_name(model), masks=masks, selection=selection)
+            write_model(skeleton(cut_config(model.config, selection=selection)), self._place, weights=weights)
+            shutil.rmtree(refitted, ignore_errors=True)
+
+        context.processes.on_main(full_disk_said(lambda: no_space(context.directory.path))(write))
 
     def digest(self, baseline: Baseline, *, target: Shape) -> str:
         """See `Selection.digest`."""

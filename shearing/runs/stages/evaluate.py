@@ -7,6 +7,7 @@ interrupted evaluation continues and one after more training only measures what 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.stages.evaluation.rows import Row, rows_of
+from shearing.runs.stages.choices import CUT
+from shearing.runs.stages.evaluation.rows import Row, is_shared_out, rows_of
 from shearing.runs.stages.evaluation.tasks import measure_tasks
 from shearing.runs.stages.evaluation.writing import measure_writing, prompts_in_words
 
@@ -40,7 +42,7 @@ def evaluate(context: RunContext) -> dict[str, Any]:
     """Measure what exists of a run, write evaluation.json and print the comparison table.
 
     All processes call this. Held-out text and tasks are shared out, each model is measured by all of them together;
-    what a model writes and how fast it is, the main one finds out.
+    what a model writes and how fast it is, the main one finds out, if it can hold it.
 
     Args:
         context: of a run that may have any number of its stages behind it.
@@ -60,10 +62,11 @@ def evaluate(context: RunContext) -> dict[str, Any]:
     processes = context.processes
     rows = processes.each(lambda: rows_of(context))
     results = _measure_losses(context, rows)
-    processes.on_main(lambda: measure_writing(context, rows, results=results))
+    measure_writing(context, rows, results=results)
     if context.recipe.evaluation.tasks:
         measure_tasks(context, rows, results=results)
-    return processes.on_main(lambda: _finish(context, rows, results=results))
+    too_large = is_shared_out(context, rows[0])
+    return processes.on_main(lambda: _finish(context, rows, results=results, too_large=too_large))
 
 
 def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str, Any]]:
@@ -121,10 +124,15 @@ def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str,
     return results
 
 
-def _finish(context: RunContext, rows: list[Row], *, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Measure speeds, write evaluation.json and print the table."""
+def _finish(
+    context: RunContext, rows: list[Row], *, results: dict[str, dict[str, Any]], too_large: bool
+) -> dict[str, Any]:
+    """Measure speeds, unless the source is too large for a device, write evaluation.json and print the table."""
     run = context.directory
-    if context.recipe.evaluation.speed:
+    shutil.rmtree(run.path / CUT, ignore_errors=True)
+    if context.recipe.evaluation.speed and too_large:
+        context.console.print("speed is not measured: it is that of one device, which cannot hold the source")
+    elif context.recipe.evaluation.speed:
         _measure_speeds(context, rows=rows, results=results)
     evaluation = _content(context, rows, results=results)
     if context.recipe.evaluation.generation.prompts:
@@ -157,9 +165,10 @@ def _measure_speeds(context: RunContext, *, rows: list[Row], results: dict[str, 
     pair = [row for row in rows if row.name in ("source", latest)]
     if all(results[row.name]["speed"] for row in pair):
         return
-    models = {row.name: row.load_whole() for row in pair}
-    for model in models.values():
-        model.to(context.precision)  # type: ignore[arg-type]
+    models = {}
+    for row in pair:
+        models[row.name] = row.load_whole()
+        models[row.name].to(context.precision)  # type: ignore[arg-type]
     with activity("speed", total=(SPEED_REPETITIONS + 1) * len(pair), console=context.console) as advance:
         speeds = measure_speed(
             models,

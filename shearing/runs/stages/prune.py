@@ -31,13 +31,12 @@ from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel
 from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape, export_error, resolve_target
-from shearing.models.stored.saving import write_model
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.processes.stop import stopping_at_once
 from shearing.progress import activity
-from shearing.pruning.rotation.basis import rotate
+from shearing.pruning.rotation.basis import Basis
 from shearing.pruning.rotation.components import principal_basis
-from shearing.pruning.rotation.tied import untie
+from shearing.pruning.rotation.written import write_rotated
 from shearing.pruning.structured.importance.metric import Scores
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.learner import OPEN, MaskLearner
@@ -103,9 +102,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     said = full_disk_said(lambda: no_space(run.prune))
     source = recipe.model
     if recipe.pruning.prune.rotate != "none":
-        source = source.model_copy(
-            update={"source": processes.on_main(said(lambda: _rotated(context))), "revision": None}
-        )
+        source = source.model_copy(update={"source": _rotated(context), "revision": None})
     model = processes.each(
         lambda: load_to_train(context, source=source.source, revision=source.revision, changes=refitted)
     )
@@ -236,35 +233,38 @@ def _moments(context: RunContext) -> ShardedState:
 def _rotated(context: RunContext) -> str:
     """Folder with the source rotated into its principal components; the same ones however often a run is interrupted.
 
-    It is in memory whole, in fp32, for as long as this takes.
+    All processes find them, each from its share of the text; the main one writes the folder, a tensor at a time.
     """
-    folder = context.directory.prune / ROTATED
-    if folder.is_dir():
+    folder, processes = context.directory.prune / ROTATED, context.processes
+    if processes.on_main(folder.is_dir):
         return str(folder)
-    model, batches = load_source_model(context), context.calibration_batches()
+    model = source_to_read(context, whole=lambda: load_source_model(context))
+    batches = context.calibration_batches()
     with (
         attention_within_documents(model, on=context.document_rules.attention_within),
         activity("principal components", total=len(batches), console=context.console) as advance,
     ):
-        basis = principal_basis(model, batches, advance=advance)
+        basis = principal_basis(model, batches, advance=advance, processes=processes)
+    said = full_disk_said(lambda: no_space(context.directory.prune))
+    processes.on_main(said(lambda: _keep_rotated(context, model, basis, folder=folder)))
+    return str(folder)
+
+
+def _keep_rotated(context: RunContext, model: PreTrainedModel, basis: Basis, *, folder: Path) -> None:
     write_tensors(
         context.directory.prune / ROTATION,
         {"rotation": basis.rotation.contiguous(), "moment": basis.moment.contiguous()},
     )
-    if context.recipe.pruning.prune.unties:
-        untie(model)
-    lost = rotate(model, basis)
+    beside = folder.with_name(f"{ROTATED}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    lost = write_rotated(model, basis, beside, config=context.config_as_cut)
     if lost:
         context.console.print(
             f"rotated; the head is the embedding, and its fitted gain changes logits by {lost:.2%} (root mean square)"
         )
-    beside = folder.with_name(f"{ROTATED}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    write_model(model, beside)
     flush_folder(beside)
     beside.rename(folder)
     flush_folder(folder.parent)
-    return str(folder)
 
 
 def _initial_scores(context: RunContext, *, whole: PreTrainedModel, source: ModelRecipe) -> Path | None:

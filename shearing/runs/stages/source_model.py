@@ -14,8 +14,8 @@ from shearing.files.durable import read_json, write_json
 from shearing.models.loading import load_paged, load_source
 from shearing.models.recipe import ModelRecipe
 from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.paging.shared_out import share_out_layers
 from shearing.models.stored.stored_model import Source, open_source
-from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.teacher import teacher_precision
 from shearing.progress import activity
 from shearing.runs.context import RunContext
@@ -23,7 +23,6 @@ from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
-from shearing.training.engines.frozen_shards import share_out_layers
 
 _CONVERTED = ".source"
 """Folder in the run's for a source whose files have other names of parameters than its own, see `open_source`."""
@@ -131,32 +130,43 @@ def load_teacher(context: RunContext) -> PreTrainedModel:
     recipe, teacher = context.recipe, context.recipe.teacher
     assert recipe.distill is not None
     assert teacher is not None
+    dtype = teacher_precision(recipe.distill, products=context.precision)
     if recipe.distill.placement == "shard":
-        return _shared_teacher(context, teacher=teacher, distill=recipe.distill)
+        return shared_model(context, source=teacher.source, revision=teacher.revision, dtype=dtype)
     offloaded = recipe.distill.placement == "offload"
     model = load_source(
         teacher.source,
         revision=teacher.revision,
         attn_implementation=teacher.attn_implementation,
         device="cpu" if offloaded else context.device,
-        dtype=teacher_precision(recipe.distill, products=context.precision),
+        dtype=dtype,
     )
     if offloaded:
         offload_layers(model, device=context.device)
     return model
 
 
-def _shared_teacher(context: RunContext, *, teacher: ModelRecipe, distill: DistillRecipe) -> PreTrainedModel:
-    """One that no process has whole, unless its files hold other tensors than its parameters."""
+def shared_model(context: RunContext, *, source: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A model that is run and not trained, whose layers all processes have together; see `share_out_layers`.
+
+    No process has it whole, unless its files hold other tensors than its parameters.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        source, revision: of the model.
+        dtype: of its weights.
+
+    Raises:
+        ShearingError: see `load_source`.
+    """
     model = context.processes.each(
         lambda: load_paged(
-            teacher.source,
-            revision=teacher.revision,
-            attn_implementation=teacher.attn_implementation,
+            source,
+            revision=revision,
+            attn_implementation=context.recipe.model.attn_implementation,
             device=context.device,
         )
     )
-    dtype = teacher_precision(distill, products=context.precision)
     share_out_layers(model, device=context.device, dtype=dtype, processes=context.processes)
     return model
 

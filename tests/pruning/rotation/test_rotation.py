@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,17 @@ from shearing.models.anatomy import anatomy_of, backbone
 from shearing.models.families import LAYER, QUERY_HEADS, Axis, Norm, linear
 from shearing.models.families.llama import LLAMA
 from shearing.models.shape import Shape
+from shearing.models.stored.paging.on_demand import on_demand
+from shearing.models.stored.saving import write_model
+from shearing.models.stored.stored_model import open_source
+from shearing.processes.processes import Processes
 from shearing.pruning.rotation.basis import Basis, fitted_gain, require_rotatable, rotate
 from shearing.pruning.rotation.components import principal_basis
 from shearing.pruning.rotation.tied import config_as_cut, require_place_for_gain, untie
+from shearing.pruning.rotation.written import write_rotated
 from shearing.pruning.structured.recipe import PruneRecipe
+from tests.distributed.harness import spawn
+from tests.models.experts import expert_configs
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
 
 BATCHES = [Inputs(tiny_ids(sequences=3, seed=seed), None) for seed in range(2)]
@@ -74,7 +82,7 @@ def test_the_gain_of_a_tied_head_is_that_of_least_squares() -> None:
     head, wanted, normed = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((30, 6), (6, 6), (50, 6))
     )
-    gain, lost = fitted_gain(head, wanted=wanted, moment=normed.T @ normed / 50)
+    gain, lost = fitted_gain(head.T @ head, wanted=wanted, moment=normed.T @ normed / 50)
     # E (A - diag g) n for all tokens at once, as one system for g.
     system = np.concatenate([(head * row).numpy() for row in normed])
     aimed_at = np.concatenate([(head @ wanted @ row).numpy() for row in normed])
@@ -98,6 +106,48 @@ def test_a_tied_model_loses_what_is_said() -> None:
     wanted = even(tiny_ids()).logits
     assert rotate(even, principal_basis(even, BATCHES)) < 1e-6
     assert relative(even(tiny_ids()).logits, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "stays"),
+    [("llama", True, True), ("qwen2", True, False), ("granite", False, False), ("qwen3_moe", False, False)],
+)
+def test_it_is_written_from_its_files_as_in_memory(family: str, tied: bool, stays: bool, tmp_path: Path) -> None:
+    with expert_configs():
+        model = tiny_model(family, tied=tied)
+    write_model(model, tmp_path / "model")
+    source = open_source(str(tmp_path / "model"), revision=None, converted=tmp_path / "converted")
+    paged = on_demand(source, device=torch.device("cpu"))
+    basis = principal_basis(paged, BATCHES)
+    torch.testing.assert_close(basis.moment, principal_basis(model, BATCHES).moment)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = tied and stays
+    lost = write_rotated(paged, basis, tmp_path / "rotated", config=config)
+    if tied and not stays:
+        untie(model)
+    wanted = model(tiny_ids()).logits
+    assert rotate(model, basis) == lost
+    assert stays or relative(model(tiny_ids()).logits, wanted) < 1e-5
+    written = type(model).from_pretrained(tmp_path / "rotated")
+    for (name, ours), (_, theirs) in zip(written.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same_basis(tmp_path: Path) -> None:
+    spawn(_find, size=2, folder=tmp_path / "out")
+
+
+def _find() -> None:
+    with Processes.start(device="cpu") as processes:
+        model, calls = tiny_model("llama", tied=False), []
+        batches = [Inputs(tiny_ids(sequences=3, seed=seed), None) for seed in range(3)]
+        found = principal_basis(model, batches, advance=calls.append, processes=processes)
+        assert sum(calls) == 3 or not processes.is_main
+        alone = principal_basis(model, batches)
+        torch.testing.assert_close(found.moment, alone.moment, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found.rotation, alone.rotation, rtol=0, atol=1e-3)
+        assert all(torch.equal(each, found.rotation) for each in processes.gather(found.rotation))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.models.stored.stored_model import Source, open_any
 from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes, read_gradients
@@ -230,6 +231,44 @@ def test_the_text_of_a_model_that_sees_from_beginning_to_end(
         else:
             assert torch.equal(weight, dense[name]), name
     assert kept == total // 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_and_sparse_are_compared_on_text(name: str, tiny_inputs: Path, tmp_path: Path) -> None:
+    """By the losses that the models themselves have of the same rows, and by what of them is zero."""
+    folder = shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    config = llava() if name == "llava" else DECODERS[name]()
+    text = config.get_text_config()
+    text.vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"] + 1
+    if name == "llava":
+        config.image_token_index = text.vocab_size - 1
+        architecture: Any = transformers.LlavaForConditionalGeneration
+    else:
+        architecture = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    dense = built(architecture, config, folder)
+    corpus = tiny_inputs / "corpus"
+    output = run(folder, tmp_path / "out", evaluate=corpus, evaluate_tokens=64, seqlen=16, precision="fp32")
+    of_models = json.loads((output / "evaluation.json").read_text())["models"].values()
+    for model, said in zip((dense, architecture.from_pretrained(output).eval()), of_models, strict=True):
+        for domain, figures in said["domains"].items():
+            rows = torch.cat(
+                list(
+                    Corpus.open(corpus).heldout_batches(
+                        domain, split="test", sequence_length=16, tokens=64, micro_batch_size=2
+                    )
+                )
+            )
+            logits = model(rows[:, :-1], use_cache=False).logits
+            loss = float(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+            assert figures["loss"] == pytest.approx(loss, rel=1e-5), domain
+        parameters = list(model.parameters())
+        assert said["parameters"] == sum(each.numel() for each in parameters)
+        assert said["nonzero"] == sum(int(each.count_nonzero()) for each in parameters)
+        ends = {
+            id(of.weight): of.weight.numel() for of in (model.get_input_embeddings(), model.get_output_embeddings())
+        }
+        assert said["parameters_without_embeddings"] == said["parameters"] - sum(ends.values())
 
 
 TEXTS = {"calibration": ["x"]}

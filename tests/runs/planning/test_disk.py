@@ -39,6 +39,8 @@ def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: lis
     # Of mask learning three checkpoints and its weights; of the target the kept moments, compact/ and model/.
     expected = (12 * 3 + 4) * sizes[0] + (12 * checkpoints + 4 * 4) * sizes[1]
     assert run_bytes(recipe, source=source, target=target) == expected
+    of_two = run_bytes(recipe, source=source, target=target, processes=2)
+    assert of_two - expected == 4 * target.num_parameters(), "the baseline that is measured is in files"
 
 
 @pytest.mark.parametrize("override", ["pretrain.optimizer=fresh", "pretrain.lora={}"])

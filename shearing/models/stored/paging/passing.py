@@ -62,7 +62,8 @@ def embedded(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, list[Call]]
 
     family = anatomy_of(model.config)
     layers = decoder_layers(model)
-    handle = model.get_submodule(family.final_norm.name).register_forward_pre_hook(stop)
+    # Before all that listen there: what comes now is no output of the last layer.
+    handle = model.get_submodule(family.final_norm.name).register_forward_pre_hook(stop, prepend=True)
     try:
         model.set_submodule(family.layers, nn.ModuleList(_StandIn(layer, record) for layer in layers))
         # What records must not be compiled into the layers.

@@ -12,6 +12,8 @@ from shearing.pruning.structured.importance.registry import METRICS, complete_me
 from shearing.settings.section import Section, formerly
 
 _REFIT = "+refit"
+_ROOM = 0.6
+"""Of a device's memory, for the weights of a model that is whole: activations and the cache of keys want some too."""
 BASELINES = (*complete_metrics(), *(name + _REFIT for name in complete_metrics()))
 
 if TYPE_CHECKING:
@@ -86,6 +88,26 @@ class EvaluationRecipe(Section):
     )
     task_batch_size: int = Field(8, ge=1, description="Requests of tasks in one forward pass.")
     task_baselines: bool = Field(False, description="Whether baselines are asked the tasks too.")
+    placement: Literal["auto", "replicate", "shard"] = Field(
+        "auto",
+        description="Where a model is that answers tasks or writes, with several processes. replicate: whole on each; "
+        f"shard: its layers shared out among them, each whole while it runs; auto: shared out where {_ROOM:.0%} of a "
+        "device's memory cannot hold it.",
+    )
+
+    def shares_out(self, *, parameters: int, processes: int, copies: bool, memory: int | None) -> bool:
+        """Whether the layers of a model that answers tasks or writes are shared out among processes.
+
+        Args:
+            parameters: of the model.
+            processes: of the run.
+            copies: whether autocast makes bf16 copies of weights.
+            memory: bytes of a device; None: not known.
+        """
+        if processes == 1 or self.placement == "replicate":
+            return False
+        whole = parameters * (6 if copies else 4)
+        return self.placement == "shard" or (memory is not None and whole > _ROOM * memory)
 
     def by_name(self) -> dict[str, Baseline]:
         """The baselines, by name and in order."""

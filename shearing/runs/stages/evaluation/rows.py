@@ -23,7 +23,8 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
 from shearing.runs.stages.evaluation.recipe import Baseline
-from shearing.runs.stages.source_model import load_source_model, model_to_read
+from shearing.runs.stages.source_model import load_source_model, model_to_read, shared_model
+from shearing.training.device import memory_of
 from shearing.training.recipe import StageRecipe
 
 OF_RUN = ("source", "compact", "sparse", "final")
@@ -45,6 +46,7 @@ class Row:
             demand.
         whole: gives it in this process's memory; None: `load` does.
         learned: what mask learning made of its start.
+        shared: gives it with its layers shared out among several processes, all of which call this.
     """
 
     name: str
@@ -58,10 +60,16 @@ class Row:
     units: Callable[[], str | None] = lambda: None
     learned: Learned | None = None
     whole: Callable[[], PreTrainedModel] | None = None
+    shared: Callable[[], PreTrainedModel] | None = None
 
     def load_whole(self) -> PreTrainedModel:
         """The model in the memory of this process, which alone may call this."""
         return self.load() if self.whole is None else self.whole()
+
+    def load_shared(self) -> PreTrainedModel:
+        """The model with its layers shared out among the processes, which are several and all call this."""
+        assert self.shared is not None, "one process has nobody to share with"
+        return self.shared()
 
     @property
     def of_run(self) -> bool:
@@ -77,7 +85,8 @@ def rows_of(context: RunContext) -> list[Row]:
     alone = context.processes.size == 1
     rows = [Row("source", "source", "source", whole, 0, 0.0, source_fingerprint, source.model)]
     if not alone:
-        rows = [replace(rows[0], whole=lambda: load_source_model(context))]
+        shared = _sharing(context, source=recipe.model.source, revision=recipe.model.revision)
+        rows = [replace(rows[0], whole=lambda: load_source_model(context), shared=shared)]
     learned: Learned | None = None
     units: Callable[[], str | None] = lambda: None  # noqa: E731
 
@@ -94,8 +103,8 @@ def rows_of(context: RunContext) -> list[Row]:
 
         shape = Shape.of(AutoConfig.from_pretrained(folder))
         mark = fingerprint_of(folder, None)
-        loads = (in_memory, None) if alone else (load, in_memory)
-        return Row(name, label, group, shape, training_tokens, flops, mark, loads[0], units, learned, loads[1])
+        loads = (in_memory, None, None) if alone else (load, in_memory, _sharing(context, source=str(folder)))
+        return Row(name, label, group, shape, training_tokens, flops, mark, loads[0], units, learned, *loads[1:])
 
     tokens, flops, made_by = 0, 0.0, []
     shape, length = whole, recipe.data.sequence_length
@@ -141,7 +150,25 @@ def _baseline(
     flops = choosing_flops(context, metric=baseline.metric, refitted=baseline.refitted, target=target)
     load = functools.partial(source.cut, baseline, target=target)
     units = functools.partial(source.digest, baseline, target=target)
-    return Row(name, baseline.title, "cut", target, 0, flops, fingerprint, load, units)
+    shared = functools.partial(source.cut_shared_out, baseline, target=target)
+    return Row(name, baseline.title, "cut", target, 0, flops, fingerprint, load, units, shared=shared)
+
+
+def _sharing(context: RunContext, *, source: str, revision: str | None = None) -> Callable[[], PreTrainedModel]:
+    return functools.partial(shared_model, context, source=source, revision=revision, dtype=torch.float32)
+
+
+def is_shared_out(context: RunContext, row: Row) -> bool:
+    """Whether all processes have the layers of a model together when it answers tasks or writes; all call this."""
+    evaluation, processes = context.recipe.evaluation, context.processes
+    return processes.on_main(
+        lambda: evaluation.shares_out(
+            parameters=row.shape.num_parameters(),
+            processes=processes.size,
+            copies=context.precision == torch.bfloat16,
+            memory=memory_of(context.device),
+        )
+    )
 
 
 def _units_of_run(run: RunDirectory, *, source: Shape, shape: Shape) -> str | None:

@@ -20,7 +20,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.names import EVALUATION_NAMES
 from shearing.runs.stages.evaluation.kept import kept
-from shearing.runs.stages.evaluation.rows import Row
+from shearing.runs.stages.evaluation.rows import Row, is_shared_out
 
 if TYPE_CHECKING:
     from shearing.evaluation.tasks.harness import Harness
@@ -54,8 +54,8 @@ def measure_tasks(context: RunContext, rows: Sequence[Row], *, results: dict[str
     with activity(f"tasks of {len(missing)} models", total=total, console=context.console) as advance:
         for name, tasks in missing.items():
             row = loads[name]
-            model = row.load()
             # Questions are many and short: each process answers its own with all of the model at hand.
+            model = row.load_shared() if is_shared_out(context, row) else row.load()
             with weights_here(model):
                 for task in tasks:
                     found = measure_task(context, model, task, harness=harness, processes=processes)

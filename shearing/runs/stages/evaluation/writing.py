@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shearing.evaluation.agreement import Read, Rows, agreement
-from shearing.evaluation.continuations import NGRAMS, continuations, distinct_share, repeated_share
+from shearing.evaluation.continuations import NGRAMS, Continuations, continuations, distinct_share, repeated_share
 from shearing.files.result_cache import Cached
+from shearing.models.stored.paging.shared_out import passes_of_all
 from shearing.runs.context import RunContext
 from shearing.runs.stages.evaluation.kept import kept
-from shearing.runs.stages.evaluation.rows import Row
+from shearing.runs.stages.evaluation.rows import Row, is_shared_out
 
 _REVISION = 1
 """Raise it when the same settings give other figures."""
@@ -26,30 +27,55 @@ _REVISION = 1
 def measure_writing(context: RunContext, rows: Sequence[Row], *, results: dict[str, dict[str, Any]]) -> None:
     """Add `generation` to the results of the source and of the run's own models, measured once for each.
 
+    All processes call this. A model that one of them can hold the main one reads and lets write; where the source is
+    shared out, so are all.
+
     Args:
         context: of the run.
         rows: its models; the first one is the source.
-        results: by the names of rows.
+        results: by the names of rows; on the main process.
     """
-    settings = context.recipe.evaluation.generation
-    if not settings.prompts:
+    if not context.recipe.evaluation.generation.prompts:
         return
-    text = _Text(context)
+    processes = context.processes
     places = {row.name: _place(context, row, source=rows[0]) for row in rows if row.of_run}
-    found = {name: place.read() for name, place in places.items()}
+    found = processes.on_main(lambda: {name: place.read() for name, place in places.items()})
     missing = [row for row in rows if row.of_run and found[row.name] is None]
-    source: Read | None = None
-    if missing:
-        model = rows[0].load_whole()
-        source = text.read_by(model)
-        for row in missing:
-            if row is not rows[0]:
-                model = row.load_whole()
-            found[row.name] = _measured(model, text=text, source=source, itself=row is rows[0])
-            places[row.name].write(found[row.name])
-            context.console.print(_in_words(row, found[row.name]), highlight=False)
+    if missing and is_shared_out(context, rows[0]):
+        found |= _measure(context, missing, source=rows[0], places=places, load=Row.load_shared)
+    elif missing:
+        found |= processes.on_main(
+            lambda: _measure(context, missing, source=rows[0], places=places, load=Row.load_whole)
+        )
     for name, each in found.items():
         results[name]["generation"] = each
+
+
+def _measure(
+    context: RunContext,
+    rows: Sequence[Row],
+    *,
+    source: Row,
+    places: Mapping[str, Cached],
+    load: Callable[[Row], PreTrainedModel],
+) -> dict[str, dict[str, Any]]:
+    """What is found of models, on the main process, where it is kept as soon as it is there."""
+    text, found = _Text(context), {}
+    model = load(source)
+    with passes_of_all(model, processes=context.processes):
+        of_source = text.read_by(model)
+    for row in rows:
+        if row is not source:
+            del model  # before the next one is loaded
+            model = load(row)
+        with passes_of_all(model, processes=context.processes):
+            own = None if row is source else text.read_by(model)
+            written = _continued(model, text=text)
+        if context.processes.is_main:
+            found[row.name] = {**_compared(own, of_source, context=context), **_in_figures(written, text=text)}
+            places[row.name].write(found[row.name])
+            context.console.print(_in_words(row, found[row.name]), highlight=False)
+    return found
 
 
 def prompts_in_words(context: RunContext) -> list[dict[str, str]]:
@@ -130,33 +156,41 @@ class _Text:
         return text
 
 
-def _measured(model: PreTrainedModel, *, text: _Text, source: Read, itself: bool) -> dict[str, Any]:
-    context = text.context
-    content: dict[str, Any] = {"agreement": None, "kl_from_source": None}
-    if not itself:
-        own = text.read_by(model)
-        if len(own.head.weight) == len(source.head.weight):
-            near = agreement(own, source, device=context.device)
-            content = {"agreement": near.greedy, "kl_from_source": near.kl, "tokens": near.tokens}
+def _compared(own: Read | None, source: Read, *, context: RunContext) -> dict[str, Any]:
+    """How near a model is to the source; None is the source itself."""
+    if own is None or len(own.head.weight) != len(source.head.weight):
+        return {"agreement": None, "kl_from_source": None}
+    near = agreement(own, source, device=context.device)
+    return {"agreement": near.greedy, "kl_from_source": near.kl, "tokens": near.tokens}
+
+
+def _continued(model: PreTrainedModel, *, text: _Text) -> Continuations | None:
+    """What a model writes after the prompts; None where no document is long enough to be one."""
     if not text.prompts:
-        return content
-    separator = torch.tensor([text.separator])
-    written = continuations(
+        return None
+    separator, recipe = torch.tensor([text.separator]), text.context.recipe
+    return continuations(
         model,
         torch.stack([torch.cat([separator, tokens]) for _, tokens in text.prompts]),
-        num_tokens=context.recipe.evaluation.generation.tokens,
+        num_tokens=recipe.evaluation.generation.tokens,
         ends={text.separator, *_ends(model)},
-        seed=context.recipe.seed,
-        precision=context.precision,
+        seed=recipe.seed,
+        precision=text.context.precision,
     )
-    for name, sequences in (("greedy", written.greedy), ("sampled", written.sampled)):
-        content[name] = {
+
+
+def _in_figures(written: Continuations | None, *, text: _Text) -> dict[str, Any]:
+    if written is None:
+        return {}
+    return {
+        name: {
             "repeated": repeated_share(sequences),
             "distinct": {str(n): distinct_share(sequences, n=n) for n in NGRAMS},
             "tokens": sum(map(len, sequences)),
             "shown": [text.words(sequences[index]) for index in text.shown],
         }
-    return content
+        for name, sequences in (("greedy", written.greedy), ("sampled", written.sampled))
+    }
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

@@ -18,9 +18,11 @@ from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.evaluate import evaluate
+from shearing.runs.stages.evaluation.recipe import GenerationRecipe
 from shearing.runs.stages.run import run
 from tests.conftest import tiny_recipe_data
 from tests.distributed.harness import spawn
+from tests.distributed.runs import difference
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -122,21 +124,40 @@ def share(recipe: Recipe, output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(finished: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", ["replicate", "shard"])
+def test_two_processes_find_what_one_finds(placement: str, finished: Recipe, tmp_path: Path) -> None:
+    """Whether each has all of a model or some rows of its matrices: how many passes each makes is its own business."""
     shutil.copytree(finished.run_dir, tmp_path / "run")
-    recipe = having(finished, task_baselines=True, tasks=[*ASKED, "letters_written"])
+    generation = GenerationRecipe(prompts=3, prompt_tokens=8, tokens=6, text_tokens=48)
+    recipe = having(
+        finished,
+        task_baselines=True,
+        tasks=[*ASKED, "letters_written"],
+        generation=generation,
+        speed=True,
+        placement=placement,
+        baselines=["random", "activations+refit"],
+    )
     recipe = recipe.model_copy(update={"run_dir": tmp_path / "run"})
     alone = evaluate(quiet(recipe))
-    for kept in (tmp_path / "run" / "judged").glob("task-*"):
-        kept.unlink()
+    shutil.rmtree(tmp_path / "run" / "judged")
+    (tmp_path / "run" / "evaluation.json").unlink()
     spawn(share, recipe, tmp_path, size=2, folder=tmp_path / "processes")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
+    assert tasks_of(first).keys() == tasks_of(alone).keys() > {"random", "activations+refit"}
     for name, found in tasks_of(alone).items():
         for task, result in found.items():
             there = tasks_of(first)[name][task]
             assert there["items"] == result["items"] == 11
-            assert there["value"] == pytest.approx(result["value"], rel=1e-6), (name, task)
+            # A refit from shares of the text equals that from all of it to 1e-4.
+            assert there["value"] == pytest.approx(result["value"], rel=1e-3 if "refit" in name else 1e-6), (name, task)
+    for name in ("source", "compact", "final"):
+        ours, theirs = (each["models"][name] for each in (first, alone))
+        assert difference(ours["generation"], theirs["generation"]) < 1e-5
+        # Of what no device can hold there is no speed.
+        assert (ours["speed"] is None) == (placement == "shard" or name == "compact")
+    assert not (tmp_path / "run" / ".cut").exists()
 
 
 def test_what_is_not_to_be_had_is_said_before_the_first_stage(finished: Recipe, tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """A model that is run and not trained, its decoder layers shared out among the processes (`fully_shard`, FSDP2).
 
 It goes beside any engine, and is no part of it. Of each matrix a process has some rows; a layer is whole while it runs,
-from what all processes have of it. So all of them run it, equally often.
+from what all processes have of it. So all of them run it, equally often; where they would not, `passes_of_all` sees to
+it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -57,6 +61,43 @@ def share_out_layers(model: PreTrainedModel, *, device: torch.device, dtype: tor
         processes.each(lambda cut=cut: _fill_own(cut, rank=processes.rank, size=processes.size))  # type: ignore[misc]
     # One that has no weights itself, under which layers know of each other.
     fully_shard(backbone(model), mesh=mesh, ignored_params=set(outside))
+    _SHARED.add(backbone(model))
+
+
+@contextmanager
+def passes_of_all(model: PreTrainedModel, *, processes: Processes) -> Iterator[None]:
+    """Inside, every process passes text of its own through a model, as often as it likes and with a cache or without.
+
+    A pass waits until every process makes one. Who has none left takes part with a single token until nobody has, so
+    nothing else that processes do together may happen inside.
+
+    Args:
+        model: whose layers are shared out; any other is left alone.
+        processes: those that have it, all of which call this.
+    """
+    body = backbone(model)
+    if body not in _SHARED:
+        yield
+        return
+
+    def somebody(passes: bool) -> bool:
+        work, largest = processes.largest(int(passes))
+        work.wait()
+        return bool(largest)
+
+    handle = body.register_forward_pre_hook(lambda *_: somebody(True) and None, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    device = next(body.parameters()).device
+    with torch.no_grad():
+        while somebody(False):
+            body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+
+
+_SHARED: WeakSet[nn.Module] = WeakSet()
+"""Backbones of models whose layers are shared out."""
 
 
 def _fill(parameters: list[Any], *, places: dict[Tensor, Place], device: torch.device, dtype: torch.dtype) -> None:
