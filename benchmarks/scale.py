@@ -6,7 +6,9 @@ A random model, stored in bf16, goes through mask learning (loaded, reference lo
 trained, saved), is cut, trained on and evaluated, by the stages of a run as they are, on several processes over gloo.
 Text is as little as will do: activations are next to nothing, so what is measured is where weights are. Buffers whose
 sizes are fixed numbers, made for models of billions, are set to what they are of such a model; FSDP2 sums gradients
-after each micro-batch (`training.fsdp2.sum_gradients: micro_batch`), or every process would add up whole ones.
+after each micro-batch (`training.fsdp2.sum_gradients: micro_batch`), or every process would add up whole ones; a
+checkpoint is written in the foreground, as its copy on the host, 12 bytes for each parameter of a share, would lie in
+the same memory as what a GPU holds.
 
 What a process holds is sampled from outside, 200 times a second: memory that is its own (no pages of files), less what
 it had when it began to load. Its *share* is what the engine's steps cannot do without: weights, gradients and two
@@ -96,9 +98,7 @@ STEPS: Mapping[str, str] = {
     "shearing.training.engines.deepspeed_engine:DeepSpeedEngine.prepare": "share out",
     "shearing.training.engines.torch_engine:TorchEngine.prepare": "share out",
     "shearing.runs.stages.prune:train": "train",
-    "shearing.training.engines.fsdp2_engine:Fsdp2Engine.stage": "save",
-    "shearing.training.engines.deepspeed_engine:DeepSpeedEngine.stage": "save",
-    "shearing.training.engines.torch_engine:TorchEngine.stage": "save",
+    "shearing.training.engines.held_state:StagedShard.write_into": "save",
     "shearing.runs.stages.prune:_finish": "end of mask learning",
     "shearing.runs.stages.compact:compact": "cut",
     "shearing.runs.stages.pretrain:load_to_train": "load what was cut",
@@ -180,9 +180,16 @@ def recipe_of(inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: 
         "mixture": {"interval": "2 steps", "pretrain_interval": "2 steps", "heldout_tokens": 32},
         "prune": {**stage, "initial_masks": "activations", "calibration_tokens": 64, "freeze": "1 step"},
         "pretrain": stage,
-        "training": {"precision": "fp32", "device": "cpu", "memory_check": "warn"}
+        # Written in the background, a checkpoint is copied to the host's memory, which here is the device's too.
+        "training": {"precision": "fp32", "device": "cpu", "memory_check": "warn", "checkpoint_writing": "foreground"}
         | training_of(engine, parameters=num_parameters(model)),
-        "evaluation": {"tokens_per_domain": 32, "baselines": [], "speed": False, "generation": {"prompts": 0}},
+        "evaluation": {
+            "tokens_per_domain": 32,
+            "baselines": ["random"],
+            "speed": False,
+            "generation": {"prompts": 2, "prompt_tokens": 4, "tokens": 4, "text_tokens": 32},
+            "placement": "shard",
+        },
     }
 
 

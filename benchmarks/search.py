@@ -4,7 +4,10 @@ In full: `shear search` over the demo's recipe at its size, then the best shape 
 by the demo's schedule. The search keeps its candidates in the output folder, and single runs too, so all of it goes on
 where it was.
 
-    python benchmarks/search.py [--quick] [--recipe recipes/demo.yaml] [--tokens 195k] [--output DIR] [key=value …]
+    python benchmarks/search.py [--quick] [--recipe recipes/demo.yaml] [--tokens 195k] [--seeds 0 1 2] [--output DIR]
+        [key=value …]
+
+With other seeds another process can make the runs of those at the same time, in the same folder.
 """
 
 from __future__ import annotations
@@ -51,12 +54,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model that counts, one seed")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
     parser.add_argument("--tokens", default="195k", help="of each of the runs that are compared")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the runs that are compared")
     parser.add_argument("--output", type=Path, default=Path("runs/search"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:
         path, output, tokens, overrides = arguments.recipe, arguments.output, arguments.tokens, arguments.overrides
-        seeds = SEEDS
+        seeds = arguments.seeds
         if arguments.quick:
             path, output, tokens, seeds = quick_inputs(Path(temporary)), Path(temporary) / "search", "6K", (0,)
             overrides = [*QUICK, "prune.duration=0 steps", *overrides]

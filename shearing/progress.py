@@ -46,8 +46,9 @@ def activity(name: str, *, total: int, console: Console) -> Iterator[Callable[[i
         now = time.monotonic()
         if now - last_line >= PLAIN_SECONDS:
             last_line = now
-            left = clock((now - started) / done * (total - done))
-            console.print(f"{name} ({100 * done / total:.0f}%) · {left} left", soft_wrap=True, highlight=False)
+            # Of less than a hundredth, which may have begun slowly, it would be off by hours.
+            left = (now - started) / done * (total - done) if 100 * done >= total else None
+            console.print(f"{name} ({100 * done / total:.0f}%) · {clock(left)} left", soft_wrap=True, highlight=False)
 
     yield advance
 

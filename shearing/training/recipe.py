@@ -192,7 +192,7 @@ class TrainingRecipe(Section):
     checkpoint_writing: Neutral[Literal["background", "foreground"]] = Field(
         "background",
         description="background: training waits for a copy in host memory alone, and goes on while that is written; "
-        "foreground: it waits until the checkpoint is on disk.",
+        "foreground: it waits until the checkpoint is on disk, and a tensor is copied at a time.",
     )
     max_skipped_steps: int = Field(10, ge=1, description="Non-finite steps in a row that stop the run.")
     log_interval: Neutral[int] = Field(

@@ -64,6 +64,7 @@ class Workload:
         masked: masks are being learned.
         eager_attention: attention weights are tensors, instead of a fused kernel's own business.
         moving: weights whose masks move with training: what is dropped of them is set aside, in fp32.
+        staged: a checkpoint is copied to the host, to be written while training goes on.
     """
 
     micro_batch_size: int
@@ -75,6 +76,7 @@ class Workload:
     masked: bool
     eager_attention: bool = False
     moving: int = 0
+    staged: bool = True
 
     @property
     def tokens(self) -> int:
@@ -328,7 +330,7 @@ def _sharded(
         optimizer=optimizer,
         activations=phase.activations,
         host=host,
-        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside if workload.staged else 0,
         teacher=teacher,
     )
 
@@ -370,6 +372,6 @@ def _layer_by_layer(
         optimizer=(FP32 + _MOMENTS) * share + aside,
         activations=phase.activations,
         host=host,
-        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside,
+        staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside if workload.staged else 0,
         teacher=teacher,
     )

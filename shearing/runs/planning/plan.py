@@ -285,6 +285,7 @@ def _stage_plan(
             masked=stage == "prune" or recipe.family is not None,
             eager_attention=is_eager(shape.family, attn_implementation=recipe.model.attn_implementation),
             moving=moving,
+            staged=recipe.training.checkpoint_writing == "background",
         ),
         sequences=sequences,
         processes=hardware.processes,

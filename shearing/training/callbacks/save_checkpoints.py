@@ -122,7 +122,7 @@ class SaveCheckpoints(Callback):
         self._finish(run)
         run.report()
         state = on_host(self._state(run))
-        shard = run.task.processes.each(run.task.engine.stage)
+        shard = run.task.processes.each(partial(run.task.engine.stage, copied=background))
         self._files.begin(step=run.step, write=partial(self._write, shard, state), background=background)
         self._saved, self._due, self._under_way = time.monotonic(), False, True
         if not background:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
-from shearing.files.tensors import Entry, read_header, read_range, write_in_turn, write_tensors
+from shearing.files.tensors import Entry, read_header, read_range, write_in_turn
 from shearing.training.checkpoints.fingerprints import Fingerprints, add_fingerprints, fingerprint, require_same
 
 WEIGHT = "weight"
@@ -79,19 +79,25 @@ class SavedState(Protocol):
 
 
 class StagedPieces:
-    """Copies in host memory of the pieces that a process holds, so that they can be written while training goes on.
+    """The pieces that a process holds, to be written: copies in host memory while training goes on, or they themselves.
 
     Args:
         pieces: what this process writes; over all processes every element occurs once.
         step: AdamW's step count, the same for all parameters.
+        copied: whether they may change before they are written; else one tensor is copied at a time.
     """
 
-    def __init__(self, pieces: Iterable[Piece], *, step: float) -> None:
-        # The parts of one flat tensor share its storage, which the format does not allow: copies, on the host.
-        self._pieces = [
-            replace(piece, values={kind: value.detach().to("cpu", copy=True) for kind, value in piece.values.items()})
-            for piece in pieces
-        ]
+    def __init__(self, pieces: Iterable[Piece], *, step: float, copied: bool = True) -> None:
+        self._pieces = (
+            list(pieces)
+            if not copied
+            else [
+                replace(
+                    piece, values={kind: value.detach().to("cpu", copy=True) for kind, value in piece.values.items()}
+                )
+                for piece in pieces
+            ]
+        )
         self._step = step
 
     def write(self, path: Path) -> Fingerprints:
@@ -104,12 +110,18 @@ class StagedPieces:
             ShearingError: the file does not hold what was written.
         """
         tensors = {
-            f"{kind}/{piece.name}@{piece.start}": value
+            f"{kind}/{piece.name}@{piece.start}": value.detach()
             for piece in self._pieces
             for kind, value in piece.values.items()
         }
         shapes = {piece.name: piece.shape for piece in self._pieces}
-        write_tensors(path, tensors, metadata={_SAVED: json.dumps({STEP: float(self._step), "shapes": shapes})})
+        write_in_turn(
+            path,
+            tensors,
+            # Copies: what numpy has looked at cannot be given back to the system by its engine.
+            tensors=((name, tensor.to("cpu", copy=True)) for name, tensor in tensors.items()),
+            metadata={_SAVED: json.dumps({STEP: float(self._step), "shapes": shapes})},
+        )
         meant = fingerprints(self._pieces)
         entries, _ = read_header(path)
         read = (

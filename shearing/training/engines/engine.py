@@ -101,10 +101,13 @@ class Engine(Protocol):
         """Global norm of the last step's gradient before clipping; scalar on the device."""
         ...
 
-    def stage(self) -> StagedShard:
-        """Copy this process's share of weights and optimiser state to the host, bit for bit.
+    def stage(self, *, copied: bool = True) -> StagedShard:
+        """Share of weights and optimiser state of this process, to be written bit for bit.
 
-        Writing it (`StagedShard.write_into` an existing folder) can go on while the engine trains.
+        Args:
+            copied: to the host at once, so that writing it (`StagedShard.write_into` an existing folder) can go on
+                while the engine trains; else it has to be written before the next step, and a tensor is copied at a
+                time.
         """
         ...
 

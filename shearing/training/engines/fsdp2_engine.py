@@ -167,13 +167,14 @@ class Fsdp2Engine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def stage(self) -> StagedShard:
+    def stage(self, *, copied: bool = True) -> StagedShard:
         """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
         if self._moving is not None:
             self._moving.require()
-        return StagedShard(self._saved(self._pieces()), optimizer=self._optimizer, processes=self._processes)
+        pieces = self._saved(self._pieces())
+        return StagedShard(pieces, optimizer=self._optimizer, processes=self._processes, copied=copied)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""

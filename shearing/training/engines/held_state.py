@@ -130,13 +130,16 @@ class StagedShard(StagedPieces):
 
     Args:
         pieces, optimizer, processes: of the engine; all of AdamW's state has one step count.
+        copied: see `StagedPieces`.
     """
 
-    def __init__(self, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    def __init__(
+        self, pieces: Iterable[Piece], *, optimizer: torch.optim.Optimizer, processes: Processes, copied: bool
+    ) -> None:
         counts = {float(state[STEP]) for state in optimizer.state.values()}
         if len(counts) > 1:
             raise RuntimeError(f"AdamW counts different steps for different parameters: {sorted(counts)}")
-        super().__init__(pieces, step=counts.pop() if counts else 0.0)
+        super().__init__(pieces, step=counts.pop() if counts else 0.0, copied=copied)
         self._name = f"shard-{processes.rank:05d}-of-{processes.size:05d}.safetensors"
 
     def write_into(self, folder: Path) -> Fingerprints:

@@ -114,13 +114,14 @@ class TorchEngine:
         """See `Engine.grad_norm`."""
         return self._grad_norm
 
-    def stage(self) -> StagedShard:
+    def stage(self, *, copied: bool = True) -> StagedShard:
         """See `Engine.stage`."""
         if self._zeros is not None:
             self._zeros.require()
         if self._moving is not None:
             self._moving.require()
-        return StagedShard(self._saved(self._shares()), optimizer=self._optimizer, processes=self._processes)
+        pieces = self._saved(self._shares())
+        return StagedShard(pieces, optimizer=self._optimizer, processes=self._processes, copied=copied)
 
     def load(self, folder: Path, *, saved: Fingerprints) -> None:
         """See `Engine.load`."""

@@ -290,6 +290,11 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     *before, tasks = phases(asked, made=planned(asked))
     assert [phase.what for phase in before] == list(found)
     assert (tasks.what, tasks.processes, tasks.seconds) == ("evaluate: tasks, paper11", 8, None)
+    foreground = overridden(recipe, overrides=["training.checkpoint_writing=foreground"])
+    saved = {phase.what: phase for phase in phases(foreground, made=planned(foreground))}["prune: a checkpoint"]
+    staged = found["prune: a checkpoint"]
+    # 12 bytes for each parameter of a share, unless a tensor is copied at a time.
+    assert staged.host - saved.host == pytest.approx(12 * 6_738_415_616 / 8, rel=1e-3)
     step, reference = found["prune: a step"], found["prune: reference losses"]
     speed = 0.4 * 989.4e12
     assert {found[name].processes for name in found if not name.endswith(("load", "cut", "speed"))} == {8}

@@ -139,8 +139,14 @@ def test_loaded_engine_continues_bit_for_bit(one_of_two: str, tmp_path: Path) ->
     model = _model()
     engine = _prepared(one_of_two, model)
     train(model, engine, range(3))
-    saved = engine.stage().write_into(tmp_path)
+    in_place = tmp_path / "in place"
+    in_place.mkdir()
+    of_itself, copy = engine.stage(copied=False).write_into(in_place), engine.stage()
     train(model, engine, range(3, 6))
+    # What was copied may be written while training goes on, to the same bytes.
+    saved = copy.write_into(tmp_path)
+    assert of_itself == saved
+    assert all(path.read_bytes() == (tmp_path / path.name).read_bytes() for path in in_place.iterdir())
 
     resumed = _model()
     resumed_engine = _prepared(one_of_two, resumed)
