@@ -193,6 +193,7 @@ class Source:
     def _write_cut(self, *, masks: Masks, refitted_under: Masks | None, selection: Selection) -> None:
         """Put what a cut leaves of the source, or of what a refit under masks makes of it, into its folder."""
         context, source, model = self.context, self.context.recipe.model, self.model()
+        context.processes.barrier()  # nobody reads the one before any more
         refitted = context.directory.path / ".refitted"
         if refitted_under is not None:
             refit_from_files(context, masks=refitted_under, folder=refitted)

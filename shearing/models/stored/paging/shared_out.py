@@ -61,24 +61,24 @@ def share_out_layers(model: PreTrainedModel, *, device: torch.device, dtype: tor
         processes.each(lambda cut=cut: _fill_own(cut, rank=processes.rank, size=processes.size))  # type: ignore[misc]
     # One that has no weights itself, under which layers know of each other.
     fully_shard(backbone(model), mesh=mesh, ignored_params=set(outside))
-    _SHARED.add(backbone(model))
+    _SHARED.add(model)
 
 
 @contextmanager
-def passes_of_all(model: PreTrainedModel, *, processes: Processes) -> Iterator[None]:
+def passes_of_all(model: nn.Module, *, processes: Processes) -> Iterator[None]:
     """Inside, every process passes text of its own through a model, as often as it likes and with a cache or without.
 
     A pass waits until every process makes one. Who has none left takes part with a single token until nobody has, so
     nothing else that processes do together may happen inside.
 
     Args:
-        model: whose layers are shared out; any other is left alone.
+        model: whose layers are shared out; any other, of whatever architecture, is left alone.
         processes: those that have it, all of which call this.
     """
-    body = backbone(model)
-    if body not in _SHARED:
+    if model not in _SHARED:
         yield
         return
+    body = backbone(model)  # type: ignore[arg-type]
 
     def somebody(passes: bool) -> bool:
         work, largest = processes.largest(int(passes))
@@ -97,7 +97,7 @@ def passes_of_all(model: PreTrainedModel, *, processes: Processes) -> Iterator[N
 
 
 _SHARED: WeakSet[nn.Module] = WeakSet()
-"""Backbones of models whose layers are shared out."""
+"""Models whose layers are shared out."""
 
 
 def _fill(parameters: list[Any], *, places: dict[Tensor, Place], device: torch.device, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ class Row:
     def load_shared(self) -> PreTrainedModel:
         """The model with its layers shared out among the processes, which are several and all call this."""
         assert self.shared is not None, "one process has nobody to share with"
+        gc.collect()  # one that was shared out before refers to itself, and would keep its weights
         return self.shared()
 
     @property
