@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from shearing.data.mixture.averages import LossAverages
 from shearing.errors import ShearingError
-from shearing.files import tensors as tensor_files
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import Losses
 from shearing.runs.context import RunContext
@@ -26,6 +25,7 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.stages import heldout
 from shearing.runs.stages.prune import prune
 from shearing.training import loop
+from shearing.training.checkpoints import pieces
 from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.stage import INTERRUPTED_EXIT_CODE, PREFETCHED_STEPS, Interrupted
 from tests.conftest import tiny_recipe_data
@@ -236,17 +236,19 @@ def test_full_disk_is_a_clear_error_and_the_run_continues_later(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tiny_inputs, tmp_path / "run", prune={"checkpoint_interval": "2 steps"})
-    save_file, saves = tensor_files.save_file, 0
+    write, saves = pieces.write_in_turn, 0
 
-    def full(*arguments: Any, **keywords: Any) -> None:
+    def full(path: Path, like: Any, *, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
         nonlocal saves
-        saves += "shard-" in str(arguments[1])
-        if saves > 1:
-            raise OSError(28, "No space left on device")
-        save_file(*arguments, **keywords)
+        saves += "shard-" in path.name
+        write(path, like, tensors=until_full(tensors) if saves > 1 else tensors, metadata=metadata)
+
+    def until_full(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        yield next(iter(tensors))
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_files, "save_file", full)
+        patch.setattr(pieces, "write_in_turn", full)
         with pytest.raises(ShearingError, match="free space"):
             _prune(recipe)
     checkpoints = tmp_path / "run" / "prune" / "checkpoints"
