@@ -85,7 +85,10 @@ def passes_of_all(model: nn.Module, *, processes: Processes) -> Iterator[None]:
         work.wait()
         return bool(largest)
 
-    handle = body.register_forward_pre_hook(lambda *_: somebody(True) and None, prepend=True)
+    def wait_for_all(*_: Any) -> None:
+        somebody(True)
+
+    handle = body.register_forward_pre_hook(wait_for_all, prepend=True)
     try:
         yield
     finally:
