@@ -73,6 +73,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def end_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Of the modules that have the embedding and the head; their weights may be one."""
+    family = anatomy_of(model.config)
+    return family.embedding, family.head
+
+
 def head_weight(model: PreTrainedModel) -> Tensor:
     """Weight [V, d] of the language-model head (the embedding's, when tied)."""
     weight = model.get_submodule(anatomy_of(model.config).head).weight

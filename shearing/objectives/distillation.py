@@ -17,7 +17,7 @@ from typing_extensions import Self
 from shearing.data.documents import IGNORED_LABEL, Documents, Inputs
 from shearing.data.mixture.origins import Origins
 from shearing.models.anatomy import head_of, head_weight
-from shearing.objectives.distilled import distilled_loss, without_low_entropy
+from shearing.objectives.distilled import DistilledLoss, distilled_loss, without_low_entropy
 from shearing.objectives.divergences import divergence_of
 from shearing.objectives.hidden import HiddenMatching
 from shearing.objectives.language_model import LanguageModelLoss, with_balance
@@ -110,15 +110,18 @@ class Distillation(LanguageModelLoss):
                 counted_BS=counted_BS,
                 share=self._distill.skip_low_entropy,
             )
-        found = distilled_loss(
+        found: DistilledLoss = self.head_pass(
             hidden_BSD,
-            head_of(self.model),
-            labels_BS,
-            targets=targets,
-            weights_BS=weights_BS,
-            temperature=self._distill.temperature,
-            by_label=self._distill.by_label,
-            chunk_tokens=self.chunk_tokens,
+            compute=lambda hidden_BSD: distilled_loss(
+                hidden_BSD,
+                head_of(self.model),
+                labels_BS,
+                targets=targets,
+                weights_BS=weights_BS,
+                temperature=self._distill.temperature,
+                by_label=self._distill.by_label,
+                chunk_tokens=self.chunk_tokens,
+            ),
         )
         measured_BK = torch.stack([found.teacher_losses, found.divergences, found.weights], 2).sum(1)
         labels_B = counted_BS.sum(1)

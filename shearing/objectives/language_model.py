@@ -44,7 +44,12 @@ class LanguageModelLoss(Objective):
         inputs = Inputs(tokens_BT[:, :-1], documents)
         hidden_BSD, balance_B = self.hidden_states(inputs)
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
-        total, losses_BS = causal_lm_loss(hidden_BSD, head_of(self.model), labels_BS, chunk_tokens=self.chunk_tokens)
+        total, losses_BS = self.head_pass(
+            hidden_BSD,
+            compute=lambda hidden_BSD: causal_lm_loss(
+                hidden_BSD, head_of(self.model), labels_BS, chunk_tokens=self.chunk_tokens
+            ),
+        )
         rows_B, labels_B = losses_BS.sum(1), (labels_BS != IGNORED_LABEL).sum(1)
         total = with_balance(total, balance_B, labels_B=labels_B)
         return Losses(total, rows_B, labels_B, rows_B.new_zeros(len(rows_B), len(self.measures)))

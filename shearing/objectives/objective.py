@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +21,8 @@ from shearing.models.correspondence import Correspondence
 from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import OBJECTIVES
 from shearing.objectives.teacher_cache.cache import TeacherCache
+
+Result = TypeVar("Result")
 
 PARAMETER_PREFIX = "model."
 """What precedes a model's own parameter names in its objective, and so in an engine."""
@@ -70,6 +72,23 @@ class Parts:
     hidden_steps: int = 0
 
 
+class HeadPass(nn.Module):
+    """What is computed with the head's weight, as a forward pass.
+
+    An engine that gathers weights for the forward pass of the module that has them can so gather the head's for this
+    one alone.
+    """
+
+    def forward(self, hidden_BSD: Tensor, *, compute: Callable[[Tensor], Result]) -> Result:
+        """What is made of hidden states after the final norm [B, S, D].
+
+        Args:
+            hidden_BSD: to be passed on.
+            compute: makes it, and reads the head's weight in doing so.
+        """
+        return compute(hidden_BSD)
+
+
 class Objective(nn.Module, ABC):
     """What an engine prepares and the loop calls: tokens in, `Losses` out.
 
@@ -85,6 +104,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         measures: what is measured of every row beside its loss, K names.
         follows_domains: whether `end_step` wants the domains' sums of every step.
+        head_pass: runs whatever in the forward pass needs the head's weight.
 
     Args:
         model: Hugging Face model, or one masked in place; its parameters appear under `model.`.
@@ -96,6 +116,7 @@ class Objective(nn.Module, ABC):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.head_pass = HeadPass()
 
     @classmethod
     @abstractmethod

@@ -37,6 +37,9 @@ LOSS = "loss"
 FINAL_NORM = "backward, final norm"
 """The first moment after it."""
 
+EMBEDDING = "backward, embedding"
+"""The last moment of the backward pass, as it is estimated; a traced one has the parameter's name."""
+
 FP32 = 4
 BF16 = 2
 _MOMENTS = 2 * FP32
@@ -348,23 +351,25 @@ def _layer_by_layer(
 ) -> Memory:
     """As `_sharded`, under FSDP2.
 
-    What is outside of layers is whole from the forward pass to the end of the backward pass. Of layers that are let go
-    of, two are whole at a time, the one that runs and the one that comes next, which comes in through a buffer of its
-    own.
+    The final norm, and an embedding that is the head too, are whole from the forward pass to the end of the backward
+    pass; embedding and head that are two, while each runs forward. Of layers that are let go of, two are whole at a
+    time, the one that runs and the one that comes next. What comes, comes in through a buffer of its own.
     """
     total, layer, layers = shape.num_parameters(), sum(shape.layer_parameters()), shape.num_hidden_layers
     share, many = sharding.share(total), sharding.processes > 1
     aside = FP32 * sharding.share(workload.moving)
+    passing = 0 if shape.tied else shape.vocab_size * shape.hidden_size  # of each, embedding and head
     gathered = 0
     if phase.name != "optimizer":
+        at_end = phase.name in (BEFORE_LAYERS, LOSS)
         running = layers if not way.reshard else 0 if phase.name == LOSS else min(2, layers)
-        gathered = total - layers * layer + running * layer + (layer if many else 0)
+        gathered = total - layers * layer - (1 if at_end else 2) * passing + running * layer
+        if many:
+            gathered += passing if at_end and passing else layer
     whole = way.sums_once and workload.micro_batches > 1
     gradients = phase.loose + FP32 * (phase.accumulated if whole else sharding.share(phase.accumulated))
     if phase.name.startswith("backward"):
-        # A layer's gradients before they are summed, in the precision of its products; and two layers' in fp32, one of
-        # them under way.
-        gradients += (weight_bytes + 2 * FP32) * layer
+        gradients += _under_way(phase.name, shape=shape, weight_bytes=weight_bytes, passing=passing)
     return Memory(
         moment=phase.name,
         weights=weight_bytes * gathered + phase.copies,
@@ -375,3 +380,16 @@ def _layer_by_layer(
         staging=CHECKPOINT_BYTES_PER_PARAMETER * share + aside if workload.staged else 0,
         teacher=teacher,
     )
+
+
+def _under_way(moment: str, *, shape: Shape, weight_bytes: int, passing: int) -> int:
+    """Bytes of gradients that are being summed by FSDP2 at a moment of the backward pass.
+
+    In a layer its own before they are summed, in the precision of its products; and in fp32 the same and what came
+    before it, which is the head's or another layer's. Outside of layers the head's, and in the end the embedding's.
+    """
+    layer = sum(shape.layer_parameters())
+    if moment.endswith(" layer"):
+        return (weight_bytes + FP32) * layer + FP32 * (max(passing, layer) if moment.endswith("last layer") else layer)
+    last = moment in (EMBEDDING, f"backward, {shape.family.embedding}.weight")
+    return FP32 * (shape.vocab_size * shape.hidden_size if last else passing)

@@ -1,8 +1,9 @@
 """Steps by torch's own fully sharded data parallelism (`fully_shard`, FSDP2); see `Engine`.
 
 Every parameter is cut along its first dimension, so what a process holds of it is one piece of the flattened parameter.
-The weights of a decoder layer are whole while the layer runs; those outside of layers (embedding, final norm, head) as
-long as a forward and its backward pass take.
+The weights of a decoder layer are whole while the layer runs. So are the embedding's and the head's, in the forward
+pass alone: no gradient needs them, as the loss has made the head's own by then (`objectives.chunked`). What is left
+(the final norm; an embedding that is the head too) is whole as long as a forward and its backward pass take.
 
 AdamW sees what this process holds as plain tensors, in the memory that FSDP cuts up and gathers from: it is the same
 optimiser, with the same kernel, as that of the other engines.
@@ -14,6 +15,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from typing_extensions import Self
 
 from shearing.errors import ShearingError, key
-from shearing.models.anatomy import decoder_layers
+from shearing.models.anatomy import decoder_layers, end_names
 from shearing.models.stored.paging.paged import stop_paging
 from shearing.models.stored.paging.places import Place
 from shearing.objectives.objective import Objective
@@ -120,10 +122,17 @@ class Fsdp2Engine:
         """See `Engine.prepare`."""
         self._processes.require_group(self.device)
         materialise(model.buffers(), device=self.device, processes=self._processes)
-        layers = decoder_layers(model.model) if isinstance(model, Objective) else ()
+        ends, layers = _ends_and_layers(model) if isinstance(model, Objective) else ((), ())
         places = stop_paging(model)
         by_name = {name: places[parameter] for name, parameter in model.named_parameters() if parameter in places}
-        self._cut_up([*layers, model], places=places)
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        cut_up = partial(self._cut_up, mesh=DeviceMesh.from_group(everyone, self.device.type), places=places)
+        for unit in ends:
+            cut_up(unit, passing=True).set_unshard_in_backward(False)
+        for unit in layers:
+            cut_up(unit, passing=self._settings.reshard_after_forward)
+        cut_up(model, passing=False)  # the backward pass begins with what is outside of layers
         self._held = {name: self._held_of(parameter) for name, parameter in model.named_parameters()}
         self._trained = [held for held in self._held.values() if held.cut.requires_grad]
         trained = [held.own for held in self._trained if held.own.numel()]
@@ -214,36 +223,40 @@ class Fsdp2Engine:
             self._moving.close()
         self._units, self._held, self._trained, self._zeros, self._moving = [], {}, [], None, None
 
-    def _cut_up(self, units: Sequence[nn.Module], *, places: Mapping[Tensor, Place]) -> None:
-        """Share out the weights: a layer at a time, then all that is left; those that are in files come later."""
+    def _cut_up(self, unit: nn.Module, *, mesh: DeviceMesh, places: Mapping[Tensor, Place], passing: bool) -> Any:
+        """Share out a module's weights, but for those that are already; what is in files comes later.
+
+        Args:
+            unit: to be changed in place.
+            mesh: of all processes.
+            places: of weights that are in files.
+            passing: what its forward pass has gathered is let go of behind it.
+
+        Returns:
+            The same module.
+        """
         products = torch.bfloat16 if self._precision == torch.bfloat16 else None
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        mesh = DeviceMesh.from_group(everyone, self.device.type)
-        for unit in units:
-            whole = [parameter for parameter in unit.parameters() if not _is_cut(parameter)]
-            for parameter in whole:
-                if parameter in places:  # what is cut up is room for it
-                    parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
-            in_memory = [parameter for parameter in whole if parameter not in places]
-            materialise(in_memory, device=self.device, processes=self._processes)
-            outer = unit is units[-1]
-            fully_shard(
-                unit,
-                mesh=mesh,
-                # The backward pass begins with what is outside of layers.
-                reshard_after_forward=self._settings.reshard_after_forward and not outer,
-                mp_policy=MixedPrecisionPolicy(
-                    param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False
-                ),
-            )
-            for parameter in whole:  # modules that masks have replaced still have them
-                parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
-            # A sum, where FSDP by itself would take the mean: a loss is already a share of the global batch.
-            sharded: Any = unit
-            sharded.set_gradient_divide_factor(1.0)
-            sharded.set_force_sum_reduction_for_comms(True)
-            self._units.append(sharded)
+        whole = [parameter for parameter in unit.parameters() if not _is_cut(parameter)]
+        for parameter in whole:
+            if parameter in places:  # what is cut up is room for it
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        in_memory = [parameter for parameter in whole if parameter not in places]
+        materialise(in_memory, device=self.device, processes=self._processes)
+        fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=passing,
+            ignored_params={parameter for parameter in unit.parameters() if _is_cut(parameter)},
+            mp_policy=MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        )
+        for parameter in whole:  # modules that masks have replaced still have them
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
+        # A sum, where FSDP by itself would take the mean: a loss is already a share of the global batch.
+        sharded: Any = unit
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        self._units.append(sharded)
+        return sharded
 
     def _held_of(self, parameter: Any) -> _Held:
         rows, processes = parameter.shape[0], self._processes
@@ -278,6 +291,17 @@ class Fsdp2Engine:
             whole = {WEIGHT: held.own.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
             values = {kind: value.view(-1) for kind, value in whole.items()}
             yield Piece(name=name, shape=held.shape, start=held.start, values=values)
+
+
+def _ends_and_layers(objective: Objective) -> tuple[Sequence[nn.Module], Iterable[nn.Module]]:
+    """Modules whose weights come and go: embedding and head, where these are two, and the decoder layers."""
+    model = objective.model
+    embedding, head = (model.get_submodule(name) for name in end_names(model))
+    if embedding.weight is head.weight:
+        return (), decoder_layers(model)
+    # The head's own forward pass never runs: what is computed with its weight is the forward pass of this module.
+    objective.head_pass.head = head
+    return (embedding, objective.head_pass), decoder_layers(model)
 
 
 def _is_cut(parameter: nn.Parameter) -> bool:

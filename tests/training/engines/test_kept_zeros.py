@@ -17,7 +17,7 @@ from shearing.training.engines.moving_masks import MovingMasks, MovingMatrix, Mo
 from shearing.training.engines.optimizer import Optimization
 from shearing.training.engines.torch_engine import TorchEngine
 from shearing.training.learning_rates import LearningRates
-from shearing.training.recipe import DeepSpeedRecipe, TrainingRecipe
+from shearing.training.recipe import DeepSpeedRecipe, Fsdp2Recipe, TrainingRecipe
 from tests.distributed.harness import spawn
 from tests.models.tiny import tiny_model
 
@@ -58,8 +58,13 @@ def make_engine(
     optimization: Optimization = OPTIMIZATION,
     sequences: int = SEQUENCES,
 ) -> Engine:
-    """An engine by name; `zero2+offload` is DeepSpeed's at that stage, with the optimiser on the host."""
+    """An engine by name; `zero2+offload` is DeepSpeed's at that stage, with the optimiser on the host.
+
+    `fsdp2+each` sums gradients of each micro-batch.
+    """
     training = TrainingRecipe()
+    if kind == "fsdp2+each":
+        kind, training = "fsdp2", TrainingRecipe(fsdp2=Fsdp2Recipe(sum_gradients="micro_batch"))
     if kind.startswith("zero"):
         stage, _, offloaded = kind.removeprefix("zero").partition("+")
         settings = DeepSpeedRecipe(

@@ -14,6 +14,7 @@ from functools import partial
 from shearing.models.shape import Shape
 from shearing.runs.planning.memory import (
     BF16,
+    EMBEDDING,
     FINAL_NORM,
     FP32,
     LOSS,
@@ -119,7 +120,7 @@ def _moments(shape: Shape, *, workload: Workload, weight_bytes: int) -> Iterator
                 loose=waiting + part.loose,
             )
     yield Moment(
-        name="backward, embedding",
+        name=EMBEDDING,
         activations=outside + stream,
         copies=0,
         accumulated=max(before, total - head),
