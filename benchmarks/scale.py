@@ -1,6 +1,7 @@
 """Whether any process ever needs the whole model: peak host memory of each of them, step by step of a whole run.
 
     python benchmarks/scale.py [--quick] [--models 0.5B 1.5B] [--processes 2 4] [--engines fsdp2 zero3]
+                               [--precisions fp32 bf16]
 
 A random model, stored in bf16, goes through mask learning (loaded, reference losses, ranked, refitted, shared out,
 trained, saved), is cut, trained on and evaluated, by the stages of a run as they are, on several processes over gloo.
@@ -12,8 +13,9 @@ the same memory as what a GPU holds.
 
 What a process holds is sampled from outside, 200 times a second: memory that is its own (no pages of files), less what
 it had when it began to load. Its *share* is what the engine's steps cannot do without: weights, gradients and two
-moments in fp32, 16 bytes for each parameter, divided by the number of processes. The C library is told to give freed
-memory back at once, so that a step's peak is not what an earlier one has left.
+moments in fp32, 16 bytes for each parameter, divided by the number of processes; with products in bf16 too, as weights
+are updated in fp32. The C library is told to give freed memory back at once, so that a step's peak is not what an
+earlier one has left.
 
 `worst_peak_over_share`: the highest peak of any process in any step, over its share. `rank0_over_others`: the highest
 peak of the main process over the highest of any other. Both are the worst of all runs; rows have those of each step.
@@ -34,6 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import product
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -160,7 +163,9 @@ def training_of(engine: str, *, parameters: int) -> dict[str, Any]:
     return {"engine": "deepspeed", "deepspeed": {"zero_stage": 3, "config": {"zero_optimization": zero}}}
 
 
-def recipe_of(inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: str, processes: int) -> dict[str, Any]:
+def recipe_of(
+    inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: str, precision: str, processes: int
+) -> dict[str, Any]:
     """Two steps of each stage, to half of the layers and of everything in them."""
     stage = {
         "duration": "2 steps",
@@ -181,7 +186,12 @@ def recipe_of(inputs: Path, *, run_dir: Path, model: Mapping[str, Any], engine: 
         "prune": {**stage, "initial_masks": "activations", "calibration_tokens": 64, "freeze": "1 step"},
         "pretrain": stage,
         # Written in the background, a checkpoint is copied to the host's memory, which here is the device's too.
-        "training": {"precision": "fp32", "device": "cpu", "memory_check": "warn", "checkpoint_writing": "foreground"}
+        "training": {
+            "precision": precision,
+            "device": "cpu",
+            "memory_check": "warn",
+            "checkpoint_writing": "foreground",
+        }
         | training_of(engine, parameters=num_parameters(model)),
         "evaluation": {
             "tokens_per_domain": 32,
@@ -287,7 +297,7 @@ def _own_bytes(status: Path) -> int:
     return 1024 * (kilobytes["RssAnon"] + kilobytes["RssShmem"])
 
 
-def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -> dict[str, Any]:
+def measure(model: str, engine: str, precision: str, size: int, *, inputs: Path, folder: Path) -> dict[str, Any]:
     """One run on fresh processes."""
     config = MODELS[model]
     parameters = num_parameters(config)
@@ -299,7 +309,8 @@ def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     marks = folder / "marks.txt"
-    recipe = recipe_of(inputs, run_dir=folder / "run", model=config, engine=engine, processes=size)
+    run_dir = folder / "run"
+    recipe = recipe_of(inputs, run_dir=run_dir, model=config, engine=engine, precision=precision, processes=size)
     started = time.monotonic()
     processes = [context.Process(target=work, args=(recipe, rank, size, port, marks)) for rank in range(size)]
     for process in processes:
@@ -315,7 +326,9 @@ def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -
                 process.terminate()
     samples.end()
     if any(process.exitcode for process in processes):
-        sys.exit(f"{model}, {engine}, {size} processes ended with {[process.exitcode for process in processes]}")
+        sys.exit(
+            f"{model}, {engine}, {precision}, {size} processes ended with {[process.exitcode for process in processes]}"
+        )
     lines = (line.split(" ", 1) for line in marks.read_text(encoding="utf-8").splitlines())
     peaks = samples.peaks([(float(when), step) for when, step in lines])
     share = BYTES_OF_PARAMETER * parameters // size
@@ -324,6 +337,7 @@ def measure(model: str, engine: str, size: int, *, inputs: Path, folder: Path) -
     return {
         "model": model,
         "engine": engine,
+        "precision": precision,
         "processes": size,
         "parameters": parameters,
         "share": share,
@@ -351,8 +365,8 @@ def no_room(model: str, size: int) -> str | None:
 def table(row: Mapping[str, Any]) -> Iterator[str]:
     """A run's steps, in words."""
     yield (
-        f"{row['model']}, {row['engine']}, {row['processes']} processes: a share is {row['share'] / 1e6:,.0f} MB; "
-        f"{row['seconds']:.0f} s"
+        f"{row['model']}, {row['engine']}, {row['precision']}, {row['processes']} processes: a share is "
+        f"{row['share'] / 1e6:,.0f} MB; {row['seconds']:.0f} s"
     )
     for step, of in row["steps"].items():
         yield f"{step:>22}  main {of[0]:5.2f}   others {' '.join(f'{each:5.2f}' for each in of[1:])}"
@@ -364,6 +378,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--processes", nargs="+", type=int)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["fsdp2", "zero3"])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     arguments = parser.parse_args()
     models = arguments.models or (["34M"] if arguments.quick else ["0.5B", "1.5B"])
     sizes = arguments.processes or ([2] if arguments.quick else [2, 4])
@@ -374,17 +389,16 @@ def main() -> None:
     for model in models:
         with tempfile.TemporaryDirectory() as inputs:
             write_inputs(Path(inputs), LlamaConfig(**MODELS[model], tie_word_embeddings=False))
-            for engine in arguments.engines:
-                for size in sizes:
-                    name = f"{model}, {engine}, {size} processes"
-                    if (why := no_room(model, size)) is not None:
-                        left_out[name] = why
-                        print(f"{name}: left out, {why}", flush=True)
-                        continue
-                    with tempfile.TemporaryDirectory() as folder:
-                        row = measure(model, engine, size, inputs=Path(inputs), folder=Path(folder))
-                    rows.append(row)
-                    print("\n".join(table(row)), flush=True)
+            for engine, precision, size in product(arguments.engines, arguments.precisions, sizes):
+                name = f"{model}, {engine}, {precision}, {size} processes"
+                if (why := no_room(model, size)) is not None:
+                    left_out[name] = why
+                    print(f"{name}: left out, {why}", flush=True)
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    row = measure(model, engine, precision, size, inputs=Path(inputs), folder=Path(folder))
+                rows.append(row)
+                print("\n".join(table(row)), flush=True)
     worst = {
         name: max((row[name] for row in rows), default=None) for name in ("worst_peak_over_share", "rank0_over_others")
     }

@@ -290,6 +290,19 @@ class MaskLearner:
             }
         return result
 
+    @torch.no_grad()
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters that masks leave, embeddings included: `learned` as they stopped moving, `kept` after rounding.
+
+        `learned` is an expectation over the estimator's noise. Where it is far from `kept`, learning had not reached
+        the target, and what is between them was chosen by rounding alone.
+        """
+        counts = {}
+        for name, masks in (("learned", self.estimator.alive(step=self._last_step)), ("kept", self._final())):
+            units = {of: value.double() for of, value in masks.items()}
+            counts[name] = round(float(count_parameters(units, source=self.source))) if units else 0
+        return counts if self.granularities else dict.fromkeys(counts, self.source.num_parameters())
+
     def _changed_from_start(self, final: Mapping[str, Tensor]) -> dict[str, int]:
         if self._start is None:
             return {}

@@ -398,6 +398,9 @@ def _summary_table(summary: Mapping[str, Any], cut: Mapping[str, Any]) -> dict[s
         cells += [count if isinstance(count, str) else f"{count:,}{of_all}" for count in found]
         rows.append((_words(name), cells))
     facts = []
+    if counts_of := summary.get("parameters"):
+        facts.append(("parameters when masks stopped moving", f"{counts_of['learned']:,}"))
+        facts.append(("parameters after rounding to the target", f"{counts_of['kept']:,}"))
     losses = [value for value in summary.get("heldout", {}).get("before_cutting", {}).values() if _is_number(value)]
     if losses:
         facts.append(("mean held-out loss under the final masks", f"{sum(losses) / len(losses):.3f}"))

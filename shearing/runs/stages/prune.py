@@ -74,6 +74,9 @@ ROTATION = "rotation.safetensors"
 ROTATED = ".rotated"
 """In the folder of mask learning, until that is complete: the source in another basis, a model folder."""
 
+MISSED_TARGET = 0.02
+"""Share of the parameters that rounding may take or give before it is said."""
+
 
 @named(COMPONENT_NAMES)
 def prune(context: RunContext) -> dict[str, Any]:
@@ -87,8 +90,9 @@ def prune(context: RunContext) -> dict[str, Any]:
     Returns:
         The content of summary.json: by granularity `units`, `expected`, `target` and `kept` size, largest violation,
         `changed_from_start` and `ever_in_doubt` (units, see `MaskLearner.summary`) and `rounding_gap` (units that
-        rounding to the target flipped); `heldout`: loss of each domain under the
-        final masks, before cutting; `samples`: sequences drawn from each domain; `steps` and `tokens`.
+        rounding to the target flipped); `parameters`, `learned` and `kept` ones, see `MaskLearner.parameter_counts`;
+        `heldout`: loss of each domain under the final masks, before cutting; `samples`: sequences drawn from each
+        domain; `steps` and `tokens`.
 
     Raises:
         ShearingError: the source model, the target or the corpus cannot be used, or training had to stop.
@@ -181,6 +185,7 @@ def _finish(
     end = task.schedule.total_steps * task.schedule.sequences_per_step
     summary: dict[str, Any] = {
         **_by_figure(choice.summary()),
+        "parameters": choice.parameter_counts(),
         "heldout": {"before_cutting": trained.heldout},
         "samples": mixture.samples_per_domain(next_sample=end),
         "steps": task.schedule.total_steps,
@@ -200,7 +205,17 @@ def _finish(
     learned = {
         f"{name}, kept of {summary['units'][name]}": _learned(summary, name=name) for name in summary.get("kept", {})
     }
+    counts = summary["parameters"]
+    learned["parameters"] = f"{counts['kept']:,} ({counts['learned']:,} when masks stopped moving)"
     print_summary("prune", trained.totals, console=context.console, rows=learned)
+    if abs(counts["learned"] / counts["kept"] - 1) > MISSED_TARGET:
+        context.console.print(
+            f"doubtful: when the masks stopped moving they left {counts['learned']:,} parameters, "
+            f"{100 * (counts['learned'] / counts['kept'] - 1):+.0f} % of what the target keeps: that part was chosen "
+            "by rounding, not learned. Give them more steps (prune.duration, prune.freeze), or a shorter "
+            "prune.sparsity_warmup",
+            style="yellow",
+        )
     return summary
 
 

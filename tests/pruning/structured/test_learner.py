@@ -63,6 +63,16 @@ def test_a_saturated_mask_at_the_target_has_no_violation_and_no_rounding_gap():
     assert float(subject.penalty(step=10).detach()) == pytest.approx(0.0, abs=1e-6)
     assert all(row["rounding_gap"] == 0 for row in subject.summary().values())
     assert subject.selection().shape(SOURCE) == TARGET
+    assert subject.parameter_counts() == dict.fromkeys(("learned", "kept"), TARGET.num_parameters())
+
+
+def test_what_rounding_took_is_counted():
+    subject = learner(**PAPER)
+    subject.fix_final_masks()
+    counts = subject.parameter_counts()
+    assert counts["kept"] == TARGET.num_parameters()
+    assert 0.9 * SOURCE.num_parameters() < counts["learned"] <= SOURCE.num_parameters()
+    assert learner(granularities=[], target=SOURCE).parameter_counts()["learned"] == SOURCE.num_parameters()
 
 
 def test_settings_have_no_default_of_their_own_and_those_of_a_recipe_are_in_steps():

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import json
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -130,3 +132,22 @@ class Last:
         advance(1)
         sizes = unit_sizes(Shape.of(model.config))
         return {name: torch.arange(float(size[-1])).expand(size).contiguous() for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "missed"),
+    [
+        ([], False),
+        (["prune.estimator=hard_concrete", "prune.initial_masks=open", "prune.sparsity_warmup=2 steps"], True),
+    ],
+)
+def test_a_target_that_masks_did_not_reach_is_said(
+    tiny_recipe: Path, tmp_path: Path, settings: list[str], missed: bool
+) -> None:
+    overrides = [*settings, "prune.duration=3 steps", "prune.freeze=1 steps", f"run_dir={tmp_path / 'run'}"]
+    said = StringIO()
+    summary = prune(RunContext(load_recipe(tiny_recipe, overrides=overrides), console=Console(file=said, width=200)))
+    counts = summary["parameters"]
+    assert ("when the masks stopped moving they left" in said.getvalue()) == missed
+    assert f"{counts['kept']:,} ({counts['learned']:,} when masks stopped moving)" in said.getvalue()
+    assert (counts["learned"] > 1.1 * counts["kept"]) == missed

@@ -178,6 +178,10 @@ class Removal(ABC):
             for g in self.granularities
         }
 
+    def parameter_counts(self) -> dict[str, int]:
+        """See `MaskLearner.parameter_counts`; nothing is rounded."""
+        return dict.fromkeys(("learned", "kept"), self.settled_parameters(step=0))
+
     def state_dict(self) -> dict[str, Any]:
         """Masks, and what the steps since the last removal say."""
         return {"alive": dict(self._alive), "saliency": dict(self._saliency)}
