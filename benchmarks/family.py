@@ -69,8 +69,12 @@ def judged(recipe: Recipe, *, models: Mapping[str, Path]) -> dict[str, Any]:
     if not kept.is_file():
         run(recipe, stages=STAGES, console=console)
         context = RunContext(recipe, console=console)
-        losses = {name: losses_of(load_model(path, context=context), context=context) for name, path in models.items()}
-        write_json(kept, {"losses": losses, "seconds": seconds_of(directory), "flops": flops_of_run(recipe)})
+        losses, parameters = {}, {}
+        for name, path in models.items():
+            model = load_model(path, context=context)
+            losses[name], parameters[name] = losses_of(model, context=context), model.num_parameters()
+        found = {"losses": losses, "parameters": parameters}
+        write_json(kept, found | {"seconds": seconds_of(directory), "flops": flops_of_run(recipe)})
     return read_json(kept)
 
 
@@ -88,11 +92,10 @@ def compare(path: Path, *, overrides: Sequence[str], output: Path) -> dict[str, 
         changed = [f"target.{key}={value}" for key, value in sizes.items()]
         one = overridden(recipe, overrides=[*changed, "family=null", f"run_dir={output / f'alone-{name}'}"])
         alone[name] = judged(one, models={"alone": RunDirectory(one.run_dir).model})
-    parameters = {name: load_model(folder, context=context).num_parameters() for name, folder in models.items()}
     return {
         "sizes": {
             name: {
-                "parameters": parameters[name],
+                "parameters": together["parameters"][name],
                 "family": _means(losses),
                 "alone": _means(alone[name]["losses"]["alone"]),
             }
