@@ -208,11 +208,12 @@ def _finish(
     counts = summary["parameters"]
     learned["parameters"] = f"{counts['kept']:,} ({counts['learned']:,} when masks stopped moving)"
     print_summary("prune", trained.totals, console=context.console, rows=learned)
-    if abs(counts["learned"] / counts["kept"] - 1) > MISSED_TARGET:
+    missed = counts["learned"] / counts["kept"] - 1
+    if abs(missed) > MISSED_TARGET:
         context.console.print(
             f"doubtful: when the masks stopped moving they left {counts['learned']:,} parameters, "
-            f"{100 * (counts['learned'] / counts['kept'] - 1):+.0f} % of what the target keeps: that part was chosen "
-            "by rounding, not learned. Give them more steps (prune.duration, prune.freeze), or a shorter "
+            f"{100 * missed:+.0f} % beside the {counts['kept']:,} that are kept: what lies between was chosen by "
+            "rounding, not learned. Give them more steps (prune.duration, prune.freeze), or a shorter "
             "prune.sparsity_warmup",
             style="yellow",
         )
