@@ -1,10 +1,12 @@
 """Whether a family pays: each size out of one training against the same size trained alone at equal tokens.
 
 In full: the recipe's run, and for each of its sizes, the largest too, the run that has that size as its target and no
-family; everything else is the same, samples and their order included. Runs stay in the output folder, so all of it goes
-on where it was.
+family; everything else is the same, samples and their order included. `--cost 0.6` makes a second family, which is
+trained for longer: until it has cost that share of the FLOPs of the runs alone. Runs stay in the output folder, so all
+of it goes on where it was.
 
-    python benchmarks/family.py [--quick] [--recipe recipes/family-135m.yaml] [--output DIR] [key=value …]
+    python benchmarks/family.py [--quick] [--cost SHARE] [--recipe recipes/family-135m.yaml] [--output DIR]
+        [key=value …]
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +80,46 @@ def judged(recipe: Recipe, *, models: Mapping[str, Path]) -> dict[str, Any]:
     return read_json(kept)
 
 
-def compare(path: Path, *, overrides: Sequence[str], output: Path) -> dict[str, Any]:
-    """The family and a run alone of each of its sizes."""
+def steps_for(recipe: Recipe, *, flops: float) -> int:
+    """Of continued pretraining, with which a recipe's run costs this much."""
+    steps = recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)
+    once, twice = (flops_of_run(_trained_for(recipe, steps=each)) for each in (steps, 2 * steps))
+    return steps + round((flops - once) / (twice - once) * steps)
+
+
+def _trained_for(recipe: Recipe, *, steps: int) -> Recipe:
+    return overridden(recipe, overrides=[f"pretrain.duration={steps} steps"])
+
+
+def of_family(recipe: Recipe, *, shapes: Iterable[str]) -> dict[str, Any]:
+    """`judged` of all sizes of a recipe's run."""
+    directory = RunDirectory(recipe.run_dir)
+    return judged(recipe, models={WHOLE: directory.model, **{name: directory.family / name for name in shapes}})
+
+
+def compare(path: Path, *, overrides: Sequence[str], output: Path, cost: float | None = None) -> dict[str, Any]:
+    """The family and a run alone of each of its sizes, and the family that cost that share of these."""
     recipe = load_recipe(path, overrides=[*overrides, f"run_dir={output / 'family'}", "model.save_dtype=fp32"])
     context = RunContext(recipe, console=Console(quiet=True))
     shapes = family_shapes(recipe, source=context.config)
-    directory = RunDirectory(recipe.run_dir)
-    models = {WHOLE: directory.model, **{name: directory.family / name for name in shapes}}
-    together = judged(recipe, models=models)
+    together = of_family(recipe, shapes=shapes)
     alone = {}
-    for name in models:
+    for name in (WHOLE, *shapes):
         sizes = {key: getattr(shapes[name], key) for key in SIZE_NAMES} if name in shapes else {}
         changed = [f"target.{key}={value}" for key, value in sizes.items()]
         one = overridden(recipe, overrides=[*changed, "family=null", f"run_dir={output / f'alone-{name}'}"])
         alone[name] = judged(one, models={"alone": RunDirectory(one.run_dir).model})
+    apart = sum(each["flops"] for each in alone.values())
+    at_cost = None
+    if cost is not None:
+        steps = steps_for(recipe, flops=cost * apart)
+        longer = overridden(_trained_for(recipe, steps=steps), overrides=[f"run_dir={output / f'family-cost-{cost}'}"])
+        sizes = _beside(of_family(longer, shapes=shapes), alone=alone)
+        at_cost = {"cost": cost, "steps": steps, "sizes": sizes, **worst_of(sizes)}
     return {
-        "sizes": {
-            name: {
-                "parameters": together["parameters"][name],
-                "family": _means(losses),
-                "alone": _means(alone[name]["losses"]["alone"]),
-            }
-            for name, losses in together["losses"].items()
-        },
-        "cost_over_apart": together["flops"] / sum(each["flops"] for each in alone.values()),
+        "sizes": _beside(together, alone=alone),
+        "at_cost": at_cost,
+        "cost_over_apart": together["flops"] / apart,
         "seconds_over_apart": together["seconds"] / sum(each["seconds"] for each in alone.values()),
         "tokens": recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)
         * recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length),
@@ -109,19 +127,35 @@ def compare(path: Path, *, overrides: Sequence[str], output: Path) -> dict[str, 
     }
 
 
+def _beside(together: Mapping[str, Any], *, alone: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {
+            "parameters": together["parameters"][name],
+            "family": _means(losses),
+            "alone": _means(alone[name]["losses"]["alone"]),
+        }
+        for name, losses in together["losses"].items()
+    }
+
+
 def _means(losses: Mapping[str, Any]) -> dict[str, float]:
     return {name: losses[name] for name in ("mean", "outside_mean") if name in losses}
 
 
-def worst(sizes: Mapping[str, Any], *, of: str) -> float | None:
-    """Largest difference of a mean, family minus alone; None where it was not measured."""
-    found = [each["family"][of] - each["alone"][of] for each in sizes.values() if of in each["family"]]
-    return max(found) if found else None
+def worst_of(sizes: Mapping[str, Any]) -> dict[str, float | None]:
+    """Largest differences of the means, family minus alone; None where it was not measured."""
+
+    def worst(of: str) -> float | None:
+        found = [each["family"][of] - each["alone"][of] for each in sizes.values() if of in each["family"]]
+        return max(found) if found else None
+
+    return {"worst_family_minus_alone": worst("mean"), "worst_outside": worst("outside_mean")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model that counts")
+    parser.add_argument("--cost", type=float, help="also train a family until it has cost this share of the runs alone")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/family-135m.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/family"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -130,16 +164,16 @@ def main() -> None:
         path, output, overrides = arguments.recipe, arguments.output, arguments.overrides
         if arguments.quick:
             path, output, overrides = quick_inputs(Path(temporary)), Path(temporary), [*QUICK, *overrides]
-        found = compare(path, overrides=overrides, output=output)
+        found = compare(path, overrides=overrides, output=output, cost=arguments.cost)
     line = {
         "benchmark": "family",
         "quick": arguments.quick,
-        "worst_family_minus_alone": worst(found["sizes"], of="mean"),
-        "worst_outside": worst(found["sizes"], of="outside_mean"),
+        **worst_of(found["sizes"]),
         "cost_over_apart": found["cost_over_apart"],
         "seconds_over_apart": found["seconds_over_apart"],
         "tokens": found["tokens"],
         "sizes": found["sizes"],
+        "at_cost": found["at_cost"],
         **found["device"],
     }
     print(json.dumps(line))

@@ -95,5 +95,6 @@ def top_k_and_tail(log_q_CV: Tensor, log_p_CV: Tensor, scratch: Scratch, *, top_
 
 
 def inner(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    """Inner product of each row, [C], without a product of size [C, V]."""
-    return torch.bmm(a_CV[:, None], b_CV[..., None])[:, 0, 0]
+    """Inner product of each row, [C], in its own dtype under autocast too, without a product of size [C, V]."""
+    with torch.autocast(a_CV.device.type, enabled=False):
+        return torch.bmm(a_CV[:, None], b_CV[..., None])[:, 0, 0]

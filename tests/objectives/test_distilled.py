@@ -174,6 +174,21 @@ def test_products_in_bf16_stay_near_the_formulas(kind: str) -> None:
     assert F.cosine_similarity(gradient, reference, dim=0).item() > 0.999
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_autocast_leaves_divergences_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    log_q, log_p = (torch.randn(4, 50).log_softmax(-1) for _ in range(2))
+
+    def found() -> tuple[Tensor, Tensor]:
+        gradient = log_p.clone()
+        return divergence_of(kind, top_k=5)(log_q.clone(), gradient, Scratch()), gradient
+
+    expected = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # where it is on, products of fp32 are bf16's
+        for ours, theirs in zip(found(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_weight_0_is_cross_entropy_and_a_teacher_like_the_student_teaches_nothing() -> None:
     given = _inputs()
     given["weights"] = torch.zeros_like(given["weights"])
