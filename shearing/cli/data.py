@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from shearing.cli.frame import Overrides, RecipeFile, data, load, reference_loss
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.recipe import DataRecipe
 from shearing.errors import ShearingError
 from shearing.training.recipe import TrainingRecipe
@@ -173,6 +174,7 @@ def teacher(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the cache.")] = Path("teacher-cache"),
     sequence_length: Annotated[int | None, typer.Option(help="As in the recipe; 4096 if unset.")] = None,
     attention: Annotated[str | None, typer.Option(help="full or documents, as in the recipe; full if unset.")] = None,
+    bos: Annotated[str | None, typer.Option(help="How texts are to begin, as data.bos; auto if unset.")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws of each token's distribution; 50 if unset.")] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Keep so many likeliest tokens and the rest's mass instead.")
@@ -220,6 +222,7 @@ def teacher(
             domains=domain or (None if resolved is None else resolved.data.domains),
             sequence_length=sequence_length,
             attention=cast("Literal['full', 'documents']", attention),
+            bos=_bos(bos or ("auto" if resolved is None else resolved.data.bos)),
             draws=50 if draws is None else draws,
             top_k=top_k,
             seed=seed,
@@ -239,6 +242,7 @@ def measure_reference_loss(
     domain: Annotated[list[str] | None, typer.Option(help="Of the corpus; may be repeated. Unset: all.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of context, as in the recipe.")] = 4096,
     tokens: Annotated[int, typer.Option(help="Validation tokens per domain.")] = 2_048_000,
+    bos: Annotated[str, typer.Option(help="How texts are to begin, as data.bos.")] = "auto",
     micro_batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
@@ -257,6 +261,7 @@ def measure_reference_loss(
         micro_batch_size=micro_batch_size,
         training=training,
         console=Console(),
+        bos=_bos(bos),
     )
 
 
@@ -306,6 +311,13 @@ def source_reference_loss(
     from shearing.runs.stages.reference_loss import source
 
     source(RunContext(resolved), output=output)
+
+
+def _bos(choice: str) -> BosChoice:
+    """How texts are to begin, checked as in a recipe."""
+    if choice not in (allowed := get_args(BosChoice)):
+        raise ShearingError("--bos", value=choice, allowed=", ".join(allowed), mend="choose one of them")
+    return cast("BosChoice", choice)
 
 
 def _training(*, device: str, precision: str) -> TrainingRecipe:

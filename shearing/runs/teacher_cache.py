@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
+from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError, named
@@ -21,7 +22,7 @@ from shearing.files.full_disk import full_disk_said
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.stored.stored_model import stored_fingerprint
-from shearing.models.tokenizer import load_tokenizer
+from shearing.models.tokenizer import begin_tokens, load_tokenizer
 from shearing.objectives.teacher_cache.cache import Conditions, TeacherCache
 from shearing.objectives.teacher_cache.draws import MOST_DRAWS, Draws
 from shearing.objectives.teacher_cache.form import Form
@@ -43,6 +44,7 @@ WRITE_NAMES: Mapping[str, str] = {
     "domains": "--domain",
     "output": "--output",
     "sequence_length": "--sequence-length",
+    "bos": "--bos",
     "device": "--device",
     "precision": "--precision",
 }
@@ -60,6 +62,7 @@ class Asked:
         domains: of the corpus; None: all.
         sequence_length: inputs of a row.
         attention: see `DataRecipe`.
+        bos: how the corpus is to begin texts, see `DataRecipe`.
         attn_implementation: see `ModelRecipe`.
         draws: a token; or
         top_k: likeliest tokens instead.
@@ -78,6 +81,7 @@ class Asked:
     domains: Sequence[str] | None = None
     sequence_length: int
     attention: Literal["full", "documents"] = "full"
+    bos: BosChoice = "auto"
     attn_implementation: str = "sdpa"
     draws: int = 50
     top_k: int | None = None
@@ -100,8 +104,8 @@ def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
         console: where progress goes; stdout if None. Only the main process prints.
 
     Raises:
-        ShearingError: a model that is none, cannot take the sequence length, or has another tokenizer than the corpus;
-            a folder with a cache of something else; a full disk.
+        ShearingError: a model that is none, cannot take the sequence length, has another tokenizer than the corpus or
+            begins texts otherwise; a folder with a cache of something else; a full disk.
     """
     _require_numbers(asked)
     training = asked.training
@@ -257,7 +261,8 @@ def _fitting_config(asked: Asked, *, corpus: Corpus) -> PretrainedConfig:
             allowed=f"at most {limit}, the positions of {asked.model}",
             mend=f"--sequence-length {limit}, in the recipe too",
         )
-    own = tokenizer_fingerprint(load_tokenizer(asked.model, revision=asked.revision))
+    tokenizer = load_tokenizer(asked.model, revision=asked.revision)
+    own = tokenizer_fingerprint(tokenizer)
     for name, manifest in corpus.manifests.items():
         if manifest.tokenizer_fingerprint != own or manifest.largest_token >= config.vocab_size:
             raise ShearingError(
@@ -267,6 +272,8 @@ def _fitting_config(asked: Asked, *, corpus: Corpus) -> PretrainedConfig:
                 f"({manifest.tokenizer_fingerprint}, domain {name})",
                 mend="choose a teacher of this tokenizer, or prepare the text with the teacher's",
             )
+    begin = begin_tokens(tokenizer)
+    require_bos(corpus.bos, choice=asked.bos, front=begin.front, named=begin.named, corpus=str(corpus.path))
     return config
 
 

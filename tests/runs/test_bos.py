@@ -11,7 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, processors
+from typer.testing import CliRunner, Result
 
+from shearing.cli.frame import app
 from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.writer import CorpusWriter
@@ -130,6 +132,28 @@ def test_a_teachers_cache_is_of_the_rows_that_are_read(inputs: Path, tmp_path: P
             assert said is not None
             expected = -log_p.gather(1, tokens[0, 1:, None])[:, 0]
             torch.testing.assert_close(torch.from_numpy(said.label_losses.copy()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "teacher", "CORPUS", "--rows", "2"],
+        ["data", "reference-loss", "measure", "--corpus", "CORPUS", "--tokens", "16"],
+    ],
+)
+def test_commands_refuse_a_corpus_that_begins_otherwise(command: list[str], inputs: Path, tmp_path: Path) -> None:
+    def result(mode: str, *more: str) -> Result:
+        told = [str(inputs / mode) if word == "CORPUS" else word for word in command]
+        told += ["--model", str(inputs / "model"), "-o", str(tmp_path / "out"), "--sequence-length", "16"]
+        return CliRunner().invoke(app, [*told, "--device", "cpu", "--precision", "fp32", *more])
+
+    for mode, more in (("none", ()), ("row", ("--bos", "document"))):
+        refused = result(mode, *more)
+        assert refused.exit_code == 2
+        assert f"set --bos={mode} to take the corpus as it is" in " ".join(refused.stderr.split())
+    assert "--bos = 'both'" in result("none", "--bos", "both").stderr
+    assert not (tmp_path / "out").exists()
+    assert result("none", "--bos", "none").exit_code == 0
 
 
 def test_calibration_begins_as_the_tokenizer_does(inputs: Path, tmp_path: Path) -> None:

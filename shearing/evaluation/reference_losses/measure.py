@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError
@@ -17,7 +18,7 @@ from shearing.evaluation.heldout import heldout_loss
 from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
 from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.shape import Shape
-from shearing.models.tokenizer import load_tokenizer
+from shearing.models.tokenizer import begin_tokens, load_tokenizer
 from shearing.progress import activity
 
 
@@ -33,6 +34,7 @@ def measure_losses(
     device: torch.device,
     precision: torch.dtype,
     console: Console,
+    bos: BosChoice = "auto",
 ) -> LossTable:
     """Add each model's held-out losses to the table at `output`; a model that is in it already is not measured again.
 
@@ -46,10 +48,11 @@ def measure_losses(
         sequence_length, tokens_per_domain, micro_batch_size: see `heldout_loss`.
         device, precision: of the forward pass.
         console: where progress goes.
+        bos: how the corpus is to begin texts, see `require_bos`.
 
     Raises:
-        ShearingError: a model that is none, cannot take the sequence length, or has another tokenizer than the
-            corpus: losses per token of two tokenizers cannot be compared; a table of other conditions.
+        ShearingError: a model that is none, cannot take the sequence length, begins texts otherwise than the corpus, or
+            has another tokenizer: losses per token of two tokenizers cannot be compared; a table of other conditions.
     """
     opened = Corpus.open(corpus, domains=domains, sequence_length=sequence_length)
     if opened.notice:
@@ -67,7 +70,7 @@ def measure_losses(
     measured = {row.model for row in table.rows}
     missing = [model for model in dict.fromkeys(models) if model not in measured]
     for model in missing:
-        _refuse_unfit(model, corpus=opened, sequence_length=sequence_length)
+        _refuse_unfit(model, corpus=opened, sequence_length=sequence_length, bos=bos)
     for model in models:
         if model in measured:
             console.print(f"{model}: in {output} already", highlight=False, soft_wrap=True)
@@ -98,7 +101,7 @@ def _existing(output: Path, *, conditions: Conditions, origin: str) -> LossTable
     return table
 
 
-def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int) -> None:
+def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int, bos: BosChoice) -> None:
     """Raise where measuring `model` on `corpus` would fail or mean nothing; reads config and tokenizer alone."""
     config = load_config(model)
     require_weights(model)
@@ -110,7 +113,8 @@ def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int) -> None:
             allowed=f"at most {limit}, the positions of {model}",
             mend=f"--sequence-length {limit}, for all models of the table",
         )
-    own = tokenizer_fingerprint(load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    own = tokenizer_fingerprint(tokenizer)
     for name, manifest in corpus.manifests.items():
         if manifest.tokenizer_fingerprint != own or manifest.largest_token >= config.vocab_size:
             raise ShearingError(
@@ -121,6 +125,8 @@ def _refuse_unfit(model: str, *, corpus: Corpus, sequence_length: int) -> None:
                 "compared, and the text is stored as tokens",
                 mend="leave the model out, or prepare a corpus of the same text with its tokenizer and another table",
             )
+    begin = begin_tokens(tokenizer)
+    require_bos(corpus.bos, choice=bos, front=begin.front, named=begin.named, corpus=str(corpus.path))
 
 
 def _measure(

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.data.mixture.reference import write_reference
 from shearing.errors import ShearingError, named
 from shearing.evaluation.reference_losses.chart import draw_laws, require_picture
@@ -32,6 +33,7 @@ MEASURE_NAMES: Mapping[str, str] = {
     "corpus": "--corpus",
     "domains": "--domain",
     "sequence_length": "--sequence-length",
+    "bos": "--bos",
     "device": "--device",
 }
 """What components call, by the options of `shear data reference-loss measure`."""
@@ -49,6 +51,7 @@ def measure(
     micro_batch_size: int,
     training: TrainingRecipe,
     console: Console,
+    bos: BosChoice = "auto",
 ) -> LossTable:
     """As `measure_losses`, on the device and in the precision of `training`; prints the table."""
     if not models:
@@ -72,6 +75,7 @@ def measure(
         device=device,
         precision=resolve_precision(training, device=device),
         console=console,
+        bos=bos,
     )
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column("model", overflow="fold")
