@@ -209,7 +209,7 @@ def _rows_of_all(
     """
     for index, domain in enumerate(corpus.domains):
         number, rows, passed = -1, None, 0
-        batches = _heldout_rows(corpus, domain, split=split, rules=rules, settings=settings)
+        batches = heldout_rows(corpus, domain, split=split, rules=rules, settings=settings)
         for number, (batch_BT, positions_BT, counted_BT, begins_B) in enumerate(batches):
             documents = rules.documents(positions_BT, device=device, counted_BT=counted_BT)
             sums.tokens[index] += _num_labels(batch_BT, positions_BT, counted_BT, rules=rules)
@@ -262,7 +262,7 @@ def macro_mean(losses: Mapping[str, DomainLoss]) -> DomainLoss:
     )
 
 
-def _heldout_rows(
+def heldout_rows(
     corpus: Corpus,
     domain: str,
     *,

@@ -112,6 +112,20 @@ def distill_contradictions(distill: DistillRecipe) -> Iterator[ShearingError]:
             allowed=f"null with {key('teacher')}={SOURCE}",
             mend="leave it out, or name the teacher",
         )
+    unheard = {
+        "top_k": ("kind", "top_k", distill.kind == "top_k"),
+        "margin": ("domains", "auto", distill.domains == "auto"),
+        "cache_missing": ("cache", "a folder", distill.cache is not None),
+    }
+    for name, (other, wanted, is_heard) in unheard.items():
+        default = DistillRecipe.model_fields[name].default
+        if not is_heard and getattr(distill, name) != default:
+            yield ShearingError(
+                name,
+                value=getattr(distill, name),
+                allowed=f"{default}, as it is unless given, where {key(other)} is not {wanted}: nothing reads it",
+                mend=f"leave it out, or set {key(other)}={wanted}",
+            )
     if not isinstance(distill.domains, str) and not distill.domains:
         yield ShearingError("domains", value=distill.domains, allowed="at least one domain", mend="write all or auto")
     if distill.hidden is not None and not distill.hidden.layers:

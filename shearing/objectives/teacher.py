@@ -10,7 +10,7 @@ Shapes: B sequences, S positions, N = B * S tokens, D hidden size, V vocabulary,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,19 +21,18 @@ from shearing.data.mixture.origins import Origins
 from shearing.models.anatomy import Head, backbone, head_of
 from shearing.objectives.chunked import Scratch, chunked_logits, sum_dtype
 from shearing.objectives.divergences import Divergence, inner
-from shearing.objectives.recipe import DistillRecipe
 
 
-def teacher_precision(distill: DistillRecipe, *, products: torch.dtype) -> torch.dtype:
+def teacher_precision(precision: Literal["auto", "fp32", "bf16"], *, products: torch.dtype) -> torch.dtype:
     """Dtype of an online teacher's weights and products.
 
     Args:
-        distill: says which, or auto.
+        precision: which; auto: as the student's products.
         products: dtype of the student's.
     """
-    if distill.precision == "auto":
+    if precision == "auto":
         return products
-    return torch.bfloat16 if distill.precision == "bf16" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class SparseGradient(Protocol):

@@ -134,6 +134,7 @@ class RunContext:
             vocab_size=self.config.vocab_size,
             sequence_length=data.sequence_length,
             attention=data.attention,
+            precision=None if distill.precision == "auto" else distill.precision,
         )
         return cache
 

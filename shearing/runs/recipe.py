@@ -529,9 +529,11 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     interval = "interval" if name == "prune" else "pretrain_interval"
     for field, duration in (
         (f"{name}.checkpoint_interval", stage.checkpoint_interval),
+        (f"{name}.keep_every", stage.keep_every),
+        (f"{name}.validation_interval", stage.validation_interval),
         (f"mixture.{interval}", getattr(recipe.mixture, interval)),
     ):
-        if 0 in (duration.steps, duration.tokens, duration.fraction):
+        if duration is not None and 0 in (duration.steps, duration.tokens, duration.fraction):
             yield ShearingError(field, value=str(duration), allowed="more than 0", mend="write a longer interval")
     if isinstance(stage, PruneRecipe) and steps and length(stage.sparsity_warmup) + length(stage.freeze) > steps:
         yield ShearingError(

@@ -52,7 +52,7 @@ class StageRecipe(Section):
     )
     keep_last: Neutral[int] = Field(2, ge=1, description="Checkpoints kept, newest first.")
     keep_every: Neutral[Duration | None] = Field(
-        None, description="Checkpoints at multiples of this are kept for good."
+        None, description="Checkpoints at multiples of this are written, whatever the interval, and kept for good."
     )
 
     def tokens_per_step(self, *, sequence_length: int) -> int:

@@ -74,6 +74,7 @@ def inputs(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _recipe(inputs: Path, run_dir: Path, *, mode: str, bos: str = "auto") -> Recipe:
     data = tiny_recipe_data(inputs, run_dir=run_dir)
     data["data"] |= {"corpus": str(inputs / mode), "bos": bos}
+    data["evaluation"]["generation"] = {"prompts": 2, "prompt_tokens": 4, "tokens": 4, "text_tokens": 64}
     return Recipe.model_validate(data)
 
 
@@ -92,6 +93,7 @@ def test_a_run_reads_rows_that_begin_as_the_corpus_says(mode: str, inputs: Path,
         assert (first.tokens == BEGIN).any()
     tokens = {name: of["tokens"] for name, of in evaluation["models"]["source"]["domains"].items()}
     whole = dict.fromkeys(DOMAINS, 64)
+    assert evaluation["models"]["final"]["generation"]["tokens"] == sum(tokens.values())
     assert tokens == whole if mode == "row" else all(60 <= count < 64 for count in tokens.values())
 
 

@@ -141,6 +141,8 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("one_schedule=true", "what prune.warmup is: 33%"),
         ("prune.sparsity_warmup=17 steps", "together with prune.freeze = 100%"),
         ("pretrain.checkpoint_interval=0", "more than 0"),
+        ("pretrain.keep_every=0 steps", "more than 0"),
+        ("prune.validation_interval=0%", "more than 0"),
         ("mixture.pretrain_interval=0%", "more than 0"),
         ("mixture.divergence=0", "greater than 0"),
         ("mixture.loss_ema=1.5", "less than or equal to 1"),

@@ -34,6 +34,7 @@ from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
 from shearing.runs.stages.run import run
+from shearing.runs.stages.source_model import load_teacher
 from shearing.runs.teacher_cache import Asked, verify, write
 from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.recipe import TrainingRecipe
@@ -254,6 +255,18 @@ def test_rows_that_were_never_kept_are_asked_for(cache: Path, tiny_inputs: Path,
         assert one["domain_divergences"] == pytest.approx(other["domain_divergences"], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_missing_rows_are_asked_for_in_the_precision_of_the_others(
+    precision: str, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    of_bf16 = TrainingRecipe.model_validate({"precision": "bf16", "device": "cpu"})
+    write(asked(tiny_inputs, tmp_path / "cache", rows=2, training=of_bf16), console=QUIET)
+    settings = {"cache": tmp_path / "cache", "cache_missing": "compute", "precision": precision}
+    context = _quiet(_recipe(tiny_inputs, tmp_path / "run", **settings))
+    assert context.precision == torch.float32
+    assert load_teacher(context).dtype == torch.bfloat16
+
+
 def _start(recipe: Recipe) -> Any:
     process = PROCESSES.Process(target=run, args=(recipe,), kwargs={"stages": ("prune", "compact", "pretrain")})
     process.start()
@@ -355,6 +368,7 @@ def _other_model(inputs: Path, folder: Path) -> Path:
         ({"kind": "reverse_kl"}, {}, "distill.kind", "forward_kl"),
         ({"kind": "top_k", "top_k": 5}, {}, "distill.kind", "forward_kl"),
         ({"temperature": 2.0}, {}, "distill.temperature", "1 with distill.cache"),
+        ({"precision": "bf16"}, {}, "distill.cache", "precision fp32"),
         ({"teacher": "other"}, {}, "distill.cache", "teacher "),
         ({"cache": "nowhere"}, {}, "distill.cache", "shear data teacher"),
     ],

@@ -69,8 +69,13 @@ class Prefetcher:
     @property
     def weights(self) -> dict[str, float]:
         """The weights announced last."""
-        with self._mixture_lock:
-            return self._mixture.weights
+        # Without the lock, which is held while rows are read: the thread that announces weights is the one that asks.
+        return self._mixture.weights
+
+    @property
+    def weights_taken(self) -> dict[str, float]:
+        """The weights that the last step taken was dealt by."""
+        return self._mixture.weights_at(self.next_sample - self._sequences_per_step)
 
     def next(self) -> Batch:
         """Take this rank's slice of the next step; `wait_seconds` grows by the time spent waiting for it.

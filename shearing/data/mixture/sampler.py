@@ -202,6 +202,10 @@ class Mixture:
         """The weights announced last, summing to 1."""
         return dict(zip(self.domains, self._log[-1].weights.tolist(), strict=True))
 
+    def weights_at(self, sample: int) -> dict[str, float]:
+        """The weights that a sample is dealt by; of samples since the run was resumed."""
+        return dict(zip(self.domains, self._log[self._segment_at(sample)].weights.tolist(), strict=True))
+
     def update_weights(self, weights: Mapping[str, float], *, first_sample: int) -> None:
         """Announce weights that hold from `first_sample` on, in place of any announced for then or later.
 

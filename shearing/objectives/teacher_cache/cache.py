@@ -60,7 +60,7 @@ class Conditions:
     vocab_size: int
     sequence_length: int
     attention: Literal["full", "documents"]
-    precision: str
+    precision: Literal["bf16", "fp32"]
     form: Form
 
     def to_json(self) -> dict[str, Any]:
@@ -232,7 +232,15 @@ class TeacherCache:
             )
 
     def require_made_for(
-        self, *, corpus: Corpus, teacher: str, called: str, vocab_size: int, sequence_length: int, attention: str
+        self,
+        *,
+        corpus: Corpus,
+        teacher: str,
+        called: str,
+        vocab_size: int,
+        sequence_length: int,
+        attention: str,
+        precision: str | None,
     ) -> None:
         """Check that it is of this text, cut and read like this, and of this teacher.
 
@@ -243,6 +251,7 @@ class TeacherCache:
             vocab_size: of the student.
             sequence_length: inputs of a row.
             attention: full or documents.
+            precision: that the teacher is to have; None: any.
 
         Raises:
             ShearingError: it is not; says in what.
@@ -252,6 +261,7 @@ class TeacherCache:
             "vocabulary": (own.vocab_size, vocab_size),
             "sequence length": (own.sequence_length, sequence_length),
             "attention": (own.attention, attention),
+            "precision": (own.precision, precision or own.precision),
         }
         wrong = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
         if own.teacher != teacher:

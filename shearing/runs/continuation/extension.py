@@ -303,7 +303,9 @@ def _put_together(run: RunDirectory, recipe: Recipe, *, checkpoint: Path, to: Pa
             if run.folder(stage).is_dir():
                 _take_over(run.folder(stage), new.folder(stage), without=run.path / "prune" / "checkpoints")
         _take_over(checkpoint, new.checkpoints("pretrain") / checkpoint.name)
-        for path in (*run.pretrain.glob("*.json*"), *run.pretrain.glob(run.family_masks.name)):
+        # What was chosen before the first step cannot be chosen again: the weights are others now.
+        chosen = [path for path in (run.family_masks, run.salient, run.input_norms) if path.is_file()]
+        for path in (*run.pretrain.glob("*.json*"), *chosen):
             if not path.name.startswith(run.complete("pretrain").stem):
                 shutil.copyfile(path, new.pretrain / path.name)
         if changes:

@@ -197,7 +197,7 @@ def _taught(recipe: Recipe, *, source: PretrainedConfig, precision: torch.dtype)
     if teacher != recipe.model:
         with named(TEACHER_NAMES):
             config = load_config(teacher.source, revision=teacher.revision)
-    return Taught(config=config, distill=distill, dtype=teacher_precision(distill, products=precision))
+    return Taught(config=config, distill=distill, dtype=teacher_precision(distill.precision, products=precision))
 
 
 def _listening(model: StepModel, *, processes: int) -> Listening | None:

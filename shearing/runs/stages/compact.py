@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shearing.errors import ShearingError, named
-from shearing.files.durable import flush_folder, write_json
+from shearing.files.durable import flush_folder, flush_tree, write_json
 from shearing.files.tensors import StoredTensors
 from shearing.models.cutting import Selection, cut_config, cut_in_turn
 from shearing.models.loading import load_source, paged_model, skeleton
@@ -73,6 +73,7 @@ def compact(context: RunContext) -> dict[str, Any]:
         }
         copy_companions(folder_of(recipe.model.source, revision=recipe.model.revision), to=beside)
         write_json(beside / "shape.json", shape)
+        flush_tree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -57,7 +57,7 @@ from shearing.runs.stages.source_model import (
     source_to_read,
 )
 from shearing.runs.stages.training_task import task_of
-from shearing.training.checkpoints.checkpoints import checkpoints_in, no_space
+from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of, no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
@@ -232,18 +232,25 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
 
 
 def _moments(context: RunContext) -> ShardedState:
-    """The optimiser's state at the end of the run that has trained the source."""
+    """The optimiser's state at the end of the run that has trained the source.
+
+    Raises:
+        ShearingError: that run has not ended, or its last checkpoint is damaged.
+    """
     folder = context.recipe.pruning.prune.moments_of
     assert folder is not None
-    found = checkpoints_in(RunDirectory(folder).checkpoints("pretrain"))
-    if not found:
+    run = RunDirectory(folder)
+    found = checkpoints_in(run.checkpoints("pretrain"))
+    last = found[max(found)] if found and run.is_complete("pretrain") else None
+    damage = None if last is None else damage_of(last)
+    if last is None or damage is not None:
         raise ShearingError(
             "prune.moments_of",
-            value=str(folder),
-            allowed="the folder of a run with a checkpoint of pretrain",
+            value=str(folder) if damage is None else f"{last}, which is damaged: {damage}",
+            allowed="the folder of a run whose pretrain is complete, with its last checkpoint",
             mend="run that one to its end, or set prune.moments_of=null",
         )
-    return ShardedState(found[max(found)])
+    return ShardedState(last)
 
 
 def _rotated(context: RunContext) -> str:

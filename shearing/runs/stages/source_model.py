@@ -130,7 +130,10 @@ def load_teacher(context: RunContext) -> PreTrainedModel:
     recipe, teacher = context.recipe, context.recipe.teacher
     assert recipe.distill is not None
     assert teacher is not None
-    dtype = teacher_precision(recipe.distill, products=context.precision)
+    # Rows that a cache lacks are asked for as the others were.
+    cache = context.teacher_cache
+    precision = recipe.distill.precision if cache is None else cache.conditions.precision
+    dtype = teacher_precision(precision, products=context.precision)
     if recipe.distill.placement == "shard":
         return shared_model(context, source=teacher.source, revision=teacher.revision, dtype=dtype)
     offloaded = recipe.distill.placement == "offload"

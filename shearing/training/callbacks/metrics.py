@@ -74,7 +74,7 @@ class Metrics(Callback):
             "step": run.step,
             "tokens": run.tokens,
             "learning_rate": task.optimization.rates.at(done_before),
-            "weights": run.prefetcher.weights,
+            "weights": run.prefetcher.weights_taken,
         }
         self._unread.append(_Unread(known=known, figures=figures, domains=result.domains))
         if run.ends or run.step % task.schedule.log_interval == 0:

@@ -83,7 +83,8 @@ class SaveCheckpoints(Callback):
         """Save if it is time to, and put into place what has been written."""
         schedule = run.task.schedule
         stable = run.step == run.task.optimization.rates.stable_steps
-        due = stable or self._due or run.step % schedule.checkpoint_interval == 0
+        kept = schedule.keep_every is not None and run.step % schedule.keep_every == 0
+        due = stable or kept or self._due or run.step % schedule.checkpoint_interval == 0
         if run.ends or run.stopping:
             self.save(run)
         elif due:

@@ -205,8 +205,11 @@ class Checkpoints:
         beside.rename(place)
         flush_folder(self.folder)
         write_text(self.folder / "latest", place.name + "\n")
-        for old in self._newest_first()[self._keep_last :]:
-            step = int(old.name.removeprefix(_PREFIX))
+        written = step_of(place)
+        # Those of later steps are damaged: training has passed them over, and will write them again.
+        before = [old for old in self._newest_first() if step_of(old) < written]
+        for old in before[self._keep_last - 1 :]:
+            step = step_of(old)
             if step != self._keep and (not self._keep_every or step % self._keep_every):
                 self._remove(old)
 
@@ -264,7 +267,14 @@ def _entry(path: Path) -> dict[str, int]:
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Steps done -> the checkpoint of a stage that was taken then, oldest first; none is looked into."""
     found = (entry for entry in folder.glob(f"{_PREFIX}*") if entry.is_dir())
-    return {int(entry.name.removeprefix(_PREFIX)): entry for entry in sorted(found)}
+    # Somebody's copy beside them, as step-00000010-old, is none.
+    own = (entry for entry in sorted(found) if entry.name.removeprefix(_PREFIX).isdecimal())
+    return {step_of(entry): entry for entry in own}
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when a checkpoint was taken, by its folder's name."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def damage_of(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable
 
@@ -277,6 +278,32 @@ def test_prefetched_run_is_the_same_killed_or_not_fast_or_slow(corpus: Corpus, s
         assert prefetcher.wait_seconds >= 0
         assert prefetcher.weights == named([1.0, 18.0, 2.0])
     assert before + after == unbroken
+
+
+def test_weights_are_known_while_rows_are_read(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt, read, go_on = mixture(corpus, [1.0, 1.0, 1.0]), threading.Event(), threading.Event()
+    batch = dealt.batch
+
+    def slow(*, first_sample: int, num_sequences: int) -> Batch:
+        if first_sample >= 12:
+            read.set()
+            assert go_on.wait(60)
+        return batch(first_sample=first_sample, num_sequences=num_sequences)
+
+    monkeypatch.setattr(dealt, "batch", slow)
+    uniform, other = [1.0, 1.0, 1.0], [2.0, 1.0, 1.0]
+    with Prefetcher(dealt, sequences_per_step=4) as prefetcher:
+        prefetcher.next()
+        assert prefetcher.update_weights(named(other)) == 12  # two steps are dealt ahead
+        assert (prefetcher.weights, prefetcher.weights_taken) == (named(other), named(uniform))
+        prefetcher.next()
+        assert read.wait(60)  # the thread has the mixture until it goes on
+        assert (prefetcher.weights, prefetcher.weights_taken) == (named(other), named(uniform))
+        prefetcher.next()
+        assert prefetcher.weights_taken == named(uniform)
+        go_on.set()
+        assert prefetcher.next().first_sample == 12
+        assert prefetcher.weights_taken == named(other)
 
 
 def test_an_error_while_dealing_reaches_the_caller(make_corpus: MakeCorpus) -> None:

@@ -60,6 +60,22 @@ def test_a_list_of_targets_is_a_cascade(tiny_inputs: Path, tmp_path: Path) -> No
     assert cascade_of(alone) == [alone]
 
 
+def test_moments_are_of_a_run_that_has_ended(tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST))
+    before, last = cascade_of(recipe)
+    first = run(before, stages=("prune", "compact", "pretrain"))
+    mark = first.complete("pretrain").read_bytes()
+    first.complete("pretrain").unlink()
+    with pytest.raises(ShearingError, match="whose pretrain is complete"):
+        run(last, stages=("prune",))
+    first.complete("pretrain").write_bytes(mark)
+    [newest] = list(checkpoints_in(first.checkpoints("pretrain")).values())[-1:]
+    [shard] = newest.glob("shard-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ShearingError, match="which is damaged: shard"):
+        run(last, stages=("prune",))
+
+
 def test_moments_go_on_with_the_weights_that_stay(tiny_inputs: Path, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST))
     done = run(recipe)

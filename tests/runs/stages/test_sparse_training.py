@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from shearing.cli.frame import app
+from shearing.errors import ShearingError
 from shearing.files.durable import read_json
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape
@@ -24,12 +25,14 @@ from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.extension import extend
 from shearing.runs.planning.disk import moving_weights
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretraining.start import Start
 from shearing.runs.stages.run import run
+from shearing.training.adapters.speft import read_chosen
 from shearing.training.checkpoints.pieces import ShardedState
 from tests.conftest import tiny_recipe_data
 
@@ -240,6 +243,45 @@ def test_other_adapters_are_merged_without_losing_a_zero(
                 assert 0 < int(changed.sum()) <= settings["share"] * int(mask.sum())
                 if settings.get("unit") == "column":
                     assert torch.equal(changed, mask & changed.any(0))
+
+
+SPEFT = {"share": 0.05, "samples": 4, "targets": ["q_proj", "down_proj"]}
+
+
+def _salient(inputs: Path, run_dir: Path, **data: Any) -> dict[str, Tensor]:
+    values = {"pretrain": {"speft": {**SPEFT, "share": 0.3}, "duration": 1, "warmup": 0}, "data": data}
+    return read_chosen(ran(inputs, run_dir, source=inputs / "model", **values).salient)
+
+
+def test_weights_are_chosen_by_the_loss_that_is_trained(tiny_inputs: Path, tmp_path: Path) -> None:
+    whole = _salient(tiny_inputs, tmp_path / "rows")
+    within = _salient(tiny_inputs, tmp_path / "documents", attention="documents", loss_across_documents=False)
+    assert whole.keys() == within.keys()
+    assert any(not torch.equal(whole[name], within[name]) for name in whole)
+
+
+def test_an_extension_goes_on_with_the_weights_that_were_chosen(tiny_inputs: Path, tmp_path: Path) -> None:
+    first = ran(
+        tiny_inputs,
+        tmp_path / "run",
+        source=tiny_inputs / "model",
+        pretrain={"speft": SPEFT, "schedule": "constant", "learning_rate": 0.05},
+    )
+    overrides = ["pretrain.duration=9", "training.precision=bf16"]
+    extended = extend(first, to=tmp_path / "longer", onward=True, overrides=overrides).directory
+    assert extended.salient.read_bytes() == first.salient.read_bytes()
+    longer = run(load_recipe(extended.recipe), stages=["pretrain"])
+    before, shorter, after = weights(tiny_inputs / "model"), weights(first.model), weights(longer.model)
+    changed = {name: shorter[name] != value for name, value in before.items() if name in shorter}
+    assert any(bool(mask.any()) for mask in changed.values())
+    for name, mask in changed.items():
+        assert not bool(((after[name] != before[name]) & ~mask).any()), name
+
+    extended.salient.unlink()
+    shutil.rmtree(extended.model)
+    extended.complete("pretrain").unlink()
+    with pytest.raises(ShearingError, match=r"salient\.safetensors, which is not there"):
+        run(load_recipe(extended.recipe), stages=["pretrain"])
 
 
 MOVING = {"interval": "1 steps", "decay": 0.3, "ramp": "2 steps", "freeze": "1 steps"}

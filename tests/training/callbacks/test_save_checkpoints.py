@@ -70,6 +70,15 @@ def test_checkpoints_by_steps_count_too(tiny_inputs: Path, tmp_path: Path, monke
     assert _saved(tiny_inputs, tmp_path, patch=monkeypatch, **given) == [2, 4, 6, 8]
 
 
+def test_what_is_kept_for_good_is_written_whatever_the_interval(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"checkpoint_interval": 5, "checkpoint_minutes": None, "keep_every": 3, "keep_last": 1}
+    assert _saved(tiny_inputs, tmp_path, patch=monkeypatch, **given) == [3, 5, 6, 8]
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == [3, 6, 8]
+
+
 def test_all_processes_go_by_the_clock_of_the_main_one(tiny_inputs: Path, tmp_path: Path) -> None:
     class Written(SaveCheckpoints):
         def _begin(self, run: Run, *, background: bool) -> None:

@@ -130,6 +130,28 @@ def test_damage_falls_back_with_a_warning(tmp_path: Path, damage: str, caplog: p
     assert _value(checkpoints.newest()) == 22
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_ones_of_later_steps_take_no_place(tmp_path: Path, keep_last: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=keep_last, keep_every=50)
+    for step in (50, 90, 100):
+        checkpoints.save(step=step, write=_write(step))
+    for folder in tmp_path.glob("step-*"):
+        if folder.name != "step-00000050":
+            os.truncate(folder / "engine" / "weights", 10)
+    for step in (60, 70, 80):
+        place = checkpoints.save(step=step, write=_write(step))
+        assert checkpoints.newest() == place
+        assert (tmp_path / "latest").read_text().strip() == place.name
+    there = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+    assert [step for step in there if step <= 80] == ([50, 80] if keep_last == 1 else [50, 70, 80])
+
+
+def test_copies_beside_checkpoints_are_none(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep_last=1).save(step=1, write=_write(1))
+    (tmp_path / "step-00000002-copy").mkdir()
+    assert _value(Checkpoints(tmp_path, keep_last=1).newest()) == 1
+
+
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
     Checkpoints(tmp_path, keep_last=1).save(step=1, write=_write(1))
     for name in (".writing-step-00000002", ".removing-step-00000000"):

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from shearing.evaluation.agreement import Read, Rows, agreement
 from shearing.evaluation.continuations import NGRAMS, Continuations, continuations, distinct_share, repeated_share
+from shearing.evaluation.heldout import heldout_rows
 from shearing.files.result_cache import Cached
 from shearing.models.stored.paging.shared_out import passes_of_all
 from shearing.runs.context import RunContext
 from shearing.runs.stages.evaluation.kept import kept
 from shearing.runs.stages.evaluation.rows import Row, is_shared_out
 
-_REVISION = 1
+_REVISION = 2
 """Raise it when the same settings give other figures."""
 
 
@@ -130,19 +131,21 @@ class _Text:
     @cached_property
     def rows(self) -> Rows:
         """Rows of every domain with their documents, on the device."""
-        recipe, corpus, rules = self.context.recipe, self.context.corpus, self.context.document_rules
+        recipe, corpus = self.context.recipe, self.context.corpus
+        rules, device = self.context.document_rules.heeding(corpus.bos), self.context.device
         rows = []
         for domain in corpus.domains:
-            settings: dict[str, Any] = {
-                "split": "test",
+            settings = {
                 "sequence_length": recipe.data.sequence_length,
                 "tokens": max(recipe.evaluation.generation.text_tokens, recipe.data.sequence_length),
                 "micro_batch_size": recipe.evaluation.micro_batch_size,
             }
-            positions = corpus.heldout_positions(domain, **settings) if rules.needs_positions else None
-            for batch_BT in corpus.heldout_batches(domain, **settings):
-                documents = rules.documents(None if positions is None else next(positions), device=self.context.device)
-                rows.append((batch_BT.to(self.context.device), documents))
+            rows += [
+                (row_BT.to(device), rules.documents(positions_BT, device=device, counted_BT=counted_BT))
+                for row_BT, positions_BT, counted_BT, _ in heldout_rows(
+                    corpus, domain, split="test", rules=rules, settings=settings
+                )
+            ]
         return rows
 
     def read_by(self, model: PreTrainedModel) -> Read:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shearing.errors import named
+from shearing.data.documents import Documents
+from shearing.data.mixture.sampler import Batch
+from shearing.errors import ShearingError, named
 from shearing.files.tensors import read_tensors, write_tensors
+from shearing.models.attention import attention_within_documents
 from shearing.models.loading import load_config, skeleton
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.expert_files import whole_masks
 from shearing.models.stored.saving import DTYPES
 from shearing.models.stored.stored_model import dtype_of_weights, open_source
 from shearing.objectives.language_model import LanguageModelLoss
-from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.objectives.objective import PARAMETER_PREFIX, Losses
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
 from shearing.pruning.sparse.stored.trained import groups_of, masks_beside
 from shearing.runs.context import RunContext
@@ -38,6 +41,7 @@ from shearing.training.adapters.lora import add_adapters, merge_adapters
 from shearing.training.adapters.recipe import AdapterRecipe, LoraRecipe, SpeftRecipe, SppRecipe, adapter_name
 from shearing.training.adapters.speft import add_deltas, choose, read_chosen, saliences, write_chosen
 from shearing.training.adapters.spp import add_factors
+from shearing.training.checkpoints.checkpoints import checkpoints_in
 from shearing.training.checkpoints.pieces import SET_ASIDE, WEIGHT, ShardedState
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.engines.moving_masks import MovingMasks, MovingMatrix, MovingSchedule
@@ -335,11 +339,18 @@ def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, 
         model: that is to be trained, whole.
 
     Raises:
-        ShearingError: no layer has such a name.
+        ShearingError: no layer has such a name; they were chosen and are gone.
     """
     path = context.directory.salient
     if path.is_file():
         return
+    if checkpoints := checkpoints_in(context.directory.checkpoints("pretrain")):
+        raise ShearingError(
+            "pretrain.speft",
+            value=f"{path}, which is not there",
+            allowed=f"the file that says which weights the changes in {next(reversed(checkpoints.values()))} are of",
+            mend="take it back from a copy of the run, or start a new run",
+        )
     with named(ADAPTER_NAMES["speft"]):
         layers = linear_layers(model, targets=settings.targets)
     weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
@@ -359,7 +370,7 @@ def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, 
 def _losses(
     context: RunContext, *, model: PreTrainedModel, samples: int, together: bool
 ) -> Iterator[Callable[[], Tensor]]:
-    """Mean losses of the run's first training samples, computed when called.
+    """Mean losses of the run's first training samples, read as the run reads them, computed when called.
 
     Args:
         context: of the run.
@@ -372,12 +383,16 @@ def _losses(
     size = max(each for each in range(1, most + 1) if samples % each == 0)
     objective = LanguageModelLoss(model, chunk_tokens=recipe.training.loss_chunk_tokens)
     for first in range(0, samples, size):
-        tokens_BT = mixture.batch(first_sample=first, num_sequences=size).tokens.to(context.device)
+        batch = mixture.batch(first_sample=first, num_sequences=size)
+        documents = mixture.documents.documents(batch.positions, device=context.device, counted_BT=batch.counted)
 
-        def loss(tokens_BT: Tensor = tokens_BT) -> Tensor:
-            with torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.precision == torch.bfloat16):
-                total: Tensor = objective(tokens_BT).total
-            return total / (size * (tokens_BT.shape[1] - 1))
+        def loss(batch: Batch = batch, documents: Documents | None = documents) -> Tensor:
+            with (
+                attention_within_documents(model, on=mixture.documents.attention_within),
+                torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.precision == torch.bfloat16),
+            ):
+                losses: Losses = objective(batch.tokens.to(context.device), documents)
+            return losses.total / losses.labels.sum().clamp(min=1)
 
         yield loss
 
