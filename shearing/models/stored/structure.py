@@ -5,11 +5,12 @@ For what prunes matrices where they are. Nothing is known of heads, widths and w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shearing.errors import ShearingError
 
@@ -36,6 +37,43 @@ class StoredLinear:
 
 
 @dataclass(frozen=True, eq=False)
+class MadeTensor:
+    """A parameter that transformers makes of others in the files, as a stack of the weights of all experts.
+
+    Attributes:
+        name: of the parameter.
+        converter: of transformers, that makes it.
+        sources: names in the files by the converter's pattern that they meet, in the order in which they are merged.
+    """
+
+    name: str
+    converter: Any
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """All names in the files."""
+        return [name for names in self.sources.values() for name in names]
+
+    def of(self, stored: Mapping[str, Tensor], *, model: PreTrainedModel) -> Tensor:
+        """The parameter, of what is stored by its names in the files."""
+        made: dict[str, Any] = {pattern: [stored[name] for name in names] for pattern, names in self.sources.items()}
+        for operation in self.converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=self.converter.source_patterns,
+                target_patterns=self.converter.target_patterns,
+                full_layer_name=self.name,
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+        found = next(value for pattern, value in made.items() if len(made) == 1 or pattern in self.name)
+        tensor: Tensor = found[0] if isinstance(found, list) else found
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
     """What is found of a model.
 
@@ -43,7 +81,8 @@ class Structure:
         model: without weights.
         linears: every linear layer in a list of modules, block by block, without the towers that were left out.
         layers: name of the list of decoder layers; None where there is none that all of a text goes through.
-        stored_names: parameter of the model -> its name in the files, for those that are there as they are.
+        stored_names: parameter or buffer of the model -> its name in the files, for those that are there as they are.
+        made: those that are made of others in the files.
         towers: names of modules that read images or sound.
         left_out: those of them that were left out.
     """
@@ -52,6 +91,7 @@ class Structure:
     linears: tuple[StoredLinear, ...]
     layers: str | None
     stored_names: Mapping[str, str]
+    made: Mapping[str, MadeTensor]
     towers: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -64,6 +104,11 @@ class Structure:
     def num_layers(self) -> int:
         """Decoder layers; 0 without any."""
         return 0 if self.layers is None else len(list(self.model.get_submodule(self.layers).children()))
+
+    def not_stored(self) -> list[str]:
+        """What of the decoder layers is not in the files, nor made of what is."""
+        inside = [name for name in self.model.state_dict() if name.startswith(f"{self.layers}.")]
+        return [name for name in inside if name not in self.stored_names and name not in self.made]
 
 
 def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: bool) -> Structure:
@@ -78,7 +123,7 @@ def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: boo
         ShearingError: it has no linear layers in lists of modules.
     """
     model = _built(config)
-    names = _stored_names(model, stored)
+    names, made = _stored_names(model, stored)
     found = tuple(_towers(model, config))
     left_out = () if towers else found
     layers = _decoder_layers(model, config, besides=found)
@@ -102,7 +147,7 @@ def structure_of(config: PretrainedConfig, *, stored: Iterable[str], towers: boo
             "transformers changes when it reads them",
         )
     linears.sort(key=lambda linear: linear.block)
-    return Structure(model, tuple(linears), layers, names, found, left_out)
+    return Structure(model, tuple(linears), layers, names, made, found, left_out)
 
 
 def _built(config: PretrainedConfig) -> PreTrainedModel:
@@ -124,24 +169,39 @@ def _built(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Parameter -> its name in the files, where transformers renames it at the most."""
+def _stored_names(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, str], dict[str, MadeTensor]]:
+    """Parameter -> its name in the files, where transformers renames it at the most; and those that it makes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping: list[Any] = get_model_conversion_mapping(model)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
     own, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
-    found = {}
-    for name in stored:
+
+    def of_model(name: str) -> str | None:
+        return next((each for each in (name, prefix + name, name.removeprefix(prefix)) if each in own), None)
+
+    found, made = dict[str, str](), dict[str, MadeTensor]()
+    for name in sorted(stored, key=_by_number):
         renamed = name
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
-        for candidate in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if candidate in own:
-                found[candidate] = name
+        for converter in converters:
+            target, pattern = converter.rename_source_key(renamed)
+            if pattern is not None and (parameter := of_model(target)) is not None:
+                sources = made.setdefault(parameter, MadeTensor(parameter, converter)).sources
+                sources.setdefault(pattern, []).append(name)
                 break
-    return found
+        else:
+            if (parameter := of_model(renamed)) is not None:
+                found[parameter] = name
+    return found, made
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """What sorts names as transformers does: expert 2 before expert 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _towers(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[str]:

@@ -5,7 +5,7 @@ Legend: B sequences of a chunk, S positions, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ class LayerWalk:
         self._layers = layers
         self._has_head = False
         _move_buffers(self._model, device=compute.device)
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[int, list[Call]] = {}  # of each chunk, by its first sequence
         self._chunks: list[slice] = []
         if calibration is not None:
             self._chunks = chunks_of(calibration, compute=compute)
@@ -98,10 +98,18 @@ class LayerWalk:
             layer: its index.
             instead: weights by full name that replace those of the source.
         """
-        module = self._module(layer)
-        names = {self.name(layer, name): name for name, _ in module.named_parameters()}
+        module, structure = self._module(layer), self._source.structure
+        state = module.state_dict() if structure is not None else dict(module.named_parameters())
+        inside = f"{self._layers}.{layer}."
+        made = [] if structure is None else [name for name in state if inside + name in structure.made]
+        names = {self.name(layer, name): name for name in state if name not in made}
         stored = {**self._source.read(names), **(instead or {})}
-        fill(module, names=names, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
+        self._fill(module, names=names, stored=stored)
+        for name in made:
+            assert structure is not None
+            tensor = structure.made[inside + name]
+            value = tensor.of(self._source.read(tensor.stored_names), model=self._model)
+            self._fill(module, names={tensor.name: name}, stored={tensor.name: value})
         return module, stored
 
     def let_go(self, module: nn.Module) -> None:
@@ -198,9 +206,13 @@ class LayerWalk:
     def _first_streams(self, calibration: Calibration) -> Streams:
         compute, streams = self._compute, None
         enter = self._by_embeddings() if self._source.structure is None else self._by_structure()
+        by_size: dict[int, list[Call]] = {}
         for chunk in self._chunks:
             first, calls = enter(calibration.tokens[chunk])
-            self._calls.setdefault(chunk.stop - chunk.start, calls)
+            others = by_size.setdefault(chunk.stop - chunk.start, calls)
+            # Of a family that is declared they depend on the shape of the text alone.
+            same = self._source.structure is None or _are_alike(others, calls)
+            self._calls[chunk.start] = others if same else calls
             if streams is None:
                 shape = (*calibration.tokens.shape, first.shape[-1])
                 streams = Streams(
@@ -241,15 +253,19 @@ class LayerWalk:
         structure = self._source.structure
         assert structure is not None
         apart = [*self._modules(), *(self._model.get_submodule(tower) for tower in structure.towers)]
-        left = {id(parameter) for module in apart for parameter in module.parameters()}
+        left = {id(tensor) for module in apart for tensor in module.state_dict(keep_vars=True).values()}
         prefix = "" if model is self._model else f"{self._model.base_model_prefix}."
         outside = {
             self._stored_names[f"{prefix}{name}"]: name
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in left and f"{prefix}{name}" in self._stored_names
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if id(tensor) not in left and f"{prefix}{name}" in self._stored_names
         }
-        stored = self._source.read(outside)
-        fill(model, names=outside, stored=stored, device=self._compute.device, dtype=self._compute.dtype)
+        self._fill(model, names=outside, stored=self._source.read(outside))
+
+    def _fill(self, module: nn.Module, *, names: Mapping[str, str], stored: Mapping[str, Tensor]) -> None:
+        exact = getattr(self._model, "_keep_in_fp32_modules_strict", None) or ()
+        fp32 = {name for name in names.values() if any(part in name for part in exact)}
+        fill(module, names=names, stored=stored, device=self._compute.device, dtype=self._compute.dtype, fp32=fp32)
 
     def _modules(self) -> list[nn.Module]:
         return list(self._model.get_submodule(self._layers).children())
@@ -258,7 +274,7 @@ class LayerWalk:
         return self._model.get_submodule(f"{self._layers}.{layer}")
 
     def _call(self, layer: int, chunk: slice) -> Call:
-        return self._calls[chunk.stop - chunk.start][layer]
+        return self._calls[chunk.start][layer]
 
 
 def fill(
@@ -268,19 +284,48 @@ def fill(
     stored: Mapping[str, Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    fp32: Container[str] = (),
 ) -> None:
-    """Gives a module its weights, as copies that need no gradient.
+    """Gives a module its weights, as copies that need no gradient, and its buffers.
 
     Args:
         module: without weights.
         names: its names for them by their full names.
         stored: by full name.
         device, dtype: of the copies.
+        fp32: its names for those that are kept in fp32, whatever the dtype.
     """
     for full, name in names.items():
-        owner, _, leaf = name.rpartition(".")
-        weight = stored[full].to(device, dtype, copy=True)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        place, _, leaf = name.rpartition(".")
+        owner, tensor = module.get_submodule(place), stored[full]
+        wanted = torch.float32 if name in fp32 else dtype if tensor.is_floating_point() else tensor.dtype
+        copied = tensor.to(device, wanted, copy=True)
+        is_buffer = leaf in dict(owner.named_buffers(recurse=False))
+        setattr(owner, leaf, copied if is_buffer else nn.Parameter(copied, requires_grad=False))
+
+
+def _are_alike(some: Sequence[Call], others: Sequence[Call]) -> bool:
+    """Whether layers can be called with either: what they are handed is equal, and nothing that they could write to."""
+    return some is others or all(
+        len(one.arguments) == len(other.arguments)
+        and all(map(_is_alike, one.arguments, other.arguments))
+        and _is_alike_mapping(one.keywords, other.keywords)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_is_alike, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return bool(one) and _is_alike_mapping(one, other)  # an empty one is there to be filled
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)
+
+
+def _is_alike_mapping(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(_is_alike(value, other[name]) for name, value in one.items())
 
 
 def chunks_of(calibration: Calibration, *, compute: Compute) -> list[slice]:

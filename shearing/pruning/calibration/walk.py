@@ -70,7 +70,7 @@ def recorded_calls(layers: Sequence[Any], forward: Callable[[], Any]) -> tuple[T
     """
     for output in _OUTPUTS:
         streams, calls = _recorded(layers, forward, output=output)
-        if len(calls) == len(layers) and all(stream.shape == streams[0].shape for stream in streams):
+        if len(calls) == len(layers) and all(s.ndim == 3 and s.shape == streams[0].shape for s in streams):
             return streams[0], calls
     raise ShearingError(
         "model",

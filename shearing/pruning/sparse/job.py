@@ -308,6 +308,14 @@ def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
             f"through {', '.join(structure.towers)}",
             mend="set include_towers=false, or choose criterion magnitude with allocation uniform or alpha",
         )
+    if missing := structure.not_stored():
+        raise ShearingError(
+            field,
+            value=str(getattr(recipe, field)),
+            allowed=f"{others}: for text to go through the layers of {source.config.model_type!r}, its files have to "
+            f"have {', '.join(missing[:3])}, or what transformers makes it of",
+            mend="choose criterion magnitude with such an allocation",
+        )
     members = [
         {linear.member for linear in structure.linears if linear.block == layer}
         for layer in range(structure.num_layers)

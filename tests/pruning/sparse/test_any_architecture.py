@@ -40,6 +40,33 @@ DECODERS: dict[str, Callable[[], Any]] = {
     # Positions are in the attention; a norm follows the embedding.
     "bloom": lambda: transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2),
     "stablelm": lambda: transformers.StableLmConfig(**TEXT, num_key_value_heads=2),
+    # Experts are stored one by one and run as one tensor, and a buffer has a say in which of them are chosen.
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **TEXT,
+        num_key_value_heads=2,
+        moe_intermediate_size=8,
+        n_routed_experts=12,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    ),
+    # Layers are handed something of the tokens, and something to write in; a buffer scales what they put out.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **TEXT,
+        num_key_value_heads=1,
+        head_dim=8,
+        global_head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+    ),
     "starcoder2": lambda: transformers.Starcoder2Config(**TEXT, num_key_value_heads=1),
 }
 
@@ -50,6 +77,9 @@ def built(architecture: type[Any], config: Any, folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter.ndim == 1) + 0.2 * torch.randn_like(parameter))
+        stored = model.state_dict().keys()
+        for buffer in [buffer for name, buffer in model.named_buffers() if name in stored]:
+            buffer.copy_(0.7 + 0.2 * torch.randn(buffer.shape))
     model.save_pretrained(folder)
     return model
 

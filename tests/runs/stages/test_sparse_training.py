@@ -249,8 +249,9 @@ SPEFT = {"share": 0.05, "samples": 4, "targets": ["q_proj", "down_proj"]}
 
 
 def _salient(inputs: Path, run_dir: Path, **data: Any) -> dict[str, Tensor]:
-    values = {"pretrain": {"speft": {**SPEFT, "share": 0.3}, "duration": 1, "warmup": 0}, "data": data}
-    return read_chosen(ran(inputs, run_dir, source=inputs / "model", **values).salient)
+    speft = {"speft": {**SPEFT, "share": 0.3}, "duration": 1, "warmup": 0}
+    sections: dict[str, Any] = {"pretrain": speft, **({"data": data} if data else {})}
+    return read_chosen(ran(inputs, run_dir, source=inputs / "model", **sections).salient)
 
 
 def test_weights_are_chosen_by_the_loss_that_is_trained(tiny_inputs: Path, tmp_path: Path) -> None:
