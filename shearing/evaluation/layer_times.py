@@ -135,20 +135,26 @@ def measure_layers(
         advance: called with 1 after each shape.
     """
     entries = []
+    kinds, (few, many) = layer_kinds(config), DEPTHS
+    first = next(iter(kinds))
     for shape in shapes:
+        layers = {"few": [first] * few, **{str(kind): [first] * few + [kind] * (many - few) for kind in kinds}}
         models = {
-            str(depth): model_by_chance(
-                dataclasses.replace(shape, num_hidden_layers=depth), config=config, dtype=dtype, device=device
+            name: model_by_chance(
+                dataclasses.replace(shape, num_hidden_layers=len(attention)),
+                config=config,
+                dtype=dtype,
+                device=device,
+                attention_layers=attention,
             )
-            for depth in DEPTHS
+            for name, attention in layers.items()
         }
-        few, many = times_of(models, context=context).values()
-        between = DEPTHS[1] - DEPTHS[0]
-        layer = Times(
-            prompt=max(0.0, many.prompt - few.prompt) / between,
-            next_token=max(0.0, many.next_token - few.next_token) / between,
-        )
-        rest = few.plus(layer, times=-DEPTHS[0])
+        times = times_of(models, context=context)
+        of_first = _between(times["few"], times[str(first)])
+        layer = Times(prompt=0.0, next_token=0.0)
+        for kind, share in kinds.items():
+            layer = layer.plus(_between(times["few"], times[str(kind)]), times=share)
+        rest = times["few"].plus(of_first, times=-few)
         entries.append(
             Entry(
                 hidden_size=shape.hidden_size,
@@ -161,6 +167,25 @@ def measure_layers(
         )
         advance(1)
     return LayerTimes(entries=entries, context=context, dtype=str(dtype).removeprefix("torch."))
+
+
+def layer_kinds(config: PretrainedConfig) -> dict[int, float]:
+    """One of each kind of layers that a model has, as those that attend through a window, and their share of all."""
+    values, shape = config.to_dict(), Shape.of(config)
+    settings = [values[name] for name in shape.family.per_layer if values.get(name)]
+    found: dict[str, list[int]] = {}
+    for layer in range(shape.num_hidden_layers):
+        found.setdefault(str([of_layers[layer] for of_layers in settings]), []).append(layer)
+    return {layers[0]: len(layers) / shape.num_hidden_layers for layers in found.values()}
+
+
+def _between(few: Times, many: Times) -> Times:
+    """One of the layers that are between the two depths."""
+    between = DEPTHS[1] - DEPTHS[0]
+    return Times(
+        prompt=max(0.0, many.prompt - few.prompt) / between,
+        next_token=max(0.0, many.next_token - few.next_token) / between,
+    )
 
 
 def times_of(models: Mapping[str, PreTrainedModel], *, context: int) -> dict[str, Times]:
@@ -178,10 +203,24 @@ def times_of(models: Mapping[str, PreTrainedModel], *, context: int) -> dict[str
 
 
 def model_by_chance(
-    shape: Shape, *, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    shape: Shape,
+    *,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
-    """A model of a shape with weights by chance: only its speed means anything."""
-    small = config_for(copy.deepcopy(config), shape=shape, attention_layers=[0] * shape.num_hidden_layers)
+    """A model of a shape with weights by chance: only its speed means anything.
+
+    Args:
+        shape: of the model.
+        config: of the source model.
+        dtype, device: of the weights.
+        attention_layers: source layer whose settings each layer has; None: spread evenly over the source's.
+    """
+    depth, of_source = shape.num_hidden_layers, Shape.of(config).num_hidden_layers
+    layers = [layer * of_source // depth for layer in range(depth)] if attention_layers is None else attention_layers
+    small = config_for(copy.deepcopy(config), shape=shape, attention_layers=layers)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype)
     model.train(False)

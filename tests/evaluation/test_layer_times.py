@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shearing.evaluation import layer_times
-from shearing.evaluation.layer_times import LayerTimes, Times, measure_layers
+from shearing.evaluation.layer_times import LayerTimes, Times, layer_kinds, measure_layers, model_by_chance
 from shearing.models.shape import Shape
 from tests.models.tiny import tiny_model
 
@@ -57,6 +57,29 @@ def test_times_between_those_measured_are_interpolated(monkeypatch: pytest.Monke
         assert found.prompt == pytest.approx(wanted.prompt)
         assert found.next_token == pytest.approx(wanted.next_token)
     assert LayerTimes.from_json(table.to_json()) == table
+
+
+def test_layers_that_attend_in_several_ways_count_by_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_model("gemma3").config
+    kinds = layer_kinds(config)
+    assert sum(kinds.values()) == pytest.approx(1)
+    costs = {"sliding_attention": 1.0, "full_attention": 5.0}
+    assert {config.layer_types[layer] for layer in kinds} == costs.keys()
+    timed: list[list[str]] = []
+
+    def times_of(models: Mapping[str, PreTrainedModel], *, context: int) -> dict[str, Times]:
+        timed.extend(model.config.layer_types for model in models.values())
+        sums = {name: sum(map(costs.__getitem__, model.config.layer_types)) for name, model in models.items()}
+        return {name: Times(prompt=3 + total, next_token=7 + total) for name, total in sums.items()}
+
+    monkeypatch.setattr(layer_times, "times_of", times_of)
+    shape = Shape.of(config)
+    table = measure_layers([shape], config=config, context=16, dtype=torch.float32, device=torch.device("cpu"))
+    assert {kind for layers in timed for kind in layers} == costs.keys()
+    whole = sum(map(costs.__getitem__, config.layer_types))
+    assert table.of(shape) == Times(prompt=pytest.approx(3 + whole), next_token=pytest.approx(7 + whole))  # type: ignore[arg-type]
+    model = model_by_chance(shape, config=config, dtype=torch.float32, device=torch.device("cpu"))
+    assert model.config.layer_types == config.layer_types
 
 
 def test_layers_are_timed_for_real() -> None:

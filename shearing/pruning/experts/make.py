@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,11 +178,11 @@ def find_experts(dense: PreTrainedModel, *, tokens: Tensor, recipe: MoeRecipe) -
             groups = at_random(activations_TI.shape[1], experts=recipe.experts, generator=generator)
         else:
             groups = by_coactivation(activations_TI, experts=recipe.experts, generator=generator)
-        outputs_ETd = outputs_of(activations_TI, down_dI, groups=groups)
-        router = router_of(inputs[0], outputs_ETd)
+        outputs = partial(outputs_of, activations_TI, down_dI, groups=groups)
+        router = router_of(inputs[0], outputs())
         if recipe.active == recipe.experts:
             router.zero_()  # there is nothing to choose, and weights are alike to the last bit
-        strength, error = strength_of(inputs[0], outputs_ETd, router=router, active=recipe.active)
+        strength, error = strength_of(inputs[0], outputs(), router=router, active=recipe.active)
         found.append(Experts(groups, router, recipe.active * strength, strength, error))
 
     handles = []

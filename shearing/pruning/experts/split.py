@@ -5,6 +5,8 @@ Shapes: T tokens, I units, d hidden, E experts of I / E units.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -70,17 +72,26 @@ def _equal_groups(likeness_IE: Tensor, *, size: int) -> Tensor:
     return torch.tensor([sorted(each) for each in members])
 
 
-def outputs_of(activations_TI: Tensor, down_dI: Tensor, *, groups: Tensor) -> Tensor:
-    """What each expert adds to the residual stream, [E, T, d]."""
-    return torch.stack([activations_TI[:, units] @ down_dI[:, units].t() for units in groups])
+def outputs_of(
+    activations_TI: Tensor, down_dI: Tensor, *, groups: Tensor, chunk_tokens: int = 4096
+) -> Iterator[tuple[slice, Tensor]]:
+    """What each expert adds to the residual stream, fp32 [E, C, d], for some tokens at a time, and which these are."""
+    for start in range(0, len(activations_TI), chunk_tokens):
+        tokens = slice(start, start + chunk_tokens)
+        of_experts = [activations_TI[tokens, units] @ down_dI[:, units].t() for units in groups]
+        yield tokens, torch.stack(of_experts).float()
 
 
-def router_of(inputs_Td: Tensor, outputs_ETd: Tensor) -> Tensor:
+def router_of(inputs_Td: Tensor, outputs: Iterable[tuple[slice, Tensor]]) -> Tensor:
     """Router [E, d] whose logits say which experts add most: ridge regression of the norms of what they add.
 
     Norms are standardised by expert over the tokens, so that all are chosen about as often.
+
+    Args:
+        inputs_Td: what the MLP reads.
+        outputs: see `outputs_of`.
     """
-    norms_TE = outputs_ETd.float().norm(dim=-1).t()
+    norms_TE = torch.cat([outputs_ECd.norm(dim=-1).t() for _, outputs_ECd in outputs])
     wanted_TE = (norms_TE - norms_TE.mean(0)) / norms_TE.std(0).clamp(min=1e-12)
     x_Td = inputs_Td.float()
     moment_dd = x_Td.t() @ x_Td
@@ -90,15 +101,30 @@ def router_of(inputs_Td: Tensor, outputs_ETd: Tensor) -> Tensor:
     return router_Ed * (SPREAD / spread)
 
 
-def strength_of(inputs_Td: Tensor, outputs_ETd: Tensor, *, router: Tensor, active: int) -> tuple[float, float]:
+def strength_of(
+    inputs_Td: Tensor, outputs: Iterable[tuple[slice, Tensor]], *, router: Tensor, active: int
+) -> tuple[float, float]:
     """By what the sum of the chosen experts is multiplied, so that it is as large as that of all; and how wrong it is.
+
+    Args:
+        inputs_Td: what the MLP reads.
+        outputs: see `outputs_of`.
+        router: [E, d].
+        active: experts that each token has.
 
     Returns:
         Ratio of norms over all tokens, 1 where all are chosen; and the norm of what is left over that of the whole.
     """
     logits_TE = inputs_Td.float() @ router.t()
     chosen_TE = torch.zeros_like(logits_TE).scatter_(1, logits_TE.topk(active, dim=1).indices, 1.0)
-    whole_Td = outputs_ETd.float().sum(0)
-    part_Td = torch.einsum("te,etd->td", chosen_TE, outputs_ETd.float())
-    strength = float(whole_Td.norm() / part_Td.norm().clamp(min=1e-12)) if active < len(outputs_ETd) else 1.0
-    return strength, float((whole_Td - strength * part_Td).norm() / whole_Td.norm().clamp(min=1e-12))
+    of_whole = of_part = of_both = 0.0  # squares and product, summed over tokens
+    for tokens, outputs_ECd in outputs:
+        whole_Cd = outputs_ECd.sum(0).double()
+        part_Cd = torch.einsum("ce,ecd->cd", chosen_TE[tokens], outputs_ECd).double()
+        of_whole += float(whole_Cd.square().sum())
+        of_part += float(part_Cd.square().sum())
+        of_both += float((whole_Cd * part_Cd).sum())
+    least = 1e-24
+    strength = (of_whole / max(of_part, least)) ** 0.5 if active < len(router) else 1.0
+    left = max(0.0, of_whole - 2 * strength * of_both + strength**2 * of_part)
+    return strength, (left / max(of_whole, least)) ** 0.5

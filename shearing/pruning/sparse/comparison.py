@@ -21,7 +21,8 @@ from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss, macro_mean
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
-from shearing.models.stored.stored_model import open_any
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.stored_model import WEIGHT_FILES, dtype_of_weights, open_any
 from shearing.models.tokenizer import begin_tokens, load_tokenizer
 from shearing.pruning.calibration.whole import WholeModel
 
@@ -103,14 +104,14 @@ def compare(
             progress=advance,
             objective=objective,
         )
-        nonzero, nonzero_bytes = _nonzero(model)
+        nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
         results[label] = {
             "label": label,
             "group": label,
             "parameters": sizes[0],
             "parameters_without_embeddings": sizes[1],
             "nonzero": nonzero,
-            "nonzero_bytes": nonzero_bytes,
+            "nonzero_bytes": nonzero * _stored_dtype(stored).itemsize,
             "training_tokens": 0,
             "domains": {domain: loss.to_json() for domain, loss in losses.items()},
             "mean": macro_mean(losses).to_json(),
@@ -149,7 +150,9 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int]:
     return total, total - sum(of_ends.values())
 
 
-def _nonzero(model: PreTrainedModel) -> tuple[int, int]:
-    stored: Any = getattr(model.config, "dtype", None) or torch.float32
-    count = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-    return count, count * torch.empty((), dtype=stored).element_size()
+def _stored_dtype(stored: Stored) -> torch.dtype:
+    """That of most of a model's weights on disk, in whatever precision it is computed."""
+    from transformers import AutoConfig
+
+    folder = folder_of(stored.name, revision=stored.revision, also=WEIGHT_FILES)
+    return dtype_of_weights(str(folder), config=AutoConfig.from_pretrained(folder))

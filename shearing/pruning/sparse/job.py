@@ -113,6 +113,8 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corp
         levels = sorted(set(allocation.patterns.values()), key=lambda level: level.density)
         asked = budget = recipe.budget or allocation.budget
         require_fit(allocation.patterns, matrices=matrices, budget=budget)
+        if recipe.hardware is not None and (others := [level for level in levels if not runs_on_2_4(level)]):
+            raise _not_on_hardware(recipe, others, mend="allocate again with hardware: 2:4")
     else:
         levels = _levels(recipe)
         assert recipe.budget is not None
@@ -194,7 +196,7 @@ def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
         levels = [pattern_of(text) for text in recipe.levels]
     elif recipe.allocation == "uniform":
         assert recipe.budget is not None
-        return [
+        levels = [
             unstructured(1 - recipe.budget, group=recipe.resolved_group)
             if recipe.kept_of is None
             else KeptOf(*recipe.kept_of)
@@ -207,12 +209,7 @@ def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
     if recipe.hardware is not None:
         fitting = [level for level in levels if runs_on_2_4(level)]
         if not fitting:
-            raise ShearingError(
-                "hardware",
-                value=recipe.hardware,
-                allowed=f"levels whose masks are 2:4 masks, which none of {', '.join(map(str, levels))} is",
-                mend="set levels: 1:8,2:8 or pattern with M a multiple of 4, or remove hardware",
-            )
+            raise _not_on_hardware(recipe, levels, mend="set levels: 1:8,2:8, or pattern: 2:4")
         levels = fitting
     levels.sort(key=lambda level: level.density)
     for sparser, denser in pairwise(levels):
@@ -224,6 +221,15 @@ def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
                 mend=f"leave {denser} out",
             )
     return levels
+
+
+def _not_on_hardware(recipe: SparsifyRecipe, levels: Sequence[Pattern], *, mend: str) -> ShearingError:
+    return ShearingError(
+        "hardware",
+        value=recipe.hardware,
+        allowed=f"levels whose masks are 2:4 masks, which none of {', '.join(map(str, levels))} is",
+        mend=f"{mend}, or remove hardware",
+    )
 
 
 def _texts(

@@ -145,6 +145,18 @@ def test_hardware_restricts_the_levels(tiny_inputs: Path, tmp_path: Path) -> Non
     assert found == {"1:8", "2:8"}
 
 
+def test_hardware_restricts_uniform_levels_and_files_too(tiny_inputs: Path, tmp_path: Path) -> None:
+    begin = ["sparsify", tiny_inputs / "model", "--criterion", "magnitude", "-o", tmp_path / "sparse"]
+    for way in (["--pattern", "4:8"], ["--sparsity", "0.5"]):
+        assert "hardware = '2:4'" in error_of(*begin, *way, "--hardware", "2:4")
+    options = ["--criterion", "magnitude", "--allocation", "depth", "--target", "0.5", "--levels", "2:8,6:8"]
+    run("allocate", tiny_inputs / "model", *options, "spread=0.5", "-o", tmp_path / "found.json")
+    message = error_of(*begin, "--allocation", tmp_path / "found.json", "--hardware", "2:4")
+    assert "which none of 6:8 is" in message
+    assert not (tmp_path / "sparse").exists()
+    run(*begin, "--pattern", "2:4", "--hardware", "2:4")
+
+
 def test_killed_and_continued_finds_the_same(allocation: Path, tiny_inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     state = tmp_path / "found.json.partial" / "search.json"

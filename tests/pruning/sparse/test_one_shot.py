@@ -431,6 +431,17 @@ def test_evaluation_puts_dense_beside_sparse(copied: Path, tiny_inputs: Path) ->
     assert dense["nonzero"] - pruned["nonzero"] == kept["of"] - kept["kept"]
 
 
+def test_bytes_are_those_of_the_files_whatever_computes(tiny_inputs: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model", dtype=torch.bfloat16)
+    shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    output = tmp_path / "sparse"
+    values = {"model": str(tmp_path / "model"), "evaluate": tiny_inputs / "corpus", "evaluate_tokens": 64}
+    sparsify(recipe_of(tiny_inputs, output, precision="fp32", **values), console=Console(quiet=True))
+    for each in json.loads((output / "evaluation.json").read_text())["models"].values():
+        assert each["nonzero_bytes"] == 2 * each["nonzero"]
+
+
 def _flip(path: Path, tensor: str, *, bit: int) -> None:
     entries, _ = read_header(path)
     content = bytearray(path.read_bytes())

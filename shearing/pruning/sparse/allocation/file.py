@@ -15,6 +15,7 @@ from shearing.files.durable import read_json, write_json
 from shearing.models.stored.stored_model import Source
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.sparse.allocation.allocator import mean_density
+from shearing.pruning.sparse.allocation.facts import ALLOCATIONS
 from shearing.pruning.sparse.patterns import Pattern, pattern_of
 
 FORMAT = 1
@@ -100,7 +101,7 @@ def read_allocation(path: Path, *, source: Source) -> StoredAllocation:
         raise ShearingError(
             "allocation",
             value=f"{path} ({error.value if isinstance(error, ShearingError) else error})",
-            allowed=f"uniform, depth, alpha, owl, rank, msp, or an {FILE_NAME} that `shear allocate` has written",
+            allowed=f"{', '.join(ALLOCATIONS)}, or an {FILE_NAME} that `shear allocate` has written",
             mend="check the path, or run `shear allocate` again",
         ) from error
     if of_model != source.fingerprint:

@@ -20,6 +20,9 @@ from shearing.pruning.sparse.patterns import Pattern
 
 Costs = NDArray[np.float64]
 
+MOST_CELLS = 1 << 28
+"""Of the table that an optimum is read from, 2 GB."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -137,8 +140,21 @@ def cheapest_levels(
 
 
 def _costs(grid: Grid, costs: Sequence[Sequence[float]]) -> Costs:
-    """[U + 1, K]: the least cost at which the first units keep so many quanta; infinity where they cannot."""
-    table = np.full((len(grid.kept) + 1, sum(map(max, grid.kept)) + 1), np.inf)
+    """[U + 1, K]: the least cost at which the first units keep so many quanta; infinity where they cannot.
+
+    Raises:
+        ShearingError: there are too many of both.
+    """
+    units, quanta = len(grid.kept), sum(map(max, grid.kept))
+    if (units + 1) * (quanta + 1) > MOST_CELLS:
+        raise ShearingError(
+            "unit",
+            value=f"matrix: {units:,} of them, which keep multiples of {quanta:,} parts of the weights",
+            allowed=f"as many as a table of {8 * MOST_CELLS / 1e9:.0f} GB can be made for; these take "
+            f"{8 * (units + 1) * (quanta + 1) / 1e9:,.0f} GB",
+            mend="set unit: block, or fewer and coarser levels, as 1:4,2:4,3:4",
+        )
+    table = np.full((units + 1, quanta + 1), np.inf)
     table[0, 0] = 0.0
     for unit, of_unit in enumerate(grid.kept):
         for level, kept in enumerate(of_unit):

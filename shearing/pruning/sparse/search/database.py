@@ -26,6 +26,8 @@ from shearing.pruning.sparse.patterns import Pattern
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice, keep, prune_matrix
 
 LEVELS_PER_PLANE = 8
+MOST_ELEMENTS = 1 << 28
+"""Weights that are pruned together, copies for several levels counted."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,8 @@ def _levels_of(weight: Tensor, *, statistics: InputStatistics | None, request: R
         alike = (level.columns_at_once, level.whole_rows) if request.reconstruction.rows_apart else index
         together.setdefault(alike, []).append(index)
     found: dict[int, Tensor] = {}
-    for indices in together.values():
+    at_once = max(1, MOST_ELEMENTS // weight.numel())
+    for indices in (alike[i : i + at_once] for alike in together.values() for i in range(0, len(alike), at_once)):
         pattern = Stacked(tuple(request.levels[index] for index in indices))
         choice = Choice(Apart(request.criterion, len(indices)), pattern, statistics)
         pruned, _ = prune_matrix(weight.repeat(len(indices), 1), reconstruction=request.reconstruction, choice=choice)

@@ -77,7 +77,7 @@ def finite(loss: float, *, metric: str) -> float:
     """
     if not math.isfinite(loss):
         raise ShearingError(
-            f"{key('importance')} ({metric})",
+            f"{key('initial_masks')} ({metric})",
             value=loss,
             allowed="losses on the calibration text that are finite numbers",
             mend="choose another metric; if its losses are not finite either, mend the source model",

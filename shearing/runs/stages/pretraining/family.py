@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from shearing.data.corpus.corpus import whole_rows
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, named
 from shearing.files.durable import flush_folder, flush_tree, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import read_header, write_tensors
@@ -207,6 +207,7 @@ def _sorted_units(
     whole = Shape.of(model.config)
     work = metric.units_of_work(whole, evidence=evidence)
     with (
+        named({"initial_masks": "family.importance"}),
         attention_within_documents(read, on=context.document_rules.attention_within),
         activity(f"importance by {name}", total=work, console=context.console) as advance,
     ):

@@ -21,6 +21,14 @@ from shearing.pruning.sparse.reconstruction import reconstructions
 SMALL, LARGE = Matrix("small", 0, 8, 16), Matrix("large", 1, 8, 48)
 
 
+def test_a_table_that_no_memory_holds_is_refused() -> None:
+    experts = [Unit(str(index), 0, (Matrix(str(index), 0, 768, 2048),)) for index in range(18_432)]
+    levels = [PerRow(Fraction(step, 32)) for step in range(1, 32)]
+    with pytest.raises(ShearingError, match="set unit: block") as raised:
+        nearest_budget(experts, levels=levels, budget=Fraction(1, 2))
+    assert raised.value.field == "unit"
+
+
 def request(**changes: Any) -> Request:
     values: dict[str, Any] = {
         "source": None,

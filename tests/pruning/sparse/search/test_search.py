@@ -158,11 +158,13 @@ def test_more_sensitive_is_denser_in_the_first_population() -> None:
     assert all(list(genome) == sorted(genome) for genome in found)
 
 
+@pytest.mark.parametrize("most", [database_module.MOST_ELEMENTS, 4096], ids=["together", "in turn"])
 @pytest.mark.parametrize("levels", [QUARTERS, NINTHS], ids=["groups", "rows"])
 @pytest.mark.parametrize("method", METHODS, ids="-".join)
 def test_a_matrix_at_a_level_is_what_the_reconstruction_makes(
-    method: tuple[str, str], levels: list[Any], tmp_path: Path
+    method: tuple[str, str], levels: list[Any], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(database_module, "MOST_ELEMENTS", most)
     request = request_of(tmp_path, method=method, levels=levels)
     database = build_database(request, folder=tmp_path / "levels")
     for kind in ("self_attn.k_proj", "mlp.down_proj"):

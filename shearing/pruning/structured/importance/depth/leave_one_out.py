@@ -137,6 +137,6 @@ def _losses_without(
                 stream = passage.through_layer(layer, stream, gone=gone)
             here = first
             hidden = passage.to_end(stream, first=first, gone=gone | part)
-            sums[number] += finite(float(sum_of_losses(model, hidden, batch)), metric="leave one out")
+            sums[number] += finite(float(sum_of_losses(model, hidden, batch)), metric="leave_one_out")
             advance(1)
     return evidence.processes.sum(sums) / labels

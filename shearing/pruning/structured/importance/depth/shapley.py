@@ -117,7 +117,7 @@ class _Harm:
             with weights_here(self._head.weight):
                 mean = float(logit_distances(self._whole, hidden, head=self._head, gram=self._gram).mean())
             total = mean * self._share.of_batch
-        return finite(total, metric="Shapley-like")
+        return finite(total, metric="shapley")
 
 
 def gram_of(head: Head) -> Tensor:

@@ -54,7 +54,7 @@ class LayerTaylor:
 
         def loss_of(batch: int, hidden_BSD: Tensor, _head: Tensor) -> Tensor:
             loss = sum_of_losses(model, hidden_BSD, batches[batch]) / labels
-            finite(float(loss.detach()), metric="Taylor of layers")
+            finite(float(loss.detach()), metric="layer_taylor")
             return loss
 
         sums = torch.zeros(2, model.config.num_hidden_layers, dtype=torch.float64)

@@ -90,7 +90,7 @@ class HardBudget:
                 batch = evidence.text[step % len(evidence.text)]
                 loss = loss_of({g.name: straight_through(gates[g.name], granularity=g) for g in granularities}, batch)
                 own = 0.0 if loss is None else float(loss.detach())
-                finite(float(processes.sum(torch.tensor(own, dtype=torch.float64))), metric="hard budget")
+                finite(float(processes.sum(torch.tensor(own, dtype=torch.float64))), metric="hard_budget")
                 if optimizer is not None:
                     if loss is not None:
                         loss.backward()

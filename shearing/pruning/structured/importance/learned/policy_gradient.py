@@ -80,7 +80,7 @@ class PolicyGradient:
                 for index, z in enumerate(draws):
                     own = loss_of({name: m.float().to(device) for name, m in z.items()}, batch)
                     parts[index] = 0.0 if own is None else float(own)
-                losses = [finite(loss, metric="policy") for loss in evidence.processes.sum(parts).tolist()]
+                losses = [finite(loss, metric="policy_gradient") for loss in evidence.processes.sum(parts).tolist()]
                 rate = self._rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for g in granularities:
                     s, (first, second) = chances[g.name], (z[g.name] for z in draws)
