@@ -176,7 +176,9 @@ class TrainingRecipe(Section):
     deepspeed: Neutral[DeepSpeedRecipe] = DeepSpeedRecipe()
     fsdp2: Neutral[Fsdp2Recipe] = Fsdp2Recipe()
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: fp32 weights under autocast; auto: bf16 where the hardware has it."
+        "auto",
+        description="bf16: products in bf16, of fp32 weights under autocast (torch, ZeRO-0) or of bf16 weights of "
+        "which the optimiser has fp32 masters (ZeRO-1 to 3, FSDP2); auto: bf16 where the hardware has it.",
     )
     activation_checkpointing: Neutral[Literal["none", "selective", "full"]] = Field(
         "none",
