@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="shear",
     cls=_Commands,
-    help="Make a language model smaller: learn which parts to cut, cut them exactly, train on.",
+    help="Make a language model smaller: find which parts to cut, cut them exactly, train on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
