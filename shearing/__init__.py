@@ -1,4 +1,4 @@
-"""Make a language model smaller: learn which parts to cut, cut them exactly, train on.
+"""Make a language model smaller: find which parts to cut, cut them exactly, train on.
 
 import shearing
 

@@ -25,11 +25,18 @@ from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
 from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
 from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from data_tools.checksums import sha256_of_tokens
+from data_tools.corpus_output import alone_in, require_begun_alike, require_tokenizer
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
 from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
+from shearing.data.corpus.domain_folder import (
+    domains_of,
+    earlier_texts,
+    is_complete,
+    make_corpus_folder,
+    write_index,
+)
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
@@ -44,7 +51,7 @@ from shearing.data.corpus.splits import SIZE_FORMS, Documents, Sides, SplitSize,
 from shearing.errors import ShearingError, named
 from shearing.evaluation.text_bytes import TokenBytes, token_bytes
 from shearing.files.checksums import sha256_of_file
-from shearing.files.durable import flush_folder, write_json
+from shearing.files.durable import flush_folder, flush_tree, read_json, write_json
 from shearing.files.mapped_arrays import map_file
 from shearing.progress import activity
 from shearing.runs.names import COMPONENT_NAMES
@@ -52,6 +59,8 @@ from shearing.runs.names import COMPONENT_NAMES
 # Enough for arithmetic on arrays to pay, little beside what a process takes anyway.
 TOKENS_AT_A_TIME = 1 << 22
 SPLIT_SEED = 0
+_CHOSEN = ".adopting.json"
+"""File of a corpus: what the held-out documents of domains that are not in their places yet were chosen for."""
 
 _EXPLAINED: dict[Separators, str] = {
     "present": "documents end in the separator",
@@ -141,17 +150,65 @@ def adopt(
     loaded = load_tokenizer(tokenizer, separator_token=separator_token)
     if loaded.notice:
         console.print(loaded.notice, style="yellow", soft_wrap=True, highlight=False, markup=False)
-    make_corpus_folder(output)
-    inputs = {name: _inputs(found, tokenizer=loaded, sizes=sizes) for name, found in sets.items()}
+    with named({"tokenizer": "--tokenizer", "output": "--output"}):
+        require_tokenizer(output, tokenizer=loaded.name, fingerprint=loaded.fingerprint)
+        make_corpus_folder(output)
+        with alone_in(output):
+            return _adopted(sets, output=output, sizes=sizes, tokenizer=loaded, console=console)
+
+
+def _adopted(
+    sets: Mapping[str, ForeignSet], *, output: Path, sizes: SplitSizes, tokenizer: NamedTokenizer, console: Console
+) -> Corpus:
+    inputs = {name: _inputs(found, tokenizer=tokenizer, sizes=sizes) for name, found in sets.items()}
     wanted = {name: found for name, found in sets.items() if not is_complete(output / name, inputs=inputs[name])}
     for name, found in wanted.items():
-        if found.tokenizer is not None and found.tokenizer not in (tokenizer, loaded.full.name_or_path):
+        if found.tokenizer is not None and found.tokenizer not in (tokenizer.name, tokenizer.full.name_or_path):
             console.print(
-                f"{name} was tokenised with {found.tokenizer}, as it says; read with {tokenizer}", soft_wrap=True
+                f"{name} was tokenised with {found.tokenizer}, as it says; read with {tokenizer.name}", soft_wrap=True
             )
-    read = {name: _read_domain(name, found=found, tokenizer=loaded, console=console) for name, found in wanted.items()}
+    # Held-out documents of all were chosen together, besides those of other domains: what a start that was interrupted
+    # has written is used as a whole or not at all.
+    others = {name: DomainManifest.read(output / name).inputs for name in domains_of(output) if name not in sets}
+    chosen_by, chosen = output / _CHOSEN, {"inputs": inputs, "others": others}
+    is_written = chosen_by.is_file() and read_json(chosen_by) == chosen
+    if not (is_written and all(is_complete(_partial(output, name), inputs=inputs[name]) for name in wanted)):
+        chosen_by.unlink(missing_ok=True)
+        _write_domains(wanted, output=output, sizes=sizes, inputs=inputs, tokenizer=tokenizer, console=console)
+        write_json(chosen_by, chosen)
+    for name in wanted:
+        shutil.rmtree(output / name, ignore_errors=True)
+        _partial(output, name).rename(output / name)
+    flush_folder(output)
+    with named(COMPONENT_NAMES):
+        corpus = write_index(
+            output, tokenizer_fingerprint=tokenizer.fingerprint, tokenizer_json=tokenizer.backend.to_str()
+        )
+    chosen_by.unlink()
+    return corpus
+
+
+def _partial(output: Path, name: str) -> Path:
+    return output / f".partial-{name}"
+
+
+def _write_domains(
+    wanted: Mapping[str, ForeignSet],
+    *,
+    output: Path,
+    sizes: SplitSizes,
+    inputs: Mapping[str, str],
+    tokenizer: NamedTokenizer,
+    console: Console,
+) -> None:
+    """Write all domains, none of them in its place yet."""
+    read = {
+        name: _read_domain(name, found=found, tokenizer=tokenizer, console=console) for name, found in wanted.items()
+    }
     for name, each in read.items():
-        _require_separator(name, each, tokenizer=loaded)
+        _require_separator(name, each, tokenizer=tokenizer)
+        bos = each.bos(tokenizer.begin_id)
+        require_begun_alike(output, bos=bos, field=f"--domain {name}", mend="sets whose texts begin so")
         console.print(f"{name}: {_EXPLAINED[each.separators]}", soft_wrap=True)
     documents = {name: Documents(hashes=each.hashes, tokens=each.lengths + 1) for name, each in read.items()}
     sides = choose_splits(documents, sizes=sizes, seed=SPLIT_SEED, earlier=earlier_texts(output, besides=wanted))
@@ -164,11 +221,9 @@ def adopt(
             sides=sides[name],
             sizes=sizes,
             inputs=inputs[name],
-            tokenizer=loaded,
+            tokenizer=tokenizer,
             console=console,
         )
-    with named(COMPONENT_NAMES):
-        return write_index(output, tokenizer_fingerprint=loaded.fingerprint, tokenizer_json=loaded.backend.to_str())
 
 
 def find_documents(path: Path, *, field: str) -> ForeignSet:
@@ -338,7 +393,7 @@ def _write_domain(
     tokenizer: NamedTokenizer,
     console: Console,
 ) -> None:
-    folder = output / f".partial-{name}"
+    folder = _partial(output, name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     stamps = [_stamp(file.path) for file in found.files]
@@ -397,9 +452,8 @@ def _write_domain(
         bos_mode=bos.mode,
         bos_id=bos.token,
     )
+    flush_tree(folder)
     write_json(folder / MANIFEST_NAME, manifest.to_json())
-    folder.rename(output / name)
-    flush_folder(output)
 
 
 def _save_split(

@@ -7,7 +7,6 @@ a kill, the same command finds what is done and does the rest; the result is the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from data_tools.corpus_output import alone_in, require_begun_alike, require_tokenizer
 from data_tools.preparation.forms import Form
 from data_tools.preparation.recipe import DomainSources, PreparationRecipe
 from data_tools.preparation.sources import Input, find_inputs
@@ -31,8 +31,8 @@ from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder
-from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
+from shearing.data.corpus.domain_folder import DomainSettings, is_complete, make_corpus_folder, write_index
+from shearing.data.corpus.format import FORMAT, INDEX_NAME
 from shearing.data.texts.chat import ChatTemplate
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
@@ -97,21 +97,27 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     for name, each in found.items():
         if each.passed_over:
             console.print(f"{name}: {each.passed_over} files with other endings are passed over", highlight=False)
-    _require_alike(recipe.output, settings=settings)
+    fingerprint = settings.tokenizer_fingerprint
+    require_tokenizer(recipe.output, tokenizer=settings.tokenizer, fingerprint=fingerprint)
+    require_begun_alike(recipe.output, bos=settings.bos, field="bos", mend="bos={}")
     inputs = {
         name: _identity(recipe, settings=settings, inputs=each.inputs, form=forms[name]) for name, each in found.items()
     }
     complete = {name: is_complete(recipe.output / name, inputs=inputs[name]) for name in inputs}
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
-    if not all(complete.values()) or not _in_index(recipe.output, names=inputs):
+    tokenizer_json = tokenizer.backend.to_str()
+    if all(complete.values()) and not _in_index(recipe.output, names=inputs):
+        with alone_in(recipe.output):  # what wrote the domains did not come to the index, or it is gone
+            write_index(recipe.output, tokenizer_fingerprint=fingerprint, tokenizer_json=tokenizer_json)
+    elif not all(complete.values()):
         make_corpus_folder(recipe.output)
-        with _alone_in(recipe.output):
+        with alone_in(recipe.output):
             job = _plan(
                 recipe,
                 work=work,
                 settings=settings,
-                tokenizer_json=tokenizer.backend.to_str(),
+                tokenizer_json=tokenizer_json,
                 forms=forms,
                 inputs=inputs,
                 files={name: each.inputs for name, each in found.items()},
@@ -121,7 +127,7 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
                 return None
     shutil.rmtree(work.path, ignore_errors=True)
     with named(COMPONENT_NAMES):
-        corpus = Corpus.open(recipe.output, tokenizer_fingerprint=settings.tokenizer_fingerprint)
+        corpus = Corpus.open(recipe.output, tokenizer_fingerprint=fingerprint)
     console.print(domain_table(corpus))
     console.print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
     if others := [path.name for path in recipe.output.glob(f"{PREFIX}*")]:
@@ -168,31 +174,6 @@ def _form(sources: DomainSources, *, tokenizer: NamedTokenizer) -> Form:
     return Form(ChatTemplate.of(tokenizer.full, answers=sources.loss == "answers", trusted=trusted), trusted)
 
 
-def _require_alike(output: Path, *, settings: DomainSettings) -> None:
-    """Check that the domains which are there have the same tokenizer, and begin their texts alike.
-
-    Raises:
-        ShearingError: one does not.
-    """
-    for name in domains_of(output):
-        manifest = DomainManifest.read(output / name)
-        if manifest.tokenizer_fingerprint != settings.tokenizer_fingerprint:
-            raise ShearingError(
-                "tokenizer",
-                value=f"{settings.tokenizer} (fingerprint {settings.tokenizer_fingerprint})",
-                allowed=f"the tokenizer of the domains that are there: {manifest.tokenizer} "
-                f"(fingerprint {manifest.tokenizer_fingerprint})",
-                mend="choose another output, or that tokenizer",
-            )
-        if manifest.bos != settings.bos:
-            raise ShearingError(
-                "bos",
-                value=f"{settings.bos}",
-                allowed=f"as in the domains that are there: {manifest.bos}",
-                mend=f"choose another output, or bos={manifest.bos.mode}",
-            )
-
-
 def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Sequence[Input], form: Form) -> str:
     """Hash of all that a domain's bytes depend on, other domains aside."""
     parts: list[list[object]] = [
@@ -210,29 +191,6 @@ def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Se
 def _in_index(output: Path, *, names: Mapping[str, str]) -> bool:
     path = output / INDEX_NAME
     return path.is_file() and set(names) <= set(read_json(path)["domains"])
-
-
-@contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder: what is held out here must be known there.
-
-    Raises:
-        ShearingError: there is one.
-    """
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShearingError(
-                "output",
-                value=str(output),
-                allowed="one preparation in a folder at a time",
-                mend="another one is running there: wait until it has ended",
-            ) from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def _plan(

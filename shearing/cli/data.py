@@ -111,6 +111,14 @@ def adopt(
     for item, (name, _, path) in zip(domain, pairs, strict=True):
         if not (name and path):
             raise ShearingError("--domain", value=item, allowed="NAME=PATH", mend="write --domain books=sets/books")
+    names = [name for name, _, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ShearingError(
+            "--domain",
+            value=[item for item in domain if item.startswith(f"{twice}=")],
+            allowed="each name once",
+            mend="put the sets of a domain into one folder, and name that",
+        )
     console = Console(stderr=True)
     corpus = adopt_sets(
         domains={name: Path(path) for name, _, path in pairs},

@@ -71,6 +71,8 @@ def export(
     of 4.
     """
     plain = {"--dtype": dtype, "--shard-size": shard_size, "--gguf": gguf, "--push": push, "--vocab-size": vocab_size}
+    _require_with("--vocab-size", vocab_size, options={"--corpus": corpus})
+    _require_with("--push", push, options={"--private": private or None, "--dry-run": dry_run or None})
     two_of_four = {"--batch": batch, "--precision": precision, "--backend": backend, "--margin": margin}
     _require_unset(plain if semi_structured else two_of_four, semi_structured=semi_structured)
     if not semi_structured:
@@ -103,6 +105,15 @@ def export(
             margin=MARGIN if margin is None else margin,
             revision=revision,
         )
+
+
+def _require_with(name: str, value: object, *, options: dict[str, Any]) -> None:
+    """Options that mean nothing without another one."""
+    for option, given in options.items():
+        if value is None and given is not None:
+            raise ShearingError(
+                option, value=given, allowed=f"nothing without {name}", mend=f"leave it out, or add {name}"
+            )
 
 
 def _require_unset(options: dict[str, Any], *, semi_structured: bool) -> None:

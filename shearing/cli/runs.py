@@ -20,6 +20,9 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.quantities import DURATION_FORMS, Duration
 
+_TIME, _LOG, _BEFORE = "24:00:00", "slurm-%j.out", 300
+"""Of a Slurm job, unless said otherwise."""
+
 
 def _slurm(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel="With --slurm")
@@ -178,15 +181,15 @@ def launch(
     gpus_per_node: Annotated[
         int | None, typer.Option(help="GPUs, and so processes, on each: the GPUs of this machine; with --slurm, 8.")
     ] = None,
-    time: Annotated[str, _slurm("Time limit of one start of the job; a longer run is queued again.")] = "24:00:00",
+    time: Annotated[str, _slurm("Time limit of one start of the job; a longer run is queued again.")] = _TIME,
     partition: Annotated[str | None, _slurm("Partition.")] = None,
     account: Annotated[str | None, _slurm("Account.")] = None,
     qos: Annotated[str | None, _slurm("Quality of service.")] = None,
     cpus_per_task: Annotated[int | None, _slurm("CPU cores of each process.")] = None,
     mem: Annotated[str | None, _slurm("Memory of each node.")] = None,
     name: Annotated[str | None, _slurm("Name of the job; from the recipe if unset.", "--job-name")] = None,
-    output: Annotated[str, _slurm("Log of the job.")] = "slurm-%j.out",
-    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = 300,
+    output: Annotated[str, _slurm("Log of the job.")] = _LOG,
+    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = _BEFORE,
     directives: Annotated[
         list[str] | None, _slurm("Any other option of sbatch, KEY=VALUE or KEY; may be repeated.", "--sbatch")
     ] = None,
@@ -200,7 +203,23 @@ def launch(
 
     resolved = load(recipe, overrides)
     if not slurm:
-        launching.require_slurm(submit=submit)
+        launching.require_slurm(
+            {
+                "--submit": submit,
+                "--time": time != _TIME and time,
+                "--partition": partition,
+                "--account": account,
+                "--qos": qos,
+                "--cpus-per-task": cpus_per_task,
+                "--mem": mem,
+                "--job-name": name,
+                "--output": output != _LOG and output,
+                "--signal-before": signal_before != _BEFORE and signal_before,
+                "--sbatch": directives,
+                "--setup": setup,
+                "--python": python,
+            }
+        )
         processes = launching.gpus_here() if gpus_per_node is None else gpus_per_node
         text = launching.commands(recipe, overrides=overrides or (), nodes=nodes, processes=processes)
         launching.require_equal_shares(resolved, num_processes=nodes * processes)

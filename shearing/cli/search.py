@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shearing.cli.frame import Overrides, RecipeFile, app, load
+from shearing.errors import ShearingError
 
 
 @app.command()
@@ -38,6 +39,14 @@ def search(
     from shearing.runs.search.side_by_side import require_processes, run_side_by_side
 
     require_processes(processes)
+    beside = {"--plan": only_plan, "--retry-failed": retry_failed, "--processes": processes > 1}
+    if join and (given := [option for option, is_given in beside.items() if is_given]):
+        raise ShearingError(
+            given[0],
+            value=processes if given[0] == "--processes" else True,
+            allowed="nothing beside --join, which takes candidates in one process",
+            mend="leave one of the two out; start --join once for each process",
+        )
     settings = SearchSettings(recipe=resolved, output=folder, keep_runs=keep_runs, retry_failed=retry_failed)
     made = Search(settings)
     if join:

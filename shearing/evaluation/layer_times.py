@@ -77,6 +77,12 @@ class LayerTimes:
     context: int
     dtype: str
 
+    def is_of(self, shapes: Sequence[Shape], *, context: int, dtype: torch.dtype) -> bool:
+        """Whether `measure_layers` of these would time the same."""
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        there, wanted = ({tuple(getattr(each, name) for name in names) for each in of} for of in (self.entries, shapes))
+        return there == wanted and (self.context, self.dtype) == (context, _name_of(dtype))
+
     def of(self, shape: Shape) -> Times:
         """What a model of a shape takes; outside of what was timed it is that of the nearest size."""
         heads = sorted({entry.num_attention_heads for entry in self.entries})
@@ -166,7 +172,7 @@ def measure_layers(
             )
         )
         advance(1)
-    return LayerTimes(entries=entries, context=context, dtype=str(dtype).removeprefix("torch."))
+    return LayerTimes(entries=entries, context=context, dtype=_name_of(dtype))
 
 
 def layer_kinds(config: PretrainedConfig) -> dict[int, float]:
@@ -225,6 +231,10 @@ def model_by_chance(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=dtype)
     model.train(False)
     return model
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _weights(values: Sequence[int], value: int) -> list[tuple[int, float]]:

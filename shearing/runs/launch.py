@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -339,18 +339,21 @@ def job_name(recipe: Recipe) -> str:
     return "shear-" + "-".join(_SAFE_VALUE.findall(recipe.name))
 
 
-def require_slurm(*, submit: bool) -> None:
+def require_slurm(options: Mapping[str, object]) -> None:
     """Refuse what only a Slurm job has.
 
+    Args:
+        options: of the command by name, whose values are false where they were not given.
+
     Raises:
-        ShearingError: a job is to be submitted, and there is none.
+        ShearingError: one was given, and there is no such job.
     """
-    if submit:
+    if given := next((option for option, value in options.items() if value), None):
         raise ShearingError(
-            "--submit",
+            given,
             value="without --slurm",
-            allowed="a Slurm job to submit",
-            mend="add --slurm, or leave out --submit",
+            allowed="a Slurm job that it is of",
+            mend=f"add --slurm, or leave out {given}",
         )
 
 

@@ -409,6 +409,8 @@ def test_submit_wants_sbatch(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch)
         (["--slurm", "--sbatch", "constraint=a b"], "--sbatch constraint = 'a b'"),
         (["--slurm", "--sbatch", "C=h100"], "--sbatch = 'C=h100'"),
         (["--submit"], "add --slurm"),
+        (["--partition", "gpu"], "add --slurm"),
+        (["--time", "1:00"], "add --slurm"),
         (["--slurm", "--nodes", "3", "--gpus-per-node", "1"], "prune.batch_size"),
         (["--gpus-per-node", "3"], "prune.batch_size"),
     ],

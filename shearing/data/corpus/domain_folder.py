@@ -253,6 +253,14 @@ def write_index(path: Path, *, tokenizer_fingerprint: str, tokenizer_json: str |
     names = domains_of(path)
     if not names:
         raise ShearingError(str(path), value="no domain", allowed="at least one", mend="prepare a domain")
+    for name in names:  # before anything is written: they could be read with the tokenizer that is there
+        if DomainManifest.read(path / name).tokenizer_fingerprint != tokenizer_fingerprint:
+            raise ShearingError(
+                str(path / name),
+                value="made with another tokenizer",
+                allowed=f"the one of the corpus, {tokenizer_fingerprint}",
+                mend="remove that domain, or prepare the others in another folder",
+            )
     if tokenizer_json is not None:
         write_text(path / TOKENIZER_NAME, tokenizer_json)
     index = {"format": FORMAT, "domains": names, "tokenizer_fingerprint": tokenizer_fingerprint}

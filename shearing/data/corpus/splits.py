@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -61,7 +62,9 @@ class SplitSize:
 
     def __str__(self) -> str:
         if self.share is not None:
-            return f"{float(self.share * 100):g}%"
+            percent = self.share * 100
+            exact = Decimal(percent.numerator) / Decimal(percent.denominator)
+            return f"{exact.normalize():f}%"
         return f"{self.tokens} tokens"
 
     def of(self, total: int) -> int:

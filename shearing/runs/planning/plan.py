@@ -115,7 +115,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         "prune": () if recipe.prune is None else _masked(recipe, source=source, target=None if budget else target),
         "pretrain": _shrinking(list(family.values())[-1], source=target or source) if family else (),
     }
-    precision = _precision(recipe, hardware=hardware)
+    precision = planned_precision(recipe, hardware=hardware)
     taught = _taught(recipe, source=stored, precision=precision)
     planned = [
         _stage_plan(
@@ -232,7 +232,8 @@ def _stand_in(source: Shape, *, parameters: int) -> Shape:
     return dataclasses.replace(source, num_hidden_layers=min(max(layers, 1), source.num_hidden_layers))
 
 
-def _precision(recipe: Recipe, *, hardware: Hardware) -> torch.dtype:
+def planned_precision(recipe: Recipe, *, hardware: Hardware) -> torch.dtype:
+    """Dtype of products on the hardware that is planned for, whatever is here."""
     training = recipe.training
     if training.precision == "auto" and (hardware.gpu is not None or training.device == "cuda"):
         # For the GPU that is planned for, not for what is here; one that is not in the table has bf16, as all newer do.

@@ -78,7 +78,9 @@ def run_row(row: Row, *, context: RunContext, folder: RaceFolder, flops: Flops) 
     chosen = _learn(context, folder=folder) if by_stages else _cut_at_once(row, context=context, folder=folder)
     if not run.is_complete("pretrain"):
         pretrain(context)
-    final = losses_of(load_model(run.model, context=context), context=context)
+    # Killed between moving the model that is kept and writing the row, it is there already.
+    model = run.model if run.model.is_dir() else folder.model(row)
+    final = losses_of(load_model(model, context=context), context=context)
     if final["mean"] is None:
         raise NotFiniteError("the loss after training is no number")
     shape, recipe = target_of(context), context.recipe
@@ -108,7 +110,9 @@ def _head(row: Row) -> Record:
 
 
 def keep_model(context: RunContext, *, place: Path) -> None:
-    """Move the final model of a row out of its run's folder."""
+    """Move the final model of a row out of its run's folder, unless that was done."""
+    if not context.directory.model.is_dir():
+        return
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     context.directory.model.rename(place)

@@ -10,11 +10,11 @@ from shearing.models.loading import load_config
 from shearing.models.shape import Shape
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import planned_precision
 from shearing.runs.recipe import Recipe
 from shearing.runs.search.candidates import budget_of, candidates_at, named_candidates
 from shearing.runs.search.plan import mistakes, plan_search
 from shearing.runs.search.tables import plan_table
-from shearing.training.device import resolve_device, resolve_precision
 
 
 @named(COMPONENT_NAMES)
@@ -39,7 +39,7 @@ def price(recipe: Recipe, *, hardware: Hardware) -> RenderableType:
     else:
         candidates = candidates_at(recipe, budget, config=config, times=None)
     plan = plan_search(recipe, candidates, config=config, teacher=_teacher(recipe))
-    precision = resolve_precision(recipe.training, device=resolve_device(recipe.training.device))
+    precision = planned_precision(recipe, hardware=hardware)
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
     rate = None if peak is None else peak * hardware.mfu * hardware.processes
     return plan_table(plan, recipe=recipe, flops_per_second=rate)

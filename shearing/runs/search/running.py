@@ -64,14 +64,17 @@ class Runner:
     def drop_weights(self, candidate: Candidate) -> None:
         """Remove what only a run that goes on needs; its recipe, its metrics and its figures stay."""
         directory = RunDirectory(self.folder.run(candidate.name))
+        directory.complete("pretrain").unlink(missing_ok=True)  # first: without its model it is not
         for path in (directory.prune, directory.compact, directory.model, directory.checkpoints("pretrain")):
             shutil.rmtree(path, ignore_errors=True)
 
     def _record(self, candidate: Candidate, *, number: int) -> dict[str, Any]:
         try:
             return self._worth(candidate, number=number)
-        except OSError:
-            raise
+        except OSError as error:
+            if error.errno is not None:  # of the disk; without a number it is transformers', of a model
+                raise
+            return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
         except ShearingError as error:
             if error.field.partition(" ")[0] in OF_THE_FOLDER:
                 raise

@@ -110,13 +110,16 @@ class Search:
             ShearingError: no shape at the budget, another search in the folder, or what `preflight` finds.
         """
         with locked(self.settings.output, field="--output"):
-            require_same_race(RaceFolder(path=self.folder.path), settings=self._settings())
+            race = RaceFolder(path=self.folder.path)
+            if race.settings.is_file():
+                require_same_race(race, settings=self._settings())
             candidates = self._candidates()
             made = self._plan(candidates)
             largest = max(candidates, key=lambda candidate: candidate.shape.num_parameters())
             recipe = recipe_of(self._recipe, largest, number=1, folder=self.folder)
             preflight(RunContext(recipe, console=self._console), stages=STAGES)
             self._require_disk(made)
+            require_same_race(race, settings=self._settings())  # it has begun: only now other keys are another search
             write_json(self.folder.candidates, {"candidates": [candidate.to_json() for candidate in candidates]})
             if self.settings.retry_failed:
                 self._forget_failures(made)
@@ -215,12 +218,14 @@ class Search:
 
     def _layer_times(self, *, measure: bool) -> LayerTimes | None:
         """The table of layer times: kept in the folder, as it is of this device and this moment."""
-        if self.folder.layer_times.is_file():
-            return LayerTimes.from_json(read_json(self.folder.layer_times))
-        if not measure:
-            return None
         search, config = search_of(self._recipe), self._context.config_as_cut
         shapes = shapes_to_time(self._recipe, config=config)
+        if self.folder.layer_times.is_file():
+            found = LayerTimes.from_json(read_json(self.folder.layer_times))
+            if not measure or found.is_of(shapes, context=search.context, dtype=DTYPES[search.dtype]):
+                return found
+        if not measure:
+            return None
         with activity("layer times", total=len(shapes), console=self._console) as advance:
             found = measure_layers(
                 shapes,

@@ -19,6 +19,11 @@ sizes = st.one_of(
 ).map(lambda both: SplitSizes(*both))
 
 
+@pytest.mark.parametrize("text", ["5%", "0.5%", "10%", "0.00005%", "12.3456789%", "33.3%", "5 tokens"])
+def test_a_size_is_read_as_it_is_written(text: str) -> None:
+    assert str(SplitSize.parse(text)) == text
+
+
 def tenths(validation: int = 1, test: int = 1) -> SplitSizes:
     return SplitSizes(*(SplitSize(share=Fraction(each, 10)) for each in (validation, test)))
 

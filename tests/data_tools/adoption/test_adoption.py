@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from rich.console import Console
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from data_tools.adoption.adoption import adopt
+from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SPLITS
 from shearing.data.mixture.sampler import Mixture
@@ -192,6 +195,69 @@ def test_adopting_twice_keeps_what_is_there_and_equal_texts_on_one_side(tmp_path
     assert sum(map(len, sides.values())) == len(set.union(*sides.values()))
     with pytest.raises(ShearingError, match="other settings"):
         adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output, test="10%")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_corpus_of_another_tokenizer_or_beginning_stays_as_it_was(tmp_path: Path, byte_tokenizer: Path) -> None:
+    write_ds(tmp_path / "a.ds", texts(byte_tokenizer, 60))
+    adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=tmp_path / "corpus")
+    before = content(tmp_path / "corpus")
+    shutil.copytree(byte_tokenizer, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    own = Tokenizer.from_file(str(path))
+    own.add_tokens(["<another>"])
+    own.save(str(path))
+    with pytest.raises(ShearingError, match="tokenizer of the domains that are there") as raised:
+        adopted({"b": tmp_path / "a.ds"}, tokenizer=tmp_path / "other", output=tmp_path / "corpus")
+    assert raised.value.field == "--tokenizer"
+    assert content(tmp_path / "corpus") == before
+    begun = Tokenizer.from_file(str(byte_tokenizer / "tokenizer.json"))
+    begun.post_processor = processors.TemplateProcessing(
+        single=f"{begun.id_to_token(1)} $A", special_tokens=[(begun.id_to_token(1), 1)]
+    )
+    begun.save(str(byte_tokenizer / "tokenizer.json"))
+    write_ds(tmp_path / "b.ds", [[1, *each] for each in texts(byte_tokenizer, 60)])
+    with pytest.raises(ShearingError, match="as in the domains that are there: no token in front"):
+        adopted({"b": tmp_path / "b.ds"}, tokenizer=byte_tokenizer, output=tmp_path / "corpus")
+    assert content(tmp_path / "corpus") == before
+
+
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_domains_that_were_chosen_together_stay_so(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    made = texts(byte_tokenizer, 400)
+    write_ds(tmp_path / "a.ds", made[:300])
+    write_ds(tmp_path / "b.ds", made[150:])
+    paths = {name: tmp_path / f"{name}.ds" for name in "ab"}
+    whole = adopted(paths, tokenizer=byte_tokenizer, output=tmp_path / "whole")
+    rename, left = Path.rename, [renamed]
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.startswith(".partial-"):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adopted(paths, tokenizer=byte_tokenizer, output=tmp_path / "parts")
+    monkeypatch.undo()
+    parts = adopted(paths, tokenizer=byte_tokenizer, output=tmp_path / "parts")
+    for domain in "ab":
+        assert contents(parts, domain) == contents(whole, domain)
+    assert not list((tmp_path / "parts").glob(".*"))
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, byte_tokenizer: Path) -> None:
+    command = ["data", "adopt", "--domain", "a=x.ds", "--domain", "a=y.ds", "--tokenizer", str(byte_tokenizer)]
+    result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "corpus")])
+    assert result.exit_code == 2
+    assert "each name once" in result.stderr
 
 
 def test_files_changed_since_are_found_when_opened(tmp_path: Path, byte_tokenizer: Path) -> None:

@@ -410,3 +410,13 @@ def test_special_tokens_in_texts_are_kept_where_they_are_wanted(prepared: Prepar
     # Other tokens are another domain, not one that is there already.
     with pytest.raises(ShearingError, match="with other settings"):
         prepared({"letters": {"paths": str(lines), "special_tokens": "tokens"}})
+
+
+def test_an_index_that_is_gone_is_made_again(prepared: Prepared, tmp_path: Path) -> None:
+    domains = {"a": str(write_lines(tmp_path / "a.jsonl", TEXTS))}
+    corpus = prepared(domains)
+    before = content(corpus.path)
+    (corpus.path / "corpus.json").unlink()
+    (corpus.path / "tokenizer.json").unlink()
+    prepared(domains)
+    assert content(corpus.path) == before

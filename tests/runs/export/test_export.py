@@ -237,6 +237,19 @@ def test_a_dry_run_pushes_nothing(dense: RunDirectory, tmp_path: Path, monkeypat
     assert "does not suit tensor parallelism over 8 GPUs: no equal shares of num_attention_heads 4" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [(["--corpus", "x"], "--vocab-size"), (["--dry-run"], "--push"), (["--private"], "--push")],
+)
+def test_options_that_mean_nothing_alone_are_refused(
+    options: list[str], without: str, dense: RunDirectory, tmp_path: Path
+) -> None:
+    result = shear("export", dense.path, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert f"nothing without {without}" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_push_makes_the_repository_and_uploads_the_folder(
     dense: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from shearing.models.stored.spellings import in_both_spellings
 from shearing.pruning.structured.importance.chance import Chance
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
+from shearing.runs.race import race as racing, running
 from shearing.runs.race.methods import METHODS, RaceMethod, Ranking
 from shearing.runs.race.race import compare
 from shearing.runs.race.records import model_fingerprint
@@ -281,6 +282,26 @@ def test_text_of_no_domain_judges_too(tiny_inputs: Path, tmp_path: Path) -> None
 def test_models_are_kept_if_asked_for(tiny_inputs: Path, tmp_path: Path) -> None:
     _race(_settings(tiny_inputs, tmp_path, methods=("random",), refit="without", keep_models=True))
     assert (tmp_path / "models" / "random-seed0-10steps" / "model.safetensors").is_file()
+
+
+def test_a_model_that_was_kept_and_not_written_down_is_judged_where_it_is(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"methods": ("random",), "refit": "without", "keep_models": True}
+    _race(_settings(tiny_inputs, tmp_path / "whole", **asked))
+
+    def killed(*arguments: Any, **keywords: Any) -> None:
+        running.keep_model(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(racing, "keep_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _race(_settings(tiny_inputs, tmp_path / "parts", **asked))
+    monkeypatch.undo()
+    _race(_settings(tiny_inputs, tmp_path / "parts", **asked))
+    (whole,), (parts,) = _rows(tmp_path / "whole").values(), _rows(tmp_path / "parts").values()
+    assert parts["losses"] == whole["losses"]
+    assert (tmp_path / "parts" / "models" / "random-seed0-10steps" / "model.safetensors").is_file()
 
 
 def _start(recipe: Path, output: Path, *, said: Path) -> BaseProcess:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -17,9 +18,11 @@ from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.evaluation.layer_times import Entry, LayerTimes, Times
 from shearing.models.shape import Shape
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.race.judging import losses_of
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.runs.search import running, search as searching
+from shearing.runs.search import pricing, running, search as searching
 from shearing.runs.search.candidates import Candidate
 from shearing.runs.search.plan import STAGES, SearchFolder, recipe_of
 from shearing.runs.search.search import Search, SearchSettings, search
@@ -230,6 +233,43 @@ def test_a_folder_of_another_search_is_refused(tiny_inputs: Path, tmp_path: Path
     assert made().join().candidates == made().prepare().candidates
 
 
+def test_a_mistake_is_no_search_that_has_begun(tiny_inputs: Path, tmp_path: Path) -> None:
+    def made(**keys: Any) -> Search:
+        asked = SearchSettings(recipe=recipe(tiny_inputs, **keys), output=tmp_path / "out")
+        return Search(asked, console=Console(quiet=True))
+
+    with pytest.raises(ShearingError):
+        made(hidden=[0.3, 0.31], multiple_of=16).prepare()
+    made().prepare()
+
+
+def test_a_candidate_that_failed_early_is_run_again_when_its_weights_are_gone(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(model: Any, *, context: Any, **keywords: Any) -> dict[str, Any]:
+        if context.recipe.name == "short":
+            raise ArithmeticError("no number")
+        return losses_of(model, context=context, **keywords)
+
+    monkeypatch.setattr(running, "losses_of", fails)
+    two = {name: NAMED[name] for name in ("short", "narrow")}
+    asked = recipe(tiny_inputs, candidates=two, rounds=["2 x 64", "1 x 96"], decay="0 steps")
+    results = searched(asked, tmp_path / "out")
+    assert [line["failed"] for line in results["candidates"] if line["failed"]] == ["no number"]
+    monkeypatch.setattr(running, "losses_of", losses_of)
+    again = searched(asked, tmp_path / "out", retry_failed=True)
+    assert not [line for line in again["candidates"] if line["failed"]]
+
+
+@pytest.mark.parametrize("beside", [["--plan"], ["--retry-failed"], ["--processes", "2"]])
+def test_what_joining_has_no_use_for_is_refused(beside: list[str], tiny_inputs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data_of(tiny_inputs)))
+    result = CliRunner().invoke(app, ["search", str(file), "--join", *beside, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "nothing beside --join" in result.stderr
+
+
 def test_a_plan_prices_the_search(tiny_inputs: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(data_of(tiny_inputs)))
@@ -239,6 +279,17 @@ def test_a_plan_prices_the_search(tiny_inputs: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "608 tokens and" in result.output
     assert not (tmp_path / "out" / "candidates").exists()
+
+
+def test_hours_are_of_the_gpu_that_is_planned_for(tiny_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    monkeypatch.setattr(pricing, "plan_table", lambda *_, flops_per_second, **__: rates.append(flops_per_second))
+    data = data_of(tiny_inputs)
+    data["training"] |= {"device": "cuda", "precision": "auto"}  # which is not here
+    hardware = Hardware.of(processes=2, gpu="H100", gigabytes=None, mfu=0.5)
+    pricing.price(Recipe.model_validate(data), hardware=hardware)
+    assert hardware.gpu is not None
+    assert rates == [hardware.gpu.peak[torch.bfloat16]]
 
 
 def _source(inputs: Path) -> Shape:

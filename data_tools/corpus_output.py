@@ -1,0 +1,83 @@
+"""The folder of a corpus that domains are added to: what they have to have in common, and one who writes at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shearing.data.corpus.bos import Bos
+from shearing.data.corpus.domain_folder import domains_of
+from shearing.data.corpus.format import DomainManifest
+from shearing.errors import ShearingError
+
+
+def require_tokenizer(output: Path, *, tokenizer: str, fingerprint: str) -> None:
+    """Check that the domains which are there have the same tokenizer.
+
+    Args:
+        output: folder of the corpus, there or not.
+        tokenizer: folder or hub name of the one that is used now.
+        fingerprint: its own.
+
+    Raises:
+        ShearingError: one does not.
+    """
+    for name in domains_of(output):
+        manifest = DomainManifest.read(output / name)
+        if manifest.tokenizer_fingerprint != fingerprint:
+            raise ShearingError(
+                "tokenizer",
+                value=f"{tokenizer} (fingerprint {fingerprint})",
+                allowed=f"the tokenizer of the domains that are there: {manifest.tokenizer} "
+                f"(fingerprint {manifest.tokenizer_fingerprint})",
+                mend="choose another output, or that tokenizer",
+            )
+
+
+def require_begun_alike(output: Path, *, bos: Bos, field: str, mend: str) -> None:
+    """Check that the domains which are there begin their texts as those that are to come.
+
+    Args:
+        output: folder of the corpus, there or not.
+        bos: how the new ones begin theirs.
+        field: what the user calls that.
+        mend: what else than another output would help; {} stands for how those that are there begin.
+
+    Raises:
+        ShearingError: one does not.
+    """
+    for name in domains_of(output):
+        found = DomainManifest.read(output / name).bos
+        if found != bos:
+            raise ShearingError(
+                field,
+                value=str(bos),
+                allowed=f"as in the domains that are there: {found}",
+                mend=f"choose another output, or {mend.format(found.mode)}",
+            )
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keep others that write out of the folder: what is held out here must be known there.
+
+    Raises:
+        ShearingError: there is one.
+    """
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShearingError(
+                "output",
+                value=str(output),
+                allowed="one preparation in a folder at a time",
+                mend="another one is running there: wait until it has ended",
+            ) from None
+        yield
+    finally:
+        os.close(folder)
