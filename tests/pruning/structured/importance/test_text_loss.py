@@ -38,10 +38,10 @@ def test_first_tokens_of_documents_count_only_where_the_rules_say_so() -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_an_error_of_the_metric(loss: float) -> None:
-    assert finite(1.5, metric="leave one out") == 1.5
+    assert finite(1.5, metric="leave_one_out") == 1.5
     with pytest.raises(ShearingError) as refused:
-        finite(loss, metric="leave one out")
-    assert refused.value.field == "importance (leave one out)"
+        finite(loss, metric="leave_one_out")
+    assert refused.value.field == "initial_masks (leave_one_out)"
 
 
 WITHOUT_LABELS = [
