@@ -298,13 +298,19 @@ def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
         "criterion": "what reads no text, as magnitude",
         "allocation": "uniform, alpha, or redundancy by magnitude",
     }
-    if structure.layers is None:
-        raise ShearingError(
+
+    def refused(why: str) -> ShearingError:
+        return ShearingError(
             field,
             value=str(getattr(recipe, field)),
-            allowed=f"{others}: {type(structure.model).__name__} is no model that predicts text by layers which "
-            "can be walked through one after the other",
+            allowed=f"{others[field]}: {why}",
             mend="choose criterion magnitude with such an allocation",
+        )
+
+    if structure.layers is None:
+        raise refused(
+            f"{type(structure.model).__name__} is no model that predicts text by layers which can be walked through one "
+            "after the other"
         )
     if recipe.include_towers and structure.towers:
         raise ShearingError(
@@ -314,25 +320,20 @@ def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
             f"through {', '.join(structure.towers)}",
             mend="set include_towers=false, or choose criterion magnitude with allocation uniform or alpha",
         )
+    architecture = repr(source.config.model_type)
     if missing := structure.not_stored():
-        raise ShearingError(
-            field,
-            value=str(getattr(recipe, field)),
-            allowed=f"{others}: for text to go through the layers of {source.config.model_type!r}, its files have to "
-            f"have {', '.join(missing[:3])}, or what transformers makes it of",
-            mend="choose criterion magnitude with such an allocation",
+        raise refused(
+            f"for text to go through the layers of {architecture}, its files have to have {', '.join(missing[:3])}, or "
+            "what transformers makes it of"
         )
     members = [
         {linear.member for linear in structure.linears if linear.block == layer}
         for layer in range(structure.num_layers)
     ]
     if unlike := next((layer for layer, found in enumerate(members) if found != members[0]), None):
-        raise ShearingError(
-            field,
-            value=str(getattr(recipe, field)),
-            allowed=f"{others}: layers of {source.config.model_type!r} are not alike, {unlike} has other linear "
-            f"layers than 0: {', '.join(sorted(members[0] ^ members[unlike])[:5])}",
-            mend="choose criterion magnitude with such an allocation",
+        raise refused(
+            f"layers of {architecture} are not alike, {unlike} has other linear layers than 0: "
+            f"{', '.join(sorted(members[0] ^ members[unlike])[:5])}"
         )
     return [matrix for matrix in matrices if matrix.layer < structure.num_layers]
 

@@ -312,6 +312,7 @@ def test_what_cannot_be_walked_is_said_before_any_work(
     architecture: str, config: Any, keys: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     built(getattr(transformers, architecture), config(), tmp_path / "model")
-    with pytest.raises(ShearingError, match=said):
+    with pytest.raises(ShearingError, match=said) as raised:
         run(tmp_path / "model", tmp_path / "out", **keys)
+    assert "{" not in raised.value.allowed
     assert not (tmp_path / "out").exists()
