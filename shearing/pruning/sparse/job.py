@@ -309,8 +309,8 @@ def _matrices(source: Source, *, recipe: SparsifyRecipe) -> list[Matrix]:
 
     if structure.layers is None:
         raise refused(
-            f"{type(structure.model).__name__} is no model that predicts text by layers which can be walked through one "
-            "after the other"
+            f"{type(structure.model).__name__} is no model that predicts text by layers which can be walked through "
+            "one after the other"
         )
     if recipe.include_towers and structure.towers:
         raise ShearingError(
