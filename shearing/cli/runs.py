@@ -20,7 +20,7 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.settings.quantities import DURATION_FORMS, Duration
 
-_TIME, _LOG, _BEFORE = "24:00:00", "slurm-%j.out", 300
+_TIME, _LOG, _LEAD_SECONDS = "24:00:00", "slurm-%j.out", 300
 """Of a Slurm job, unless said otherwise."""
 
 
@@ -189,7 +189,7 @@ def launch(
     mem: Annotated[str | None, _slurm("Memory of each node.")] = None,
     name: Annotated[str | None, _slurm("Name of the job; from the recipe if unset.", "--job-name")] = None,
     output: Annotated[str, _slurm("Log of the job.")] = _LOG,
-    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = _BEFORE,
+    signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = _LEAD_SECONDS,
     directives: Annotated[
         list[str] | None, _slurm("Any other option of sbatch, KEY=VALUE or KEY; may be repeated.", "--sbatch")
     ] = None,
@@ -214,7 +214,7 @@ def launch(
                 "--mem": mem,
                 "--job-name": name,
                 "--output": output != _LOG and output,
-                "--signal-before": signal_before != _BEFORE and signal_before,
+                "--signal-before": signal_before != _LEAD_SECONDS and signal_before,
                 "--sbatch": directives,
                 "--setup": setup,
                 "--python": python,
