@@ -177,7 +177,6 @@ def _adopted(
         _write_domains(wanted, output=output, sizes=sizes, inputs=inputs, tokenizer=tokenizer, console=console)
         write_json(chosen_by, chosen)
     for name in wanted:
-        shutil.rmtree(output / name, ignore_errors=True)
         _partial(output, name).rename(output / name)
     flush_folder(output)
     with named(COMPONENT_NAMES):
