@@ -32,7 +32,7 @@ from shearing.pruning.rotation.tied import config_as_cut
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES, TEACHER_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.device import keep_freed_memory, resolve_device, resolve_precision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,7 +68,9 @@ class RunContext:
         Raises:
             ShearingError: see `resolve_device`.
         """
-        return resolve_device(self.recipe.training.device)
+        device = resolve_device(self.recipe.training.device)
+        keep_freed_memory(device)
+        return device
 
     @cached_property
     def precision(self) -> torch.dtype:

@@ -33,7 +33,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.planning.rows import Rows, rows_read
 from shearing.runs.recipe import Recipe
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.device import keep_freed_memory, resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
 
 WRITE_NAMES: Mapping[str, str] = {
@@ -112,6 +112,7 @@ def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
     with Processes.start(device=training.device, timeout=training.timeout, names=WRITE_NAMES) as processes:
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         device = resolve_device(training.device)
+        keep_freed_memory(device)
         precision = resolve_precision(training, device=device)
         require_writable(asked.output, field="output")
         corpus = Corpus.open(asked.corpus, domains=asked.domains, sequence_length=asked.sequence_length)

@@ -25,7 +25,7 @@ from shearing.runs.recipe import Recipe
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.runs.stages.source_model import load_source_model
 from shearing.settings.quantities import parse_parameter_count
-from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.device import keep_freed_memory, resolve_device, resolve_precision
 from shearing.training.recipe import TrainingRecipe
 
 MEASURE_NAMES: Mapping[str, str] = {
@@ -64,6 +64,7 @@ def measure(
             mend="correct them",
         )
     device = resolve_device(training.device)
+    keep_freed_memory(device)
     table = measure_losses(
         models,
         corpus=corpus,
