@@ -6,6 +6,7 @@ Figures of compute and memory follow from shapes; how long a disk takes nobody s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -150,6 +151,7 @@ def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
             what=f"prune: importance ({METRICS[name].title})",
             processes=made.hardware.processes,
             memory=held,
+            host=_share(cost.kept_bytes, made=made),
             flops=_flops(cost, made=made, length=length),
         )
     if prune.refits(sequence_length=length) and made.target is not None:
@@ -189,6 +191,7 @@ def _sorting(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, made: RunPla
         what=f"pretrain: importance ({METRICS[name].title})",
         processes=made.hardware.processes,
         memory=held,
+        host=_share(cost.kept_bytes, made=made),
         flops=flops_of(cost, shape, sequence_length=length),
     )
 
@@ -260,6 +263,11 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
 
 def _flops(cost: Cost, *, made: RunPlan, length: int) -> float:
     return flops_of(cost, made.source, sequence_length=length)
+
+
+def _share(size: float, *, made: RunPlan) -> int:
+    """Bytes of one process, of what all keep of the text that they read."""
+    return math.ceil(size / made.hardware.processes)
 
 
 def _fp32(shape: Shape) -> int:

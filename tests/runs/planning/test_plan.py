@@ -311,4 +311,9 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     first, *rest = phases(rotated, made=planned(rotated))
     assert [phase.what for phase in rest] == list(found)
     assert (first.what, first.processes, first.disk) == ("prune: rotate", 8, (2 + 4) * 6_738_415_616)
+    # Of gradients: 32 layers, the final norm and what goes back, in fp32, of an eighth of the text.
+    graded = overridden(recipe, overrides=["prune.initial_masks=taylor", "prune.calibration_tokens=32768"])
+    by_gradients = {phase.what: phase.host for phase in phases(graded, made=planned(graded))}
+    assert by_gradients["prune: importance (Taylor, first order)"] == 4 * 34 * 4096 * 32768 // 8
+    assert found["prune: importance (activations)"].host == 0
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0

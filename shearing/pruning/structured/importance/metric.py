@@ -63,11 +63,13 @@ class Cost:
         forward_tokens: tokens that pass forward through the whole model; of one layer of L, a 1 / L of it.
         backward_tokens: tokens whose loss is differentiated; each passes forward too, and counts there.
         other_flops: of decompositions and solves.
+        kept_bytes: in host memory, of all processes together, beside the model.
     """
 
     forward_tokens: float = 0.0
     backward_tokens: float = 0.0
     other_flops: float = 0.0
+    kept_bytes: float = 0.0
 
 
 class Metric(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.gradients.matrix_gradients import gradients_by_place
+from shearing.pruning.structured.importance.gradients.matrix_gradients import gradients_by_place, kept_bytes
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
@@ -42,8 +42,9 @@ class LayerTaylor:
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """The text forward and backward once; for that, each layer computes it once more."""
-        del source
-        return Cost(forward_tokens=2 * evidence.text_tokens, backward_tokens=evidence.text_tokens)
+        tokens = evidence.text_tokens
+        kept = kept_bytes(source, tokens=tokens)
+        return Cost(forward_tokens=2 * tokens, backward_tokens=tokens, kept_bytes=kept)
 
     def scores(
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None

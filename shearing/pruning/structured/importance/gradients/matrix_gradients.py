@@ -1,7 +1,8 @@
 """Gradients of the losses of rows for every matrix of a model, one place of it after the other, from the head down.
 
-Rows go forward first, layer by layer, and what each layer read of each row stays on the host; then backward, each layer
-computed once more. Of the model's weights and of their gradients, no more than one place's are needed at a time.
+Rows go forward first, layer by layer, and what each layer read of each row stays on the host (`kept_bytes`); then
+backward, each layer computed once more. Of the model's weights and of their gradients, no more than one place's are
+needed at a time.
 
 Shapes: B sequences of S tokens, D hidden size, V vocabulary.
 """
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from shearing.data.documents import IGNORED_LABEL, Inputs
 from shearing.models.anatomy import anatomy_of, decoder_layers, head_of, head_weight
+from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
 from shearing.models.stored.paging.passing import Call, embedded, layer_calls
 from shearing.objectives.cross_entropy import causal_lm_loss
@@ -77,6 +79,17 @@ class LabelsOfModel:
         if self._generator is None:
             self._generator = torch.Generator(probabilities_CV.device).manual_seed(self._seed)
         return torch.multinomial(probabilities_CV, 1, generator=self._generator)
+
+
+def kept_bytes(source: Shape, *, tokens: float) -> float:
+    """What `gradients_by_place` keeps on the host: of each token what every layer and the final norm read, and the
+    gradient of the last place, in fp32.
+
+    Args:
+        source: sizes of the model.
+        tokens: of all rows.
+    """
+    return 4.0 * (source.num_hidden_layers + 2) * source.hidden_size * tokens
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from shearing.pruning.structured.importance.gradients.matrix_gradients import (
     LabelsOfModel,
     Place,
     RowGradients,
+    kept_bytes,
     labels_of_text,
 )
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
@@ -50,8 +51,9 @@ class TaylorMetric(ABC):
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One forward and one backward pass over the text; for that, each layer computes it once more."""
-        del source
-        return Cost(forward_tokens=2 * evidence.text_tokens, backward_tokens=evidence.text_tokens)
+        tokens = evidence.text_tokens
+        kept = kept_bytes(source, tokens=tokens)
+        return Cost(forward_tokens=2 * tokens, backward_tokens=tokens, kept_bytes=kept)
 
     @abstractmethod
     def scores(

@@ -36,6 +36,7 @@ class Start:
             forward_tokens=forward_tokens + sum(cost.forward_tokens for cost in before),
             backward_tokens=backward_tokens + sum(cost.backward_tokens for cost in before),
             other_flops=sum(cost.other_flops for cost in before),
+            kept_bytes=max(cost.kept_bytes for cost in before),
         )
 
     def scores(self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None]) -> Scores:

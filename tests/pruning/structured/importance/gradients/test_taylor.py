@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 from shearing.data.documents import DocumentRules, Inputs
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
-from shearing.pruning.structured.importance.gradients.matrix_gradients import RowGradients
+from shearing.pruning.structured.importance.gradients.matrix_gradients import RowGradients, kept_bytes
 from shearing.pruning.structured.importance.gradients.taylor import fisher_information
 from shearing.pruning.structured.importance.magnitude import Magnitude
 from shearing.pruning.structured.importance.metric import Evidence, Scores
@@ -244,3 +246,22 @@ def test_the_distance_is_scored_by_half_the_squared_weights_times_the_fisher_inf
         ):
             wanted[unit] += 0.5 * sum(float(w) ** 2 * float(f) for w, f in zip(line, of_line, strict=True))
     torch.testing.assert_close(scores["intermediate"][1], wanted, rtol=1e-4, atol=1e-8)
+
+
+def bytes_alive(shape: tuple[int, ...]) -> int:
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    return sum({found.data_ptr(): found.nbytes for found in tensors if found.shape == shape}.values())
+
+
+def test_what_stays_on_the_host_is_what_is_said() -> None:
+    """Counted among all tensors that are alive, by the one shape that states of a row have."""
+    model = tiny_model()
+    source, length = Shape.of(model.config), ROWS[0].shape[0]
+    expected = metric_of("taylor").cost(source, evidence=Evidence(text=TEXT)).kept_bytes
+    assert expected == kept_bytes(source, tokens=len(ROWS) * length)
+    gradients = RowGradients(model, [Inputs(row[None]) for row in ROWS])
+    for place in gradients.places():
+        for _ in place.of_rows:
+            pass
+        assert bytes_alive((1, length, source.hidden_size)) == expected
