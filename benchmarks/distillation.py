@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept import of_recipe, require_settings
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -122,10 +123,15 @@ class Bench:
                     if context.outside is None
                     else self._losses(model, corpus=context.outside, split="test", context=context),
                     "steps": steps,
+                    "distill": ROWS[row],
                     "seconds": statistics.median(seconds[1:] or seconds),
                 },
             )
-        return read_json(result)
+        found = read_json(result)
+        # What `distill` is here; earlier files do not say it.
+        if (settings := found.get("distill", ROWS[row])) != ROWS[row]:
+            raise SystemExit(f"{folder} is of distill: {settings} and not {ROWS[row]}: choose another --output")
+        return found
 
     def _ask(self, recipe: Recipe) -> None:
         """Keep what the teacher says of the rows that a row of the table reads."""
@@ -340,6 +346,8 @@ def _benches(arguments: argparse.Namespace, *, recipe: Path, output: Path, conso
         common = ["mixture.update=constant", "mixture.initial_weights=uniform", f"seed={seed}"]
         common += ["prune.validation_interval=null", "pretrain.validation_interval=null"]  # steps are timed
         loaded = load_recipe(recipe, overrides=[*arguments.overrides, *common])
+        settings = {name: value for name, value in of_recipe(loaded).items() if name != "seed"}
+        require_settings(output, settings | {"warmup": arguments.warmup})
         for steps in arguments.steps:
             yield Bench(
                 loaded,

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kept import of_recipe, require_settings
 from rich.console import Console
 from structured import quick_inputs
 
@@ -100,6 +101,7 @@ def of_family(recipe: Recipe, *, shapes: Iterable[str]) -> dict[str, Any]:
 def compare(path: Path, *, overrides: Sequence[str], output: Path, cost: float | None = None) -> dict[str, Any]:
     """The family and a run alone of each of its sizes, and the family that cost that share of these."""
     recipe = load_recipe(path, overrides=[*overrides, f"run_dir={output / 'family'}", "model.save_dtype=fp32"])
+    require_settings(output, of_recipe(recipe))
     context = RunContext(recipe, console=Console(quiet=True))
     shapes = family_shapes(recipe, source=context.config)
     together = of_family(recipe, shapes=shapes)
@@ -113,7 +115,9 @@ def compare(path: Path, *, overrides: Sequence[str], output: Path, cost: float |
     at_cost = None
     if cost is not None:
         steps = steps_for(recipe, flops=cost * apart)
-        longer = overridden(_trained_for(recipe, steps=steps), overrides=[f"run_dir={output / f'family-cost-{cost}'}"])
+        folder = output / f"family-cost-{cost}"
+        require_settings(folder, {"steps": steps})
+        longer = overridden(_trained_for(recipe, steps=steps), overrides=[f"run_dir={folder}"])
         sizes = _beside(of_family(longer, shapes=shapes), alone=alone)
         at_cost = {"cost": cost, "steps": steps, "sizes": sizes, **worst_of(sizes)}
     return {

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import of_recipe, require_settings
 from rich.console import Console
 from safetensors.torch import load_file
 from structured import quick_inputs
@@ -197,6 +198,8 @@ def main() -> None:
         if arguments.quick:
             path, output = quick_inputs(Path(temporary)), Path(temporary) / "refit"
         recipe = load_recipe(path, overrides=[*arguments.overrides, "prune.duration=0 steps"])
+        said = {name: getattr(arguments, name) for name in ("steps", "block_steps", "block_rate")}
+        require_settings(output, of_recipe(recipe) | said)
         if arguments.of == "refit":
             arms = refits(recipe, block_steps=arguments.block_steps, block_rate=arguments.block_rate)
         else:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kept import of_recipe, require_settings
 from rich.console import Console
 from structured import quick_inputs
 
@@ -65,6 +66,7 @@ def main() -> None:
             path, output, tokens, seeds = quick_inputs(Path(temporary)), Path(temporary) / "search", "6K", (0,)
             overrides = [*QUICK, "prune.duration=0 steps", *overrides]
         recipe = load_recipe(path, overrides=overrides)
+        require_settings(output, of_recipe(recipe) | {"tokens": tokens})
         found = search(SearchSettings(recipe=recipe, output=output / "candidates"), console=Console(width=150))
         best = next(line for line in found["candidates"] if line["name"] == found["winner"])
         targets = {"searched": [f"target.{name}={best[name]}" for name in SIZE_NAMES], "default": []}

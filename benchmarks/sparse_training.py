@@ -1,13 +1,15 @@
 """Training a 2:4 model on: which of its weights, by which method, at equal tokens and at equal FLOPs.
 
 Every row begins at the same one-shot masks of a draw and sees the same text. `masked` trains all kept weights; `lora`,
-`spp` and `speft` few parameters; `ast` all weights, under masks that are chosen anew. `+ teacher` minimises AST's
-published loss, a third cross-entropy and two thirds divergence from the dense model at temperature 2, which reads
-along. Budgets are steps of `masked`; at equal FLOPs a method takes as many steps as its cost allows, without what
-SPEFT's choice and AST's norms cost once. The learning rate of a method is the one of `--rates`, times its own, of least
-validation loss in the first draw of the smallest budget.
+`lora of all` (every linear layer, about as many parameters as `spp`), `spp` and `speft` few parameters; `ast` all
+weights, under masks that are chosen anew. `+ teacher` minimises AST's published loss, a third cross-entropy and two
+thirds divergence from the dense model at temperature 2, which reads along. Budgets are steps of `masked`; at equal
+FLOPs a method takes as many steps as its cost allows, what SPEFT's choice and AST's norms cost once included. The
+learning rate of a method is the one of `--rates`, times its own, of least validation loss in the first draw of the
+smallest budget.
 
-Rows are files in the output folder: an interrupted benchmark goes on where it was, inside of a row too.
+Rows are files in the output folder: an interrupted benchmark goes on where it was, inside of a row too. Seconds are
+those of all steps, by the run's own record.
 
     python benchmarks/sparse_training.py [--quick] [--methods masked lora …] [--budgets 32 128] [--seeds 3]
         [--rates 0.3 1 3] [--model runs/demo-data/model] [--corpus runs/demo-data/corpus]
@@ -34,6 +36,7 @@ from typing import Any
 import torch
 import transformers
 from distillation import quick_inputs
+from kept import require_settings
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
@@ -51,6 +54,7 @@ from shearing.runs.stages.run import run as run_stages
 
 TEACHER = {"weight": 0.67, "temperature": 2.0, "domains": "all"}
 ONE_SHOT = "one-shot"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,44 @@ class Method:
     Attributes:
         pretrain: its section of `pretrain`.
         rate: learning rate that `--rates` multiply.
-        share: of the matrices whose weight gradients are computed.
+        gradients: linear layers whose weights have gradients; None: all, and the head.
         teacher: whether the dense model is listened to.
+        learned_from, read: sequences that go forward and backward, or forward alone, once.
     """
 
     pretrain: Mapping[str, Any]
     rate: float
-    share: float = 1.0
+    gradients: Sequence[str] | None = None
     teacher: bool = False
+    learned_from: int = 0
+    read: int = 0
 
-    @property
-    def cost(self) -> float:
+    def cost(self, shape: Shape) -> float:
         """FLOPs of a token over those of `masked`: forward, backward, weight gradients, and the teacher's forward."""
-        return (2 + self.share + self.teacher) / 3
+        return (2 + _share(shape, self.gradients) + self.teacher) / 3
+
+    def steps(self, budget: int, *, shape: Shape, batch: int) -> int:
+        """That cost as much as `budget` steps of `masked`, with what is read once.
+
+        Args:
+            budget: steps.
+            shape: of the model.
+            batch: sequences of a step.
+        """
+        once = (self.learned_from + self.read / 3) / batch
+        return max(1, round((budget - once) / self.cost(shape)))
+
+
+def _share(shape: Shape, linear: Sequence[str] | None) -> float:
+    """Of all products with weights, those with the weights of some linear layers of each layer."""
+    if linear is None:
+        return 1.0
+    width, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    outside = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    sizes = {name: width * outside.get(name, shape.intermediate_size) for name in LINEAR}
+    whole = shape.num_hidden_layers * sum(sizes.values()) + shape.vocab_size * width
+    return shape.num_hidden_layers * sum(sizes[name] for name in linear) / whole
 
 
 # What is dropped shrinks as fast as a short stage wants it, where the published 6e-5 a step would do nothing.
@@ -80,11 +109,12 @@ AST = {"interval": "5%", "scores": "wanda", "samples": 16, "decay": 0.02, "ramp"
 METHODS: dict[str, Method] = {
     "masked": Method({}, rate=3e-4),
     "masked + teacher": Method({}, rate=3e-4, teacher=True),
-    "lora": Method({"lora": {"rank": 16, "alpha": 32.0}}, rate=1e-3, share=0.12),
-    "spp": Method({"spp": {"rank": 16}}, rate=4e-3),
-    "speft": Method({"speft": {"share": 0.01, "samples": 32}}, rate=1e-3),
-    "ast": Method({"ast": AST}, rate=3e-4),
-    "ast + teacher": Method({"ast": AST}, rate=3e-4, teacher=True),
+    "lora": Method({"lora": {"rank": 16, "alpha": 32.0}}, rate=1e-3, gradients=["q_proj", "v_proj"]),
+    "lora of all": Method({"lora": {"rank": 8, "alpha": 16.0, "targets": LINEAR}}, rate=1e-3, gradients=LINEAR),
+    "spp": Method({"spp": {"rank": 16}}, rate=4e-3, gradients=LINEAR),
+    "speft": Method({"speft": {"share": 0.01, "samples": 32}}, rate=1e-3, gradients=LINEAR, learned_from=32),
+    "ast": Method({"ast": AST}, rate=3e-4, read=16),
+    "ast + teacher": Method({"ast": AST}, rate=3e-4, teacher=True, read=16),
 }
 
 
@@ -147,14 +177,9 @@ class Bench:
         if arguments.outside.is_dir():
             self.corpora["outside"] = arguments.outside
         self.ends = time.monotonic() + 60 * arguments.minutes
-        self.output.mkdir(parents=True, exist_ok=True)
-        settings = {**asdict(sizes), "criterion": arguments.criterion, "model": str(arguments.model)}
-        settings |= {"corpus": str(arguments.corpus)}
-        path = self.output / "settings.json"
-        if not path.is_file():
-            write_json(path, settings)
-        elif (earlier := read_json(path)) != settings:
-            raise SystemExit(f"{self.output} holds results of {earlier}: choose another --output")
+        settings = {**asdict(sizes), "criterion": arguments.criterion, "model": arguments.model}
+        require_settings(self.output, settings | {"corpora": self.corpora})
+        self.shape = Shape.of(load_config(str(arguments.model)))
 
     def row(self, row: Row) -> dict[str, Any]:
         """Losses by domain, seconds and trained parameters."""
@@ -177,9 +202,9 @@ class Bench:
         if not directory.is_complete("sparsify"):
             shutil.rmtree(directory.path, ignore_errors=True)
             shutil.copytree(sparse.sparsify, directory.sparsify)
-        started = time.perf_counter()
         run_stages(self.recipe(row, folder=directory.path), stages=["pretrain"], console=Console(quiet=True))
-        seconds = time.perf_counter() - started
+        lines = map(json.loads, directory.metrics("pretrain").read_text(encoding="utf-8").splitlines())
+        seconds = sum(line["seconds"] for line in lines if "event" not in line)
         assert differences(directory.model) == []
         measured = {"seconds": seconds, "trained": _trained(directory), **self._losses(directory.model)}
         shutil.rmtree(directory.path)
@@ -221,6 +246,7 @@ class Bench:
                     "keep_last": 1,
                     **method.pretrain,
                 },
+                "training": {"log_interval": 1},
                 "distill": TEACHER if method.teacher else None,
             }
         )
@@ -268,9 +294,9 @@ def _mean(losses: Mapping[str, float]) -> float:
     return statistics.mean(losses.values())
 
 
-def steps_of(method: str, *, budget: int, measure: str) -> int:
+def steps_of(bench: Bench, method: str, *, budget: int, measure: str) -> int:
     """Steps that a method takes for the tokens, or for the FLOPs, of `budget` steps of `masked`."""
-    return budget if measure == "tokens" else max(1, round(budget / METHODS[method].cost))
+    return budget if measure == "tokens" else METHODS[method].steps(budget, shape=bench.shape, batch=bench.sizes.batch)
 
 
 def summary(bench: Bench, *, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -284,7 +310,7 @@ def summary(bench: Bench, *, rates: Mapping[str, float]) -> dict[str, Any]:
         for measure in ("tokens", "flops"):
             rows = {
                 name: {
-                    seed: bench.row(Row(name, steps_of(name, budget=budget, measure=measure), rates[name], seed))
+                    seed: bench.row(Row(name, steps_of(bench, name, budget=budget, measure=measure), rates[name], seed))
                     for seed in seeds
                 }
                 for name in arguments.methods

@@ -88,9 +88,16 @@ def run_heats(
 
 
 def best_of(results: dict[str, Any], *, count: int) -> list[str]:
-    """The methods that did best at equal tokens, in whichever form, beside `start` and `learned`."""
+    """The methods of least validation loss at equal tokens, in whichever form, beside `start` and `learned`.
+
+    Raises:
+        SystemExit: a row was measured before races measured validation text: test text judges, and must not choose.
+    """
     rows = results["budgets"][0].get("equal_tokens") or results["budgets"][0]["equal_flops"]
-    ended = sorted((row["mean"], row["method"]) for row in rows["rows"] if row["seeds"] and not row["failed"])
+    finished = [row for row in rows["rows"] if row["seeds"] and not row["failed"]]
+    if unmeasured := [row["name"] for row in finished if row["validation"] is None]:
+        raise SystemExit(f"no validation losses of {', '.join(unmeasured)}: remove these rows, and run them again")
+    ended = sorted((row["validation"], row["method"]) for row in finished)
     best = dict.fromkeys(method for _, method in ended if method not in (START, LEARNED))
     return list(best)[:count]
 

@@ -40,10 +40,11 @@ def planned(name: str, *, machine: str) -> tuple[RunPlan, list[str]] | None:
     processes, gpu = MACHINES[machine]
     hardware = Hardware.of(processes=processes, gpu=gpu, gigabytes=None, mfu=MFU)
     source = f"model.source={RECIPES / 'sources' / SOURCES[name]}"
-    made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source]), hardware=hardware)
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides=[source])
+    made = plan(recipe, hardware=hardware)
     if made.advice is None:
         return made, []
-    overrides = [override for way in what_would_fit(made) or [] for override in way.split()]
+    overrides = [override for way in what_would_fit(recipe, made=made) or [] for override in way.split()]
     if not overrides or "--gpus" in overrides:
         return None
     made = plan(load_recipe(RECIPES / f"{name}.yaml", overrides=[source, *overrides]), hardware=hardware)

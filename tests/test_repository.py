@@ -167,6 +167,7 @@ def test_commands_of_the_readme(
         *("target.num_attention_heads=2", "target.num_key_value_heads=2", "data.sequence_length=16"),
         "mixture.heldout_tokens=32",
         "evaluation.outside=null",
+        "evaluation.tasks=[]",
     ]
     if arguments[0] == "run":
         arguments = ["config", "check", *arguments[1:]]

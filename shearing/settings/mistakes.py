@@ -41,7 +41,8 @@ def located(
         if entry["type"] == "extra_forbidden":
             allowed, mend = _unknown_key(path, model=model)
         elif entry["type"] == "missing":
-            allowed, mend = "a value: the key is required", f"add it: {_description(path, model=model)}"
+            what = "item" if isinstance(path[-1], int) else "key"
+            allowed, mend = f"a value: the {what} is required", f"add it: {_description(path, model=model)}"
         else:
             allowed = entry["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             mend = _mend(entry, path=path, model=model)
@@ -107,7 +108,8 @@ def _path_in_data(location: KeyPath, *, model: type[BaseModel], data: Any) -> Ke
         if not inside and not position.has(part):
             break
         path.append(part)
-        data = data[part] if inside else None
+        too_short = isinstance(data, list) and isinstance(part, int) and part >= len(data)  # the item is missing
+        data = data[part] if inside and not too_short else None
         position.enter(part)
     return tuple(path)
 

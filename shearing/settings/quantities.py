@@ -18,7 +18,9 @@ from pydantic_core import CoreSchema, core_schema
 from shearing.errors import ShearingError, key
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_NUMBER = r"(?P<number>\d[\d_,]*(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?P<multiple>(?:[kKmMbBtT](?![a-zA-Z]))?)"
+DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d[\d_]*)"
+"""Of a whole number, as a regular expression: underscores anywhere, commas between thousands."""
+_NUMBER = rf"(?P<number>{DIGITS}(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?P<multiple>(?:[kKmMbBtT](?![a-zA-Z]))?)"
 _COUNT = re.compile(_NUMBER)
 _COUNT_OF = re.compile(_NUMBER + r"\s*(?P<unit>[a-z]+)")
 _BYTES = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<multiple>[kKmMgGtT])?[bB])?")
@@ -78,7 +80,7 @@ class Duration:
                 return cls(steps=_whole(count))
             if count and count["unit"] in ("token", "tokens"):
                 return cls(tokens=_whole(count))
-        raise ValueError(f"{value!r} is no duration; write {DURATION_FORMS}")
+        raise ValueError(f"{value!r} is no duration; write {DURATION_FORMS}{of_commas(value)}")
 
     def in_steps(self, *, tokens_per_step: int, total_steps: int | None = None) -> int:
         """The duration in optimiser steps.
@@ -157,7 +159,7 @@ class BatchSize:
                 return cls(sequences=_whole(count))
             if count and count["unit"] in ("token", "tokens"):
                 return cls(tokens=_whole(count))
-        raise ValueError(f"{value!r} is no batch size; write {BATCH_SIZE_FORMS}")
+        raise ValueError(f"{value!r} is no batch size; write {BATCH_SIZE_FORMS}{of_commas(value)}")
 
     def in_sequences(self, *, sequence_length: int) -> int:
         """The batch in sequences.
@@ -204,7 +206,7 @@ def parse_parameter_count(value: object) -> int:
         return value
     if isinstance(value, str) and (count := _COUNT.fullmatch(value.strip())):
         return _whole(count)
-    raise ValueError(f"{value!r} is no number of parameters; write {PARAMETER_COUNT_FORMS}")
+    raise ValueError(f"{value!r} is no number of parameters; write {PARAMETER_COUNT_FORMS}{of_commas(value)}")
 
 
 ParameterCount = Annotated[int, BeforeValidator(parse_parameter_count), Field(gt=0)]
@@ -220,6 +222,12 @@ def parse_bytes(value: str) -> int:
     if found is None:
         raise ValueError(f"{value!r} is no size; write {BYTES_FORMS}")
     return int(Decimal(found["number"]) * 1000 ** " KMGT".index((found["multiple"] or " ").upper()))
+
+
+def of_commas(value: object) -> str:
+    """What to say besides of a quantity that cannot be read and has a comma; nothing of others."""
+    there = isinstance(value, str) and "," in value
+    return "; commas are between thousands, as 1,000, and decimals after a point, as 0.4B" if there else ""
 
 
 def format_count(count: int) -> str:

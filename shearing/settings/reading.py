@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from shearing.errors import ShearingError
 
 KeyPath = tuple[str | int, ...]
 
 _ONE_WORD = re.compile(r"[A-Za-z_]\w*:\S+")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe one, that also names the line of what looks like a date or a number and is none: 2024-02-30."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(problem=str(error), problem_mark=node.start_mark) from None
 
 
 class Places:
@@ -55,10 +66,11 @@ def read_recipe_file(path: Path, *, overrides: Sequence[str]) -> tuple[dict[str,
         Plain data, not validated, and the place of every key.
 
     Raises:
-        ShearingError: no such file, no YAML, a root that is no mapping, a key written twice, a malformed override.
+        ShearingError: no such file, no YAML, a root that is no mapping, a key written twice, a malformed override, or
+            one that names a part of a list.
     """
     places = Places(str(path))
-    loader = yaml.SafeLoader(_read_text(path))
+    loader = _open(path)
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
@@ -90,12 +102,27 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], *, places: P
     """Set the keys that overrides of the form `a.b=value` name, in order, and remember their places.
 
     Raises:
-        ShearingError: a malformed override.
+        ShearingError: a malformed override, or one that names a part of a list.
     """
     for text in overrides:
         key_path, value = _parse_override(text)
-        _assign(data, key_path, value)
+        _assign(data, key_path, value, text=text)
         places.set_override(key_path, text=text)
+
+
+def _open(path: Path) -> _Loader:
+    text = _read_text(path)
+    try:
+        return _Loader(text)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ShearingError(
+            str(path),
+            value=f"the character {error.character:#04x}",
+            allowed="text without control characters",
+            mend="remove it from that line",
+            where=f"{path}:{line}",
+        ) from None
 
 
 def _read_text(path: Path) -> str:
@@ -142,7 +169,14 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
         )
     try:
         _require_spaces(yaml.compose(value, Loader=yaml.SafeLoader), path=path, text=text)
-        return path, yaml.safe_load(value)
+        return path, yaml.load(value, Loader=_Loader)  # noqa: S506  a safe one
+    except yaml.constructor.ConstructorError as error:
+        raise ShearingError(
+            key,
+            value=value,
+            allowed=f"a YAML value: {error.problem}",
+            mend=f"write text in quotes that the shell leaves: {key}=\"'{value}'\"",
+        ) from None
     except yaml.YAMLError:
         raise ShearingError(
             key, value=value, allowed="a YAML value", mend="quote the value: shells and YAML both read brackets"
@@ -177,9 +211,20 @@ def _no_space(field: str, *, name: str, where: str) -> ShearingError:
     )
 
 
-def _assign(data: dict[str, Any], path: KeyPath, value: Any) -> None:
-    for name in path[:-1]:
+def _assign(data: dict[str, Any], path: KeyPath, value: Any, *, text: str) -> None:
+    """Set a key; a word or number in the place of a section above it gives way, a list does not."""
+    for depth, name in enumerate(path[:-1], start=1):
         below = data.get(str(name))
+        if isinstance(below, list):
+            field = ".".join(map(str, path[:depth]))
+            items = ", ".join("{…}" if isinstance(item, dict) else "…" for item in below)
+            raise ShearingError(
+                field,
+                value=below,
+                allowed=f"an override of the whole list: {text} names a part of it",
+                mend=f"write it as {field}='[{items or '…'}]'",
+                where=f"override {text}",
+            )
         if not isinstance(below, dict):
             below = data[str(name)] = {}
         data = below

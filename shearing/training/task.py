@@ -44,6 +44,10 @@ class Callback:
     acts_on_stop: ClassVar[bool] = False
     """Whether the end of a step is told to it also where a stop cut that short."""
 
+    left_out: bool = False
+    """Whether it did nothing at the end of the last step only because the stage ends too soon after it: where a
+    checkpoint of that step is continued, it is told again."""
+
     @property
     def name(self) -> str:
         """What the callback's state is called in a checkpoint; no two of a task share it."""
@@ -174,7 +178,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Unfinished:
-    """What a stop has left to do of a step whose weights are there.
+    """What a stop, or the stage's end, has left to do of a step whose weights are there.
 
     Attributes:
         callbacks: names of those that have not been told of its end.

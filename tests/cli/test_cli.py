@@ -88,6 +88,10 @@ def test_config_check_sums_up_the_run(tiny_recipe: Path) -> None:
     assert not load_recipe(tiny_recipe).run_dir.exists()
 
 
+def test_config_check_looks_at_all_stages(tiny_recipe: Path) -> None:
+    assert "evaluation.tasks = " in error_of("config", "check", tiny_recipe, "evaluation.tasks=[nonsense_task]")
+
+
 def test_debug_shows_the_traceback(tiny_recipe: Path) -> None:
     result = shear("--debug", "config", "show", tiny_recipe, "sed=1")
     assert isinstance(result.exception, ShearingError)

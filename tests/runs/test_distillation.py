@@ -25,6 +25,7 @@ from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
 from shearing.runs.stages.sparsify import sparsify
+from shearing.training.checkpoints.state import read_state
 from shearing.training.metrics import TIMING_FIELDS
 from shearing.training.stage import Interrupted
 from tests.conftest import tiny_recipe_data
@@ -97,6 +98,34 @@ def test_both_stages_listen_and_are_continued_bit_for_bit(
         if stage == "prune":
             for recipe in (whole, parts):
                 compact(_quiet(recipe))
+
+
+def test_what_is_above_the_teacher_is_averaged_over_both_stages(
+    teacher: str, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"mixture": {**MIXTURE, "update": "robust"}, "teacher": teacher, "domains": "all"}
+    whole, parts = (_recipe(tiny_inputs, tmp_path / name, **settings) for name in ("whole", "parts"))
+    excess: dict[str, float] = {}
+    for stage, function in (("prune", prune), ("pretrain", pretrain)):
+        function(_quiet(whole))
+        with monkeypatch.context() as patch:
+            tasks.stop_at(5, patch=patch)
+            with pytest.raises(Interrupted):
+                function(_quiet(parts))
+        function(_quiet(parts))
+        lines = _lines(tmp_path / "whole", stage)
+        assert _lines(tmp_path / "parts", stage) == lines
+        for update in (line for line in lines if line.get("event") == "mixture"):
+            for domain, loss in update["losses"].items():
+                newest = loss - update["reference"][domain]
+                excess[domain] = 0.9 * excess.get(domain, newest) + 0.1 * newest
+        for name in ("whole", "parts"):
+            kept = read_state(tmp_path / name / stage / "checkpoints" / f"step-{STEPS:08d}", "state")["mixture_rule"]
+            assert kept["excess"] == pytest.approx(excess, rel=1e-9)
+        if stage == "prune":
+            for recipe in (whole, parts):
+                compact(_quiet(recipe))
+    assert len(excess) == 2
 
 
 def test_the_teacher_is_the_source_as_it_was(tiny_inputs: Path, tmp_path: Path) -> None:

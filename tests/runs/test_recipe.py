@@ -152,6 +152,10 @@ def test_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(tmp_path: 
         ("prune.learning_rate", "key=value"),
         ("prune..x=1", "key=value"),
         ("data.domains=[a", "a YAML value"),
+        ("pretrain.betas=[0.9]", "pretrain.betas.1 = 'missing'"),
+        ("pretrain.betas=[]", "pretrain.betas.0 = 'missing'"),
+        ("name=2024-02-30", "day is out of range for month"),
+        ("prune.duration=0,4B tokens", "decimals after a point, as 0.4B"),
     ],
 )
 def test_one_mistake_in_an_override(override: str, expected: str) -> None:
@@ -159,6 +163,19 @@ def test_one_mistake_in_an_override(override: str, expected: str) -> None:
     assert expected in found
     assert override.split("=")[0].rstrip(".x") in found
     assert "to mend: " in found
+
+
+def test_an_override_of_a_part_of_a_list_does_not_drop_the_list(tmp_path: Path) -> None:
+    data = yaml.safe_load(BASE.read_text())
+    data["target"] = [{"intermediate_size": 1280}, {"intermediate_size": 1024}]
+    path = write(tmp_path, yaml.safe_dump(data))
+    assert load_recipe(path, overrides=["prune.betas=[0.9, 0.99]"]).cascade is not None
+    found = message("target.intermediate_size=1000", path=path)
+    assert "override target.intermediate_size=1000: target = [{'intermediate_size': 1280}" in found
+    assert "write it as target='[{…}, {…}]'" in found
+    whole = "target=[{intermediate_size: 1280}, {intermediate_size: 1000}]"
+    assert load_recipe(path, overrides=[whole]).target.intermediate_size == 1000
+    assert "target='[{…}, {…}]'" in message(whole, "target.intermediate_size=900")
 
 
 def test_target_must_say_something() -> None:
@@ -181,7 +198,16 @@ def test_constants_of_another_rule_are_refused_unless_nothing_is_updated() -> No
     assert "set mixture.step_size=1.0, or mixture.update=paper" in found
     robust = load_recipe(BASE, overrides=["mixture.update=robust", "mixture.step_size=1.0", "mixture.floor=0.5"])
     assert robust.mixture.floor == 0.5
-    assert load_recipe(BASE, overrides=["mixture.update=constant", "mixture.floor=0.5"]).mixture.step_size == 0.25
+    constant = load_recipe(BASE, overrides=["mixture.update=constant", "mixture.floor=0.5", "mixture.ema=0.5"])
+    assert constant.mixture.step_size == 0.25
+
+
+@pytest.mark.parametrize("overrides", [[], ["distill={}", "mixture.losses=training", "mixture.reference=teacher"]])
+def test_the_weight_of_an_average_is_refused_where_there_is_none(overrides: list[str]) -> None:
+    assert "set mixture.ema=0.1, or those" in message(*overrides, "mixture.ema=0.5")
+    load_recipe(BASE, overrides=[*overrides, "mixture.ema=0.1"])
+    averaged = ["mixture.losses=training", "mixture.reference=online", "mixture.ema=0.5"]
+    assert load_recipe(BASE, overrides=averaged).mixture.ema == 0.5
 
 
 def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
@@ -228,6 +254,9 @@ def test_missing_keys_are_named_with_their_section(tmp_path: Path) -> None:
         ("name: x\nseed: 1\nseed: 2\n", "remove one of lines 2 and 3"),
         ("name: x\nprune:\n  freeze: 1\n  freeze: 2\n", "prune.freeze = 'written twice'"),
         ("name: \t{x\n", "valid YAML"),
+        ("name: x\nseed: \x01\n", "recipe.yaml:2: "),
+        ("name: x\nseed: \x01\n", "the character 0x01"),
+        ("seed: 1\nname: 2024-02-30\n", "recipe.yaml:2: "),
     ],
 )
 def test_malformed_files(tmp_path: Path, text: str, expected: str) -> None:

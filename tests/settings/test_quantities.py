@@ -7,7 +7,14 @@ from hypothesis import given, strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from shearing.errors import ShearingError
-from shearing.settings.quantities import BatchSize, Duration, ParameterCount, format_count, parse_bytes
+from shearing.settings.quantities import (
+    BatchSize,
+    Duration,
+    ParameterCount,
+    format_count,
+    parse_bytes,
+    parse_parameter_count,
+)
 
 counts = st.integers(min_value=1, max_value=10**15)
 
@@ -23,6 +30,8 @@ counts = st.integers(min_value=1, max_value=10**15)
         ("0.4 B tokens", Duration(tokens=400_000_000)),
         ("50.3b tokens", Duration(tokens=50_300_000_000)),
         ("1,000 tokens", Duration(tokens=1000)),
+        ("12,345,678 tokens", Duration(tokens=12_345_678)),
+        ("1,234.5K tokens", Duration(tokens=1_234_500)),
         ("131_072 tokens", Duration(tokens=131_072)),
         ("5e9 tokens", Duration(tokens=5_000_000_000)),
         ("1 token", Duration(tokens=1)),
@@ -42,6 +51,17 @@ def test_durations_as_recipes_write_them(text: object, duration: Duration) -> No
 def test_no_durations(text: object) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  the message is checked where users see it, in test_recipe
         Duration.parse(text)
+
+
+@pytest.mark.parametrize("number", ["0,4B", "1,3B", "1,00", "1,0000", "0,400", "1_000,000", "1000,000", "1,"])
+def test_commas_are_between_thousands(number: str) -> None:
+    for parse, text in (
+        (Duration.parse, f"{number} tokens"),
+        (BatchSize.parse, f"{number} tokens"),
+        (parse_parameter_count, number),
+    ):
+        with pytest.raises(ValueError, match=r"decimals after a point, as 0\.4B"):
+            parse(text)
 
 
 @given(st.one_of(counts.map(lambda n: Duration(steps=n)), counts.map(lambda n: Duration(tokens=n))))

@@ -24,6 +24,7 @@ from shearing.data.corpus.format import HELD_OUT, SPLITS, HeldOutSplit, Split
 from shearing.data.corpus.shards import Shard
 from shearing.data.splitmix64 import INCREMENT, mixed
 from shearing.errors import ShearingError
+from shearing.settings.quantities import DIGITS, of_commas
 
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
@@ -32,7 +33,7 @@ Sides = npt.NDArray[np.uint8]
 VALUES_AT_ONCE = 1 << 18
 SIZE_FORMS = "a share of the tokens, as 5%, or a number of them, as 2M tokens"
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-_TOKENS = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([KMB]?)\s*tokens")
+_TOKENS = re.compile(rf"({DIGITS}(?:\.\d+)?)\s*([KMB]?)\s*tokens")
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -58,7 +59,7 @@ class SplitSize:
             tokens = Fraction(re.sub("[_,]", "", count[1])) * _MULTIPLES[count[2]]
             if tokens >= 1 and tokens.denominator == 1:
                 return cls(tokens=int(tokens))
-        raise ValueError(f"{text!r} is no size: write {SIZE_FORMS}")
+        raise ValueError(f"{text!r} is no size: write {SIZE_FORMS}{of_commas(text)}")
 
     def __str__(self) -> str:
         if self.share is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,11 @@ from shearing.data.mixture.rules.rule import Rule
 from shearing.data.mixture.rules.update import update_weights
 
 State = dict[str, Any]
-"""What a checkpoint keeps: `memory` of the rule, `observations` for an online reference. JSON-able."""
+"""What a checkpoint keeps. JSON-able.
+
+`memory`: what the rule remembers of losses; or `excess`: of losses above a reference of the same text.
+`observations`: for an online reference.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ class DynamicMixture:
         Args:
             weights: current weights.
             losses: loss of each domain now, in nats.
-            reference: of the same text; None: that of all updates.
+            reference: of the same text; None: that of all updates. What the rule remembers then is not of the losses
+                but of what they are above it, in which what is hard in the text of an update cancels.
             parameters: size of the model that the losses are of, embeddings included.
             tokens: trained on in this stage.
             state: that the update before left.
@@ -73,11 +79,18 @@ class DynamicMixture:
         observations = [Observation.from_json(values) for values in state.get("observations", ())]
         aimed_at = dict(self.reference if reference is None else reference)
         if self.online:
-            observations.append(Observation(parameters=parameters, tokens=tokens, losses=dict(losses)))
+            finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+            observations.append(Observation(parameters=parameters, tokens=tokens, losses=finite))
             observations = observations[-MAXIMUM_OBSERVATIONS:]
             aimed_at |= predict_end(observations, domains=weights, parameters=self.parameters, tokens=self.tokens)
+        remembered = "memory"
+        above, of = losses, aimed_at
+        if reference is not None:
+            remembered = "excess"
+            above = {name: losses[name] - reference[name] for name in losses if name in reference}
+            of = dict.fromkeys(weights, 0.0)
         new, memory = update_weights(
-            self.rule, weights=weights, losses=losses, reference=aimed_at, memory=state.get("memory", {})
+            self.rule, weights=weights, losses=above, reference=of, memory=state.get(remembered, {})
         )
-        kept = {"memory": memory, "observations": [each.to_json() for each in observations]}
+        kept = {"memory": {}, remembered: memory, "observations": [each.to_json() for each in observations]}
         return WeightUpdate(weights=new, reference=aimed_at, state=kept)

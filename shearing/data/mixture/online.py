@@ -90,7 +90,7 @@ class OnlineLaw:
 def predict_end(
     observations: Sequence[Observation], *, domains: Iterable[str], parameters: int, tokens: int
 ) -> dict[str, float]:
-    """Loss of each domain at the end of the stage, for the domains with enough observations.
+    """Loss of each domain at the end of the stage, for the domains with enough observations; all finite.
 
     Args:
         observations: of the stage so far, in order.
@@ -100,14 +100,16 @@ def predict_end(
     """
     predicted = {}
     for name in domains:
-        seen = [each for each in observations if name in each.losses]
+        # Checkpoints of earlier versions may hold losses that are not finite.
+        seen = [each for each in observations if math.isfinite(each.losses.get(name, math.nan))]
         if len(seen) >= MINIMUM_OBSERVATIONS:
             law = fit_online(
                 np.array([each.parameters for each in seen]) / parameters,
                 tokens=np.array([each.tokens for each in seen]) / tokens,
                 losses=np.array([each.losses[name] for each in seen]),
             )
-            predicted[name] = law.at_end
+            if math.isfinite(law.at_end):
+                predicted[name] = law.at_end
     return predicted
 
 

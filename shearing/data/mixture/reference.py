@@ -13,6 +13,10 @@ from shearing.files.durable import write_json
 
 FIELD = "reference"
 
+_MEASURE_AGAIN = "measure them again with `shear data reference-loss`, on this corpus and at this length"
+# What `shear data reference-loss measure` cannot do otherwise.
+_MENDS = {"loss_across_documents": f"set {key(FIELD)} to source, whose losses are over the labels of this run"}
+
 
 def resolve_reference(
     mixture: MixtureRecipe,
@@ -34,8 +38,8 @@ def resolve_reference(
             object under `losses` (what `shear data reference-loss` writes), `source`, `online` or `teacher`.
         domains: domains that need one; others in the mapping are ignored.
         measure_source: called only for `source` and `online`; the source model's mean held-out loss by domain, in nats.
-        conditions: of this run, `tokenizer_fingerprint` and `sequence_length`; a file that names others is refused, as
-            losses per token cannot be compared then.
+        conditions: of this run, `tokenizer_fingerprint`, `sequence_length` and `loss_across_documents`; a file that
+            names others is refused, as losses per token cannot be compared then.
 
     Raises:
         ShearingError: the file cannot be read or was measured otherwise, or a domain has no finite positive loss in it.
@@ -63,7 +67,7 @@ def write_reference(
         losses: of each domain, nats per token.
         parameters: size of the model whose losses they are meant to be, embeddings included.
         method: how they were found, for people.
-        provenance: what they were found from; JSON-able.
+        provenance: what they were found from, with `conditions` where they are known; JSON-able.
     """
     write_json(
         path,
@@ -78,17 +82,18 @@ def write_reference(
     )
 
 
+def measured_conditions(path: Path) -> Mapping[str, object]:
+    """What losses in a file were measured under, by the names of `Conditions`; empty: it does not say.
+
+    Raises:
+        ShearingError: the file cannot be read.
+    """
+    return _conditions_in(_load(path))
+
+
 def _read(path: Path, *, conditions: Mapping[str, object]) -> Mapping[str, object]:
-    try:
-        losses = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ShearingError(
-            FIELD,
-            value=f"{path} ({error})",
-            allowed='a JSON file such as {"books": 2.1}',
-            mend="correct the path or file",
-        ) from error
-    _require_conditions(losses, path=path, conditions=conditions)
+    losses = _load(path)
+    _require_conditions(_conditions_in(losses), path=path, conditions=conditions)
     within = losses.get("losses", losses) if isinstance(losses, Mapping) else losses
     # A domain may be called losses.
     losses = within if isinstance(within, Mapping) else losses
@@ -97,17 +102,36 @@ def _read(path: Path, *, conditions: Mapping[str, object]) -> Mapping[str, objec
     return losses
 
 
-def _require_conditions(read: object, *, path: Path, conditions: Mapping[str, object]) -> None:
-    measured = read.get("conditions") if isinstance(read, Mapping) else None
-    if not isinstance(measured, Mapping):
-        return  # numbers by hand, or published ones: nothing is known of them
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ShearingError(
+            FIELD,
+            value=f"{path} ({error})",
+            allowed='a JSON file such as {"books": 2.1}',
+            mend="correct the path or file",
+        ) from error
+
+
+def _conditions_in(read: object) -> Mapping[str, object]:
+    if isinstance(read, Mapping):
+        # Fits of earlier versions have them in the table.
+        for holder in (read, read.get("table")):
+            if isinstance(holder, Mapping) and isinstance(found := holder.get("conditions"), Mapping):
+                return found
+    return {}  # numbers by hand, or published ones: nothing is known of them
+
+
+def _require_conditions(measured: Mapping[str, object], *, path: Path, conditions: Mapping[str, object]) -> None:
     for name, mine in conditions.items():
-        if name in measured and measured[name] != mine:
+        found = measured.get(name)
+        if found is not None and found != mine:
             raise ShearingError(
                 FIELD,
-                value=f"{path}, measured with {name} {measured[name]}",
+                value=f"{path}, measured with {name} {found}",
                 allowed=f"losses measured as this run measures its own: {name} {mine}",
-                mend="measure them again with `shear data reference-loss`, on this corpus and at this length",
+                mend=_MENDS.get(name, _MEASURE_AGAIN),
             )
 
 

@@ -71,11 +71,11 @@ class ReferenceFit:
             parameters=self.parameters,
             method=_method(bounded=self.bounded),
             provenance={
+                "conditions": None if conditions is None else vars(conditions),
                 "extrapolated_by": self.factor,
                 "laws": {name: _as_json(fit) for name, fit in self.domains.items()},
                 "table": {
                     "origin": self.table.origin,
-                    "conditions": None if conditions is None else vars(conditions),
                     "models": {row.model: row.parameters for row in self.table.rows},
                 },
             },

@@ -13,6 +13,7 @@ from rich.console import Console
 from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
+from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError
 from shearing.evaluation.heldout import heldout_loss
 from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
@@ -58,6 +59,7 @@ def measure_losses(
     if opened.notice:
         console.print(opened.notice, style="yellow", soft_wrap=True, highlight=False)
     fingerprint = next(iter(opened.manifests.values())).tokenizer_fingerprint
+    rules = DocumentRules().heeding(opened.bos)
     conditions = Conditions(
         corpus_fingerprint=opened.fingerprint,
         tokenizer_fingerprint=fingerprint,
@@ -65,6 +67,8 @@ def measure_losses(
         tokens_per_domain=tokens_per_domain,
         precision=str(precision).removeprefix("torch."),
         split=opened.named_split("validation"),
+        attention="documents" if rules.attention_within else "full",
+        loss_across_documents=rules.loss_across,
     )
     table = _existing(output, conditions=conditions, origin=str(corpus))
     measured = {row.model for row in table.rows}
@@ -87,10 +91,9 @@ def _existing(output: Path, *, conditions: Conditions, origin: str) -> LossTable
     if not output.exists():
         return LossTable(origin=origin, conditions=conditions, rows=())
     table = LossTable.read(output)
-    if table.conditions != conditions:
-        found = {} if table.conditions is None else asdict(table.conditions)
-        wanted: dict[str, Any] = asdict(conditions)
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
+    found = {} if table.conditions is None else asdict(table.conditions)
+    wanted: dict[str, Any] = asdict(conditions)
+    if differing := list(wanted) if table.conditions is None else conditions.differing(table.conditions):
         raise ShearingError(
             str(output),
             value=", ".join(f"{name} {found.get(name)}" for name in differing),

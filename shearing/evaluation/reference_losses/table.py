@@ -30,6 +30,8 @@ class Conditions:
         tokens_per_domain: held-out tokens read of each domain, fewer where it has fewer.
         precision: dtype of the forward pass.
         split: what was read, see `Corpus.named_split`; unsaid: the one held-out part of corpora of format 2.
+        attention: `full` or `documents`, see `DataRecipe`; None: nobody says, as in older tables.
+        loss_across_documents: whether a document's first token counts as a label; None likewise.
     """
 
     corpus_fingerprint: str
@@ -38,6 +40,13 @@ class Conditions:
     tokens_per_domain: int
     precision: str
     split: str = ONE_PART
+    attention: str | None = None
+    loss_across_documents: bool | None = None
+
+    def differing(self, other: Conditions) -> list[str]:
+        """Names of those that differ; what one of the two does not say does not."""
+        mine, others = asdict(self), asdict(other)
+        return [name for name in mine if None not in (mine[name], others[name]) and mine[name] != others[name]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,8 +94,9 @@ def dense_layers(
         walk.let_go(module)
         statistics = {name: found[place.name] for name, place in place_of.items()}
         if "gradients" in needs:
+            length = calibration.tokens.shape[1]
             statistics = {
-                name: of_place.with_gradients(read_gradients(name, layer=layer, folder=compute.folder))
+                name: of_place.with_gradients(read_gradients(name, layer=layer, folder=compute.folder), length=length)
                 for name, of_place in statistics.items()
             }
         yield DenseLayer(layer, {name: stored[name] for name in place_of}, {**statistics})

@@ -39,6 +39,10 @@ class InverseFactor:
     dead: Tensor
     damping: float
 
+    def inverse_diagonal(self, *, in_order: bool) -> Tensor:
+        """[H^-1]_jj [I]; in order: of H without its first j - 1 rows and columns, which is U_jj²."""
+        return self.upper.diagonal().square() if in_order else self.upper.square().sum(0)
+
     @classmethod
     def of(cls, moment: Tensor, *, damping: float) -> InverseFactor:
         """Factor of the inverse of a second moment.

@@ -36,6 +36,7 @@ class InputStatistics:
         tokens: sum of the weights of their tokens, a scalar fp64 on the device.
         gradients: of one matrix that reads these inputs, the root of the mean over sequences of (∂l/∂w)² [O, I], on the
             CPU; None unless `with_gradients` made this.
+        length: S of the sequences whose gradients these are; 0 without.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class InputStatistics:
     ) -> None:
         self.sequences = 0
         self.gradients: Tensor | None = None
+        self.length = 0
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self._damping = damping
         self._sums = torch.zeros(columns, dtype=dtype, device=device) if "sums" in needs else None
@@ -153,10 +155,10 @@ class InputStatistics:
         """Of the factor that was computed; None where nobody has asked for one."""
         return self._factor[0].damping if self._factor else None
 
-    def with_gradients(self, gradients: Tensor) -> InputStatistics:
-        """The same of its inputs, for a matrix with these gradients [O, I]."""
+    def with_gradients(self, gradients: Tensor, *, length: int) -> InputStatistics:
+        """The same of its inputs, for a matrix with these gradients [O, I] of sequences of so many tokens."""
         of_matrix = copy(self)
-        of_matrix.gradients = gradients
+        of_matrix.gradients, of_matrix.length = gradients, length
         return of_matrix
 
     def factor(self) -> InverseFactor:

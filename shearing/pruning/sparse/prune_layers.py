@@ -151,6 +151,7 @@ class _Pruning:
         advance: Callable[[int], None],
     ) -> None:
         self._method, self._compute, self._advance = method, compute, advance
+        self._length = 0 if calibration is None else calibration.tokens.shape[1]
         self._groups = _groups(places_in(source), method=method)
         self._with_text = calibration is not None and method.needs_text
         self._walk = LayerWalk(
@@ -204,7 +205,7 @@ class _Pruning:
             if name in self._method.allocation:
                 if statistics is not None and "gradients" in self._method.criterion.needs:
                     gradients = read_gradients(name, layer=layer, folder=self._compute.folder)
-                    statistics = statistics.with_gradients(gradients)
+                    statistics = statistics.with_gradients(gradients, length=self._length)
                 pruned[name] = _prune_matrix(
                     name, dense[name], method=self._method, device=self._compute.device, statistics=statistics
                 )

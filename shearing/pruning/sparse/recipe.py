@@ -18,8 +18,8 @@ from typing_extensions import Self
 from shearing.data.corpus.bos import BosChoice
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.pruning.sparse.allocation.facts import ALLOCATIONS, RULES, STARTS, AllocationName, RuleName
-from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName, Group
-from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS, ReconstructionName
+from shearing.pruning.sparse.criteria.facts import CRITERIA, CriterionName
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS, Group, ReconstructionName
 from shearing.settings.document import embed_reference
 from shearing.settings.mistakes import located
 from shearing.settings.neutral import Neutral
@@ -46,6 +46,15 @@ def _unless_set(defaults: Mapping[str, str]) -> str:
         criteria.setdefault(default, []).append(criterion)
     others = [f"{default} for {' and '.join(names)}" for default, names in criteria.items() if default != commonest]
     return f"{', '.join(others)}, or {commonest}"
+
+
+def _groups_of_reconstructions() -> str:
+    """'layer with admm and alps, row with dsnot': what reconstructions have of their own."""
+    groups: dict[str, list[str]] = {}
+    for name, facts in RECONSTRUCTIONS.items():
+        if facts.group is not None:
+            groups.setdefault(facts.group, []).append(name)
+    return ", ".join(f"{group} with {', '.join(names)}" for group, names in groups.items())
 
 
 def _without_text() -> str:
@@ -164,6 +173,7 @@ class OneShotRecipe(AllocationKeys):
         None,
         description="Unstructured only: which weights compete. row: those of an output; layer: those of a matrix; "
         "cumulative: rows lose the same share of their total score (Wanda's variant). Unset: "
+        f"{_groups_of_reconstructions()}; else "
         f"{_unless_set({name: facts.group for name, facts in CRITERIA.items()})}.",
     )
     reconstruction: ReconstructionName | None = Field(
@@ -239,8 +249,9 @@ class OneShotRecipe(AllocationKeys):
 
     @property
     def resolved_group(self) -> Group:
-        """The group, as published for the criterion if it is unset."""
-        return self.group or CRITERIA[self.criterion].group
+        """The group, as published for the reconstruction, or else for the criterion, if it is unset."""
+        published = RECONSTRUCTIONS[self.resolved_reconstruction].group or CRITERIA[self.criterion].group
+        return self.group or published
 
     @property
     def resolved_reconstruction(self) -> ReconstructionName:

@@ -30,7 +30,10 @@ from shearing.runs.recipe import Recipe, load_recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
 from shearing.settings.quantities import Duration
+from shearing.training.callbacks.mixture_updates import MixtureUpdates
+from shearing.training.callbacks.save_checkpoints import left_in
 from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of
+from shearing.training.stage import PREFETCHED_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +62,9 @@ def extend(
 ) -> Extension:
     """Put together a run that goes on from a checkpoint of another one's continued pretraining.
 
-    It is taken from the newest checkpoint until which the learning rates are those of the new recipe, so the result is
-    the run that had this recipe from the start, bit for bit (unless `mixture.reference` is `online`, which looks at the
-    end of the stage from its beginning). Stages before are taken over; files that never change are linked where the
+    It is taken from the newest checkpoint until which the learning rates, and the updates of domain weights, are those
+    of the new recipe, so the result is the run that had this recipe from the start, bit for bit (unless
+    `mixture.reference` is `online`, which looks at the end of the stage from its beginning). Stages before are taken over; files that never change are linked where the
     file system can. The other run is only read.
 
     Args:
@@ -232,11 +235,28 @@ def _choose(run: RunDirectory, way: _Way, *, step: int | None) -> tuple[int, Pat
         old, new = before.learning_rates("pretrain"), recipe.learning_rates("pretrain")
         same_past = way.onward or all(old.at(done) == new.at(done) for done in range(settled or -new.first_step, at))
         longer = _total(recipe) > at >= settled
-        if longer and same_past and damage_of(checkpoint) is None:
+        whole = longer and same_past and damage_of(checkpoint) is None
+        if whole and (way.onward or not _lacks_update(checkpoint, at, before, recipe, settled=settled)):
             return at, checkpoint, recipe
         if way.onward and damage_of(checkpoint) is None:
             break  # what came after an older one would be trained anew
     raise _no_checkpoint(run, before, steps=list(found), step=step, way=way)
+
+
+def _lacks_update(checkpoint: Path, at: int, before: Recipe, recipe: Recipe, *, settled: int) -> bool:
+    """Whether domain weights were left as they were for the run's end alone, where the new one, longer, updates them.
+
+    What was left out behind the checkpoint's own step is made up for where it is continued, if it says so.
+    """
+    if recipe.mixture.update == "constant":
+        return False
+    every = before.pretrain.in_steps(before.mixture.pretrain_interval, sequence_length=before.data.sequence_length)
+    missing = [
+        step
+        for step in range(settled + 1, at + 1)
+        if step % max(1, every) == 0 and _total(before) <= step + PREFETCHED_STEPS < _total(recipe)
+    ]
+    return any(step < at or MixtureUpdates.__name__ not in left_in(checkpoint) for step in missing)
 
 
 def _no_checkpoint(
@@ -258,8 +278,9 @@ def _no_checkpoint(
     return ShearingError(
         "RUN_DIR" if step is None else "--from",
         value=str(run.path) if step is None else step,
-        allowed="a run with an undamaged checkpoint until which its learning rates are those of the new one, which "
-        f"ends later; {there}" + ("" if stable is None else f", the decay begins after step {stable}"),
+        allowed="a run with an undamaged checkpoint until which its learning rates, and the updates of its domain "
+        f"weights, are those of the new one, which ends later; {there}"
+        + ("" if stable is None else f", the decay begins after step {stable}"),
         mend="add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
         "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every",
     )

@@ -10,7 +10,7 @@ import torch
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.runs.planning.hardware import USABLE, Hardware, gpu_of
-from shearing.runs.planning.plan import RunPlan, plan, what_would_fit
+from shearing.runs.planning.plan import RunPlan, plans, what_would_fit
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import gigabytes
 from shearing.runs.recipe import Recipe, split_batch
@@ -61,8 +61,9 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class _Need:
-    """Bytes that a moment of the run wants of one GPU, and whether that much is sure."""
+    """Bytes that a moment of a run wants of one GPU, and whether that much is sure."""
 
+    run: str
     what: str
     memory: int
     certain: bool
@@ -80,8 +81,13 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
     Raises:
         ShearingError: see `plan`.
     """
-    made = plan(recipe, hardware=devices.under(processes=processes), stages=stages)
-    needs = list(_needs(recipe, made=made, stages=stages))
+    runs = plans(recipe, hardware=devices.under(processes=processes), stages=stages)
+    last = runs[-1][0]
+    needs = [
+        need
+        for each, made in runs
+        for need in _needs(each, made=made, evaluates=each is last and "evaluate" in stages, one_of=len(runs))
+    ]
     beyond = [need for need in needs if need.memory > devices.memory]
     refused = [need for need in beyond if need.certain]
     tight = [need for need in needs if USABLE * devices.memory < need.memory <= devices.memory]
@@ -91,10 +97,12 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
         f"tight: {_in_words(need)} of {there}, and about a tenth goes to CUDA's context, workspaces and fragmentation"
         for need in tight
     ]
-    if made.stages:  # nothing else is shared out
+    if runs[-1][1].stages:  # nothing else is shared out
         notes += _idle(recipe, stages=stages, processes=processes, devices=devices)
     unfit = None
     if refused:
+        # Of a cascade the first that is too large: those after it are smaller.
+        made = next(made for _, made in runs if made.name == refused[0].run)
         unfit = ShearingError(
             "training.engine",
             value=f"{recipe.training.engine} on {processes} x {devices.name}",
@@ -105,23 +113,24 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
     return Capacity(unfit=unfit, notes=notes)
 
 
-def _needs(recipe: Recipe, *, made: RunPlan, stages: Collection[Stage]) -> Iterator[_Need]:
+def _needs(recipe: Recipe, *, made: RunPlan, evaluates: bool, one_of: int) -> Iterator[_Need]:
     """The moments at which a GPU holds most: loading, steps of the training stages, evaluation."""
+    run, of = made.name, "" if one_of == 1 else f" of {made.name}"
     for each in made.stages:
-        # The teacher is whole beside it.
+        # The teacher is beside it, whole unless layers of it are elsewhere.
         heard = each.listening
         memory = loaded(each.shape, recipe=recipe, made=made)
         memory += 0 if heard is None else heard.loaded
-        yield _Need(what=f"loading for {each.stage}", memory=memory, certain=_is_known(made, each))
+        yield _Need(run=run, what=f"loading for {each.stage}{of}", memory=memory, certain=_is_known(made, each))
         step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.
         certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
         certain = certain and not (made.adapters and each.stage == "pretrain")
-        yield _Need(what=f"a step of {each.stage}", memory=step, certain=certain)
-    if "evaluate" in stages:
+        yield _Need(run=run, what=f"a step of {each.stage}{of}", memory=step, certain=certain)
+    if evaluates:
         memory = max(measured(made), judged(recipe, made=made))
         # Nothing is lost where only the tables are missing: `shear eval` can be typed again for another device.
-        yield _Need(what="evaluation", memory=memory, certain=False)
+        yield _Need(run=run, what="evaluation", memory=memory, certain=False)
 
 
 def loaded(shape: Shape, *, recipe: Recipe, made: RunPlan) -> int:
@@ -173,7 +182,7 @@ def copies(shape: Shape, *, made: RunPlan) -> int:
 
 def _is_known(made: RunPlan, stage: StagePlan) -> bool:
     """Whether the shape is, which a budget leaves open after mask learning."""
-    return made.budget is None or stage.stage == "prune"
+    return not made.learned and (made.budget is None or stage.stage == "prune")
 
 
 def _fp32(shape: Shape) -> int:
@@ -222,8 +231,9 @@ def _mend(
         return "take GPUs with more memory: a layer, what is outside of layers and a teacher are not shared out"
     most = max(processes, _most_processes(recipe, stages=stages, devices=devices))
     if most > processes:
-        made = plan(recipe, hardware=devices.under(processes=most), stages=stages)
-    ways = what_would_fit(made)
+        runs = plans(recipe, hardware=devices.under(processes=most), stages=stages)
+        made = next(each for _, each in runs if each.name == made.name)
+    ways = what_would_fit(recipe, made=made)
     if ways is None:
         return "take GPUs with more memory, or more of them"
     if most > processes and not any("--gpus" in way for way in ways):

@@ -17,7 +17,8 @@ from shearing.runs.recipe import Recipe
 from shearing.training.recipe import StageRecipe
 
 _BYTES_OF_WEIGHT = 4
-_SEQLEN = 2048  # of calibration text, where the recipe does not say; models that can read less read less
+SEQLEN = 2048
+"""Tokens of a sequence of one-shot calibration, where the recipe does not say; models that can read less read less."""
 
 
 def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters: int, moving: int = 0) -> int:
@@ -117,7 +118,7 @@ def gradient_bytes(recipe: Recipe, *, shape: Shape) -> int:
     sparsify = recipe.sparsify
     if sparsify is None or "gradients" not in CRITERIA[sparsify.criterion].needs:
         return 0
-    length = sparsify.seqlen or _SEQLEN
+    length = sparsify.seqlen or SEQLEN
     stream = sparsify.samples * length * shape.hidden_size
     matrices = shape.num_hidden_layers * sum(shape.layer_parameters())
     return _BYTES_OF_WEIGHT * (matrices + stream * (shape.num_hidden_layers + 2))

@@ -7,6 +7,7 @@ because torch does not use TF32 unless it is told to.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -253,7 +254,7 @@ class Hardware:
         """
         for field, value, valid, allowed in (
             ("--gpus", processes, processes is None or processes >= 1, "at least 1"),
-            ("--memory", gigabytes, gigabytes is None or gigabytes > 0, "more than 0 (GB)"),
+            ("--memory", gigabytes, gigabytes is None or 0 < gigabytes < math.inf, "a number of GB, more than 0"),
             ("--mfu", mfu, 0 < mfu <= 1, "more than 0 and at most 1: 0.4 is usual"),
         ):
             if not valid:

@@ -132,11 +132,14 @@ class Listening:
 
     @property
     def loaded(self) -> int:
-        """Bytes of its weights on the device while it is loaded, or runs: two layers that are shared out are whole."""
-        if self.shared_by is not None:
-            whole = min(2, self.shape.num_hidden_layers) * sum(self.shape.layer_parameters())
-            return self.weights + self.number_bytes * whole * int(self.shared_by > 1)
-        return self.number_bytes * self.shape.num_parameters()
+        """Bytes of its weights on the device while it is loaded, or runs: two layers that are shared out are whole.
+
+        What is offloaded is read into host memory, and only what is outside of its layers goes on from there.
+        """
+        if self.shared_by is None:
+            return self.weights
+        whole = min(2, self.shape.num_hidden_layers) * sum(self.shape.layer_parameters())
+        return self.weights + self.number_bytes * whole * int(self.shared_by > 1)
 
     def among(self, processes: int) -> Listening:
         """The same, where so many processes share the work."""

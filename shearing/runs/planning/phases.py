@@ -15,15 +15,18 @@ import torch
 from shearing.data.corpus.corpus import whole_rows
 from shearing.data.documents import Inputs
 from shearing.models.shape import Shape
+from shearing.pruning.sparse.criteria.facts import CRITERIA
+from shearing.pruning.sparse.recipe import OneShotRecipe
 from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.continuation.family import importance_of
 from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer
+from shearing.runs.planning.disk import SEQLEN
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
-from shearing.runs.planning.plan import RunPlan, num_domains
+from shearing.runs.planning.plan import RunPlan, num_domains, reads_reference
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.recipe import Recipe
 
@@ -53,19 +56,20 @@ class Phase:
     seconds: float | None = None
 
 
-def phases(recipe: Recipe, *, made: RunPlan) -> list[Phase]:
+def phases(recipe: Recipe, *, made: RunPlan, evaluates: bool = True) -> list[Phase]:
     """Everything from loading to the last table, in order.
 
     Args:
         recipe: of the run.
         made: its plan.
+        evaluates: whether it does, which a run on the way of a cascade does not.
 
     Raises:
         ShearingError: a metric that cannot score the source.
     """
     peak = None if made.hardware.gpu is None else made.hardware.gpu.peak.get(made.precision)
     found = []
-    for phase in _phases(recipe, made=made):
+    for phase in [*_phases(recipe, made=made), *(_evaluation(recipe, made=made) if evaluates else ())]:
         seconds = phase.seconds
         if seconds is None and peak is not None and phase.flops:
             seconds = phase.flops / (peak * made.hardware.mfu * phase.processes)
@@ -77,6 +81,8 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     for stage in made.stages:
         if stage.stage == "prune" and made.rotated:
             yield _rotation(recipe, made=made)
+        if stage.stage == "pretrain" and recipe.sparsify is not None:
+            yield _one_shot(recipe, settings=recipe.sparsify, shape=stage.shape, made=made)
         held = loaded(stage.shape, recipe=recipe, made=made)
         if held == _fp32(stage.shape):
             held += copies(stage.shape, made=made)
@@ -87,8 +93,13 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             memory=loaded(stage.shape, recipe=recipe, made=made) + (0 if heard is None else heard.loaded),
             disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
         )
-        if stage is made.stages[0]:
-            yield from _reference(recipe, stage=stage, made=made, held=held)
+        if reads_reference(recipe, stage=stage.stage):
+            yield Phase(
+                what=f"{stage.stage}: reference losses",
+                processes=made.hardware.processes,
+                memory=held,
+                flops=None if stage.heldout_flops is None else stage.reference_flops,
+            )
         if stage.stage == "prune":
             yield from _choice(recipe, made=made, held=held)
         if stage.stage == "pretrain" and recipe.family is not None:
@@ -108,7 +119,6 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
                 host=one_layer(stage.shape),  # of its check, which has one model after the other
                 disk=_fp32(stage.shape) + _fp32(made.target),
             )
-    yield from _evaluation(recipe, made=made)
 
 
 def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
@@ -124,17 +134,29 @@ def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
     )
 
 
-def _reference(recipe: Recipe, *, stage: StagePlan, made: RunPlan, held: int) -> Iterator[Phase]:
-    """The source's own losses on validation text, which domain weights are compared with."""
-    mixture, domains = recipe.mixture, num_domains(recipe)
-    if mixture.update == "constant" or mixture.reference not in ("source", "online"):
-        return
-    length = recipe.data.sequence_length
-    flops = None
-    if domains is not None:
-        tokens = domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
-        flops = forward_flops_per_token(stage.shape, sequence_length=length) * tokens
-    yield Phase(what=f"{stage.stage}: reference losses", processes=made.hardware.processes, memory=held, flops=flops)
+def _one_shot(recipe: Recipe, *, settings: OneShotRecipe, shape: Shape, made: RunPlan) -> Phase:
+    """The main process zeroes weights layer by layer, in fp32 at most: two passes of each layer over the text.
+
+    Choosing levels by text is not foretold, and scores and what is made up for of kept weights are not counted.
+    """
+    length, matrices = settings.seqlen or SEQLEN, 4 * sum(shape.layer_parameters())
+    tokens = settings.samples * length if settings.pruning_reads_text else 0
+    passes, copies_of_layer = 5 if settings.true_sequential else 2, 1
+    if "gradients" in CRITERIA[settings.criterion].needs:
+        passes, copies_of_layer = passes + 4, 3  # forward, once more and backward; gradients and their sums
+    waiting = 4 * tokens * shape.hidden_size
+    head = 2.0 * shape.vocab_size * shape.hidden_size
+    of_layers = forward_flops_per_token(shape, sequence_length=length) - head
+    # Read, written layer by layer, and put together.
+    written = 3 * (_fp32(shape) if "compact" in recipe.stages else 2 * shape.num_parameters())
+    return Phase(
+        what=f"sparsify: {settings.criterion}",
+        processes=1,
+        memory=copies_of_layer * matrices + (waiting if settings.offload == "none" else 0),
+        host=waiting if settings.offload == "cpu" else 0,
+        disk=written + made.spooled + (waiting if settings.offload == "disk" else 0),
+        flops=None if settings.allocation_reads_text else passes * tokens * of_layers,
+    )
 
 
 def _choice(recipe: Recipe, *, made: RunPlan, held: int) -> Iterator[Phase]:
@@ -213,7 +235,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
         what=f"{stage.stage}: held-out losses, all",
         processes=made.hardware.processes,
         memory=memory.total,
-        flops=stage.heldout_flops,
+        flops=None if stage.heldout_flops is None else stage.heldout_flops - stage.reference_flops,
     )
     yield Phase(
         what=f"{stage.stage}: a checkpoint",

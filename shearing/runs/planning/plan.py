@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ from shearing.objectives.teacher import teacher_precision
 from shearing.pruning.rotation.tied import config_as_cut
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.pruning.structured.rounding import every_granularity
+from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.advice import advice_for, least_changes
@@ -32,7 +34,7 @@ from shearing.runs.planning.hardware import Hardware, forward_flops_per_token, t
 from shearing.runs.planning.memory import Listening, Workload
 from shearing.runs.planning.step.stage_plan import Choice, StagePlan, layerwise_of, workload_at
 from shearing.runs.planning.step.traced_step import StepModel, Taught
-from shearing.runs.recipe import Recipe, TrainingStage
+from shearing.runs.recipe import Recipe, TrainingStage, overridden
 from shearing.training.device import resolve_device, resolve_precision
 from shearing.training.stage import PREFETCHED_STEPS
 
@@ -51,6 +53,7 @@ class RunPlan:
         teacher: shape of the model that is listened to; None: there is none.
         source, target: shapes; the target is a stand-in where the recipe gives a budget alone, and None where no units
             are pruned.
+        learned: whether the source's sizes are, by the run before; they are at most those that stand here.
         budget: parameters to reach, where the recipe gives them instead of sizes.
         family: shapes of the smaller sizes that are trained inside the last, by name.
         vocab_size: tokens that the final model keeps; `auto` those that the corpus uses, None all.
@@ -69,6 +72,7 @@ class RunPlan:
     hardware: Hardware
     precision: torch.dtype
     source: Shape
+    learned: bool
     teacher: Shape | None
     target: Shape | None
     budget: int | None
@@ -85,9 +89,8 @@ class RunPlan:
     advice: str | None
 
 
-@named(COMPONENT_NAMES)
 def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None = None) -> RunPlan:
-    """What a recipe takes on given hardware.
+    """What a recipe takes on given hardware; of a cascade, what its first run takes: see `plans`.
 
     Args:
         recipe: of the run.
@@ -97,7 +100,40 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
     Raises:
         ShearingError: no config of the source model, a target it cannot become, or processes that cannot share a batch.
     """
-    stored = load_config(recipe.model.source, revision=recipe.model.revision)
+    (_, made), *_ = plans(recipe, hardware=hardware, stages=stages)
+    return made
+
+
+@named(COMPONENT_NAMES)
+def plans(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None = None) -> list[tuple[Recipe, RunPlan]]:
+    """The runs of a recipe in order, with what each takes; one without a cascade is one run.
+
+    What a run starts from is what the one before has been cut to. Where that is a budget, whose sizes are learned, it
+    is what that was cut from, which is larger.
+
+    Args:
+        recipe, hardware, stages: see `plan`.
+
+    Raises:
+        ShearingError: see `plan`; a target that does not shrink.
+    """
+    config, learned = load_config(recipe.model.source, revision=recipe.model.revision), False
+    require_shrinking(recipe, source=config_as_cut(config, prune=recipe.prune))
+    made = []
+    for each in cascade_of(recipe):
+        planned = _plan(each, stored=config, learned=learned, hardware=hardware, stages=stages)
+        made.append((each, planned))
+        config, target = config_as_cut(config, prune=each.prune), planned.target
+        learned = learned or planned.budget is not None
+        if target is not None and planned.budget is None:
+            config = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
+    return made
+
+
+def _plan(
+    recipe: Recipe, *, stored: PretrainedConfig, learned: bool, hardware: Hardware, stages: Collection[str] | None
+) -> RunPlan:
+    """What one run takes, from a source with that config, whose sizes may be learned before it."""
     config = config_as_cut(stored, prune=recipe.prune)
     source = Shape.of(config)
     target, budget = None, None
@@ -139,6 +175,7 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         hardware=hardware,
         precision=precision,
         source=source,
+        learned=learned,
         teacher=None if taught is None else Shape.of(taught.config),
         target=target,
         budget=budget,
@@ -152,8 +189,17 @@ def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None =
         rotated=rotated_bytes(recipe, source=source),
         refitted=refitted_bytes(recipe, source=source),
         stages=planned,
-        advice=advice_for(planned, choice=choice, hardware=hardware),
+        advice=advice_for(planned, choice=choice, hardware=hardware, accepts=partial(_accepts, recipe)),
     )
+
+
+def _accepts(recipe: Recipe, overrides: Sequence[str]) -> bool:
+    """Whether a recipe takes overrides."""
+    try:
+        overridden(recipe, overrides=overrides)
+    except ShearingError:
+        return False
+    return True
 
 
 def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
@@ -269,7 +315,8 @@ def _stage_plan(
         )
     flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
     heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
-    heldout_flops = None if heldout is None else forward_flops_per_token(shape, sequence_length=length) * heldout
+    forward = forward_flops_per_token(shape, sequence_length=length)
+    heldout_flops = None if heldout is None else forward * heldout
     teacher_flops = 0.0 if listening is None else _teacher_flops_per_token(recipe, shape=listening.shape)
     teacher_flops *= steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
@@ -302,6 +349,7 @@ def _stage_plan(
         workload=workload,
         flops=flops,
         heldout_flops=heldout_flops,
+        reference_flops=forward * _reference_tokens(recipe, stage=stage),
         teacher_flops=teacher_flops,
         seconds=None if speed is None else (flops + (heldout_flops or 0.0) + teacher_flops) / speed,
         listening=listening,
@@ -320,8 +368,8 @@ def _teacher_flops_per_token(recipe: Recipe, *, shape: Shape) -> float:
 
 
 def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:
-    """Tokens read for held-out losses: at each update of the mixture or every now and then, and of pruning also at the
-    start and the end.
+    """Tokens read for held-out losses: at each update of the mixture or every now and then, of pruning also at the end,
+    and of the first stage for the reference.
 
     None where nothing says how many domains there are.
     """
@@ -334,14 +382,27 @@ def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int 
         interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
         every = max(1, recipe.training_stages[stage].in_steps(interval, sequence_length=length))
         updates = max(0, steps - PREFETCHED_STEPS - 1) // every if mixture.losses == "heldout" else 0
-        updates += int(stage == "prune" and mixture.reference in ("source", "online"))
     each = {recipe.heldout_tokens(domains=domains): updates + int(stage == "prune")}
     looked_at = recipe.validation_tokens(stage, domains=domains)
     if looked_at is not None and settings.validation_interval is not None:
         every = max(1, settings.in_steps(settings.validation_interval, sequence_length=length))
         each[looked_at] = each.get(looked_at, 0) + steps // every
     rows = sum(readings * whole_rows(tokens, sequence_length=length) for tokens, readings in each.items())
-    return domains * rows * length
+    return domains * rows * length + _reference_tokens(recipe, stage=stage)
+
+
+def reads_reference(recipe: Recipe, *, stage: TrainingStage) -> bool:
+    """Whether the source's own losses, which domain weights are compared with, are measured before that stage."""
+    first, mixture = next(iter(recipe.training_stages)), recipe.mixture
+    return stage == first and mixture.update != "constant" and mixture.reference in ("source", "online")
+
+
+def _reference_tokens(recipe: Recipe, *, stage: TrainingStage) -> int:
+    """Validation tokens that the source reads for its own losses; 0 where nothing says how many domains there are."""
+    domains, length = num_domains(recipe), recipe.data.sequence_length
+    if domains is None or not reads_reference(recipe, stage=stage):
+        return 0
+    return domains * whole_rows(recipe.heldout_tokens(domains=domains), sequence_length=length) * length
 
 
 def num_domains(recipe: Recipe) -> int | None:
@@ -352,6 +413,11 @@ def num_domains(recipe: Recipe) -> int | None:
     return len(list(recipe.data.corpus.glob(f"*/{MANIFEST_NAME}"))) or None
 
 
-def what_would_fit(plan: RunPlan) -> list[str] | None:
-    """Overrides, and the number of GPUs if it has to be another, with which all stages fit; None if nothing helps."""
-    return least_changes(plan.stages, choice=plan.choice, hardware=plan.hardware)
+def what_would_fit(recipe: Recipe, *, made: RunPlan) -> list[str] | None:
+    """Overrides, and the number of GPUs if it has to be another, with which all stages fit; None if nothing helps.
+
+    Args:
+        recipe: of the run, which takes them.
+        made: its plan.
+    """
+    return least_changes(made.stages, choice=made.choice, hardware=made.hardware, accepts=partial(_accepts, recipe))

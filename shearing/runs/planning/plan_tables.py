@@ -56,6 +56,16 @@ def render_phases(plan: RunPlan, *, phases: Sequence[Phase]) -> RenderableType:
     )
 
 
+def render_totals(plans: Sequence[RunPlan]) -> RenderableType:
+    """What the runs of a cascade take together, as a line for a terminal."""
+    stages = [stage for plan in plans for stage in plan.stages]
+    flops = sum(stage.flops + stage.teacher_flops + (stage.heldout_flops or 0.0) for stage in stages)
+    times = [stage.seconds for stage in stages if stage.seconds is not None]
+    hours = f"{sum(times) / 3600:,.1f} hours at MFU {plans[0].hardware.mfu:g}, " if len(times) == len(stages) else ""
+    disk = f"checkpoints {sum(stage.disk for stage in stages) / 1e9:,.1f} GB"
+    return Text(f"all {len(plans)} runs: {flops:.2e} FLOPs, {hours}{disk}", style="bold")
+
+
 def _shapes(plan: RunPlan) -> Table:
     table = _table("model", "parameters", "without embeddings", "shape")
     table.add_row("source", *shape_cells(plan.source))
@@ -104,6 +114,8 @@ def _stages(plan: RunPlan) -> Table:
 
 def _notes(plan: RunPlan) -> Iterator[str]:
     yield f"parameters of embedding and head: {', '.join(_embeddings(plan))}"
+    if plan.learned:
+        yield "source: its sizes are learned by the run before; figures are of what that was cut from, so at most"
     if plan.within_documents:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"

@@ -79,7 +79,7 @@ def preflight(
         stages: the stages that are about to run; all of the recipe's if None.
         devices: the GPUs that processes run on, one each; those of this machine if None.
         starts: whether they run now, on the context's processes. Otherwise all GPUs are taken to be used, and what they
-            cannot hold is said, not refused.
+            cannot hold is said, not refused, as is a budget for mask learning alone; the text of tasks is not fetched.
 
     Raises:
         ShearingError: all that was found, together.
@@ -114,9 +114,10 @@ def survey(
     for stage in recipe.training_stages:
         if stage in stages:
             attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
-    attempt(lambda: require_exportable(recipe, stages=stages))
+    if starts:
+        attempt(lambda: require_exportable(recipe, stages=stages))
     if "evaluate" in stages:
-        attempt(lambda: require_tasks(recipe, last=len(stages) > 1))
+        attempt(lambda: require_tasks(recipe, last=starts and len(stages) > 1))
     stored = attempt(lambda: Shape.of(context.config))
     if stored is None:
         return None, wrong.errors
@@ -139,6 +140,7 @@ def survey(
     attempt(lambda: require_moving(recipe, source=source))
     corpus = missing.attempt(lambda: context.corpus)
     weights: dict[str, float] = {}
+    doubts: list[str] = []
     if corpus is None:
         # That it is not there may stand behind a tokenizer that is not.
         missing.attempt(lambda: read_index(recipe.data.corpus))
@@ -149,7 +151,7 @@ def survey(
             attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
             if set(recipe.training_stages) & set(stages):
                 attempt(lambda: require_cached(context))
-        attempt(lambda: require_reference(recipe, corpus=corpus))
+        doubts = attempt(lambda: require_reference(recipe, corpus=corpus)) or []
     if wrong.errors:
         return None, [*wrong.errors, *missing.errors]
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
@@ -169,7 +171,7 @@ def survey(
         weights=weights,
         largest=largest,
         training=list(training_plans(recipe, corpus=corpus, weights=weights, largest=largest)),
-        doubts=[*doubts_of(recipe, source=stored, target=target), *odd_sizes(recipe, source=source)],
+        doubts=[*doubts, *doubts_of(recipe, source=stored, target=target), *odd_sizes(recipe, source=source)],
         notes=[*gpus.notes, *said_of_architecture(target, config=config)],
         disk=disk,
         free=bytes_free(recipe.run_dir),

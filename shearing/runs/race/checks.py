@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -65,7 +66,14 @@ def mistakes(settings: RaceSettings) -> Iterator[ShearingError]:
             yield ShearingError(
                 option, value=",".join(map(str, values)), allowed="at least one, each once", mend="correct the list"
             )
-    if settings.flops is not None and (len(settings.tokens) > 1 or "flops" not in settings.equal):
+    if settings.flops is not None and not 0 < settings.flops < math.inf:
+        yield ShearingError(
+            "--flops",
+            value=settings.flops,
+            allowed="a number of FLOPs, more than 0, as 1e15",
+            mend="correct the value, or leave it out",
+        )
+    elif settings.flops is not None and (len(settings.tokens) > 1 or "flops" not in settings.equal):
         yield ShearingError(
             "--flops",
             value=settings.flops,

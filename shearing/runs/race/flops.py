@@ -22,8 +22,8 @@ class Flops:
     Attributes:
         choosing: scores of units, of all metrics that it takes.
         refit: of the weights that stay.
-        masked: steps of mask learning, at the source's size.
-        training: steps after the cut.
+        masked: steps of mask learning, at the source's size, with those of a teacher.
+        training: steps after the cut, with those of a teacher.
     """
 
     choosing: float = 0.0
@@ -47,6 +47,7 @@ class FlopCount:
         evidence: what metrics may go by, for what they say that they cost.
         steps: how tokens and steps of the race go together.
         recipes: of each contender, of a row of any length.
+        teacher_per_token: of the model that is distilled from and reads along, in every step; 0: none does.
     """
 
     source: Shape
@@ -55,6 +56,7 @@ class FlopCount:
     evidence: Evidence
     steps: Steps
     recipes: Mapping[Contender, Recipe]
+    teacher_per_token: float = 0.0
 
     def of(self, contender: Contender, *, steps: int) -> Flops:
         """What a contender takes for so many optimiser steps."""
@@ -63,7 +65,7 @@ class FlopCount:
         if isinstance(how := contender.facts.how, Stages):
             masked = self.steps.before_cut(steps, how=how)
         at_source, at_target = (
-            training_flops_per_token(shape, sequence_length=self.sequence_length) * per_step
+            (training_flops_per_token(shape, sequence_length=self.sequence_length) + self.teacher_per_token) * per_step
             for shape in (self.source, self.target)
         )
         return Flops(

@@ -18,7 +18,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 
 SPLIT: HeldOutSplit = "test"
-"""What judges: no method and no constant was chosen on it."""
+"""What judges: no method and no constant was chosen on it. What goes on to a longer race is chosen on `validation`."""
 
 
 def load_model(folder: Path, *, context: RunContext) -> PreTrainedModel:

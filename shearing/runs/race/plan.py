@@ -10,6 +10,7 @@ from shearing.errors import ShearingError, named
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
+from shearing.runs.planning.hardware import forward_flops_per_token
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.race.checks import (
     collected,
@@ -122,17 +123,20 @@ def plan(settings: RaceSettings, *, make_context: Callable[[Recipe], RunContext]
             for error in unfit(contender, recipe=recipe, source=source, target=target)
         ]
     )
+    length = settings.recipe.data.sequence_length
+    teacher = context.teacher_shape if settings.recipe.listens_online else None
     count = FlopCount(
         source=source,
         target=target,
-        sequence_length=settings.recipe.data.sequence_length,
+        sequence_length=length,
         evidence=evidence_of(context),
         steps=steps,
         recipes={**of_contenders, **{own: of_contenders[replace(own, own_sizes=False)] for own in settings.own_forms}},
+        teacher_per_token=0.0 if teacher is None else forward_flops_per_token(teacher, sequence_length=length),
     )
     budgets = [
-        _budget(settings, tokens=tokens, steps=length, count=count, common=_common_flops(settings, count, steps=length))
-        for tokens, length in lengths.items()
+        _budget(settings, tokens=tokens, steps=many, count=count, common=_common_flops(settings, count, steps=many))
+        for tokens, many in lengths.items()
     ]
     own_forms = [Row(contender=own, seed=seed, steps=0) for seed in settings.seeds for own in settings.own_forms]
     rows = [*_rows(settings, budgets=budgets), *own_forms]

@@ -80,9 +80,11 @@ def run_row(row: Row, *, context: RunContext, folder: RaceFolder, flops: Flops) 
         pretrain(context)
     # Killed between moving the model that is kept and writing the row, it is there already.
     model = run.model if run.model.is_dir() else folder.model(row)
-    final = losses_of(load_model(model, context=context), context=context)
+    trained = load_model(model, context=context)
+    final = losses_of(trained, context=context)
     if final["mean"] is None:
         raise NotFiniteError("the loss after training is no number")
+    validation = losses_of(trained, context=context, split="validation")
     shape, recipe = target_of(context), context.recipe
     return {
         **_head(row),
@@ -93,7 +95,7 @@ def run_row(row: Row, *, context: RunContext, folder: RaceFolder, flops: Flops) 
         "units": chosen.units,
         "changed_from_start": chosen.changed,
         "flops": {**asdict(flops), "total": flops.total},
-        "losses": {"after_cutting": chosen.losses, "final": final},
+        "losses": {"after_cutting": chosen.losses, "final": final, "validation": validation},
         "seconds": {**chosen.seconds, "training": round(_seconds_of_steps(run), 3)},
     }
 

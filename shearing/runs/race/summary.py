@@ -140,10 +140,17 @@ def _row(line: Line, *, start: Line | None) -> dict[str, Any]:
         "mean": round(statistics.mean(losses), 5),
         "standard_deviation": None if len(losses) < 2 else round(statistics.stdev(losses), 5),
         "domains": _means([final["domains"] for final in finals]),
+        "validation": _validation(finished),
         "minus_start": _minus(line, start),
         **_outside(line, start=start),
         "seconds": round(statistics.mean(sum(record["seconds"].values()) for record in finished), 1),
     }
+
+
+def _validation(finished: Sequence[Record]) -> float | None:
+    """Mean of what may choose who goes on, over all seeds; None where a row has none, as earlier ones."""
+    losses = [record["losses"].get("validation", {}).get("mean") for record in finished]
+    return None if None in losses else round(statistics.mean(losses), 5)
 
 
 def _outside(line: Line, *, start: Line | None) -> dict[str, Any]:

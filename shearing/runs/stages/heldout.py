@@ -9,9 +9,16 @@ from transformers import PreTrainedModel
 
 from shearing.data.documents import Documents
 from shearing.evaluation.heldout import heldout_loss
+from shearing.files.durable import read_json
 from shearing.processes.processes import Processes
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import TrainingStage
+
+REFERENCE = "reference.json"
+"""File of the first stage that trains: the reference loss of each domain."""
+
+REFERENCE_TOKENS = "reference_tokens.json"
+"""Beside it, where the source has set it: `tokens_per_domain` of what it read. A run of an earlier version has none."""
 
 
 def measure_heldout(
@@ -53,8 +60,17 @@ def measure_heldout(
 
 
 def steering_tokens(context: RunContext) -> int:
-    """Validation tokens of each domain that the mixture follows."""
-    return context.recipe.heldout_tokens(domains=len(context.corpus.domains))
+    """Validation tokens of each domain that the mixture follows: those of the reference, where that has been measured.
+
+    What `auto` means follows from durations and intervals, which may have changed since. All processes call this.
+    """
+    folder = context.directory.folder(next(iter(context.recipe.training_stages)))
+    files = folder / REFERENCE, folder / REFERENCE_TOKENS
+
+    def kept() -> int | None:
+        return int(read_json(files[1])["tokens_per_domain"]) if all(file.is_file() for file in files) else None
+
+    return context.processes.on_main(kept) or context.recipe.heldout_tokens(domains=len(context.corpus.domains))
 
 
 def tokens_of_all(context: RunContext, *, tokens: int) -> int:

@@ -31,6 +31,7 @@ from shearing.runs.export.vocabulary import CutVocabulary, cut_to_corpus
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.compact import kept_units
+from shearing.runs.stages.heldout import REFERENCE
 from shearing.runs.stages.pretraining.family import family_masking, write_family
 from shearing.runs.stages.pretraining.start import (
     Start,
@@ -91,7 +92,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
             context,
             stage="pretrain",
             source=lambda: source_to_read(context, whole=lambda: _source(context, start=start, model=model)),
-            path=run.pretrain / "reference.json",
+            path=run.pretrain / REFERENCE,
         )
     else:
         mixture.load_state_dict(learned["mixture_state"])
@@ -110,7 +111,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
         mixture=mixture,
         masking=masking,
         reference=reference,
-        rule_memory=None if learned is None else learned.get("rule_memory"),
+        rule={name: {} if learned is None else learned.get(f"rule_{name}", {}) for name in ("memory", "excess")},
         moments=None if learned is None else processes.each(lambda: _moments(context)),
         # Adapters leave the weights as they are, and their own products are masked.
         kept=None

@@ -49,6 +49,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores, refit_from_files
+from shearing.runs.stages.heldout import REFERENCE
 from shearing.runs.stages.source_model import (
     holds_all_in_fp32,
     load_source_model,
@@ -114,7 +115,7 @@ def prune(context: RunContext) -> dict[str, Any]:
         context,
         stage="prune",
         source=lambda: source_to_read(context, whole=lambda: model, model=source),
-        path=run.prune / "reference.json",
+        path=run.prune / REFERENCE,
     )
     path = _initial_scores(context, whole=model, source=source)
     masking, choice = _masking(context, model=model, scores=None if path is None else load_file(path))
@@ -199,6 +200,7 @@ def _finish(
             "mixture_state": mixture.state_dict(next_sample=end),
             "reference": dict(task.dynamic.reference) if task.dynamic else {},
             "rule_memory": trained.mixture_rule.get("memory", {}),
+            "rule_excess": trained.mixture_rule.get("excess", {}),
         },
     )
     shutil.rmtree(run.prune / ROTATED, ignore_errors=True)

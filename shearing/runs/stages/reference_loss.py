@@ -161,6 +161,8 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
                 "tokens_per_domain": tokens,
                 "precision": str(context.precision).removeprefix("torch."),
                 "split": corpus.named_split("validation"),
+                "attention": recipe.data.attention,
+                "loss_across_documents": context.document_rules.heeding(corpus.bos).loss_across,
             },
         },
     )

@@ -21,7 +21,7 @@ from shearing.progress import activity
 from shearing.runs.context import RunContext
 from shearing.runs.names import TEACHER_NAMES
 from shearing.runs.recipe import TrainingStage
-from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
+from shearing.runs.stages.heldout import REFERENCE_TOKENS, measure_heldout, steering_tokens, tokens_of_all
 from shearing.training.device import offload_layers
 
 _CONVERTED = ".source"
@@ -197,6 +197,8 @@ def reference_losses(
                 losses = measure_heldout(
                     context, stage=stage, model=model, tokens=tokens, advance=advance, processes=processes
                 )
+            beside = {"tokens_per_domain": tokens}
+            processes.on_main(lambda: write_json(path.with_name(REFERENCE_TOKENS), beside))
         domains = context.corpus.domains
         processes.on_main(
             lambda: write_json(path, resolve_reference(mixture, domains=domains, measure_source=lambda: losses))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shearing.data.mixture.dynamic import DynamicMixture
+from shearing.data.mixture.dynamic import DynamicMixture, State
 from shearing.data.mixture.rules.update import rule_of
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.recipe import DataRecipe
@@ -45,7 +45,7 @@ def task_of(
     mixture: Mixture,
     masking: MaskedTraining | None,
     reference: Mapping[str, float],
-    rule_memory: Mapping[str, float] | None = None,
+    rule: State | None = None,
     moments: SavedState | None = None,
     before_first_step: Callable[[], None] | None = None,
     kept: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
@@ -61,7 +61,7 @@ def task_of(
         mixture: where the stage's samples start.
         masking: None: the weights alone are trained.
         reference: loss of each domain aimed at; unused with constant domain weights.
-        rule_memory: what the rule that updates domain weights remembers of the stage before.
+        rule: what the rule that updates domain weights remembers of the stage before, `memory` or `excess`.
         moments: AdamW state to start from, under the names of the objective; None: from nothing.
         before_first_step: called by all processes; changes the main process's model in place. Not called where a
             checkpoint is continued.
@@ -120,7 +120,7 @@ def task_of(
             tokens=settings.total_steps(sequence_length=data.sequence_length) * per_step,
             online=recipe.mixture.reference == "online",
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
-            state={"memory": rule_memory or {}},
+            state=rule or {},
         ),
         heldout=_held_out(context, stage=stage, model=model, tokens=steering_tokens(context)),
         validation=None

@@ -38,10 +38,11 @@ class MixtureUpdates(Callback):
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
-        """Update if it is due, and not so late that the stage would not use the weights."""
+        """Update if it is due, and not so late that the stage would not use the weights; a longer one would."""
         schedule = run.task.schedule
-        due = run.step % schedule.mixture_interval == 0 and run.step + PREFETCHED_STEPS < schedule.total_steps
-        if self._dynamic is not None and due:
+        due = self._dynamic is not None and run.step % schedule.mixture_interval == 0
+        self.left_out = due and run.step + PREFETCHED_STEPS >= schedule.total_steps
+        if self._dynamic is not None and due and not self.left_out:
             self._update(run, self._dynamic)
 
     @override

@@ -32,7 +32,7 @@ _STATE = (
     "random",
 )
 """What a state file holds, in its order; behind it, under `callbacks`, what a task's own callbacks keep, and under
-`unfinished` what a stop has left to do of the step."""
+`unfinished` what a stop has left to do of the step, or the stage's end, should it come later after all."""
 
 
 class SaveCheckpoints(Callback):
@@ -199,7 +199,7 @@ class SaveCheckpoints(Callback):
         state["random"] = task.processes.gather(random_states())
         ordered = {key: state.pop(key) for key in _STATE}
         assert not state, f"no place in a checkpoint: {sorted(state)}"
-        unfinished = None if run.unfinished is None else asdict(run.unfinished)
+        unfinished = None if (left := _left(run)) is None else asdict(left)
         return {
             **ordered,
             **({"callbacks": others} if others else {}),
@@ -215,3 +215,16 @@ class SaveCheckpoints(Callback):
         if self._task.processes.is_main:
             write_state(folder, "state", state)
         return marks
+
+
+def _left(run: Run) -> Unfinished | None:
+    """What is left to do of the last step, with what only a longer stage would do; None: nothing."""
+    left = run.unfinished or Unfinished(callbacks=(), skipped=False)
+    names = tuple(callback.name for callback in run.callbacks if callback.left_out)
+    return Unfinished(callbacks=(*names, *left.callbacks), skipped=left.skipped) if names else run.unfinished
+
+
+def left_in(checkpoint: Path) -> Sequence[str]:
+    """Names of the callbacks that are told of the step's end where a checkpoint is continued."""
+    left: Mapping[str, Any] = read_state(checkpoint, "state").get("unfinished") or {"callbacks": ()}
+    return tuple(left["callbacks"])

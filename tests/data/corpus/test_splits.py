@@ -168,14 +168,20 @@ def test_sizes_in_a_manifest() -> None:
 
 @pytest.mark.parametrize(
     ("text", "written"),
-    [("5%", "5%"), ("0.5 %", "0.5%"), ("2M tokens", "2000000 tokens"), ("1_000 tokens", "1000 tokens")],
+    [
+        ("5%", "5%"),
+        ("0.5 %", "0.5%"),
+        ("2M tokens", "2000000 tokens"),
+        ("1_000 tokens", "1000 tokens"),
+        ("1,000 tokens", "1000 tokens"),
+    ],
 )
 def test_sizes(text: str, written: str) -> None:
     assert str(SplitSize.parse(text)) == written
     assert SplitSize.parse(written) == SplitSize.parse(text)
 
 
-@pytest.mark.parametrize("text", ["0%", "100%", "5", "0 tokens", "2M", "1.5 tokens", "-5%", ""])
+@pytest.mark.parametrize("text", ["0%", "100%", "5", "0 tokens", "2M", "1.5 tokens", "-5%", "", "0,4B tokens"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="a share of the tokens"):
         SplitSize.parse(text)

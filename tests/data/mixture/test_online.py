@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from shearing.data.mixture.dynamic import DynamicMixture
+from shearing.data.mixture.dynamic import DynamicMixture, State
 from shearing.data.mixture.online import (
     EXPONENTS,
     MAXIMUM_OBSERVATIONS,
@@ -93,6 +94,51 @@ def test_a_state_that_went_through_json_goes_on_the_same(rule: str) -> None:
     assert references[MINIMUM_OBSERVATIONS - 2] == {"a": 1.0, "b": 1.0}
     assert references[MINIMUM_OBSERVATIONS - 1] != {"a": 1.0, "b": 1.0}
     assert references[-1]["a"] == pytest.approx(2.0, abs=0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_observation(bad: float) -> None:
+    mixture, state = dynamic(), {}
+    whole: State = {}
+    weights = {"a": 0.5, "b": 0.5}
+    for i in range(1, 2 * MINIMUM_OBSERVATIONS):
+        losses = {"a": 2.0 + 0.3 / i, "b": 2.0 + 1.0 / i}
+        arguments = {"parameters": 100.0, "tokens": 10 * i}
+        whole = mixture.update(weights, losses=losses, **arguments, state=whole).state  # type: ignore[arg-type]
+        torn = losses if i != 3 else {**losses, "a": bad}
+        update = mixture.update(weights, losses=torn, **arguments, state=state)  # type: ignore[arg-type]
+        state = json.loads(json.dumps(update.state, allow_nan=False))
+        # One observation less, so one update later.
+        assert (update.reference["a"] == 1.0) == (i <= MINIMUM_OBSERVATIONS)
+        assert math.isfinite(update.reference["a"])
+    assert [each["losses"].keys() for each in state["observations"][1:4]] == [{"a", "b"}, {"b"}, {"a", "b"}]
+    # As checkpoints of earlier versions have it.
+    old = [Observation.from_json(each) for each in whole["observations"]]
+    arguments = {"domains": weights, "parameters": 100, "tokens": 1000}
+    predicted = predict_end([*old, Observation(parameters=100.0, tokens=300, losses={"a": bad})], **arguments)  # type: ignore[arg-type]
+    assert predicted == predict_end(old, **arguments)  # type: ignore[arg-type]
+
+
+def test_what_is_hard_in_an_updates_text_cancels_in_the_running_excess() -> None:
+    mixture, weights, state = dynamic(online=False, update="robust"), {"a": 0.5, "b": 0.5}, {"memory": {}}
+    texts = [2.0, 2.0, 5.0, 3.0]
+    for number, teacher in enumerate(texts):
+        reference = {"a": teacher, "b": teacher}
+        losses = {"a": teacher + 0.5, "b": teacher}
+        if number == 3:  # not seen since the update before
+            del losses["a"], reference["a"]
+        update = mixture.update(
+            weights, losses=losses, reference=reference, parameters=100.0, tokens=10 + number, state=state
+        )
+        # Always half a nat: the same weights as after the first update, half and sqrt(2 rho) / 2.
+        assert update.weights["a"] == pytest.approx(0.5 + math.sqrt(2 * 0.05) / 2, rel=1e-12)
+        assert update.reference == reference
+        state = json.loads(json.dumps(update.state))
+    assert state["excess"] == pytest.approx({"a": 0.5, "b": 0.0})
+    # A state of a version that remembered losses beside a teacher: the excess begins anew.
+    older = {"memory": {"a": 2.5, "b": 2.0}, "observations": []}
+    arguments = {"losses": {"a": 2.0, "b": 2.5}, "reference": {"a": 2.0, "b": 2.0}, "parameters": 100.0, "tokens": 10}
+    assert mixture.update(weights, **arguments, state=older) == mixture.update(weights, **arguments, state={})  # type: ignore[arg-type]
 
 
 def test_without_online_nothing_is_collected() -> None:

@@ -39,18 +39,29 @@ def test_a_file_may_say_where_its_losses_come_from(tmp_path: Path) -> None:
 
 def test_losses_that_were_measured_otherwise_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "reference.json"
-    measured = {"tokenizer_fingerprint": "abc", "sequence_length": 4096, "precision": "bfloat16"}
-    write_reference(file, losses={"books": 1.0}, parameters=10, method="", provenance={"conditions": measured})
+    measured = {"tokenizer_fingerprint": "abc", "sequence_length": 4096, "loss_across_documents": True}
+
+    def write(**provenance: object) -> None:
+        write_reference(file, losses={"books": 1.0}, parameters=10, method="", provenance=provenance)
 
     def resolve(**conditions: object) -> dict[str, float]:
         mixture = SimpleNamespace(reference=file)
         return resolve_reference(mixture, domains=["books"], measure_source=dict, conditions=conditions)  # type: ignore[arg-type]
 
-    assert resolve(tokenizer_fingerprint="abc", sequence_length=4096) == {"books": 1.0}
-    with pytest.raises(ShearingError, match="measured with sequence_length 4096"):
-        resolve(tokenizer_fingerprint="abc", sequence_length=2048)
-    with pytest.raises(ShearingError, match="measured with tokenizer_fingerprint abc"):
-        resolve(tokenizer_fingerprint="abd", sequence_length=4096)
+    # The latter as fits of earlier versions have them.
+    for provenance in ({"conditions": measured}, {"conditions": None, "table": {"conditions": measured}}):
+        write(**provenance)
+        assert resolve(tokenizer_fingerprint="abc", sequence_length=4096) == {"books": 1.0}
+        with pytest.raises(ShearingError, match="measured with sequence_length 4096"):
+            resolve(tokenizer_fingerprint="abc", sequence_length=2048)
+        with pytest.raises(ShearingError, match="measured with tokenizer_fingerprint abc"):
+            resolve(tokenizer_fingerprint="abd", sequence_length=4096)
+        with pytest.raises(ShearingError, match="measured with loss_across_documents True") as raised:
+            resolve(tokenizer_fingerprint="abc", sequence_length=4096, loss_across_documents=False)
+        assert "set reference to source" in raised.value.mend
+    for unsaid in ({}, {"loss_across_documents": None}):
+        write(conditions={"sequence_length": 4096, **unsaid})
+        assert resolve(sequence_length=4096, loss_across_documents=False) == {"books": 1.0}
 
 
 def test_reference_errors(tmp_path: Path) -> None:

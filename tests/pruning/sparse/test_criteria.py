@@ -43,7 +43,8 @@ def statistics_of(inputs: Tensor, *, parts: int = 3) -> InputStatistics:
     statistics = InputStatistics(columns, needs=frozenset({"sums", "squares", "moment"}), device=torch.device("cpu"))
     for part in inputs.split(-(-len(inputs) // parts)):
         statistics.add(part)
-    return statistics.with_gradients(torch.rand(1, columns, generator=torch.Generator().manual_seed(columns)))
+    gradients = torch.rand(1, columns, generator=torch.Generator().manual_seed(columns))
+    return statistics.with_gradients(gradients, length=inputs.shape[1])
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 6])
@@ -111,12 +112,13 @@ def test_magnitude_masks_are_the_papers(pattern: Pattern, expected: Callable[[Te
 @pytest.mark.parametrize(
     ("pattern", "expected"), PATTERNS, ids=lambda value: str(value) if isinstance(value, Pattern) else ""
 )
-@pytest.mark.parametrize("name", ["ria", "isc"])
+@pytest.mark.parametrize("name", ["ria", "isc", "sparsegpt"])
 def test_masks_of_further_criteria_are_the_papers(
     name: str, pattern: Pattern, expected: Callable[[Tensor], Tensor]
 ) -> None:
     weight, inputs = sample(seed=4)
-    scores = {"ria": oracle.ria_scores, "isc": oracle.isc_scores}[name](weight, inputs)
+    published = {"ria": oracle.ria_scores, "isc": oracle.isc_scores, "sparsegpt": oracle.sparsegpt_scores}
+    scores = published[name](weight, inputs)
     choice = Choice(criteria()[name], pattern, statistics_of(inputs))
     assert torch.equal(choice.mask(weight), expected(scores))
 
@@ -127,12 +129,12 @@ def test_masks_of_further_criteria_are_the_papers(
 def test_gblm_masks_are_the_papers(pattern: Pattern, expected: Callable[[Tensor], Tensor]) -> None:
     weight, inputs = sample()
     gradients = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) / 100
-    statistics = statistics_of(inputs).with_gradients(gradients)
+    statistics = statistics_of(inputs).with_gradients(gradients, length=1024)
     mask = Choice(criteria()["gblm"], pattern, statistics).mask(weight)
-    assert torch.equal(mask, expected(oracle.gblm_scores(weight, inputs, gradients)))
+    assert torch.equal(mask, expected(oracle.gblm_scores(weight, inputs, gradients, length=1024)))
     wanda = Choice(criteria()["wanda"], pattern, statistics).mask(weight)
     assert not torch.equal(mask, wanda)
-    without = statistics.with_gradients(torch.zeros_like(weight))
+    without = statistics.with_gradients(torch.zeros_like(weight), length=1024)
     assert torch.equal(Choice(criteria()["gblm"], pattern, without).mask(weight), wanda)
 
 

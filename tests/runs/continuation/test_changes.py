@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json
+from shearing.runs.context import RunContext
 from shearing.runs.continuation import extension
 from shearing.runs.continuation.changes import changes_of
 from shearing.runs.continuation.extension import change, extend
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages.heldout import steering_tokens
 from shearing.runs.stages.run import report, run
 from shearing.settings.quantities import Duration
 from shearing.training.checkpoints.checkpoints import checkpoints_in
@@ -88,6 +90,27 @@ def test_a_finished_run_that_goes_on_is_the_longer_run(
     assert read_json(own.path / "evaluation-step-00000007.json") == read_json(trained.evaluation)
     assert "final" not in read_json(own.evaluation)["models"]
     assert read_json(own.pretrain / "complete-step-00000007.json") == trained.read_complete("pretrain")
+
+
+def test_domain_weights_follow_the_text_that_the_reference_was_measured_on(tiny_inputs: Path, tmp_path: Path) -> None:
+    """What `auto` means depends on the interval, which may change; the source has read what it meant at first."""
+    data = recipe_of(tiny_inputs, tmp_path).model_dump(mode="json")
+    data["data"]["sequence_length"] = 4
+    recipe = Recipe.model_validate(data | {"mixture": {"pretrain_interval": "3 steps"}})
+    short = run(recipe, stages=["pretrain"])
+    assert read_json(short.pretrain / "reference_tokens.json") == {"tokens_per_domain": 4}
+    change(short, overrides=["pretrain.duration=40", "mixture.pretrain_interval=40 steps"])
+    context = RunContext(load_recipe(short.recipe))
+    assert context.recipe.heldout_tokens(domains=2) > 4
+    assert steering_tokens(context) == 4
+    branch = extend(short, to=tmp_path / "new", overrides=["pretrain.duration=40"], onward=True)
+    assert steering_tokens(RunContext(load_recipe(branch.directory.recipe))) == 4
+    # A run of a version that did not write it down, and one whose measurement was killed, go by the recipe.
+    for name in ("reference_tokens.json", "reference.json"):
+        kept = short.pretrain / name
+        kept.rename(tmp_path / name)
+        assert steering_tokens(context) == context.recipe.heldout_tokens(domains=2)
+        (tmp_path / name).rename(kept)
 
 
 def test_another_rate_holds_from_its_step_on(

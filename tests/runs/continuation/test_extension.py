@@ -58,6 +58,12 @@ def from_start(recipe: Recipe, *, pruned: RunDirectory) -> RunDirectory:
     return run(recipe, stages=["pretrain"])
 
 
+def every_third(recipe: Recipe) -> Recipe:
+    """The same with an update of domain weights every three steps, whatever its length."""
+    mixture = recipe.mixture.model_copy(update={"pretrain_interval": Duration(steps=3)})
+    return recipe.model_copy(update={"mixture": mixture})
+
+
 def lines_of(directory: RunDirectory) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in directory.metrics("pretrain").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
@@ -108,10 +114,7 @@ def test_an_extension_is_the_run_from_the_start(
     assert made.total_steps == as_if["duration"]
     assert list(checkpoints_in(made.directory.checkpoints("pretrain"))) == [first]
     run(load_recipe(made.directory.recipe), stages=["pretrain"])
-    recipe = recipe_of(tiny_inputs, tmp_path, warmup=3, **as_if)
-    recipe = recipe.model_copy(
-        update={"mixture": recipe.mixture.model_copy(update={"pretrain_interval": Duration(steps=3)})}
-    )
+    recipe = every_third(recipe_of(tiny_inputs, tmp_path, warmup=3, **as_if))
     assert_same(made.directory, from_start(recipe, pruned=trained))
     assert hashes(trained.path) == before
 
@@ -195,3 +198,32 @@ def test_the_command_says_how_it_goes_on(trained: RunDirectory, tmp_path: Path) 
         f"{new}: step 8 of 10 of pretrain, from {trained.path}; it goes on by\nshear run {new}/recipe.yaml\n"
     )
     assert load_recipe(new / "recipe.yaml").name == "branch"
+
+
+@pytest.mark.parametrize(("duration", "first"), [(6, 6), (7, 5), (8, 5)])
+def test_updates_that_the_end_left_out_are_made(
+    duration: int, first: int, trained: RunDirectory, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    """Domain weights that hold two steps later are of no use near the end, but they are to a longer run."""
+
+    def recipe(folder: Path, duration: int) -> Recipe:
+        return every_third(recipe_of(tiny_inputs, folder, duration=duration, schedule="constant", warmup=3))
+
+    short = from_start(recipe(tmp_path / "short", duration), pruned=trained)
+    assert first in checkpoints_in(short.checkpoints("pretrain"))
+    made = extend(short, to=tmp_path / "new", overrides=["pretrain.duration=12"])
+    # Behind the last step of 6 it is made up for; behind 6 of 7 or 8 the model is gone.
+    assert made.step == first
+    run(load_recipe(made.directory.recipe), stages=["pretrain"])
+    expected = from_start(recipe(tmp_path / "long", 12), pruned=trained)
+    assert [line["step"] for line in lines_of(expected) if line.get("event") == "mixture"] == [3, 6, 9]
+    assert_same(made.directory, expected)
+
+
+def test_a_checkpoint_that_does_not_say_what_was_left_out_is_passed_over(
+    trained: RunDirectory, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shearing.training.callbacks.save_checkpoints._left", lambda run: run.unfinished)
+    recipe = every_third(recipe_of(tiny_inputs, tmp_path / "old", duration=6, schedule="constant"))
+    old = from_start(recipe, pruned=trained)
+    assert extend(old, to=tmp_path / "new", overrides=["pretrain.duration=12"]).step == 5

@@ -13,7 +13,8 @@ from shearing.runs.planning.capacity import Capacity, Devices, capacity
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe, load_recipe
 from tests.cli.test_cli import error_of, shear
-from tests.runs.planning.test_plan import LLAMA_2_7B, sheared_llama
+from tests.repository import ROOT
+from tests.runs.planning.test_plan import CASCADE, LLAMA_2_7B, sheared_llama
 
 ZERO_2 = ("training.engine=deepspeed", "training.deepspeed.zero_stage=2")
 TINY = Devices(name="A100", memory=1000, count=2)
@@ -67,6 +68,28 @@ def test_where_weights_are_shared_out_a_layer_is_loaded(engine: str, source: str
     assert "loading for prune takes 1.9 GB" in found.unfit.allowed
     assert "a layer, what is outside of layers and a teacher are not shared out" in found.unfit.mend
     assert "loading" not in str(_found(sheared_llama(source, *sharded), processes=8, gigabytes=2.5))
+
+
+@pytest.mark.parametrize(("placement", "refused"), [("replicate", True), ("offload", False)])
+def test_a_teacher_in_host_memory_is_not_loaded_onto_the_gpu(placement: str, refused: bool, source: str) -> None:
+    """Of 139 GB of Llama-2-70B in bf16 only what is outside of its layers gets there."""
+    distill = f"distill={{teacher: {ROOT / 'recipes/sources/llama-2-70b'}, placement: {placement}}}"
+    sharded = ["training.engine=deepspeed", "training.deepspeed.zero_stage=3"]
+    micro = ["prune.micro_batch_size=1", "pretrain.micro_batch_size=1"]
+    found = _found(sheared_llama(source, *sharded, *micro, distill), processes=8, gigabytes=80)
+    assert ("loading for prune takes 139." in str(found.unfit)) == refused
+    assert (found.unfit is not None) == refused
+
+
+def test_every_run_of_a_cascade_has_to_fit(source: str) -> None:
+    """The first target is trained on too, and takes more than the last."""
+    alone = sheared_llama(source, *ZERO_2)
+    through = sheared_llama(source, *ZERO_2, CASCADE)
+    assert _found(alone, processes=8, gigabytes=36).unfit is None
+    found = _found(through, processes=8, gigabytes=36).unfit
+    assert found is not None
+    assert "a step of pretrain of sheared-llama-1.3b-step-1 takes" in found.allowed
+    assert "a step of prune" not in found.allowed
 
 
 def test_what_is_tight_and_what_can_be_done_elsewhere_are_only_said(source: str) -> None:

@@ -9,11 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from shearing.errors import ShearingError
 from shearing.models.families.llama import LLAMA
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.runs.planning.hardware import (
     GPUS,
+    Hardware,
     flops_of,
     forward_flops_per_token,
     gpu_of,
@@ -130,3 +132,9 @@ def test_what_is_differentiated_costs_as_training_does() -> None:
     assert flops_of(Cost(forward_tokens=10, backward_tokens=10), SHAPE, sequence_length=32) == pytest.approx(trained)
     read = 10 * forward_flops_per_token(SHAPE, sequence_length=32)
     assert flops_of(Cost(forward_tokens=10, other_flops=7.0), SHAPE, sequence_length=32) == pytest.approx(read + 7.0)
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, -1.0, float("inf"), float("nan")])
+def test_memory_that_no_gpu_has_is_refused(gigabytes: float) -> None:
+    with pytest.raises(ShearingError, match="--memory"):
+        Hardware.of(processes=1, gpu="H100", gigabytes=gigabytes, mfu=0.4)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from shearing.runs.planning.hardware import Hardware
-from shearing.runs.planning.phases import phases
-from shearing.runs.planning.plan import RunPlan, heldout_shares, plan
+from shearing.runs.planning.phases import Phase, phases
+from shearing.runs.planning.plan import RunPlan, heldout_shares, plan, plans
 from shearing.runs.recipe import Recipe, load_recipe, overridden
 from tests.cli.test_cli import BUDGET, error_of, shear
 from tests.repository import RECIPES, ROOT, script
@@ -150,6 +150,24 @@ def test_advice_under_fsdp2_keeps_the_engine(llama: str) -> None:
     assert not any("engine" in change or "zero_stage" in change for change in changes)
     again = planned(sheared_llama(llama, *fsdp2, *changes), gigabytes=40)
     assert all(again.hardware.fit(stage.held(again.choice)) == "yes" for stage in again.stages)
+
+
+@pytest.mark.parametrize(
+    ("sections", "engines"),
+    [
+        (["pretrain.lora={rank: 8}"], {"training.engine=fsdp2"}),
+        (["pretrain.lora={rank: 8}", "pretrain.ist={}"], set()),
+    ],
+)
+def test_advice_is_what_the_recipe_accepts(llama: str, sections: list[str], engines: set[str]) -> None:
+    """Adapters are trained under torch and FSDP2 alone, and what lets some of them rest under torch."""
+    torch_alone = ("training.engine=torch", *sections)
+    made = planned(sheared_llama(llama, *torch_alone))
+    assert made.advice is not None
+    changes = made.advice.partition("this would: ")[2].split()
+    assert {change for change in changes if "engine" in change} == engines
+    again = planned(sheared_llama(llama, *torch_alone, *changes))
+    assert (again.advice is None) == bool(engines)
 
 
 def test_advice_for_one_gpu_and_for_too_few(llama: str) -> None:
@@ -303,6 +321,9 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     tokens = 7 * (50 * 32 * 3 // (10 * 7)) * 4096
     per_token = 2 * (6_738_415_616 - 32000 * 4096) + 2 * 32 * 4096 * 4096
     assert reference.seconds == pytest.approx(per_token * tokens / (8 * speed))
+    # 63 updates, and the losses at the end; what the source reads is a phase of its own.
+    assert found["prune: held-out losses, all"].flops == pytest.approx(64 * reference.flops)
+    assert made.stages[0].heldout_flops == pytest.approx(65 * reference.flops)
     # Embedding, head, final norm and a layer: no process loads more where weights are shared out, or kept in bf16.
     assert found["prune: load"].memory == 4 * (2 * 32000 * 4096 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
@@ -317,3 +338,85 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     assert by_gradients["prune: importance (Taylor, first order)"] == 4 * 34 * 4096 * 32768 // 8
     assert found["prune: importance (activations)"].host == 0
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0
+
+
+def test_the_reference_is_read_before_the_first_stage_whichever_that_is(llama: str) -> None:
+    without = ("target=null", "prune=null")
+    given, own = (planned(sheared_llama(llama, *without, *more)) for more in ((), ("mixture.reference=source",)))
+    assert [stage.stage for stage in own.stages] == ["pretrain"]
+    before, after = given.stages[0], own.stages[0]
+    assert (before.reference_flops, after.reference_flops) == (0, after.heldout_flops - before.heldout_flops)
+    assert after.reference_flops > 0
+    assert after.seconds > before.seconds
+    recipe = sheared_llama(llama, *without, "mixture.reference=source")
+    found = {phase.what: phase.flops for phase in phases(recipe, made=own)}
+    assert found["pretrain: reference losses"] == after.reference_flops
+    assert found["pretrain: held-out losses, all"] == before.heldout_flops
+
+
+def test_one_shot_sparsity_is_a_phase(llama: str) -> None:
+    def one_shot(*overrides: str) -> Phase:
+        recipe = sheared_llama(
+            llama, "sparsify={criterion: wanda, pattern: '2:4', samples: 16, seqlen: 2048}", *overrides
+        )
+        found = phases(recipe, made=planned(recipe))
+        names = [phase.what for phase in found]
+        assert names[names.index("cut") + 2] == "pretrain: load"
+        return found[names.index("cut") + 1]
+
+    wanda = one_shot()
+    # What a layer of the target has, and its activations.
+    layer = 4 * 2048 * 2048 + 3 * 2048 * 5504 + 2 * 2048
+    tokens = 16 * 2048
+    per_token = 2 * (24 * layer + 2048) + 2 * 24 * 2048 * 2048
+    assert (wanda.what, wanda.processes, wanda.memory) == ("sparsify: wanda", 1, 4 * layer)
+    assert (wanda.host, wanda.disk) == (4 * tokens * 2048, 3 * 4 * 1_345_423_360)
+    assert wanda.flops == pytest.approx(2 * tokens * per_token)
+    assert wanda.seconds == pytest.approx(wanda.flops / (0.4 * 989.4e12))
+    assert one_shot("sparsify.true_sequential=true").flops == pytest.approx(2.5 * wanda.flops)
+    assert one_shot("sparsify.criterion=gblm").disk > wanda.disk
+    assert one_shot("sparsify.criterion=magnitude").flops == 0
+    assert one_shot("sparsify.allocation=owl").flops is None
+
+
+_FIRST = "{num_hidden_layers: 28, hidden_size: 3072, intermediate_size: 8192, num_attention_heads: 24}"
+_LAST = "{num_hidden_layers: 24, hidden_size: 2048, intermediate_size: 5504, num_attention_heads: 16}"
+CASCADE = f"target=[{_FIRST}, {_LAST}]"
+
+
+def test_each_run_of_a_cascade_is_planned_from_the_one_before(llama: str) -> None:
+    recipe = sheared_llama(llama, CASCADE, "distill={weight: 0.5}")
+    (first, before), (last, after) = plans(
+        recipe, hardware=Hardware.of(processes=8, gpu="H100", gigabytes=None, mfu=0.4)
+    )
+    assert (before.name, after.name) == ("sheared-llama-1.3b-step-1", "sheared-llama-1.3b")
+    assert before.target == after.source
+    assert (after.source.num_hidden_layers, after.source.hidden_size) == (28, 3072)
+    assert after.target is not None
+    assert after.target.hidden_size == 2048
+    # The first source is the teacher of both.
+    assert before.source == before.teacher == after.teacher
+    assert [stage.steps for stage in (*before.stages, *after.stages)] == [3200, 12000, 3200, 48000]
+    assert plan(recipe, hardware=before.hardware).name == before.name
+    found = [phase.what for phase in phases(first, made=before, evaluates=False)]
+    assert found[-1] == "pretrain: a checkpoint"
+    assert phases(last, made=after)[-1].what == "evaluate: what models write, speed"
+
+
+def test_a_cascade_through_a_budget_is_planned_with_what_it_was_cut_from(llama: str) -> None:
+    target = f"target=[{{parameters: 3_000_000_000, uniform: true}}, {_LAST}]"
+    hardware = Hardware.of(processes=8, gpu="H100", gigabytes=None, mfu=0.4)
+    (_, before), (_, after) = plans(sheared_llama(llama, target), hardware=hardware)
+    assert (before.learned, after.learned) == (False, True)
+    assert before.source == after.source
+
+
+def test_the_command_plans_all_runs_of_a_cascade(llama: str) -> None:
+    result = shear("plan", RECIPES / "sheared-llama-1.3b.yaml", llama, CASCADE, "--gpus", "8", "--gpu", "H100")
+    assert result.exit_code == 0, result.output
+    assert "cascade: sheared-llama-1.3b-step-1" in result.stdout
+    assert "cascade: sheared-llama-1.3b " in result.stdout
+    made = plans(sheared_llama(llama, CASCADE), hardware=Hardware.of(processes=8, gpu="H100", gigabytes=None, mfu=0.4))
+    hours = sum(stage.seconds or 0 for _, each in made for stage in each.stages) / 3600
+    assert "all 2 runs: " in result.stdout
+    assert f" {hours:,.1f} hours at MFU 0.4" in result.stdout

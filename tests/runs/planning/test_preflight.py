@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,25 @@ def test_an_odd_width_by_name_is_doubtful_where_the_sources_is_not(tiny_recipe: 
     assert "; 32 is, and" in doubt
     assert "doubtful: target.hidden_size = 20" in said
     assert not [each for each in plan_of(tiny_recipe, "target.hidden_size=32")[1].doubts if "no multiple" in each]
+
+
+def test_losses_of_other_labels_are_refused_and_of_another_attention_doubtful(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "reference.json"
+    conditions = {"attention": "full", "loss_across_documents": True}
+    file.write_text(json.dumps({"losses": {"digits": 1.0, "letters": 1.0}, "conditions": conditions}))
+    given = f"mixture.reference={file}"
+    assert not [each for each in plan_of(tiny_recipe, given)[1].doubts if "attention" in each]
+    (doubt,) = [
+        each for each in plan_of(tiny_recipe, given, "data.attention=documents")[1].doubts if "attention" in each
+    ]
+    assert doubt == f"{file} was measured with data.attention=full, this run has documents"
+    with pytest.raises(ShearingError) as refused:
+        plan_of(tiny_recipe, given, "data.loss_across_documents=false")
+    assert refused.value.field == "mixture.reference"
+    assert refused.value.value == f"{file}, measured with loss_across_documents True"
+    assert refused.value.mend.startswith("set mixture.reference to source")
 
 
 def test_what_is_known_without_text_is_said_beside_the_one_error(tiny_recipe: Path) -> None:

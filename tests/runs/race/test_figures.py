@@ -75,6 +75,8 @@ def test_flops_of_rows_by_hand() -> None:
     assert frozen.masked == 3 * forward_source * 8 * 3
     assert frozen.training == 3 * forward_target * 8 * 3
     assert frozen.total == frozen.masked + frozen.training
+    taught = replace(count, teacher_per_token=7.0).of(FROZEN, steps=6)
+    assert (taught.masked - frozen.masked, taught.training - frozen.training) == (7 * 8 * 3, 7 * 8 * 3)
 
 
 def test_flops_of_the_refit_by_hand() -> None:
@@ -170,6 +172,7 @@ def test_tables_say_differences_and_the_best_rival() -> None:
     table = budget["equal_tokens"]
     to_start, to_rival = (np.array(losses[LEARNED]) - np.array(losses[other]) for other in (START, RIVAL))
     assert table["best_rival"] == "random"
+    assert {row["validation"] for row in table["rows"]} == {None}
     for name, gains in (("learned_minus_start", to_start), ("learned_minus_best_rival", to_rival)):
         assert table[name]["mean"] == pytest.approx(gains.mean(), abs=1e-5)
         assert table[name]["spread"] == pytest.approx(_standard_error(gains), abs=1e-5)

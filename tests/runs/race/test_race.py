@@ -24,8 +24,11 @@ from shearing.models.stored.spellings import in_both_spellings
 from shearing.pruning.structured.importance.chance import Chance
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
 from shearing.pruning.structured.importance.registry import METRICS, MetricFacts
+from shearing.runs.context import RunContext
+from shearing.runs.planning.hardware import forward_flops_per_token
 from shearing.runs.race import race as racing, running
 from shearing.runs.race.methods import METHODS, RaceMethod, Ranking
+from shearing.runs.race.plan import plan
 from shearing.runs.race.race import compare
 from shearing.runs.race.records import model_fingerprint
 from shearing.runs.race.rows import RaceSettings
@@ -272,11 +275,26 @@ def test_text_of_no_domain_judges_too(tiny_inputs: Path, tmp_path: Path) -> None
     _race(_settings(tiny_inputs, tmp_path / "without", recipe=recipe, **asked))
     _race(_settings(tiny_inputs, tmp_path / "with", recipe=with_other, **asked))
     (without,), (judged,) = _rows(tmp_path / "without").values(), _rows(tmp_path / "with").values()
+    assert judged["losses"].pop("validation") == without["losses"]["validation"] != without["losses"]["final"]
     for moment, losses in judged["losses"].items():
         outside = losses["outside"]
         assert losses["outside_mean"] == pytest.approx(np.mean(list(outside.values())))
         assert losses["domains"] == without["losses"][moment]["domains"]
     assert judged["fingerprint"] != without["fingerprint"]
+
+
+def test_steps_beside_a_teacher_take_its_forward_passes_too(tiny_inputs: Path, tmp_path: Path) -> None:
+    alone, taught = _recipe(tiny_inputs), _recipe(tiny_inputs).model_dump(mode="json")
+    taught["distill"] = {"weight": 0.5}
+    asked: dict[str, Any] = {"methods": ("random",), "refit": "without"}
+    made = [
+        plan(_settings(tiny_inputs, tmp_path, recipe=recipe, **asked), make_context=RunContext)
+        for recipe in (alone, Recipe.model_validate(taught))
+    ]
+    ((without,), (with_teacher,)) = (each.flops.values() for each in made)
+    length = alone.data.sequence_length
+    reading = forward_flops_per_token(made[0].source, sequence_length=length) * 10 * TOKENS_PER_STEP
+    assert with_teacher.total - without.total == pytest.approx(reading)
 
 
 def test_models_are_kept_if_asked_for(tiny_inputs: Path, tmp_path: Path) -> None:
@@ -358,6 +376,9 @@ NO_SIZES = dict.fromkeys(
         ({"tokens": (96,), "methods": ("paper",)}, {}, "enough steps for the schedule of paper"),
         ({"tokens": (96,), "methods": ("learned",)}, {"prune": {"freeze": "80%"}}, "the schedule of learned"),
         ({"tokens": (96,)}, {"pretrain": {"warmup": "4 steps", "optimizer": "fresh"}}, "pretrain.warmup"),
+        ({"flops": float("nan"), "equal": ("flops",)}, {}, "a number of FLOPs, more than 0"),
+        ({"flops": -5.0, "equal": ("flops",)}, {}, "a number of FLOPs, more than 0"),
+        ({"flops": float("inf"), "equal": ("flops",)}, {}, "a number of FLOPs, more than 0"),
         ({"flops": 1e9, "tokens": (320, 640), "equal": ("tokens", "flops")}, {}, "with one number of --tokens"),
         (
             {},
@@ -377,6 +398,12 @@ def test_mistakes_are_said_before_anything_runs(
         _race(_settings(tiny_inputs, tmp_path / "race", recipe=_recipe(tiny_inputs, **sections), **asked))
     assert says in str(caught.value)
     assert not (tmp_path / "race").exists()
+
+
+def test_a_recipe_with_weights_that_move_has_rows_with_constant_ones(tiny_inputs: Path, tmp_path: Path) -> None:
+    moving = {"update": "paper", "step_size": 0.25, "losses": "training", "ema": 0.5}
+    settings = _settings(tiny_inputs, tmp_path / "race", recipe=_recipe(tiny_inputs, mixture=moving))
+    compare(settings, console=Console(quiet=True), only_plan=True)
 
 
 def test_a_metric_of_depth_is_for_targets_that_drop_layers(

@@ -20,7 +20,7 @@ from shearing.data.recipe import MixtureRecipe
 from shearing.errors import ShearingError
 from shearing.evaluation.reference_losses import measure as measure_losses
 from shearing.evaluation.reference_losses.fit import fit_reference
-from shearing.evaluation.reference_losses.table import LossTable
+from shearing.evaluation.reference_losses.table import Conditions, LossRow, LossTable
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import load_recipe
 from shearing.runs.stages.prune import prune
@@ -85,6 +85,18 @@ def test_a_table_grows_and_is_continued(
     assert [row.model for row in read.rows] == [str(path) for path in family]
     assert read.conditions is not None
     assert read.conditions.sequence_length == 16
+    assert (read.conditions.attention, read.conditions.loss_across_documents) == ("full", True)
+    # A table of a version that did not say so goes on, and goes on saying nothing.
+    older = json.loads(table.read_text())
+    for name in ("attention", "loss_across_documents"):
+        del older["conditions"][name]
+    older["rows"].pop()
+    table.write_text(json.dumps(older))
+    assert measure(tiny_inputs, table, *family).exit_code == 0
+    older = LossTable.read(table)
+    assert older.rows == read.rows
+    assert older.conditions is not None
+    assert older.conditions.attention is None
     assert read.rows[0].tokens == {"digits": 64, "letters": 64}
     sizes = [LlamaForCausalLM.from_pretrained(path).num_parameters() for path in family]
     assert [row.parameters for row in read.rows] == sizes
@@ -96,7 +108,10 @@ def test_the_sources_own_loss_is_what_a_run_measures(tiny_inputs: Path, tiny_rec
     assert result.exit_code == 0, result.output
     prune(RunContext(load_recipe(tiny_recipe), console=Console(file=io.StringIO())))
     by_run = json.loads((load_recipe(tiny_recipe).run_dir / "prune" / "reference.json").read_text())
-    assert json.loads(output.read_text())["losses"] == by_run
+    written = json.loads(output.read_text())
+    assert written["losses"] == by_run
+    assert written["conditions"]["attention"] == "full"
+    assert written["conditions"]["loss_across_documents"] is True
     table = tmp_path / "table.json"
     assert measure(tiny_inputs, table, tiny_inputs / "model").exit_code == 0
     assert LossTable.read(table).rows[0].losses == pytest.approx(by_run, rel=1e-6)
@@ -175,6 +190,26 @@ def test_a_fit_says_how_far_to_trust_it(tmp_path: Path) -> None:
     assert "extrapolated" not in four.stdout
     chosen = shear("fit", table, "--at", "500M", "--model", "A", "--model", "B", "--model", "D")
     assert "no error estimate" in chosen.stdout
+
+
+def test_a_fit_says_what_its_losses_were_measured_under(tmp_path: Path) -> None:
+    table, output = tmp_path / "table.json", tmp_path / "reference.json"
+    conditions = Conditions(
+        corpus_fingerprint="c", tokenizer_fingerprint="t", sequence_length=8, tokens_per_domain=64, precision="float32"
+    )
+    rows = [(1000, 3.0), (10_000, 2.7), (100_000, 2.4)]
+    LossTable(
+        origin="here",
+        conditions=conditions,
+        rows=tuple(
+            LossRow(model=str(size), parameters=size, losses={"letters": loss, "digits": loss}) for size, loss in rows
+        ),
+    ).write(table)
+    assert shear("fit", table, "--at", "5K", "-o", output).exit_code == 0
+    reference = MixtureRecipe(reference=output)
+    with pytest.raises(ShearingError, match="measured with sequence_length 8"):
+        resolve_reference(reference, domains=["letters"], measure_source=dict, conditions={"sequence_length": 16})
+    resolve_reference(reference, domains=["letters"], measure_source=dict, conditions={"loss_across_documents": False})
 
 
 def test_the_target_of_a_recipe_is_a_size(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ the adversary's problem is solved exactly:
 
     maximise sum_i q_i D_i  subject to  1/2 sum_i p_i (q_i / p_i - 1)^2 <= rho,  q_i >= f p_i,  sum_i q_i = 1
 
-with prior p, floor f and D the running loss above the reference. Only differences of D matter, and only their ratios:
-adding to all of D, or scaling it, changes nothing. So these weights do not pile up from one update to the next as the
-exponential rules' do: they are a function of the running losses, and stay near the prior however long training lasts.
+with prior p, floor f and D the running loss above the reference; or, where each update brings a reference of its own
+text, the running mean of what its losses are above it (`DynamicMixture`). Only differences of D matter, and only their
+ratios: adding to all of D, or scaling it, changes nothing. So these weights do not pile up from one update to the next
+as the exponential rules' do: they are a function of running means, and stay near the prior however long training lasts.
 """
 
 from __future__ import annotations

@@ -30,13 +30,17 @@ class Criterion(Protocol):
         """Whether scores are of weights as compensated so far, where a reconstruction compensates column by column."""
         ...
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
         """Scores of neighbouring columns of a matrix: of all of them, unless the scores follow compensation.
 
         Args:
             weight: [O, columns], any dtype.
             statistics: of the inputs of the whole matrix; None where nothing is needed.
             first: index of the first of these columns in the whole matrix.
+            in_order: columns before a weight's own are done with, those after it still make up for what goes; it
+                matters to scores that follow compensation alone.
 
         Returns:
             [O, columns] fp32, not negative.

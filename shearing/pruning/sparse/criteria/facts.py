@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from shearing.pruning.calibration.statistics import Need
-    from shearing.pruning.sparse.reconstruction.facts import ReconstructionName
-
-Group = Literal["row", "layer", "cumulative"]
+    from shearing.pruning.sparse.reconstruction.facts import Group, ReconstructionName
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class CriterionFacts:
     Attributes:
         home: `module:class`.
         needs: statistics of the inputs that scores are made of; where it is empty, no text is read.
-        group: weights that are compared with each other where the pattern is unstructured, as published.
+        group: as published.
         reconstruction: what is done about the weights that go, as published.
     """
 

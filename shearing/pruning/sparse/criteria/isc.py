@@ -14,18 +14,20 @@ from shearing.pruning.sparse.criteria.facts import CRITERIA
 class ImprovedSaliency:
     """What removing the weight costs if nothing makes up for it, plus what it costs if everything does.
 
-    H is damped in both terms and [H⁻¹]_jj is of what is left of it, as in SparseGPT's score, so that the second term is
-    at most the first: a score lies between once and twice w² H_jj. (The released code adds 1 / U_jj, not its square.)
+    H is damped in both terms and [H⁻¹]_jj is as in SparseGPT's score, so that the second term is at most the first: a
+    score lies between once and twice w² H_jj. (The released code adds 1 / U_jj, not its square.)
     """
 
     name: str = "isc"
     needs: frozenset[Need] = CRITERIA["isc"].needs
     follows_compensation: bool = True
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
-        """w² (H_jj + 1 / U_jj²); see `InverseFactor`."""
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
+        """w² (H_jj + 1 / [H⁻¹]_jj), in order of what is left of H; see `InverseFactor`."""
         assert statistics is not None
         factor = statistics.factor()
         columns = slice(first, first + weight.shape[1])
-        saliency = factor.diagonal[columns] + factor.upper.diagonal()[columns].square().reciprocal()
+        saliency = factor.diagonal[columns] + factor.inverse_diagonal(in_order=in_order)[columns].reciprocal()
         return weight.float().square() * saliency

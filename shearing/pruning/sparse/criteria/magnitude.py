@@ -18,7 +18,9 @@ class Magnitude:
     needs: frozenset[Need] = CRITERIA["magnitude"].needs
     follows_compensation: bool = False
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
         """|W_ij|; see `Criterion`."""
-        del statistics, first
+        del statistics, first, in_order
         return weight.float().abs()

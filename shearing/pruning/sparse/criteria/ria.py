@@ -23,8 +23,11 @@ class RelativeImportance:
     needs: frozenset[Need] = CRITERIA["ria"].needs
     follows_compensation: bool = False
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
         """(|W_ij| / Σ_k |W_ik| + |W_ij| / Σ_k |W_kj|) ‖X_j‖^½; sums over the whole matrix."""
+        del in_order
         assert statistics is not None
         assert first == 0
         size = weight.float().abs()

@@ -12,18 +12,21 @@ from shearing.pruning.sparse.criteria.facts import CRITERIA
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """What removing the weight costs in squared error of the output, once the columns before it are fixed.
+    """What removing the weight costs in squared error of the output, if the others make up for it.
 
-    As published, with reconstruction `obs`: scores are of compensated weights, and unstructured masks compare all rows
-    of a block of 128 columns.
+    As published, with reconstruction `obs`: scores are of compensated weights, columns before the weight's own are
+    fixed, and unstructured masks compare all rows of a block of 128 columns. Where a mask is chosen at once, all other
+    columns make up for it.
     """
 
     name: str = "sparsegpt"
     needs: frozenset[Need] = CRITERIA["sparsegpt"].needs
     follows_compensation: bool = True
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
-        """w² / U_jj²; see `InverseFactor`."""
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
+        """w² / [H⁻¹]_jj, in order that of what is left of H; see `InverseFactor`."""
         assert statistics is not None
-        diagonal = statistics.factor().upper.diagonal()[first : first + weight.shape[1]]
-        return (weight.float() / diagonal).square()
+        inverse_I = statistics.factor().inverse_diagonal(in_order=in_order)
+        return weight.float().square() / inverse_I[first : first + weight.shape[1]]

@@ -18,8 +18,11 @@ class Wanda:
     needs: frozenset[Need] = CRITERIA["wanda"].needs
     follows_compensation: bool = False
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
         """|W_ij| times the root of the mean over sequences of Σ x_j²: the paper's norm but for one constant."""
+        del in_order
         assert statistics is not None
         norms = statistics.squares[first : first + weight.shape[1]].sqrt()
         return weight.float().abs() * norms

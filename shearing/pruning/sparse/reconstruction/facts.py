@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from shearing.pruning.calibration.statistics import Need
 
 
+Group = Literal["row", "layer", "cumulative"]
+"""Weights that are compared with each other where the pattern is unstructured."""
+
+
 @dataclass(frozen=True)
 class ReconstructionFacts:
     """What is known of a reconstruction before anything is computed.
@@ -20,10 +24,12 @@ class ReconstructionFacts:
     Attributes:
         home: `module:class`.
         needs: statistics of the inputs that it works with; where it is empty, no text is read.
+        group: in the code released with it; None: the criterion's.
     """
 
     home: str
     needs: frozenset[Need]
+    group: Group | None = None
 
 
 RECONSTRUCTIONS: Mapping[str, ReconstructionFacts] = {
@@ -34,15 +40,20 @@ RECONSTRUCTIONS: Mapping[str, ReconstructionFacts] = {
     "dsnot": ReconstructionFacts(
         home="shearing.pruning.sparse.reconstruction.dsnot:DynamicSparseNoTraining",
         needs=frozenset({"sums", "squares"}),
+        group="row",
     ),
-    "admm": ReconstructionFacts(home="shearing.pruning.sparse.reconstruction.admm:Admm", needs=frozenset({"moment"})),
+    "admm": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.admm:Admm", needs=frozenset({"moment"}), group="layer"
+    ),
     "admm_gradual": ReconstructionFacts(
-        home="shearing.pruning.sparse.reconstruction.admm:GradualAdmm", needs=frozenset({"moment"})
+        home="shearing.pruning.sparse.reconstruction.admm:GradualAdmm", needs=frozenset({"moment"}), group="layer"
     ),
     "closed_form": ReconstructionFacts(
         home="shearing.pruning.sparse.reconstruction.closed_form:ClosedForm", needs=frozenset({"moment"})
     ),
-    "alps": ReconstructionFacts(home="shearing.pruning.sparse.reconstruction.alps:Alps", needs=frozenset({"moment"})),
+    "alps": ReconstructionFacts(
+        home="shearing.pruning.sparse.reconstruction.alps:Alps", needs=frozenset({"moment"}), group="layer"
+    ),
 }
 """By name, as recipes say it."""
 

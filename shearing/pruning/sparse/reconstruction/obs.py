@@ -48,7 +48,7 @@ class OptimalBrainSurgeon:
         for start in range(0, weight.shape[1], step):
             block = slice(start, min(start + step, weight.shape[1]))
             if follows and at_once is None:
-                mask[:, block] = choice.mask(weight_IO[block].T, first=start)
+                mask[:, block] = choice.mask(weight_IO[block].T, first=start, in_order=True)
             errors_bO = _compensate_block(weight_IO, block, mask=mask, factor=factor, choice=choice, group=at_once)
             weight_IO[block.stop :].addmm_(factor.upper[block, block.stop :].T, errors_bO, alpha=-1)
         return weight_IO.T.contiguous(), mask
@@ -68,7 +68,7 @@ def _compensate_block(
     for j in range(columns_bO.shape[0]):
         column = block.start + j
         if group is not None and column % group == 0:
-            mask[:, column : column + group] = choice.mask(columns_bO[j : j + group].T, first=column)
+            mask[:, column : column + group] = choice.mask(columns_bO[j : j + group].T, first=column, in_order=True)
         torch.mul(columns_bO[j], ~mask[:, column], out=errors_bO[j])
         columns_bO[j] -= errors_bO[j]
         errors_bO[j] /= diagonal[j]

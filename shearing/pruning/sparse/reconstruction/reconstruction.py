@@ -37,9 +37,12 @@ class Choice:
     statistics: InputStatistics | None
     gone: Tensor | None = None
 
-    def mask(self, weight: Tensor, *, first: int = 0) -> Tensor:
-        """Mask [O, columns], true where kept, of the columns of `weight` that begin at `first` in the whole matrix."""
-        scores = self.criterion.scores(weight, statistics=self.statistics, first=first)
+    def mask(self, weight: Tensor, *, first: int = 0, in_order: bool = False) -> Tensor:
+        """Mask [O, columns], true where kept, of the columns of `weight` that begin at `first` in the whole matrix.
+
+        For `in_order` see `Criterion.scores`.
+        """
+        scores = self.criterion.scores(weight, statistics=self.statistics, first=first, in_order=in_order)
         gone = None if self.gone is None else self.gone[:, first : first + weight.shape[1]]
         return keep(scores, pattern=self.pattern, gone=gone, first=first)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,12 @@ class Apart:
         """See `Criterion`."""
         return self.criterion.follows_compensation
 
-    def scores(self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0) -> Tensor:
+    def scores(
+        self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
+    ) -> Tensor:
         """See `Criterion`."""
-        parts = weight.chunk(self.copies)
-        return torch.cat([self.criterion.scores(part, statistics=statistics, first=first) for part in parts])
+        of_part = partial(self.criterion.scores, statistics=statistics, first=first, in_order=in_order)
+        return torch.cat([of_part(part) for part in weight.chunk(self.copies)])
 
 
 class Database:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.mixture.reference import resolve_reference
+from shearing.data.documents import DocumentRules
+from shearing.data.mixture.reference import measured_conditions, resolve_reference
 from shearing.errors import ShearingError, named
 from shearing.models.loading import skeleton
 from shearing.models.serving import BLOCK
@@ -108,18 +110,26 @@ def require_rotation(recipe: Recipe, *, source: Shape, target: Shape | None) -> 
         require_place_for_gain(source, prune=recipe.prune, target=target)
 
 
-def require_reference(recipe: Recipe, *, corpus: Corpus) -> None:
-    """Reference losses from a file are of this corpus, tokenizer and sequence length."""
-    if recipe.mixture.reference not in ("source", "online", "teacher"):
+def require_reference(recipe: Recipe, *, corpus: Corpus) -> list[str]:
+    """Losses from a file are of this tokenizer, sequence length and labels; what else is doubtful, a sentence each."""
+    reference, data = recipe.mixture.reference, recipe.data
+    if reference not in ("source", "online", "teacher"):
         resolve_reference(
             recipe.mixture,
             domains=corpus.domains,
             measure_source=dict,
             conditions={
                 "tokenizer_fingerprint": next(iter(corpus.manifests.values())).tokenizer_fingerprint,
-                "sequence_length": recipe.data.sequence_length,
+                "sequence_length": data.sequence_length,
+                "loss_across_documents": DocumentRules(loss_across=data.loss_across_documents)
+                .heeding(corpus.bos)
+                .loss_across,
             },
         )
+    measured = measured_conditions(reference).get("attention") if isinstance(reference, Path) else None
+    if measured in (None, data.attention):
+        return []
+    return [f"{reference} was measured with data.attention={measured}, this run has {data.attention}"]
 
 
 def doubts_of(recipe: Recipe, *, source: Shape, target: Shape | None) -> Iterator[str]:

@@ -66,9 +66,12 @@ class Choice:
     def overrides(self, before: Choice) -> list[str]:
         """What to add to a command to get this choice instead of the one before."""
         changed = []
-        if self.layerwise != before.layerwise:
+        shared = self.layerwise
+        if shared is not None and before.layerwise is None:
+            changed.append("training.engine=fsdp2")
+        if shared is not None and not shared.sums_once and (before.layerwise is None or before.layerwise.sums_once):
             changed.append("training.fsdp2.sum_gradients=micro_batch")
-        if self.zero_stage != before.zero_stage:
+        if shared is None and self.zero_stage != before.zero_stage:
             changed += ["training.engine=deepspeed", f"training.deepspeed.zero_stage={self.zero_stage}"]
         if self.checkpointing != before.checkpointing:
             changed.append(f"training.activation_checkpointing={self.checkpointing}")
@@ -99,6 +102,7 @@ class StagePlan:
         workload: what one process computes in a step, with the recipe's settings.
         flops: of training.
         heldout_flops: of the held-out losses that the mixture follows; None where the domains are not known.
+        reference_flops: those of them in which the source reads, before the first step.
         teacher_flops: of the model that is listened to.
         seconds: of all; None where the GPU's peak is not known.
         listening: the model that is listened to, as a process holds it; None: there is none.
@@ -117,6 +121,7 @@ class StagePlan:
     workload: Workload
     flops: float
     heldout_flops: float | None
+    reference_flops: float
     teacher_flops: float
     seconds: float | None
     listening: Listening | None
