@@ -64,8 +64,8 @@ def extend(
 
     It is taken from the newest checkpoint until which the learning rates, and the updates of domain weights, are those
     of the new recipe, so the result is the run that had this recipe from the start, bit for bit (unless
-    `mixture.reference` is `online`, which looks at the end of the stage from its beginning). Stages before are taken over; files that never change are linked where the
-    file system can. The other run is only read.
+    `mixture.reference` is `online`, which looks at the end of the stage from its beginning). Stages before are
+    taken over; files that never change are linked where the file system can. The other run is only read.
 
     Args:
         run: with checkpoints of continued pretraining.
