@@ -69,7 +69,7 @@ class RunContext:
             ShearingError: see `resolve_device`.
         """
         device = resolve_device(self.recipe.training.device)
-        keep_freed_memory(device)
+        keep_freed_memory(device, processes=self.processes.size)
         return device
 
     @cached_property

@@ -112,7 +112,7 @@ def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
     with Processes.start(device=training.device, timeout=training.timeout, names=WRITE_NAMES) as processes:
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         device = resolve_device(training.device)
-        keep_freed_memory(device)
+        keep_freed_memory(device, processes=processes.size)
         precision = resolve_precision(training, device=device)
         require_writable(asked.output, field="output")
         corpus = Corpus.open(asked.corpus, domains=asked.domains, sequence_length=asked.sequence_length)

@@ -55,14 +55,17 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Let a process that computes on a CPU reuse the memory of freed tensors.
+def keep_freed_memory(device: torch.device, *, processes: int) -> None:
+    """Let the one process of a run that computes on a CPU reuse the memory of freed tensors.
 
     As glibc is set, what a tensor of over 32 MB frees, such as the logits of a chunk, goes back to the system, and the
     next one like it waits for every page to be cleared again: a fifth of a step of training on vocabularies of 50
-    thousand. Elsewhere, and on other C libraries, nothing changes.
+    thousand. Elsewhere, and on other C libraries, nothing changes; nor with several processes, where what one of them
+    keeps is what the others of its machine do not have.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if device.type == "cpu" and os.name == "posix" else None
+    if device.type != "cpu" or processes > 1 or os.name != "posix":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)  # all from the heap
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # which then keeps its size

@@ -48,8 +48,7 @@ def test_offloaded_layers_give_the_same_numbers_one_after_the_other() -> None:
 _FAULTS = """
 import resource, sys, torch
 from shearing.training.device import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory(torch.device("cpu"))
+keep_freed_memory(torch.device("cpu"), processes=int(sys.argv[1]))
 logits = torch.ones(2**25)
 for _ in range(16):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -62,8 +61,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_tensors_are_reused() -> None:
     """In processes of their own, since what is set stays so; each of 128 MiB has 32 Ki pages, if they are of 4 KiB."""
 
-    def faults(mode: str) -> int:
-        done = subprocess.run([sys.executable, "-c", _FAULTS, mode], capture_output=True, text=True, check=True)
-        return int(done.stdout)
+    def faults(processes: int) -> int:
+        command = [sys.executable, "-c", _FAULTS, str(processes)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("kept") < 100 < faults("returned")
+    assert faults(1) < 100 < faults(2)

@@ -64,7 +64,7 @@ def measure(
             mend="correct them",
         )
     device = resolve_device(training.device)
-    keep_freed_memory(device)
+    keep_freed_memory(device, processes=1)
     table = measure_losses(
         models,
         corpus=corpus,
