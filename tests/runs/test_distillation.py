@@ -64,6 +64,26 @@ def teacher(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(recipe.run_dir / "model")
 
 
+def _lines_of_both(
+    stage: Stage,
+    function: Callable[[RunContext], Any],
+    *,
+    whole: Recipe,
+    parts: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[dict[str, Any]]:
+    """The metrics of a stage that was not interrupted; of one that was, and continued, they are the same."""
+    function(_quiet(whole))
+    with monkeypatch.context() as patch:
+        tasks.stop_at(5, patch=patch)
+        with pytest.raises(Interrupted):
+            function(_quiet(parts))
+    function(_quiet(parts))
+    lines = _lines(whole.run_dir, stage)
+    assert _lines(parts.run_dir, stage) == lines
+    return lines
+
+
 def test_both_stages_listen_and_are_continued_bit_for_bit(
     teacher: str, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,14 +92,7 @@ def test_both_stages_listen_and_are_continued_bit_for_bit(
     settings["hidden"] = {"decay": "75%"}
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, **settings) for name in ("whole", "parts"))
     for stage, function in (("prune", prune), ("pretrain", pretrain)):
-        function(_quiet(whole))
-        with monkeypatch.context() as patch:
-            tasks.stop_at(5, patch=patch)
-            with pytest.raises(Interrupted):
-                function(_quiet(parts))
-        function(_quiet(parts))
-        lines = _lines(tmp_path / "whole", stage)
-        assert _lines(tmp_path / "parts", stage) == lines
+        lines = _lines_of_both(stage, function, whole=whole, parts=parts, monkeypatch=monkeypatch)
         steps = [line for line in lines if "event" not in line]
         weights = [set(line["domain_teacher_weights"].values()) for line in steps]
         assert len(set.union(*weights)) > 3, "trust moves"
@@ -107,14 +120,7 @@ def test_what_is_above_the_teacher_is_averaged_over_both_stages(
     whole, parts = (_recipe(tiny_inputs, tmp_path / name, **settings) for name in ("whole", "parts"))
     excess: dict[str, float] = {}
     for stage, function in (("prune", prune), ("pretrain", pretrain)):
-        function(_quiet(whole))
-        with monkeypatch.context() as patch:
-            tasks.stop_at(5, patch=patch)
-            with pytest.raises(Interrupted):
-                function(_quiet(parts))
-        function(_quiet(parts))
-        lines = _lines(tmp_path / "whole", stage)
-        assert _lines(tmp_path / "parts", stage) == lines
+        lines = _lines_of_both(stage, function, whole=whole, parts=parts, monkeypatch=monkeypatch)
         for update in (line for line in lines if line.get("event") == "mixture"):
             for domain, loss in update["losses"].items():
                 newest = loss - update["reference"][domain]
