@@ -17,6 +17,9 @@ from shearing.runs.run_directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CASCADE = "cascade"
+"""Folder of the runs on the way, inside that of the last."""
+
 
 def cascade_of(recipe: Recipe) -> list[Recipe]:
     """The runs of a recipe in order, the last in its own folder; of one without a cascade, itself."""
@@ -89,7 +92,7 @@ def _end_early(data: dict[str, Any], *, recipe: Recipe, name: str, number: int) 
     length = recipe.data.sequence_length
     steps = recipe.pretrain.in_steps(recipe.cascade.duration, sequence_length=length)
     data["name"] = f"{recipe.name}-{name}"
-    data["run_dir"] = str(recipe.run_dir / "cascade" / name)
+    data["run_dir"] = str(recipe.run_dir / CASCADE / name)
     data["seed"] = recipe.seed + number + 1  # other text first than in the last run
     data["model"]["save_dtype"] = "fp32"
     data["pretrain"]["duration"] = f"{max(1, steps)} steps"

@@ -7,14 +7,20 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shearing.models.families.axes import count
-from shearing.models.shape import Shape
+from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.structured.recipe import PruneRecipe
+from shearing.runs.continuation.cascade import CASCADE, cascade_of
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe
+from shearing.runs.run_directory import RunDirectory
 from shearing.training.recipe import StageRecipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _BYTES_OF_WEIGHT = 4
 SEQLEN = 2048
@@ -106,6 +112,32 @@ def run_bytes(
     if processes > 1 and recipe.prune is not None and recipe.evaluation.baselines:
         total += final * _BYTES_OF_WEIGHT
     return max(total, on_the_way)
+
+
+def cascade_bytes(recipe: Recipe, *, source: PretrainedConfig, processes: int = 1) -> int:
+    """Bytes that the runs of a cascade have still to write, all of which stay; of a recipe without one, its own run.
+
+    Args:
+        recipe: of the cascade, whose targets shrink (`require_shrinking`).
+        source: config of the first source, as masks and cutting see it.
+        processes: see `run_bytes`.
+
+    Raises:
+        ShearingError: a target that its source cannot become.
+    """
+    total = 0
+    for each in cascade_of(recipe):
+        assert each.target is not None
+        target = None
+        if each.target.parameters is None:  # else its shape is learned: what follows is at most as large
+            target = resolve_target(each.target, source=source)
+        directory = RunDirectory(each.run_dir)
+        if not directory.is_complete("pretrain"):
+            wanted = run_bytes(each, source=Shape.of(source), target=target, processes=processes)
+            total += max(0, wanted - bytes_in(each.run_dir) + bytes_in(each.run_dir / CASCADE))
+        if target is not None:
+            source = config_for(source, shape=target, attention_layers=range(target.num_hidden_layers))
+    return total
 
 
 def gradient_bytes(recipe: Recipe, *, shape: Shape) -> int:

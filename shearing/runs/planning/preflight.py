@@ -38,9 +38,9 @@ from shearing.runs.planning.checks.settings import (
 )
 from shearing.runs.planning.checks.sparsity import require_adapters, require_moving, zeros_of
 from shearing.runs.planning.checks.teacher import require_cached, require_teacher, teacher_in_words
-from shearing.runs.planning.disk import bytes_free, bytes_in, run_bytes
+from shearing.runs.planning.disk import bytes_free, bytes_in, cascade_bytes, run_bytes
 from shearing.runs.planning.summary import Plan, gigabytes, training_plans
-from shearing.runs.recipe import split_batch
+from shearing.runs.recipe import Recipe, split_batch
 from shearing.runs.run_directory import Stage
 from shearing.training.trackers import require_trackers
 
@@ -156,8 +156,11 @@ def survey(
         return None, [*wrong.errors, *missing.errors]
     gpus = _capacity(context, stages=stages, devices=devices or Devices.here(context.device), starts=starts)
     sizes = family or {}
-    disk = run_bytes(recipe, source=source, target=target, family=sizes.values(), processes=context.processes.size)
-    disk = max(0, disk - bytes_in(recipe.run_dir))
+    if recipe.cascade is not None:
+        disk = cascade_bytes(recipe, source=config, processes=context.processes.size)
+    else:
+        disk = run_bytes(recipe, source=source, target=target, family=sizes.values(), processes=context.processes.size)
+        disk = max(0, disk - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights) if weights else {}
     plan = Plan(
         source=source,
@@ -176,16 +179,32 @@ def survey(
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
-    if plan.disk > plan.free:
-        missing.errors.append(
-            ShearingError(
-                "run_dir",
-                value=str(recipe.run_dir),
-                allowed=f"{gigabytes(plan.disk)} of free disk; there are {gigabytes(plan.free)}",
-                mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
-            )
-        )
+    missing.attempt(lambda: _require_free(recipe, needed=plan.disk, free=plan.free))
     return plan, missing.errors
+
+
+def require_room(context: RunContext) -> None:
+    """Check that what the runs of a cascade have still to write fits on the disk, before the first of them.
+
+    Args:
+        context: of the cascade, whose targets shrink.
+
+    Raises:
+        ShearingError: it does not fit, or a target is none that its source can become.
+    """
+    recipe = context.recipe
+    needed = cascade_bytes(recipe, source=context.config_as_cut, processes=context.processes.size)
+    _require_free(recipe, needed=needed, free=bytes_free(recipe.run_dir))
+
+
+def _require_free(recipe: Recipe, *, needed: int, free: int) -> None:
+    if needed > free:
+        raise ShearingError(
+            "run_dir",
+            value=str(recipe.run_dir),
+            allowed=f"{gigabytes(needed)} of free disk; there are {gigabytes(free)}",
+            mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
+        )
 
 
 def _capacity(context: RunContext, *, stages: Sequence[Stage], devices: Devices | None, starts: bool) -> Capacity:

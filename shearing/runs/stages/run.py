@@ -23,7 +23,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.same_run import require_same_run
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.preflight import preflight, require_room
 from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -61,6 +61,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
             require_shrinking(recipe, source=context.config_as_cut)
+            require_room(context)
             for each in before:
                 console.rule(f"[bold]cascade: {each.name}")
                 context = RunContext(each, console=console, processes=processes)

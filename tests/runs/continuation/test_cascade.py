@@ -11,8 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from shearing.errors import ShearingError
+from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
+from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
+from shearing.runs.planning import preflight
+from shearing.runs.planning.disk import cascade_bytes, run_bytes
+from shearing.runs.planning.preflight import survey
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.run import run
@@ -58,6 +63,36 @@ def test_a_list_of_targets_is_a_cascade(tiny_inputs: Path, tmp_path: Path) -> No
     alone = Recipe.model_validate(data_of(tiny_inputs, tmp_path, cascade={}) | {"cascade": None})
     assert alone.cascade is None
     assert cascade_of(alone) == [alone]
+
+
+def test_disk_is_wanted_for_all_runs_before_the_first(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST))
+    before, last = cascade_of(recipe)
+    config = AutoConfig.from_pretrained(recipe.model.source)
+    assert before.target is not None
+    assert last.target is not None
+    between = config_for(config, shape=resolve_target(before.target, source=config), attention_layers=range(3))
+    alone = [
+        run_bytes(each, source=Shape.of(source), target=resolve_target(target, source=source))
+        for each, target, source in ((before, before.target, config), (last, last.target, between))
+    ]
+    assert cascade_bytes(recipe, source=config) == sum(alone)
+    monkeypatch.setattr(preflight, "bytes_free", lambda _: max(alone) + 1)
+    with pytest.raises(ShearingError, match="of free disk"):
+        run(recipe)
+    assert not before.run_dir.exists()
+    found, errors = survey(RunContext(recipe), starts=False)
+    assert found is not None
+    assert found.disk == sum(alone)
+    assert [error.field for error in errors] == ["run_dir"]
+    # What is there already is not wanted again, and a run that is complete wants nothing.
+    before.run_dir.mkdir(parents=True)
+    (before.run_dir / "file").write_bytes(bytes(1000))
+    assert cascade_bytes(recipe, source=config) == sum(alone) - 1000
+    RunDirectory(before.run_dir).mark_complete("pretrain", {})
+    assert cascade_bytes(recipe, source=config) == alone[1]
 
 
 def test_moments_are_of_a_run_that_has_ended(tiny_inputs: Path, tmp_path: Path) -> None:
