@@ -33,7 +33,9 @@ def prepare(
     ] = None,
     tokenizer: Annotated[str | None, _key("Folder or hub name of the model's tokenizer.")] = None,
     output: Annotated[str | None, _key("Folder of the corpus.", "--output", "-o")] = None,
-    text_field: Annotated[str | None, _key("Field of the text, as text or data.text; `text` if unset.")] = None,
+    text_field: Annotated[
+        str | None, _key("Field of the text, as text or data.text; `text` if unset, of chats `messages`.")
+    ] = None,
     format: Annotated[str | None, _key("text (the default), or chat: lists of messages.")] = None,  # noqa: A002
     loss: Annotated[str | None, _key("Of chats, what counts in a loss: all (the default) or answers.")] = None,
     document_separator: Annotated[

@@ -197,7 +197,11 @@ def launch(
     output: Annotated[str, _slurm("Log of the job.")] = _LOG,
     signal_before: Annotated[int, _slurm("Seconds before the limit at which the run saves and stops.")] = _LEAD_SECONDS,
     directives: Annotated[
-        list[str] | None, _slurm("Any other option of sbatch, KEY=VALUE or KEY; may be repeated.", "--sbatch")
+        list[str] | None,
+        _slurm(
+            "Any other option of sbatch, KEY=VALUE or KEY; may be repeated. Requeueing and open-mode are set.",
+            "--sbatch",
+        ),
     ] = None,
     setup: Annotated[
         list[str] | None, _slurm("Shell line to run before, as 'module load cuda'; may be repeated.")

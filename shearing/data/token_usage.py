@@ -6,13 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.format import SPLITS
+from shearing.data.corpus.format import Split
 
 _READ = 1 << 22
+_COUNTED: tuple[Split, ...] = ("train", "validation")
+"""Not the text that judges: how well it does without the tokens that go is measured on it."""
 
 
 def token_counts(corpus: Corpus, *, vocab_size: int) -> npt.NDArray[np.int64]:
-    """Occurrences of each id in all parts of all domains, int64 [V].
+    """Occurrences of each id in what all domains train on and steer by, int64 [V].
 
     Args:
         corpus: whose tokens are counted, a few million at a time.
@@ -20,7 +22,7 @@ def token_counts(corpus: Corpus, *, vocab_size: int) -> npt.NDArray[np.int64]:
     """
     counts = np.zeros(vocab_size, np.int64)
     for domain in corpus.domains:
-        for split in SPLITS:
+        for split in _COUNTED:
             tokens = corpus.tokens(domain, split=split)
             for start in range(0, len(tokens), _READ):
                 ids = tokens.read(start, min(start + _READ, len(tokens)))
