@@ -61,7 +61,8 @@ class TargetRecipe(Sizes):
         None,
         description="Tokens of the final model: `model-kept-tokens/` beside `model/` has the embedding's and head's "
         "rows of those that the corpus uses most, and a tokenizer cut with them; auto: all that it uses. Test text "
-        "is not counted. Training and evaluation are with the source's vocabulary, and a budget in `parameters` counts it.",
+        "is not counted. Training and evaluation are with the source's vocabulary, and a budget in `parameters` counts "
+        "it.",
     )
 
 
