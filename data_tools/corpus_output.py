@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.domain_folder import domains_of
-from shearing.data.corpus.format import DomainManifest
+from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
 from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
+from shearing.files.durable import LOCK
 
 
 def require_tokenizer(output: Path, *, tokenizer: str, fingerprint: str) -> None:
@@ -81,3 +83,54 @@ def alone_in(output: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+@contextmanager
+def publishing(output: Path) -> Iterator[None]:
+    """Keep others from adding domains to the folder for a moment, on other machines too; waits for them.
+
+    Jobs of a cluster write while nobody is `alone_in` the folder.
+    """
+    path = output / LOCK
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file.fileno()):
+                continue  # whoever had it has removed it, and somebody else may have a new one
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def standing(output: Path) -> dict[str, str]:
+    """SHA-256 of the manifest of each domain that is whole in the folder: it knows all its documents by split."""
+    return {name: sha256_of_file(output / name / MANIFEST_NAME) for name in domains_of(output)}
+
+
+def newcomers(output: Path, *, known: Mapping[str, str]) -> list[str]:
+    """Names of the domains in the folder that are not as they were `known`, see `standing`; sorted."""
+    return [name for name, digest in standing(output).items() if known.get(name) != digest]
+
+
+def require_no_newcomers(output: Path, *, known: Mapping[str, str]) -> None:
+    """Check that no domain has come since it was decided what is held out: its texts may be on the other side.
+
+    Raises:
+        ShearingError: one has.
+    """
+    if new := newcomers(output, known=known):
+        raise ShearingError(
+            "output",
+            value=f"{output}, into which another command has written {', '.join(new)} meanwhile",
+            allowed="no domains but those beside which it was decided what is held out",
+            mend="type the same command again: it is decided anew, with those as they are",
+        )

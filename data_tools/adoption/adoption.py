@@ -25,18 +25,19 @@ from data_tools.adoption.arrow_folder import arrow_files, find_in_arrow
 from data_tools.adoption.datatrove_files import datatrove_files, find_in_datatrove
 from data_tools.adoption.foreign import ForeignFile, ForeignSet
 from data_tools.checksums import sha256_of_tokens
-from data_tools.corpus_output import alone_in, require_begun_alike, require_tokenizer
+from data_tools.corpus_output import (
+    alone_in,
+    publishing,
+    require_begun_alike,
+    require_no_newcomers,
+    require_tokenizer,
+    standing,
+)
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
 from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.domain_folder import (
-    domains_of,
-    earlier_texts,
-    is_complete,
-    make_corpus_folder,
-    write_index,
-)
+from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
@@ -169,17 +170,19 @@ def _adopted(
             )
     # Held-out documents of all were chosen together, besides those of other domains: what a start that was interrupted
     # has written is used as a whole or not at all.
-    others = {name: DomainManifest.read(output / name).inputs for name in domains_of(output) if name not in sets}
+    known = standing(output)
+    others = {name: digest for name, digest in known.items() if name not in sets}
     chosen_by, chosen = output / _CHOSEN, {"inputs": inputs, "others": others}
     is_written = chosen_by.is_file() and read_json(chosen_by) == chosen
     if not (is_written and all(is_complete(_partial(output, name), inputs=inputs[name]) for name in wanted)):
         chosen_by.unlink(missing_ok=True)
         _write_domains(wanted, output=output, sizes=sizes, inputs=inputs, tokenizer=tokenizer, console=console)
         write_json(chosen_by, chosen)
-    for name in wanted:
-        _partial(output, name).rename(output / name)
-    flush_folder(output)
-    with named(COMPONENT_NAMES):
+    with publishing(output), named(COMPONENT_NAMES):
+        require_no_newcomers(output, known=known)
+        for name in wanted:
+            _partial(output, name).rename(output / name)
+        flush_folder(output)
         corpus = write_index(
             output, tokenizer_fingerprint=tokenizer.fingerprint, tokenizer_json=tokenizer.backend.to_str()
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shearing.data.corpus.format import TOKENIZER_NAME
 from shearing.errors import ShearingError
+from shearing.files.permissions import forbidden
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,6 +27,6 @@ def open_tokenizer(corpus: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise ShearingError(
+        raise forbidden(file, error=error) or ShearingError(
             str(file), value=str(error), allowed="a tokenizer of `tokenizers`", mend="copy tokenizer.json there again"
         ) from error

@@ -19,6 +19,7 @@ from rich.console import Console
 from data_tools.inspection.decoding import open_tokenizer
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SPLITS, DomainManifest, Split
+from shearing.data.corpus.splits import far_from_asked
 from shearing.data.mixture.weights import resolve_weights
 from shearing.errors import ShearingError, named
 from shearing.progress import activity
@@ -303,3 +304,4 @@ def _problems(figures: DomainFigures, *, leaked: int, longest_document: int) -> 
         yield f"a document of {longest:,} tokens"
     if empty := [name for name, part in manifest.parts.items() if not part.bytes]:
         yield f"no text in {' and '.join(empty)}"
+    yield from far_from_asked(manifest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,7 +113,7 @@ def _manifest(folder: Path, *, fingerprint: str, result: Verification) -> Domain
         manifest = DomainManifest.read(folder)
         result.damages += quick_damages(folder, manifest=manifest)
     except ShearingError as error:
-        result.damages.append(Damage(error.field, str(error.value), error.allowed))
+        result.damages.append(Damage.of(error))
         return None
     if manifest.tokenizer_fingerprint != fingerprint:
         result.damages.append(Damage(str(folder / MANIFEST_NAME), "another tokenizer", "that of the other domains"))
@@ -132,7 +131,7 @@ def _tokenizer(path: Path, *, fingerprint: str, result: Verification) -> Tokeniz
     try:
         tokenizer = open_tokenizer(path)
     except ShearingError as error:
-        result.damages.append(Damage(str(file), str(error.value), error.allowed))
+        result.damages.append(Damage.of(error))
         return None
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
         result.damages.append(
@@ -164,8 +163,11 @@ class _Part:
         try:
             tokens = open_tokens(self.folder, part=self.part, manifest=self.manifest)
             ends = map_array(self.folder / f"{self.part}_ends.npy")
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             self.unreadable = True  # which the quick checks have told
+        except OSError as error:
+            self.unreadable = True  # they have, if they came so far
+            yield Damage.unread(Path(error.filename or file), error, expected="a file that can be read")
         else:
             if ends.dtype == np.int64:
                 yield from self._end_damages(ends)
@@ -177,10 +179,18 @@ class _Part:
         if self.counts.counted_sha256 is not None:
             files[counted_path(self.folder, self.part)] = self.counts.counted_sha256
         for file, sha256 in files.items():
-            with contextlib.suppress(FileNotFoundError):
-                self.bytes_read += file.stat().st_size
-                if sha256_of_file(file, advance=advance) != sha256:
-                    yield Damage(str(file), "other content than when it was written", f"a file with SHA-256 {sha256}")
+            yield from self._sum_damage(file, sha256, advance=advance)
+
+    def _sum_damage(self, file: Path, sha256: str, *, advance: Advance) -> Iterator[Damage]:
+        expected = f"a file with SHA-256 {sha256}"
+        try:
+            self.bytes_read += file.stat().st_size
+            if sha256_of_file(file, advance=advance) != sha256:
+                yield Damage(str(file), "other content than when it was written", expected)
+        except FileNotFoundError:
+            return  # which the quick checks have told
+        except OSError as error:
+            yield Damage.unread(file, error, expected=expected)
 
     def _end_damages(self, ends: Any) -> Iterator[Damage]:
         file = str(self.folder / f"{self.part}_ends.npy")
@@ -263,10 +273,13 @@ def _check_sources(manifest: DomainManifest, *, result: Verification, advance: A
             result.unchecked.append(source.path)
             continue
         result.sources += 1
-        path = Path(source.path)
-        if not path.is_file():
-            result.damages.append(Damage(source.path, "missing", f"a source of domain {manifest.domain}"))
-        elif path.stat().st_size != source.bytes:
-            result.damages.append(Damage(source.path, f"{path.stat().st_size} bytes", f"{source.bytes} bytes"))
-        elif sha256_of_file(path, advance=advance) != checksum:
-            result.damages.append(Damage(source.path, "other content than when it was read", f"SHA-256 {checksum}"))
+        path, expected = Path(source.path), f"a source of domain {manifest.domain}"
+        try:
+            if not path.is_file():
+                result.damages.append(Damage(source.path, "missing", expected))
+            elif path.stat().st_size != source.bytes:
+                result.damages.append(Damage(source.path, f"{path.stat().st_size} bytes", f"{source.bytes} bytes"))
+            elif sha256_of_file(path, advance=advance) != checksum:
+                result.damages.append(Damage(source.path, "other content than when it was read", f"SHA-256 {checksum}"))
+        except OSError as error:
+            result.damages.append(Damage.unread(path, error, expected=expected))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,7 @@ from shearing.settings.quantities import format_tokens
 COLOURS = ("#2563a8", "#d9730d", "#1f8a5f", "#c43d5a", "#7b54b8", "#8a6a16", "#2b9ab0", "#75808d")
 DOMAINS_SHOWN = 24
 CHARACTERS_SHOWN = 400
+_UNBOUNDED = 1 << 16
 
 
 def render(inspection: Inspection, *, samples: int) -> RenderableType:
@@ -31,7 +33,7 @@ def render(inspection: Inspection, *, samples: int) -> RenderableType:
     Args:
         samples: decoded documents of each domain.
     """
-    parts: list[RenderableType] = [_table(inspection), *_notes(inspection)]
+    parts: list[RenderableType] = [_Domains(*_columns_and_rows(inspection)), *_notes(inspection)]
     for name, figures in inspection.domains.items():
         for text in figures.texts[:samples]:
             shown = text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN] + " …"
@@ -45,10 +47,34 @@ def render(inspection: Inspection, *, samples: int) -> RenderableType:
     return Group(*parts)
 
 
-def _table(inspection: Inspection) -> Table:
+@dataclass(frozen=True)
+class _Domains:
+    """A row for each domain; where that is too wide, a block for each: no figure and no heading is cut off."""
+
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table()
+        for i, column in enumerate(("domain", *self.columns)):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for name, row in self.rows.items():
+            table.add_row(name, *row)
+        if table.__rich_measure__(console, options.update_width(_UNBOUNDED)).minimum <= options.max_width:
+            yield table
+            return
+        for name, row in self.rows.items():
+            block = Table(title=name, title_justify="left", title_style="bold", box=None, show_header=False)
+            block.add_column(no_wrap=True)
+            block.add_column(no_wrap=True, justify="right")
+            for column, figure in zip(self.columns, row, strict=True):
+                block.add_row(column, figure)
+            yield block
+
+
+def _columns_and_rows(inspection: Inspection) -> tuple[list[str], dict[str, list[str]]]:
     planned = any(figures.passes is not None for figures in inspection.domains.values())
-    table = Table("domain")
-    for heading in (
+    columns = [
         "documents",
         "training tokens",
         "validation",
@@ -62,16 +88,15 @@ def _table(inspection: Inspection) -> Table:
         "also elsewhere",
         "left out",
         *(["passes"] if planned else []),
-    ):
-        table.add_column(heading, justify="right")
+    ]
+    rows = {}
     duplicates = inspection.duplicates
     mark = "" if duplicates.sampled == 1.0 else f" of {duplicates.sampled:.1%}"
     for name, figures in inspection.domains.items():
         manifest = figures.manifest
         median, p90, longest = np.quantile(figures.lengths, (0.5, 0.9, 1.0))
         approximately = "~" if figures.lengths_sampled else ""
-        table.add_row(
-            name,
+        rows[name] = [
             f"{manifest.documents:,}",
             *(f"{figures.tokens[split]:,}" for split in SPLITS),
             f"{figures.share:.1%}",
@@ -81,8 +106,8 @@ def _table(inspection: Inspection) -> Table:
             f"{duplicates.across[name]:,}{mark}",
             f"{sum(figures.manifest.left_out.values()):,}",
             *([f"{figures.passes:.2f}"] if figures.passes is not None else []),
-        )
-    return table
+        ]
+    return columns, rows
 
 
 def _notes(inspection: Inspection) -> list[Text]:

@@ -23,7 +23,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from loguru import logger
 
 from data_tools.preparation.recipe import RaySettings, SlurmSettings
-from data_tools.preparation.work_folder import WorkFolder
+from data_tools.preparation.work_folder import PREFIX, WorkFolder
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
 from shearing.settings.extras import require_extra
@@ -31,6 +31,23 @@ from shearing.settings.extras import require_extra
 _WATCH_SECONDS = 0.5
 _UNWIND_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
+
+
+def require_none_queued(work: WorkFolder) -> None:
+    """Check that no cluster is to write into the folder of the corpus: none of its jobs can know what is decided here.
+
+    Raises:
+        ShearingError: jobs of this preparation or another one wait or run.
+    """
+    for folder in sorted(work.path.parent.glob(f"{PREFIX}*")):
+        if queued := _queued(WorkFolder(folder)):
+            which = "this preparation" if folder == work.path else f"another preparation ({folder})"
+            raise ShearingError(
+                "executor",
+                value=f"jobs {', '.join(queued)} of {which} are in the queue",
+                allowed="one preparation at a time",
+                mend=f"wait for them (squeue -j {','.join(queued)}), or end them: scancel {' '.join(queued)}",
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ def submit_to_slurm(
     """Submit each stage as an array of jobs that waits for the one before; returns the number of each job.
 
     Raises:
-        ShearingError: no Slurm here, jobs of this preparation are still queued, or Slurm refuses.
+        ShearingError: no Slurm here, or Slurm refuses.
     """
     if shutil.which("sbatch") is None:
         raise ShearingError(
@@ -135,13 +152,6 @@ def submit_to_slurm(
             value="slurm, without sbatch on PATH",
             allowed="a machine that submits Slurm jobs",
             mend="go to a login node of the cluster, or choose executor=local or ray",
-        )
-    if queued := _queued(work):
-        raise ShearingError(
-            "executor",
-            value=f"jobs {', '.join(queued)} of this preparation are in the queue",
-            allowed="one preparation at a time",
-            mend=f"wait for them (squeue -j {','.join(queued)}), or end them: scancel {' '.join(queued)}",
         )
     logger.remove()
     activate = f"source {Path(sys.prefix) / 'bin' / 'activate'}" if sys.prefix != sys.base_prefix else None
@@ -218,7 +228,7 @@ def _ray_cores(settings: RaySettings) -> int:
 
 
 def _queued(work: WorkFolder) -> list[str]:
-    """Jobs of this preparation that Slurm still knows as waiting or running."""
+    """Jobs of a preparation that Slurm still knows as waiting or running."""
     if not work.jobs.is_file() or shutil.which("squeue") is None:
         return []
     numbers = [str(number) for number in read_json(work.jobs)["jobs"].values()]

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from data_tools.corpus_output import alone_in, require_begun_alike, require_tokenizer
+from data_tools.corpus_output import alone_in, publishing, require_begun_alike, require_tokenizer
+from data_tools.preparation.decision import Decision
 from data_tools.preparation.forms import Form
 from data_tools.preparation.recipe import DomainSources, PreparationRecipe
 from data_tools.preparation.sources import Input, find_inputs
@@ -33,9 +34,11 @@ from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import DomainSettings, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import FORMAT, INDEX_NAME
+from shearing.data.corpus.splits import far_from_asked
 from shearing.data.texts.chat import ChatTemplate
 from shearing.errors import ShearingError, named
 from shearing.files.durable import read_json, write_json, write_text
+from shearing.files.full_disk import full_disk_said
 from shearing.progress import PLAIN_SECONDS
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.settings.extras import require_extra
@@ -108,11 +111,12 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
     tokenizer_json = tokenizer.backend.to_str()
     if all(complete.values()) and not _in_index(recipe.output, names=inputs):
-        with alone_in(recipe.output):  # what wrote the domains did not come to the index, or it is gone
+        # What wrote the domains did not come to the index, or it is gone.
+        with full_disk_said(lambda: _no_room(recipe.output)), alone_in(recipe.output), publishing(recipe.output):
             write_index(recipe.output, tokenizer_fingerprint=fingerprint, tokenizer_json=tokenizer_json)
     elif not all(complete.values()):
         make_corpus_folder(recipe.output)
-        with alone_in(recipe.output):
+        with full_disk_said(lambda: _no_room(recipe.output)), alone_in(recipe.output):
             job = _plan(
                 recipe,
                 work=work,
@@ -129,6 +133,8 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     with named(COMPONENT_NAMES):
         corpus = Corpus.open(recipe.output, tokenizer_fingerprint=fingerprint)
     console.print(domain_table(corpus))
+    for far in (f"{name}: {each}" for name in inputs for each in far_from_asked(corpus.manifests[name])):
+        console.print(far, style="yellow", soft_wrap=True, highlight=False)
     console.print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
     if others := [path.name for path in recipe.output.glob(f"{PREFIX}*")]:
         console.print(
@@ -137,6 +143,15 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
             highlight=False,
         )
     return corpus
+
+
+def _no_room(output: Path) -> ShearingError:
+    return ShearingError(
+        "output",
+        value=f"{output}, with {shutil.disk_usage(output).free / 1e9:.2f} GB free",
+        allowed="a disk with room for twice the corpus, while it is made",
+        mend="free space and type the same command again: finished shards are kept",
+    )
 
 
 def available_cores() -> int:
@@ -266,10 +281,14 @@ def _stages(job: _Job, *, threads: int) -> list[Stage]:
 
 def _run(job: _Job, *, console: Console) -> bool:
     """Run the stages; returns whether the corpus is there, and not only on its way."""
-    from data_tools.preparation import executors
+    from data_tools.preparation import executors, steps
 
     recipe, work = job.recipe, job.work
+    executors.require_none_queued(work)
     shutil.rmtree(work.failures, ignore_errors=True)
+    if work.places.exists() and (new := Decision(work.places, recipe.output).newcomers()):
+        console.print(f"{', '.join(new)} came meanwhile: it is decided anew what is held out", highlight=False)
+        shutil.rmtree(work.logs(steps.DECIDE), ignore_errors=True)  # which says that it is done
     workers = recipe.workers or available_cores()
     threads = job.threads(workers=workers)
     stages = _stages(job, threads=threads)

@@ -18,6 +18,7 @@ from shearing.data.texts.documents import Text
 from shearing.data.texts.reading import read_texts
 from shearing.data.texts.streams import READ_BYTES
 from shearing.errors import ShearingError
+from shearing.files.permissions import forbidden
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -79,7 +80,8 @@ def _open(source: Input) -> BinaryIO:
             return file
         return Path(source.path).open("rb")
     except OSError as error:
-        raise ShearingError(
+        no_permission = None if "://" in source.path else forbidden(Path(source.path), error=error)
+        raise no_permission or ShearingError(
             source.path, value=str(error), allowed="a file that can be read", mend="check that it is still there"
         ) from error
 

@@ -13,6 +13,7 @@ from shearing.data.texts.chat import ChatTemplate
 from shearing.data.texts.documents import TextFile
 from shearing.data.texts.kinds import ENDINGS, Compression, Kind, kind_of
 from shearing.errors import ShearingError
+from shearing.files.permissions import forbidden
 from shearing.settings.extras import require_extra
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def find_inputs(domain: str, *, sources: DomainSources) -> Found:
         chosen = [each for each in found if kind_of(each[0]) is not None]
         passed_over += len(found) - len(chosen)
         if not chosen:
-            raise ShearingError(
+            raise forbidden(Path(path)) or ShearingError(
                 f"domains.{domain}",
                 value=path,
                 allowed=f"a file, or a folder or pattern with files, ending in {ENDINGS}",
@@ -164,9 +165,12 @@ def _files(domain: str, *, path: str, split: str) -> Iterator[tuple[str, Mapping
     file_system, inside = open_file_system(path)
     local = isinstance(file_system, LocalFileSystem)
     try:
+        if local and Path(inside).is_dir():
+            _require_listed(inside)
         found = _matching(file_system, inside, path=path, split=split)
     except OSError as error:
-        raise ShearingError(
+        no_permission = forbidden(Path(error.filename or inside), error=error) if local else None
+        raise no_permission or ShearingError(
             f"domains.{domain}", value=path, allowed="something that can be read", mend=f"{error}"
         ) from error
     if found is None:
@@ -201,6 +205,20 @@ def _matching(file_system: Any, inside: str, *, path: str, split: str) -> dict[s
     else:
         return None
     return {name: info for name, info in found.items() if info["type"] != "directory"}
+
+
+def _require_listed(folder: str) -> None:
+    """Check that a folder of this machine and those below it can be listed: fsspec passes over what cannot.
+
+    Raises:
+        OSError: one cannot.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for _, below, _ in os.walk(folder, onerror=stop):
+        below[:] = [name for name in below if name[0] != "."]
 
 
 def _input(path: str, *, info: Mapping[str, Any], text_field: str) -> Input:

@@ -24,14 +24,15 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
+from data_tools.corpus_output import publishing, standing
+from data_tools.preparation.decision import Decision
 from data_tools.preparation.forms import Form
 from data_tools.preparation.reading import OTHERWISE, SourceStream, open_source, texts_of
 from data_tools.preparation.sources import Input
-from data_tools.preparation.work_folder import Task, WorkFolder, publish
+from data_tools.preparation.work_folder import Task, WorkFolder
 from data_tools.tokenisation import batches
 from shearing.data.corpus.domain_folder import (
     DomainSettings,
-    Places,
     decide_places,
     earlier_texts,
     is_complete,
@@ -272,14 +273,20 @@ class _Single(PipelineStep):  # type: ignore[misc]
 
 
 class DecidePlaces(_Single):
-    """Decides over all documents of all domains where each goes, once: a kill afterwards changes nothing."""
+    """Decides over all documents of all domains where each goes, once: a kill afterwards changes nothing.
+
+    It is decided anew if other domains have come into the folder since. Those that this preparation has published by
+    then stand like all others.
+    """
 
     name = DECIDE
 
     def do(self, rank: int) -> None:  # noqa: ARG002
-        if self.work.places.exists():
-            return
         assembly = self.assembly
+        decision = Decision(self.work.places, assembly.output)
+        if decision.holds():
+            return
+        known = standing(assembly.output)  # before their texts are read: what comes meanwhile is not known
         shards = {name: [Shard.open(self.work.shard(r)) for r in ranks] for name, ranks in assembly.domains.items()}
         clusters = self._clusters(shards)
         domains = {}
@@ -298,15 +305,11 @@ class DecidePlaces(_Single):
             domains,
             sizes=assembly.settings.sizes,
             seed=assembly.settings.split_seed,
-            earlier=earlier_texts(assembly.output, besides=assembly.domains),
+            earlier=earlier_texts(assembly.output),
             remove_duplicates=assembly.remove_duplicates,
             remove_near_duplicates=assembly.near_duplicates == "remove",
         )
-        partial = self.work.places.with_name(f".places-{os.getpid()}")
-        partial.mkdir()
-        for name in domains:
-            _save(partial / f"{name}.npy", places[name])
-        publish(partial, self.work.places)
+        decision.write(places, known=known)
 
     def _require_policy(self, name: str, shards: Sequence[Shard]) -> None:
         """Shards of an earlier start of the command may have left out what this one is to stop at."""
@@ -347,19 +350,20 @@ class WriteDomain(_Single):
         final = assembly.output / name
         if is_complete(final, inputs=assembly.inputs[name]):
             return
+        decision = Decision(self.work.places, assembly.output)
+        decision.require()
         partial = assembly.output / f".partial-{name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        places: Places = np.load(self.work.places / f"{name}.npy")
         write_domain_folder(
             partial,
             name=name,
             shards=[Shard.open(self.work.shard(each)) for each in assembly.domains[name]],
-            places=places,
+            places=decision.places(name),
             settings=assembly.settings,
             inputs=assembly.inputs[name],
         )
-        publish(partial, final)
+        decision.publish(partial, final)
 
 
 class FinishCorpus(_Single):
@@ -368,17 +372,10 @@ class FinishCorpus(_Single):
     name = FINISH
 
     def do(self, rank: int) -> None:  # noqa: ARG002
-        with named(COMPONENT_NAMES):
+        with publishing(self.assembly.output), named(COMPONENT_NAMES):
             write_index(
                 self.assembly.output,
                 tokenizer_fingerprint=self.assembly.settings.tokenizer_fingerprint,
                 tokenizer_json=self.work.tokenizer.read_text(encoding="utf-8"),
             )
         self.work.clear_shards()
-
-
-def _save(path: Path, places: Places) -> None:
-    with path.open("wb") as file:
-        np.save(file, places)
-        file.flush()
-        os.fsync(file.fileno())

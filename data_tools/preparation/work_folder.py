@@ -3,7 +3,7 @@
     CORPUS/.preparing-KEY/plan.json        the domains that this preparation makes
     CORPUS/.preparing-KEY/tokenizer.json   the tokenizer of every task
     CORPUS/.preparing-KEY/shards/00012     what task 12 has made; appears whole
-    CORPUS/.preparing-KEY/places           where each document goes, one file a shard; appears whole
+    CORPUS/.preparing-KEY/places           where each document goes, see `decision`; appears whole
     CORPUS/.preparing-KEY/logs/STAGE       datatrove's logs, and its marker of each task that is done
     CORPUS/.preparing-KEY/progress         int64 [tasks, 2]: bytes read, tokens written
     CORPUS/.preparing-KEY/failures         why a task ended early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,33 @@ class _Commands(TyperGroup):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if ctx.params.get("debug") or (said := _of_file(error)) is None:
+                raise
+            typer.echo(f"error: {said}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("interrupted: the same command continues the run", err=True)
             raise typer.Exit(130) from None
+
+
+def _of_file(error: OSError) -> ShearingError | None:
+    """What the operating system says of a file that nobody has said anything better of; None: of no file."""
+    from shearing.files.full_disk import is_disk_full
+    from shearing.files.permissions import forbidden
+
+    value = error.strerror or str(error)
+    if is_disk_full(error):
+        field = "disk" if error.filename is None else str(error.filename)
+        return ShearingError(field, value=value, allowed="a disk with room", mend="free space")
+    if not isinstance(error.filename, str | Path):
+        return None
+    return forbidden(Path(error.filename)) or ShearingError(
+        str(error.filename),
+        value=value,
+        allowed="a file or folder that can be used",
+        mend="look what is there; `shear --debug …` shows what it was wanted for",
+    )
 
 
 app = typer.Typer(
@@ -51,8 +76,28 @@ Overrides = Annotated[
 ]
 
 
+def _print_versions(asked: bool) -> None:
+    """Say which versions are installed, without importing anything, and end."""
+    if not asked:
+        return
+    for package in ("shearing", "torch", "transformers"):
+        typer.echo(f"{package} {_version(package)}")
+    raise typer.Exit
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
 @app.callback()
 def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_versions, help="Show versions, torch's among them."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", envvar="SHEARING_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
     """Options of every command."""

@@ -14,7 +14,7 @@ from shearing.pruning.experts.recipe import MoeRecipe, moe_recipe_of
 PANELS = {
     None: ("output", "revision"),
     "Experts": ("experts", "active", "split"),
-    "Calibration": ("calibration", "samples", "seqlen", "seed"),
+    "Calibration": ("calibration", "text_field", "samples", "seqlen", "bos", "seed"),
 }
 
 
@@ -26,7 +26,9 @@ def moe(
 ) -> None:
     """Share the units of every MLP out among experts: an ordinary mixture (Mixtral, Qwen3-MoE), to be trained on."""
     given = {name: value for name, value in options.items() if value not in (None, [])}
-    with named({name: f"--{name}" for name in MoeRecipe.model_fields if name != "model"} | {"model": "MODEL"}):
+    with named(
+        {name: f"--{name.replace('_', '-')}" for name in MoeRecipe.model_fields if name != "model"} | {"model": "MODEL"}
+    ):
         recipe = moe_recipe_of({"model": model, **given})
         from shearing.pruning.experts.make import make_experts
 

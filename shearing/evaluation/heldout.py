@@ -69,6 +69,7 @@ def heldout_loss(
     rules: DocumentRules | None = None,
     objective: Callable[[Tensor, Documents | None], Tensor] | None = None,
     processes: Processes | None = None,
+    require_labels: bool = True,
 ) -> dict[str, DomainLoss]:
     """Mean loss of a model on the same held-out rows of every domain, every time it is called.
 
@@ -92,12 +93,13 @@ def heldout_loss(
         objective: sum of the loss over tokens [B, T] with their documents, where the model's own modules cannot be
             called one by one (sharded weights), or no family says which they are.
         processes: those that share out the rows; all have to call this, and all get the result.
+        require_labels: of every domain; False: one of which no label counts has the loss NaN.
 
     Returns:
         One `DomainLoss` per domain, in the order of the corpus.
 
     Raises:
-        ShearingError: what is read of a domain has no label that counts.
+        ShearingError: what is read of a domain has no label that counts, though it has to.
     """
     causal_lm = model.model if isinstance(model, MaskedModel) else model
     rules = (rules or DocumentRules()).heeding(corpus.bos)
@@ -148,7 +150,7 @@ def heldout_loss(
     finally:
         model.train(was_training)
 
-    for domain, num_tokens in zip(corpus.domains, sums.tokens, strict=True):
+    for domain, num_tokens in zip(corpus.domains, sums.tokens, strict=True) if require_labels else ():
         _require_labels(num_tokens, corpus=corpus, domain=domain, split=split)
     return {
         domain: _domain_loss(loss_sum, num_bytes=num_bytes, tokens=num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -84,9 +85,19 @@ def locked(folder: Path, *, field: str) -> Iterator[None]:
         field: the setting that names it.
 
     Raises:
-        ShearingError: another process is at work here.
+        ShearingError: another process is at work here, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ShearingError(
+            field,
+            value=f"{folder} ({error.strerror})",
+            allowed="a folder that can be made",
+            mend=f"choose another {field}",
+        ) from error
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

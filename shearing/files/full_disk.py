@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,14 @@ from safetensors import SafetensorError
 
 from shearing.errors import ShearingError
 
+_CAME_SHORT = re.compile(r"Not enough free space|\d+ requested and \d+ written")
+"""What numpy says of a write, in place of the operating system's number."""
+
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that a disk or a quota is full."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT) or _CAME_SHORT.match(str(error)) is not None
     # safetensors wraps the operating system's error in its text.
     return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shearing.errors import ShearingError, key
+from shearing.files.permissions import forbidden
 from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import requested
 from shearing.models.families import FAMILIES
@@ -30,8 +31,8 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
     """Config of the source model.
 
     Raises:
-        ShearingError: there is no model there, its family is not supported, transformers refuses its config, or it is
-            quantised.
+        ShearingError: there is no model there, its config.json cannot be read, its family is not supported,
+            transformers refuses its config, or it is quantised.
     """
     from transformers import AutoConfig
 
@@ -49,8 +50,8 @@ def load_config(source: str, *, revision: str | None = None) -> PretrainedConfig
             raise unsupported(values)
         with said_of_config(source):
             config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise ShearingError(
+    except OSError as error:
+        raise forbidden(Path(source) / "config.json") or ShearingError(
             "source",
             value=source,
             allowed="an existing model folder, or a hub name that can be reached",
@@ -71,11 +72,27 @@ def _values(source: str, *, revision: str | None) -> dict[str, Any]:
     """What config.json says, also of a model that transformers would not load."""
     from transformers import PretrainedConfig
 
-    if Path(source).is_dir():
-        values: dict[str, Any] = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    else:
+    if not Path(source).is_dir():
+        values: dict[str, Any]
         values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-    return values
+        return values
+    path = Path(source) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        said = f"line {error.lineno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        said = str(error)
+    else:
+        if isinstance(values, dict):
+            return values
+        said = f"a {type(values).__name__}"
+    raise ShearingError(
+        "source (config.json)",
+        value=f"{path}, {said}",
+        allowed="a config.json that is a JSON object",
+        mend="correct the file, or fetch the model again",
+    )
 
 
 def require_weights(source: str, *, revision: str | None = None) -> None:

@@ -173,7 +173,10 @@ class _CentredNorm(torch.autograd.Function):
     Where the others are zero, both follow from the mean m and the variance v of all d, with k = d / n: μ = k m and
     σ² = k (v + m²) - μ². So torch's own norm computes y but for a factor and a summand of each token, and its gradient
     but for a factor and a multiple of that of y; what it takes beyond torch's is done in place, on [T, d] that are new.
-    Of what is not there y and all gradients are 0. What is kept for the backward pass is x, as torch's norm keeps it.
+    Of what is not there y is 0, and so are the gradients of gain and bias. That of x is its direct term alone,
+    gain / sqrt(σ² + ε) times that of y, as a norm of squares has it where x is 0: by it a closed unit's mask is told
+    what the unit would bring. No weight is, as the rows of writes are 0 there. What is kept for the backward pass is x,
+    as torch's norm keeps it.
     """
 
     @staticmethod
@@ -211,7 +214,7 @@ class _CentredNorm(torch.autograd.Function):
         )
         if grad_x is not None:
             # Torch divides what it takes off by d and not by n.
-            grad_x = grad_x.mul_(k * inside).addcmul_(grad_Td * (gain_d * (1 - k)), inverse_T1)
+            grad_x = grad_x.mul_(k * inside).addcmul_(grad_Td * (gain * (1 - k * inside)), inverse_T1)
             grad_x = grad_x.view(x.shape).to(x.dtype)
         grad_gain, grad_bias = (None if each is None else each * inside for each in (grad_gain, grad_bias))
         return grad_x, grad_gain, grad_bias, None, None, None

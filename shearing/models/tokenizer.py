@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearing.errors import ShearingError, key
+from shearing.files.permissions import forbidden
 from shearing.models.place import require_place
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _own(source: str, *, revision: str | None) -> Tokenizer:
     try:
         own = Tokenizer.from_file(str(path))
     except Exception as error:  # that of tokenizers is no more than an Exception
-        raise ShearingError(
+        raise forbidden(path, error=error) or ShearingError(
             "source (tokenizer.json)",
             value=source,
             allowed="a tokenizer.json that the package tokenizers can read",

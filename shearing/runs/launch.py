@@ -25,6 +25,7 @@ from shearing.runs.run_directory import Stage
 GPUS_PER_NODE = 8
 """What a node has unless the user says otherwise."""
 
+_STOP_SECONDS = 300  # for a step and its checkpoint, as Slurm is asked for
 _MOST_SIGNAL_SECONDS = 65535  # Slurm keeps it in 16 bits
 _TIME_FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, or all four: 1-12:00:00"
 _SAFE_VALUE = re.compile(r"[^\s\"'\\#]+")
@@ -323,9 +324,13 @@ def run_here(arguments: Sequence[str], *, processes: int) -> int:
 
     from shearing.training.stage import INTERRUPTED_EXIT_CODE
 
-    options = ["--standalone", f"--nproc-per-node={processes}", "-m", "shearing"]
+    options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "shearing", *arguments])
+    # Left alone, torch dies of SIGUSR1, and kills after 30 seconds what is still writing a checkpoint. One that is too
+    # old for these options does not look at them.
+    options.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    options.shutdown_timeout = _STOP_SECONDS
     try:
-        run(parse_args([*options, *arguments]))
+        run(options)
     except SignalException:
         return INTERRUPTED_EXIT_CODE
     except ChildFailedError as error:

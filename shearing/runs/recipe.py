@@ -31,6 +31,7 @@ from shearing.runs.continuation.recipe import (
     CascadeRecipe,
     beside_a_family,
     cascade_contradictions,
+    contradictions_on_the_way,
     split_list,
 )
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
@@ -95,7 +96,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> Self:
-        if errors := list(_contradictions(self)):
+        if errors := list(_contradictions(self)) or list(_contradictions_on_the_way(self)):
             raise CombinedShearingError(errors)
         return self
 
@@ -222,17 +223,26 @@ def load_recipe(path: Path | str, *, overrides: Sequence[str] = ()) -> Recipe:
         ShearingError: all errors found, each with its place, its dotted key and the nearest valid key.
     """
     data, places = read_recipe_file(Path(path), overrides=overrides)
-    return _validated(data, places=places)
+    return validated(data, places=places)
 
 
 def overridden(recipe: Recipe, *, overrides: Sequence[str]) -> Recipe:
     """A recipe with overrides on top of it; see `load_recipe`."""
     data, places = recipe.model_dump(mode="json"), Places("recipe.yaml")
     apply_overrides(data, overrides, places=places)
-    return _validated(data, places=places)
+    return validated(data, places=places)
 
 
-def _validated(data: dict[str, Any], *, places: Places) -> Recipe:
+def validated(data: dict[str, Any], *, places: Places) -> Recipe:
+    """A recipe of plain data.
+
+    Args:
+        data: of all sections.
+        places: where its keys were written.
+
+    Raises:
+        ShearingError: all errors found, see `load_recipe`.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -412,6 +422,18 @@ def _cascade_contradictions(recipe: Recipe, cascade: CascadeRecipe) -> Iterator[
                 allowed="none in a cascade, whose runs go on from what the one before has trained",
                 mend=f"remove {key}, or cascade",
             )
+
+
+def _contradictions_on_the_way(recipe: Recipe) -> Iterator[ShearingError]:
+    """Of the runs before the last of a cascade, which have other targets and lengths."""
+    if recipe.cascade is not None:
+        found = contradictions_on_the_way(
+            recipe.cascade,
+            pretrain=recipe.pretrain,
+            sequence_length=recipe.data.sequence_length,
+            found=lambda changed: _contradictions(recipe.model_copy(update={"cascade": None, **changed})),
+        )
+        yield from _below("cascade", found)
 
 
 def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:

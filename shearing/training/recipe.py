@@ -113,6 +113,15 @@ class AstRecipe(Section):
         Duration(fraction=0.2), description="Last stretch, in which masks stay, and what they drop is 0 for good."
     )
 
+    def freeze_step(self, stage: StageRecipe, *, sequence_length: int) -> int:
+        """The step of a stage from which on masks stay.
+
+        Raises:
+            ShearingError: as `StageRecipe.tokens_per_step`.
+        """
+        total = stage.total_steps(sequence_length=sequence_length)
+        return total - min(total, stage.in_steps(self.freeze, sequence_length=sequence_length))
+
 
 class PretrainRecipe(StageRecipe):
     """Continued pretraining of the cut or sparse model, or of the source itself; zeros of a sparse model stay."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from shearing.cli import frame
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_json
@@ -54,7 +57,7 @@ def test_help_and_config_do_not_import_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules), 'slow start'\n"
     )
     recipe = RECIPES / "demo.yaml"
-    for arguments in (["--help"], ["config", "show", str(recipe)], ["run", str(recipe), "prune.lr=1"]):
+    for arguments in (["--help"], ["--version"], ["config", "show", str(recipe)], ["run", str(recipe), "prune.lr=1"]):
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tmp_path, capture_output=True)
 
 
@@ -90,6 +93,29 @@ def test_config_check_sums_up_the_run(tiny_recipe: Path) -> None:
 
 def test_config_check_looks_at_all_stages(tiny_recipe: Path) -> None:
     assert "evaluation.tasks = " in error_of("config", "check", tiny_recipe, "evaluation.tasks=[nonsense_task]")
+
+
+def test_versions_are_said_without_importing_anything() -> None:
+    result = shear("--version")
+    assert result.exit_code == 0
+    packages = ("shearing", "torch", "transformers")
+    assert result.stdout.splitlines() == [f"{package} {version(package)}" for package in packages]
+
+
+def test_what_the_system_says_of_a_file_is_a_message(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(error: OSError) -> None:
+        def raised(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(frame, "load_recipe", raised)
+
+    refuse(OSError(errno.EIO, "Input/output error", "run/state"))
+    assert error_of("config", "show", tiny_recipe).startswith("error: run/state = 'Input/output error'")
+    assert isinstance(shear("--debug", "config", "show", tiny_recipe).exception, OSError)
+    refuse(OSError(errno.ENOSPC, "No space left on device"))
+    assert "to mend: free space" in error_of("config", "show", tiny_recipe)
+    refuse(OSError("of no file"))
+    assert shear("config", "show", tiny_recipe).exit_code == 1
 
 
 def test_debug_shows_the_traceback(tiny_recipe: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -167,11 +168,14 @@ def _training(command: str, *, folder: Path) -> AbstractContextManager[tuple[sub
     )
 
 
-def test_the_program_stops_its_processes_in_order(tiny_inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_program_stops_its_processes_in_order(number: signal.Signals, tiny_inputs: Path, tmp_path: Path) -> None:
     command = _command("shearing", _recipe(tiny_inputs, tmp_path, "run", steps=LONG))
     with _training(command, folder=tmp_path) as (launcher, output):
-        launcher.terminate()
+        launcher.send_signal(number)
         assert launcher.wait(timeout=60) == INTERRUPTED_EXIT_CODE, output.read_text()
+    done = runs.lines(tmp_path / "run", "prune")[-1]["step"]
+    assert (tmp_path / "run" / "prune" / "checkpoints" / f"step-{done:08d}").is_dir(), output.read_text()
     assert output.read_text().count("the same command continues from there") == 1
 
 

@@ -43,7 +43,9 @@ def recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any] | None = None, **
         {"way": {"lora": {"rank": 4}}, "engine": "fsdp2"},
         {"way": {"spp": {"rank": 4}}, "engine": "fsdp2"},
         {"way": {"speft": {"share": 0.1, "samples": 2}, "ist": {"interval": "3 steps", "tokens": 64}}},
+        {"way": {"speft": {"share": 0.1, "samples": 2}}, "engine": "fsdp2"},
         {"way": {"ast": MOVING}, "engine": "deepspeed", "zero_stage": 2},
+        {"way": {"ast": {**MOVING, "scores": "wanda"}}, "engine": "fsdp2"},
     ],
     ids=[
         "torch",
@@ -53,7 +55,9 @@ def recipe(inputs: Path, *, run_dir: Path, way: dict[str, Any] | None = None, **
         "adapters under FSDP2",
         "factors under FSDP2",
         "salient weights of some layers",
+        "salient weights under FSDP2",
         "masks that move under ZeRO-2",
+        "masks that move by norms under FSDP2",
     ],
 )
 def test_two_processes_train_as_one_does(

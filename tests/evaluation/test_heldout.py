@@ -252,3 +252,7 @@ def test_text_of_which_nothing_counts(model: LlamaForCausalLM, corpus: Any) -> N
     corpus.counted = {"two": torch.zeros(7, LENGTH + 1).bool()}
     with pytest.raises(ShearingError, match="the test text of two"):
         measure(model, corpus)
+    losses = measure(model, corpus, require_labels=False)
+    assert losses["two"].to_json() == {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0}
+    corpus.counted = {}
+    assert losses["one"] == measure(model, corpus)["one"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shearing.errors import ShearingError
 from shearing.files.durable import locked, read_json, write_json
 from tests.forks import PROCESSES
 
@@ -30,6 +31,15 @@ def test_what_a_killed_process_had_begun_to_write_goes_with_the_next_that_works_
     assert read_json(path) == {"a": 0}
     with locked(tmp_path / "run", field="run_dir"):
         assert sorted(each.name for each in path.parent.iterdir()) == [".hidden", "summary.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ShearingError, match="a folder that can be made") as caught, locked(folder, field="output"):
+            pass
+        assert caught.value.field == "output"
+        assert str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize("payload", [{"a": float("nan")}, {"a": float("inf")}])

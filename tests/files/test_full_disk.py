@@ -17,9 +17,16 @@ from shearing.files.full_disk import full_disk_said, is_disk_full
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError("Not enough free space to write 80000000 bytes after offset 128"),
+    OSError("1000 requested and 0 written"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
-OTHERS = [OSError(errno.EIO, "Input/output error"), SafetensorError("Error while serializing"), ValueError("28")]
+OTHERS = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError("1 argument"),
+    SafetensorError("Error while serializing"),
+    ValueError("28"),
+]
 OURS = ShearingError("output", value="there", allowed="a disk with room", mend="free space")
 
 

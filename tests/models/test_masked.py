@@ -183,7 +183,11 @@ def test_the_divisor_is_the_number_of_alive_dimensions():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_centred_norm_is_the_layer_norm_of_what_is_there(dtype):
-    """Forward and backward, of streams far from their mean too; what is not there gets no gradient."""
+    """Forward and backward, of streams far from their mean too; what is not there reads nothing and writes nothing.
+
+    Its entries of x have a gradient of their own, by which a closed unit's score can tell what it would bring: that of
+    y times gain and inverse deviation, as a norm of squares gives it. It takes nothing from what is there.
+    """
     torch.manual_seed(0)
     inside = (torch.arange(40) % 5 > 1).float()
     norm = torch.nn.LayerNorm(40, eps=1e-5).to(dtype)
@@ -209,3 +213,10 @@ def test_a_centred_norm_is_the_layer_norm_of_what_is_there(dtype):
             assert found.dtype == dtype
             off = float((found.float() - wanted.float()).abs().max())
             assert off <= near["rtol"] * float(wanted.float().abs().max())
+        everywhere = upstream + (torch.randn(2, 7, 40) * (1 - inside)).to(dtype)
+        of_x, *of_weights = torch.autograd.grad(masked(x), leaves, everywhere)
+        assert all(torch.equal(found, before) for found, before in zip(of_weights, mine[1:], strict=True))
+        torch.testing.assert_close(of_x[..., kept], mine[0][..., kept], rtol=0, atol=0)
+        inverse = (x[..., kept].float().var(-1, correction=0, keepdim=True) + 1e-5).rsqrt()
+        direct = everywhere.float() * norm.weight.float() * inverse
+        torch.testing.assert_close(of_x[..., ~kept].float(), direct[..., ~kept], rtol=near["rtol"] * 3, atol=1e-4)

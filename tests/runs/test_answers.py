@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from shearing.data.corpus.counted import BitsWriter, counted_path
 from shearing.runs.context import RunContext
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
@@ -65,6 +68,39 @@ def test_a_run_that_was_killed_is_the_same(tiny_inputs: Path, tmp_path: Path) ->
     process.join()
     run(killed, stages=("pretrain",))
     assert list(runs.contents(killed.run_dir, "pretrain")) == list(runs.contents(whole.run_dir, "pretrain"))
+
+
+def _with_a_late_answer(inputs: Path, folder: Path) -> None:
+    """A corpus in which the end alone of the validation text of letters counts."""
+    shutil.copytree(inputs / "corpus", folder)
+    path = folder / "letters" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for part, counts in manifest["parts"].items():
+        bits = np.arange(counts["tokens"]) >= (counts["tokens"] - 32 if part == "validation" else 0)
+        writer = BitsWriter(counted_path(folder / "letters", part))
+        writer.write(bits)
+        counts["counted"], counts["counted_sha256"] = writer.count, writer.close()
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("stage", ["prune", "pretrain"])
+def test_nothing_counts_in_the_rows_that_are_looked_at(
+    stage: Literal["prune", "pretrain"], tiny_inputs: Path, tmp_path: Path
+) -> None:
+    _with_a_late_answer(tiny_inputs, tmp_path / "corpus")
+    values = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run")
+    values["data"]["corpus"] = str(tmp_path / "corpus")
+    values["mixture"] = {"update": "constant", "heldout_tokens": 32}
+    values[stage] |= {"duration": "4 steps", "validation_interval": "2 steps"}
+    if stage == "pretrain":
+        values["target"] = values["prune"] = None
+        values["evaluation"]["baselines"] = []
+    run(Recipe.model_validate(values), stages=(stage,))
+    looks = [line["losses"] for line in runs.lines(tmp_path / "run", stage) if line.get("event") == "validation"]
+    assert looks
+    if stage == "prune":
+        looks.append(json.loads((tmp_path / "run" / "prune" / "summary.json").read_text())["heldout"]["before_cutting"])
+    assert all(losses["letters"] is None and losses["digits"] > 0.0 for losses in looks)
 
 
 def test_a_step_of_questions_alone_changes_nothing_by_its_loss(tiny_inputs: Path, tmp_path: Path) -> None:

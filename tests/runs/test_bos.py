@@ -158,6 +158,16 @@ def test_commands_refuse_a_corpus_that_begins_otherwise(command: list[str], inpu
     assert result("none", "--bos", "none").exit_code == 0
 
 
+def test_a_mixture_of_experts_is_made_of_a_corpus_that_is_taken_as_it_is(inputs: Path, tmp_path: Path) -> None:
+    arguments = ["moe", str(inputs / "model"), "--experts", "6", "--active", "2", "-o", str(tmp_path / "mixture")]
+    arguments += ["--calibration", str(inputs / "none"), "--samples", "4", "--seqlen", "16"]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "set --bos=none to take the corpus as it is" in " ".join(refused.stderr.split())
+    taken = CliRunner().invoke(app, [*arguments, "--bos", "none"])
+    assert taken.exit_code == 0, taken.output
+
+
 def test_calibration_begins_as_the_tokenizer_does(inputs: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(inputs / "model"))
     (tmp_path / "a.txt").write_text("abcd" * 50)

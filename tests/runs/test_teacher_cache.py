@@ -22,15 +22,17 @@ from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.loading import load_source
+from shearing.models.shape import Shape
 from shearing.objectives.teacher_cache.cache import INDEX_NAME, TeacherCache
 from shearing.runs.context import RunContext
-from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.hardware import Hardware, forward_flops_per_token
 from shearing.runs.planning.plan import plan
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.planning.rows import rows_read
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages import training_task
 from shearing.runs.stages.compact import compact
+from shearing.runs.stages.evaluation.rows import rows_of
 from shearing.runs.stages.pretrain import pretrain
 from shearing.runs.stages.prune import prune
 from shearing.runs.stages.run import run
@@ -240,6 +242,11 @@ def test_top_k_from_a_cache_is_what_the_teacher_says(
         if stage == "prune":
             for recipe in (online, cached):
                 compact(_quiet(recipe))
+    # What a teacher that is read about has computed is no cost of the run.
+    ours, theirs = ({row.name: row.flops for row in rows_of(_quiet(recipe))} for recipe in (cached, online))
+    of_token = forward_flops_per_token(Shape.of(_quiet(online).config), sequence_length=LENGTH)
+    for name, steps in (("source", 0), ("compact", STEPS), ("final", 2 * STEPS)):
+        assert theirs[name] - ours[name] == pytest.approx(of_token * steps * 2 * LENGTH)
 
 
 def test_rows_that_were_never_kept_are_asked_for(cache: Path, tiny_inputs: Path, tmp_path: Path) -> None:

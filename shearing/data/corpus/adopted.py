@@ -24,6 +24,7 @@ from shearing.data.corpus.tokens import Ids
 from shearing.errors import ShearingError
 from shearing.files.durable import write_json
 from shearing.files.mapped_arrays import ReadAhead, map_array, map_file
+from shearing.files.permissions import forbidden
 
 ADOPTED_NAME = "adopted.json"
 
@@ -63,7 +64,7 @@ class Adopted:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ShearingError(
+            raise forbidden(path, error=error) or ShearingError(
                 str(path), value=str(error), allowed="the index of an adopted domain", mend="adopt the domain again"
             ) from error
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from shearing.data.corpus.bos import Bos, BosMode
 from shearing.errors import ShearingError
+from shearing.files.permissions import forbidden
 
 HeldOutSplit = Literal["validation", "test"]
 """validation: what steers a run and what constants are chosen on; test: what judges."""
@@ -147,7 +148,7 @@ class DomainManifest:
             values["sources"] = tuple(SourceFile(**source) for source in values["sources"])
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ShearingError(
+            raise forbidden(path, error=error) or ShearingError(
                 str(path),
                 value=str(error),
                 allowed="the manifest of a prepared domain",
@@ -207,7 +208,7 @@ def read_index(path: Path) -> dict[str, Any]:
             mend=f"run the preparation again, it continues where it was: {prepare}",
         ) from error
     except (OSError, ValueError) as error:
-        raise ShearingError(
+        raise forbidden(path / INDEX_NAME, error=error) or ShearingError(
             str(path / INDEX_NAME), value=str(error), allowed="the index of a corpus", mend=f"prepare again: {prepare}"
         ) from error
     if index.get("format") not in READABLE_FORMATS:

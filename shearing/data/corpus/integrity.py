@@ -24,6 +24,7 @@ from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
 from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
 from shearing.files.mapped_arrays import map_array
+from shearing.files.permissions import forbidden
 
 # Document ends up to this size are compared in full with the manifest's checksum.
 SMALL_BYTES = 1 << 16
@@ -38,6 +39,19 @@ class Damage:
     found: str
     expected: str
     mend: str = "the file is damaged: prepare the domain again"
+
+    @classmethod
+    def of(cls, error: ShearingError) -> Damage:
+        """What an error about a file says."""
+        return cls(error.field, str(error.value), error.allowed, mend=error.mend)
+
+    @classmethod
+    def unread(cls, path: Path, error: OSError, *, expected: str) -> Damage:
+        """A file that the operating system does not let us read."""
+        if no_permission := forbidden(path, error=error):
+            return cls.of(no_permission)
+        found = f"cannot be read: {error.strerror or error}"
+        return cls(str(path), found, expected, mend="look to the disk that it is on: the file may be whole")
 
     def __str__(self) -> str:
         return f"{self.file}: {self.found}; expected {self.expected}"
@@ -199,7 +213,9 @@ def _open_array(path: Path) -> npt.NDArray[Any] | Damage:
         return map_array(path)
     except FileNotFoundError:
         return Damage(str(path), "missing", "a file of a prepared domain")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return Damage.unread(path, error, expected="a whole .npy file")
+    except ValueError as error:
         return Damage(str(path), str(error), "a whole .npy file")
 
 
@@ -213,20 +229,25 @@ def _separator_damage(
     if any(not 0 <= position < manifest.parts[part].tokens for position in last_tokens):
         yield Damage(str(folder / f"{part}_ends.npy"), "ends outside of the tokens", "ends that rise to the last token")
         return
-    if adopted is None:
-        found = _tokens_at(file, last_tokens, dtype=manifest.dtype)
-    else:
-        tokens = open_tokens(folder, part=part, manifest=manifest)
-        try:
+    try:
+        if adopted is None:
+            found = _tokens_at(file, last_tokens, dtype=manifest.dtype)
+        else:
+            tokens = open_tokens(folder, part=part, manifest=manifest)
             found = [int(tokens.read(position, position + 1)[0]) for position in last_tokens]
-        except (IndexError, ValueError):
-            yield Damage(
-                str(file),
-                "ranges that lie outside of their files",
-                "ranges inside of them",
-                mend="the file is damaged: adopt the domain again",
-            )
-            return
+    except OSError as error:
+        yield Damage.unread(Path(error.filename or file), error, expected="tokens that can be read")
+        return
+    except (IndexError, ValueError):
+        if adopted is None:
+            raise
+        yield Damage(
+            str(file),
+            "ranges that lie outside of their files",
+            "ranges inside of them",
+            mend="the file is damaged: adopt the domain again",
+        )
+        return
     for index, position, token in zip(chosen, last_tokens, found, strict=True):
         if token != manifest.separator_id:
             yield Damage(

@@ -2,9 +2,10 @@
 
 What is dealt to a side is a group: documents of one text, and with them, where near-duplicates were looked for, the
 documents of their cluster. A group has a key, a number mixed from the hash of its text and the split seed. In each
-domain the groups with the lowest keys are validation text until the wanted size is reached, then test text; what is
-held out in one domain is held out in all of them. Domains that were prepared earlier stand: their texts stay where they
-are. What a seed holds out for validation does not depend on how much it holds out for the test.
+domain the groups with the lowest keys are validation text until the wanted size is reached, then test text; one that
+is over a quarter of the domain and over twice the size is passed over for those behind it. What is held out in one
+domain is held out in all of them. Domains that were prepared earlier stand: their texts stay where they are. What a
+seed holds out for validation does not depend on how much it holds out for the test.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shearing.data.corpus.format import HELD_OUT, SPLITS, HeldOutSplit, Split
+from shearing.data.corpus.format import HELD_OUT, SPLITS, DomainManifest, HeldOutSplit, Split
 from shearing.data.corpus.shards import Shard
 from shearing.data.splitmix64 import INCREMENT, mixed
 from shearing.errors import ShearingError
@@ -157,8 +158,9 @@ def choose_splits(
     """Which split each document of each domain is in; uint8 [documents], places in `format.SPLITS`.
 
     Args:
-        sizes: of each domain's held-out splits; reached by whole groups, so a little more is held out. Texts that other
-            domains hold out come on top.
+        sizes: of each domain's held-out splits; reached by whole groups, so more is held out: at most as much again,
+            or up to a quarter of the domain more. Only where other groups do not suffice it may be less, or, where
+            there are none, a larger one. Texts that other domains hold out come on top.
         seed: another one chooses other documents.
         earlier: texts that have their side already.
 
@@ -181,7 +183,7 @@ def choose_splits(
         for name, documents in domains.items():
             # A group has to stay for each split that is still to come, unless one is there already.
             still: list[Split] = ["train", *later]
-            waiting = sum(not _is_among(keys[name], forced[each]).any() for each in still)
+            waiting = [each for each in still if not _is_among(keys[name], forced[each]).any()]
             parts.append(
                 _lowest(
                     keys[name],
@@ -189,7 +191,8 @@ def choose_splits(
                     target=_target(name, documents, sizes=sizes, split=split),
                     barred=barred,
                     forced=forced[split],
-                    leave=waiting,
+                    leave=len(waiting),
+                    leave_small=sum(each != "train" for each in waiting),
                 )
             )
         chosen[split] = np.setdiff1d(_union(parts), barred, assume_unique=True)
@@ -200,9 +203,19 @@ def choose_splits(
             side[_is_among(keys[name], chosen[split])] = SPLITS.index(split)
         stood = stands[name] >= 0
         side[stood] = stands[name][stood]
-        _require_all_splits(name, side, earlier=earlier)
+        _require_all_splits(name, side, stood=bool(stood.any()))
         sides[name] = side
     return sides
+
+
+def far_from_asked(manifest: DomainManifest) -> list[str]:
+    """What is held out of a domain and is over twice, or below half, of what was asked for, in words."""
+    found = []
+    for part, size in manifest.sizes.items():
+        held, asked = manifest.parts[part].tokens, SplitSize.parse(size).of(manifest.tokens)
+        if not asked <= 2 * held <= 4 * asked:
+            found.append(f"{part} has {held:,} of {manifest.tokens:,} tokens, where {asked:,} were asked for ({size})")
+    return found
 
 
 def first_of_each(values: npt.NDArray[Any]) -> Mask:
@@ -264,10 +277,26 @@ def _target(name: str, documents: Documents, *, sizes: SplitSizes, split: HeldOu
 
 
 def _lowest(
-    keys: Hashes, tokens: npt.NDArray[np.int64], *, target: int, barred: Hashes, forced: Hashes, leave: int
+    keys: Hashes,
+    tokens: npt.NDArray[np.int64],
+    *,
+    target: int,
+    barred: Hashes,
+    forced: Hashes,
+    leave: int,
+    leave_small: int,
 ) -> Hashes:
-    """Keys of the groups that a domain itself holds out: as few as reach `target`, at least one; `leave` stay."""
+    """Keys of the groups that a domain itself holds out: as few as reach `target`, at least one.
+
+    One long document must not take most of a domain out of training: groups over twice the target and over a quarter of
+    the domain are passed over while there are others.
+
+    Args:
+        leave: groups that stay.
+        leave_small: of these, for splits that should hold no such group either: all but training.
+    """
     total = int(tokens.sum())
+    large = max(2 * target, total // 4)
     is_forced, is_barred = _is_among(keys, forced), _is_among(keys, barred)
     target -= int(tokens[is_forced].sum())
     free = ~(is_forced | is_barred)
@@ -279,20 +308,25 @@ def _lowest(
     while True:
         looked = free & (keys <= np.uint64(int(looked_at * (2**64 - 1)))) if looked_at < 1 else free
         groups, inverse = np.unique(keys[looked], return_inverse=True)
-        reached = np.cumsum(np.bincount(inverse.reshape(-1), weights=tokens[looked]).astype(np.int64))
-        count = int(np.searchsorted(reached, target)) + 1
+        sizes = np.bincount(inverse.reshape(-1), weights=tokens[looked]).astype(np.int64)
+        order = np.argsort(sizes > large, kind="stable")  # by keys, and then the large ones
+        small = int((sizes <= large).sum())
+        count = int(np.searchsorted(np.cumsum(sizes[order]), target)) + 1
         if looked_at >= 1:
-            return groups[: max(0, min(count, len(groups) - leave))]
-        if count <= len(groups) - leave:
-            return groups[:count]
+            most = len(groups) - leave
+            if leave_small < small < len(groups):
+                most = min(most, small - leave_small)
+            return groups[order[: max(0, min(count, most))]]
+        if count <= small - leave:
+            return groups[order[:count]]
         looked_at = min(1.0, 4 * looked_at)
 
 
-def _require_all_splits(name: str, sides: Sides, *, earlier: Earlier) -> None:
+def _require_all_splits(name: str, sides: Sides, *, stood: bool) -> None:
     missing = [split for index, split in enumerate(SPLITS) if not (sides == index).any()]
     if not missing:
         return
-    if len(earlier.train):
+    if stood:
         value = f"nothing for {' and '.join(missing)}: its texts are in other parts of domains prepared earlier"
         mend = "give it texts of its own, or prepare all domains in one command into a new folder"
     else:

@@ -53,20 +53,20 @@ class BadInput:
             mend="convert it to UTF-8",
         )
 
-    def no_text(self, *, place: str, text_field: str, found: str, what: str = "text") -> None:
+    def no_text(self, *, place: str, text_field: str, found: str, what: str = "text", mend: str | None = None) -> None:
         self.report(
             "no_text",
             place=place,
             value=found,
             allowed=f"{what} in the field {text_field!r}",
-            mend=f"name the field that holds the {what}: {key('text_field')}",
+            mend=mend or f"name the field that holds the {what}: {key('text_field')}",
         )
 
-    def damaged(self, error: Exception, *, place: str) -> None:
+    def damaged(self, error: Exception, *, place: str, mend: str = "it is cut off or damaged: fetch it again") -> None:
         self.report(
             "damaged",
             place=place,
             value=str(error) or type(error).__name__,
             allowed="a whole file",
-            mend="it is cut off or damaged: fetch it again",
+            mend=mend,
         )

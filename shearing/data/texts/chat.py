@@ -240,7 +240,10 @@ def _messages(value: object) -> list[dict[str, Any]]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             found = f"fields {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
-            raise _ChatError(f"a message with {found}", "give each message a role and a content")
+            mend = "give each message a role and a content"
+            if isinstance(message, dict) and "from" in message:
+                mend = f"rename {' and '.join(message)} to role and content, and the roles to user and assistant"
+            raise _ChatError(f"a message with {found}", mend)
     messages: list[dict[str, Any]] = _mapped(_without_nulls(value), lambda text: text.translate(_RESERVED))
     return messages
 

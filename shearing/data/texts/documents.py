@@ -47,7 +47,7 @@ class TextFile:
             return None
         value = value_at(record, self.field)
         if value is MISSING:
-            self._no_text(bad, place=place, found=f"fields {', '.join(map(repr, _names(record)))}")
+            self._no_text(bad, place=place, found=f"fields {', '.join(map(repr, _names(record)))}", fields=record)
             return None
         return self.text_of_value(value, place=place, bad=bad)
 
@@ -56,16 +56,24 @@ class TextFile:
         if self.chat is not None:
             return self.chat.text_of(value, field=self.field, place=place, bad=bad)
         if not isinstance(value, str):
-            self._no_text(bad, place=place, found=f"{type(value).__name__} in the field {self.field!r}")
+            found = f"{type(value).__name__} in the field {self.field!r}"
+            self._no_text(bad, place=place, found=found, fields={self.field: value})
             return None
         return without_halves(value)
 
-    def no_field(self, names: list[str], *, bad: BadInput) -> None:
-        """Tell `bad` that a table has other columns."""
-        self._no_text(bad, place=self.path, found=f"fields {', '.join(map(repr, names))}")
+    def no_field(self, names: list[str], *, like: Mapping[str, Any], bad: BadInput) -> None:
+        """Tell `bad` that a table has other columns, and what in a row of it has the form that matters here."""
+        self._no_text(bad, place=self.path, found=f"fields {', '.join(map(repr, names))}", fields=like)
 
-    def _no_text(self, bad: BadInput, *, place: str, found: str) -> None:
-        bad.no_text(place=place, text_field=self.field, found=found, what="messages" if self.chat else "text")
+    def no_string(self, column: str, *, like: Any, place: str, bad: BadInput) -> None:
+        """Tell `bad` that the column is of another type, and of what form a value of it is."""
+        self._no_text(bad, place=place, found=f"{column} in the field {self.field!r}", fields={self.field: like})
+
+    def _no_text(self, bad: BadInput, *, place: str, found: str, fields: Mapping[str, Any] | None = None) -> None:
+        if self.chat is not None:
+            bad.no_text(place=place, text_field=self.field, found=found, what="messages")
+        else:
+            bad.no_text(place=place, text_field=self.field, found=found, mend=_of_chats(fields or {}))
 
 
 def value_at(record: Mapping[str, Any], name: str) -> Any:
@@ -76,6 +84,19 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
     if dot and isinstance(inner := record.get(first), Mapping):
         return value_at(inner, rest)
     return MISSING
+
+
+def _of_chats(fields: Mapping[str, Any]) -> str | None:
+    """What to do where one of the fields holds a chat in place of text; None: none does."""
+    for name, value in fields.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, Mapping) and ("role" in first or "from" in first):
+            field = "" if name == "messages" else f" --text-field {name}"
+            prepare = f"`shear data prepare --format chat{field}`"
+            if "role" in first and "content" in first:
+                return f"{name!r} holds chats: {prepare}"
+            return f"{name!r} holds chats: rename {' and '.join(first)} to role and content, then {prepare}"
+    return None
 
 
 def without_halves(text: str) -> str:

@@ -22,10 +22,10 @@ ENDINGS = f"{', '.join(KINDS)}; JSON and text also with {' or '.join(COMPRESSION
 
 
 def kind_of(path: str) -> tuple[Kind, Compression | None] | None:
-    """How a file is read, by its name; None if it is not."""
+    """How a file is read, by its name, in capitals or not; None if it is not."""
     name = PurePosixPath(path.partition("?")[0]) if "://" in path else PurePosixPath(path)
-    compression = COMPRESSIONS.get(name.suffix)
-    kind = KINDS.get(name.with_suffix("").suffix if compression else name.suffix)
+    compression = COMPRESSIONS.get(name.suffix.lower())
+    kind = KINDS.get((name.with_suffix("") if compression else name).suffix.lower())
     if kind is None or (compression and kind not in COMPRESSED):
         return None
     return kind, compression

@@ -12,7 +12,7 @@ from shearing.data.texts.bad_input import BadInput
 from shearing.data.texts.documents import Text, TextFile
 from shearing.data.texts.json_texts import json_texts
 from shearing.data.texts.plain_texts import plain_texts
-from shearing.data.texts.streams import DAMAGES, decompressed
+from shearing.data.texts.streams import DAMAGES, NotCompressedError, decompressed
 from shearing.data.texts.tables import arrow_texts, parquet_texts
 
 
@@ -42,6 +42,8 @@ def read_texts(
                 yield from arrow_texts(file, source=source, bad=bad)
             else:
                 yield from json_texts(file, source=source, bad=bad)
+    except NotCompressedError as error:
+        bad.damaged(error, place=source.path, mend="it is not compressed with gzip: name it without .gz")
     except DAMAGES as error:
         bad.damaged(error, place=source.path)
 

@@ -19,14 +19,25 @@ class TruncatedError(Exception):
     """The compressed data ends inside a frame, or is none."""
 
 
+class NotCompressedError(Exception):
+    """The file does not begin as compressed data does."""
+
+
+_GZIP = b"\x1f\x8b"
 DAMAGES = (EOFError, zlib.error, gzip.BadGzipFile, TruncatedError)
 """What reading a file raises that is cut off or damaged."""
 
 
 def decompressed(stream: io.RawIOBase, *, compression: Compression | None) -> BinaryIO:
-    """What a file holds, read through a buffer; reading raises one of `DAMAGES` where it is cut off."""
+    """What a file holds, read through a buffer; reading raises one of `DAMAGES` where it is cut off.
+
+    Raises:
+        NotCompressedError: it is not compressed with gzip, as its name says.
+    """
     buffered = io.BufferedReader(stream, READ_BYTES)
     if compression == "gzip":
+        if not _GZIP.startswith(first := buffered.peek(len(_GZIP))[: len(_GZIP)]):
+            raise NotCompressedError(f"Not a gzipped file ({first!r})")
         return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
     if compression == "zstd":
         return io.BufferedReader(_ZstdStream(buffered), READ_BYTES)

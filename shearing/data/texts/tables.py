@@ -35,7 +35,7 @@ def parquet_texts(opened: Callable[[], BinaryIO], *, source: TextFile, bad: BadI
             with pq.ParquetFile(stream, pre_buffer=False) as file:
                 path = _path_of(file.schema_arrow, source.field)
                 if path is None:
-                    source.no_field(_names(file.schema_arrow), bad=bad)
+                    source.no_field(_names(file.schema_arrow), like=_row_like(file.schema_arrow), bad=bad)
                     return
                 for group in range(file.num_row_groups):
                     # By row group: a batch over two has two dictionaries, which pyarrow cannot read inside of structs.
@@ -57,7 +57,7 @@ def arrow_texts(file: BinaryIO, *, source: TextFile, bad: BadInput) -> Iterator[
         with pa.ipc.open_stream(file) as batches:
             path = _path_of(batches.schema, source.field)
             if path is None:
-                source.no_field(_names(batches.schema), bad=bad)
+                source.no_field(_names(batches.schema), like=_row_like(batches.schema), bad=bad)
                 return
             for batch in batches:
                 yield from _texts(_column(batch, path), source=source, first_row=row, bad=bad)
@@ -94,6 +94,20 @@ def _names(schema: pa.Schema) -> list[str]:
     return [name for field in schema for name in below(field, "")]
 
 
+def _row_like(schema: pa.Schema) -> dict[str, Any]:
+    return {field.name: _value_like(field.type) for field in schema}
+
+
+def _value_like(kind: pa.DataType) -> Any:
+    """The least value of the form of a list of objects, with nothing in it; None for values of another form."""
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_struct(kind.value_type):
+        return [{field.name: None for field in kind.value_type}]
+    return None
+
+
 def _column(batch: pa.RecordBatch, path: list[str]) -> Any:
     """The column at the end of a path; null wherever a struct above it is."""
     import pyarrow.compute as pc
@@ -118,8 +132,7 @@ def _texts(column: Any, *, source: TextFile, first_row: int, bad: BadInput) -> I
     else:
         place = f"{source.path}, rows {first_row} to {first_row + len(column) - 1}"
         for _ in range(len(column)):
-            found = f"{column.type} in the field {source.field!r}"
-            bad.no_text(place=place, text_field=source.field, found=found)
+            source.no_string(str(column.type), like=_value_like(column.type), place=place, bad=bad)
         return
     for row in range(first_row, first_row + len(column)):
         place = f"{source.path}, row {row}"

@@ -24,7 +24,7 @@ class MixtureBatches(IterableDataset[dict[str, Tensor]]):
         sequences_per_step: global batch, over all processes.
 
     Raises:
-        ShearingError: a mixture in which the ends of documents mean something.
+        ShearingError: a mixture in which the ends of documents mean something, or some tokens do not count.
         ValueError: the processes cannot share a step equally.
     """
 
@@ -35,6 +35,13 @@ class MixtureBatches(IterableDataset[dict[str, Tensor]]):
                 value=mixture.documents,
                 allowed="DocumentRules(): under Composer, attention and loss go across the ends of documents",
                 mend="make the mixture without document rules",
+            )
+        if not mixture.corpus.all_count:
+            raise ShearingError(
+                "mixture",
+                value=f"{mixture.corpus.path}, of which some tokens do not count in a loss",
+                allowed="text of which all tokens count: Composer weighs the loss of a micro-batch by its rows",
+                mend="prepare it with loss: all, or train on answers with `shear run` or Hugging Face's Trainer",
             )
         self.mixture, self.sequences_per_step = mixture, sequences_per_step
         self._prefetcher = self._deal()

@@ -17,7 +17,7 @@ class ObjectiveModel(ComposerModel):
     """An objective, `LanguageModelLoss` or another, under Composer's trainer.
 
     The logits of a batch never exist at once, which is what it has over Composer's own `HuggingFaceModel`; that one
-    takes the same batches.
+    takes the same batches. Every token of them counts, whatever their `labels` say.
 
     Args:
         objective: with its Hugging Face model.

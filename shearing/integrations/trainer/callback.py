@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from shearing import ShearingError
+from shearing.files import flush_folder
 from shearing.pruning.structured import Masking
 
 MASKS = "masks.pt"
@@ -18,7 +21,11 @@ MASKS = "masks.pt"
 class LearnMasks(TrainerCallback):
     """Draws masks before each forward pass and makes a step of them after each batch, by an optimiser of their own.
 
-    The trainer's checkpoints get a file more. While the trainer evaluates, and in the end, masks act without noise.
+    The trainer's checkpoints get a file more. It is written beside them first: the trainer removes older checkpoints
+    before it says that it has saved, so a run that is killed in between has nothing else to continue from. Only where
+    a callback behind this one asks for a checkpoint is it written behind the trainer's own files alone.
+
+    While the trainer evaluates, and in the end, masks act without noise.
 
     Args:
         masking: on the model that the trainer was given.
@@ -52,7 +59,9 @@ class LearnMasks(TrainerCallback):
                 raise ShearingError(name, value=getattr(args, name), allowed=allowed, mend="change TrainingArguments")
         if not state.global_step:
             return
-        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / MASKS
+        path, beside = _places(args, state)
+        if path.parent.is_dir() and not path.exists() and beside.exists():
+            beside.replace(path)
         if not path.exists():
             raise ShearingError(
                 "resume_from_checkpoint",
@@ -89,15 +98,24 @@ class LearnMasks(TrainerCallback):
         self.masking.update(step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Masks without noise, where the trainer is about to evaluate."""
+        """Masks without noise, where the trainer is about to evaluate; and written, where it is about to save."""
         if control.should_evaluate:
             self.masking.settle(step=state.global_step)
+        self._write_beside(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Masks written, where the trainer is about to save."""
+        self._write_beside(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The masks beside the trainer's own files."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            torch.save(self.masking.state_dict(), folder / MASKS)
+        """The masks among the trainer's own files."""
+        path, beside = _places(args, state)
+        if path.parent.is_dir():
+            _write(self.masking.state_dict(), path)
+        for each in beside.parent.glob("masks-*.pt"):
+            each.unlink()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,7 +123,31 @@ class LearnMasks(TrainerCallback):
         """Masks without noise: what the cut computes."""
         self.masking.settle(step=state.global_step)
 
+    def _write_beside(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        # Whether this is the best model it knows when it has evaluated it.
+        may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        if control.should_save or may_save:
+            _write(self.masking.state_dict(), _places(args, state)[1])
+
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
         size = args.per_device_train_batch_size
         of = size * args.gradient_accumulation_steps
         self.masking.draw(step=state.global_step, sequence=self._done * size, of=of)
+
+
+def _places(args: TrainingArguments, state: TrainerState) -> tuple[Path, Path]:
+    """Of the masks in the checkpoint of this step, and beside it."""
+    folder = Path(str(args.output_dir))
+    return folder / f"checkpoint-{state.global_step}" / MASKS, folder / f"masks-{state.global_step}.pt"
+
+
+def _write(masks: dict[str, Any], path: Path) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        torch.save(masks, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    flush_folder(path.parent)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shearing.errors import ShearingError, key
+from shearing.files.permissions import forbidden
 from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.saving import INDEX, WEIGHTS
@@ -49,7 +50,7 @@ def weight_files(folder: Path, *, source: str) -> list[str]:
         places: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ShearingError(
+        raise forbidden(folder / INDEX, error=error) or ShearingError(
             str(folder / INDEX), value=str(error), allowed="the index of a model's weights", mend="fetch it again"
         ) from error
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -173,7 +174,7 @@ def _read_headers(
                     shapes[name] = tuple(described.get_shape())
                     dtypes[name] = str(described.get_dtype())
     except (OSError, SafetensorError) as error:
-        raise ShearingError(
+        raise forbidden(folder / file, error=error) or ShearingError(
             str(folder / file), value=str(error), allowed="a whole safetensors file", mend="fetch or write it again"
         ) from error
     return places, shapes, dtypes

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from shearing.data.documents import IGNORED_LABEL
 from shearing.files.tensors import read_tensors, write_tensors
 from shearing.models.anatomy import Head, anatomy_of
 from shearing.models.loading import skeleton
@@ -29,7 +30,7 @@ from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix, num_layers
 from shearing.pruning.calibration.residual_streams import Streams
 from shearing.pruning.calibration.stored_walk import Compute, LayerWalk, fill, not_finite, not_reached
-from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.calibration.text import Calibration, num_counted
 
 FOLDER = "gradients"
 
@@ -41,7 +42,8 @@ def gather_gradients(
 ) -> None:
     """Make what `read_gradients` reads, unless it is there: roots of the mean over sequences of (∂l/∂w)².
 
-    w is of a matrix, l the mean cross-entropy of a sequence's S - 1 next-token predictions in nats, by the dense model.
+    w is of a matrix, l the mean cross-entropy in nats of those of a sequence's S - 1 next-token predictions that count,
+    by the dense model; 0 of a sequence in which none does.
     Gradients are of one sequence at a time, squared and summed in fp32.
 
     Args:
@@ -136,15 +138,15 @@ class _Pass:
         """Gradients of each sequence's loss by the last layer's output."""
         loss_of = self._loss_of_declared() if self.source.structure is None else partial(_loss_of_structure, walk)
         for chunk in walk.chunks:
-            tokens = self.calibration.tokens[chunk].to(self.compute.device)
+            _, labels = self.calibration.predictions(chunk, device=self.compute.device)
             stream = walk.stream(chunk).requires_grad_()
-            total = loss_of(stream, tokens)
-            (gradient,) = torch.autograd.grad(total / (tokens.shape[1] - 1), stream)
+            total = loss_of(stream, labels)
+            (gradient,) = torch.autograd.grad(total / num_counted(labels), stream)
             upstream.write(chunk, gradient.float())
             self.advance(1)
 
     def _loss_of_declared(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Of residual streams [B, S, d] after the last layer and their tokens [B, S]: the sum of the losses."""
+        """Of residual streams [B, S, d] after the last layer and labels [B, S - 1]: the sum of the losses."""
         config, device = self.source.config, self.compute.device
         family = anatomy_of(config)
         norm: nn.Module = skeleton(config).get_submodule(family.final_norm.name)
@@ -155,8 +157,8 @@ class _Pass:
         weight_VD = self.source.read([head])[head].to(device, self.compute.dtype)
         own_head = Head.of_config(config, weight=weight_VD)
 
-        def loss_of(stream: Tensor, tokens: Tensor) -> Tensor:
-            return causal_lm_loss(norm(stream[:, :-1]), own_head, tokens[:, 1:], chunk_tokens=_CHUNK_TOKENS)[0]
+        def loss_of(stream: Tensor, labels: Tensor) -> Tensor:
+            return causal_lm_loss(norm(stream[:, :-1]), own_head, labels, chunk_tokens=_CHUNK_TOKENS)[0]
 
         return loss_of
 
@@ -172,9 +174,9 @@ class _Pass:
         return Streams(shape, dtype=dtype, device=device, offload="disk", folder=folder, name=name)
 
 
-def _loss_of_structure(walk: LayerWalk, stream: Tensor, tokens: Tensor) -> Tensor:
+def _loss_of_structure(walk: LayerWalk, stream: Tensor, labels: Tensor) -> Tensor:
     logits = walk.logits(stream)[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,24 +21,27 @@ class Place:
         name: what it is called.
         members: the modules.
         side_by_side: name of all places, this one among them, none of which reads what another one makes.
+        expert: its number, of an expert's.
     """
 
     name: str
     members: tuple[str, ...]
     side_by_side: str
+    expert: int | None = None
 
 
 def places_of(family: Family) -> list[Place]:
-    """The linear layers of a decoder layer by what they read, in the order in which they are computed.
+    """The linear layers of a decoder layer by what they read, in the order in which one waits for another.
 
-    Of experts those of a layer whose experts are apart (`separate_experts`); routers are not among them.
+    Of experts those of a layer whose experts are apart (`separate_experts`), what all of them read before what they
+    write, though each expert writes before the next one reads (`last_computed`); routers are not among them.
     """
     experts = family.mlp.experts
     if experts is None:
         return named_places(family, "attention read", "attention write", "mlp read", "mlp write")
     matrices = [experts.matrices(expert) for expert in range(experts.count)]
-    read = [Place(f"expert {number} read", (gate, up), "mlp read") for number, (gate, up, _) in enumerate(matrices)]
-    written = [Place(f"expert {number} write", (down,), "mlp write") for number, (*_, down) in enumerate(matrices)]
+    read = [Place(f"expert {n} read", (gate, up), "mlp read", n) for n, (gate, up, _) in enumerate(matrices)]
+    written = [Place(f"expert {n} write", (down,), "mlp write", n) for n, (*_, down) in enumerate(matrices)]
     return [*named_places(family, "attention read", "attention write"), *read, *written]
 
 
@@ -55,6 +59,11 @@ def named_places(family: Family, *names: str) -> list[Place]:
         "mlp write": (family.mlp.write,),
     }
     return [Place(name, members[name], name) for name in names]
+
+
+def last_computed(places: Sequence[Place]) -> Place:
+    """Of places in the order of `places_of`, at least one, that whose inputs a layer comes to last."""
+    return max(reversed(places), key=lambda place: -1 if place.expert is None else place.expert)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class InputStatistics:
         needs: which of them are collected.
         device: where.
         damping: of `factor`; see `damped_factors`.
-        dtype: of the sums.
+        dtype: of what is told of them. Sums and squares are added up in fp64 where both are wanted, since a variance is
+            the small difference of large numbers.
 
     Attributes:
         sequences: how many were added.
@@ -52,9 +53,10 @@ class InputStatistics:
         self.gradients: Tensor | None = None
         self.length = 0
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self._damping = damping
-        self._sums = torch.zeros(columns, dtype=dtype, device=device) if "sums" in needs else None
-        self._squares = torch.zeros(columns, dtype=dtype, device=device) if "squares" in needs else None
+        self._damping, self._dtype = damping, dtype
+        exact = torch.float64 if {"sums", "squares"} <= needs else dtype
+        self._sums = torch.zeros(columns, dtype=exact, device=device) if "sums" in needs else None
+        self._squares = torch.zeros(columns, dtype=exact, device=device) if "squares" in needs else None
         self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if "moment" in needs else None
         self._factor: list[InverseFactor] = []  # one, shared by all that `with_gradients` makes of this
 
@@ -105,19 +107,21 @@ class InputStatistics:
     def squares(self) -> Tensor:
         """Mean over sequences of the sum over tokens of x_j² [I]: `scaler_row` of the code released with Wanda."""
         assert self._squares is not None
-        return self._squares / self.sequences
+        return (self._squares / self.sequences).to(self._dtype)
 
     @property
     def mean(self) -> Tensor:
         """Mean over tokens of x_j [I], each token by its weight."""
         assert self._sums is not None
-        return self._sums / self.tokens
+        return (self._sums / self.tokens).to(self._dtype)
 
     @property
     def variance(self) -> Tensor:
-        """Mean over tokens of (x_j - mean)² [I], each token by its weight; needs sums and squares, in fp64."""
+        """Mean over tokens of (x_j - mean)² [I], each token by its weight; needs sums and squares."""
         assert self._squares is not None
-        return (self._squares / self.tokens - self.mean.square()).clamp_min(0.0)
+        assert self._sums is not None
+        of_squares = self._squares / self.tokens - (self._sums / self.tokens).square()
+        return of_squares.clamp_min(0.0).to(self._dtype)
 
     @property
     def products(self) -> Tensor:

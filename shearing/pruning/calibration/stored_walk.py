@@ -6,6 +6,7 @@ Legend: B sequences of a chunk, S positions, d hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
+from shearing.models.attention import keep_attention_within_documents
 from shearing.models.families.experts.separate import separate_experts
 from shearing.models.loading import skeleton
 from shearing.models.stored.expert_files import name_in_files
 from shearing.models.stored.paging.heap import give_back
 from shearing.models.stored.paging.passing import Call, layer_calls
 from shearing.models.stored.stored_model import Source
-from shearing.pruning.calibration.places import Place, weight_of
+from shearing.pruning.calibration.places import Place, last_computed, weight_of
 from shearing.pruning.calibration.residual_streams import Offload, Streams
 from shearing.pruning.calibration.statistics import InputStatistics, Need
 from shearing.pruning.calibration.text import Calibration
@@ -72,9 +75,12 @@ class LayerWalk:
         structure = source.structure
         self._stored_names: Mapping[str, str] = {} if structure is None else structure.stored_names
         self._family = None if structure is not None else anatomy_of(source.config)
-        self._model = skeleton(source.config) if structure is None else structure.model
+        # A copy: models that share a config share the kernel of attention.
+        self._model = skeleton(deepcopy(source.config)) if structure is None else structure.model
         if structure is None:
             separate_experts(self._model)
+        if calibration is not None and calibration.attention_within:
+            keep_attention_within_documents(self._model)
         layers = anatomy_of(source.config).layers if structure is None else structure.layers
         assert layers is not None
         self._layers = layers
@@ -134,14 +140,14 @@ class LayerWalk:
 
         Args:
             layer, module: its index, and itself as `load` gave it.
-            places: at least one, in the order in which they are computed.
+            places: at least one, in the order of `places_of`.
             needs: which statistics.
             damping: see `damped_factors`.
             propagate: whether the streams become what the layer makes of them; else they stay in front of it, and the
                 pass ends at the last place.
 
         Raises:
-            ShearingError: what a place reads is NaN or infinite.
+            ShearingError: what a place reads is NaN or infinite, or text does not come to it.
         """
         statistics = {
             place.name: InputStatistics(
@@ -150,7 +156,7 @@ class LayerWalk:
             for place in places
         }
         # In which order layers of an unknown structure are computed is not known either.
-        until = None if propagate or self._source.structure is not None else places[-1].name
+        until = None if propagate or self._source.structure is not None else last_computed(places).name
         for chunk in self._chunks:
             stream = self._streams.read(chunk)
             seen, after = run_layer(module, module, stream, self._call(layer, chunk), places=places, until=until)
@@ -159,9 +165,11 @@ class LayerWalk:
             if propagate:
                 self._streams.write(chunk, after)
             self._advance(1)
-        for name, of_place in statistics.items():
-            if not of_place.sequences and self._source.structure is not None:
-                raise not_reached(f"{name} in layer {layer}", module=f"*.{name}")
+        for place in places:
+            name, of_place = place.name, statistics[place.name]
+            # An expert that no token is sent to is called as well, with none.
+            if not of_place.sequences:
+                raise not_reached(f"{name} in layer {layer}", module=f"*.{place.members[0]}")
             of_place.assume_alike_if_none()
             if not of_place.is_finite():
                 raise not_finite(f"layer {layer} ({name})")
@@ -208,10 +216,10 @@ class LayerWalk:
         enter = self._by_embeddings() if self._source.structure is None else self._by_structure()
         by_size: dict[int, list[Call]] = {}
         for chunk in self._chunks:
-            first, calls = enter(calibration.tokens[chunk])
+            first, calls = enter(calibration.inputs(chunk, device=compute.device))
             others = by_size.setdefault(chunk.stop - chunk.start, calls)
-            # Of a family that is declared they depend on the shape of the text alone.
-            same = self._source.structure is None or _are_alike(others, calls)
+            # Of a family that is declared they depend on the shape of the text alone, and on documents.
+            same = (self._source.structure is None and not calibration.attention_within) or _are_alike(others, calls)
             self._calls[chunk.start] = others if same else calls
             if streams is None:
                 shape = (*calibration.tokens.shape, first.shape[-1])
@@ -222,29 +230,29 @@ class LayerWalk:
         assert streams is not None
         return streams
 
-    def _by_embeddings(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
+    def _by_embeddings(self) -> Callable[[Inputs], tuple[Tensor, list[Call]]]:
         """What becomes of tokens [B, S] before the first layer, from the embedding alone."""
         family = anatomy_of(self._source.config)
         name = f"{family.embedding}.weight"
         embedding = self._source.read([name])[name]
         scale = family.embedding_scale(embedding.shape[1])
 
-        def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
-            embedded = embedding[tokens].to(self._compute.device, self._compute.dtype)
+        def enter(text: Inputs) -> tuple[Tensor, list[Call]]:
+            keywords = text.keywords()
+            embedded = embedding[keywords.pop("input_ids").cpu()].to(self._compute.device, self._compute.dtype)
             embedded = embedded if scale == 1.0 else embedded * torch.full((), scale).to(embedded)
-            return layer_calls(self._model, inputs_embeds=embedded, use_cache=False)
+            return layer_calls(self._model, inputs_embeds=embedded, **keywords)
 
         return enter
 
-    def _by_structure(self) -> Callable[[Tensor], tuple[Tensor, list[Call]]]:
+    def _by_structure(self) -> Callable[[Inputs], tuple[Tensor, list[Call]]]:
         """The same, from all that there is outside of the layers and before the head."""
         model: Any = self._model.base_model
         self._fill_outside(model)
         layers = self._modules()
 
-        def enter(tokens: Tensor) -> tuple[Tensor, list[Call]]:
-            ids = tokens.to(self._compute.device)
-            return recorded_calls(layers, lambda: model(input_ids=ids, use_cache=False))
+        def enter(text: Inputs) -> tuple[Tensor, list[Call]]:
+            return recorded_calls(layers, lambda: model(**text.keywords()))
 
         return enter
 
@@ -348,7 +356,7 @@ def not_finite(where: str) -> ShearingError:
 
 
 def not_reached(what: str, *, module: str) -> ShearingError:
-    """The error about a linear layer of a model that no family declares, which text does not go through."""
+    """The error about a linear layer that text does not go through, as some of models that no family declares."""
     return ShearingError(
         "model",
         value=what,

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from shearing.data.corpus.bos import Bos, BosChoice, require_bos, resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import INDEX_NAME, tokenizer_fingerprint
-from shearing.data.documents import Inputs
+from shearing.data.documents import IGNORED_LABEL, DocumentRules, Inputs
 from shearing.data.mixture.sampler import Mixture
 from shearing.data.texts.bad_input import BadInput
 from shearing.data.texts.documents import TextFile
@@ -36,21 +38,60 @@ MAX_DOCUMENT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the statistics are taken on.
+    """What the statistics are taken on; on the host.
 
     Attributes:
         tokens: int64 [samples, seqlen].
         source: where the text came from, for people.
+        positions: int64 [samples, seqlen], tokens since the document began in its row, where attention stays within
+            documents; None: all of a row attends to all before it.
+        counted: bool [samples, seqlen], tokens that count as labels; None: all.
     """
 
     tokens: Tensor
     source: str
+    positions: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens and how they are cut (hexadecimal, 32 digits)."""
+        """Hash of the tokens, how they are cut and what is told of documents (hexadecimal, 32 digits)."""
         content = str(tuple(self.tokens.shape)).encode() + self.tokens.contiguous().numpy().tobytes()
+        for name, told in (("positions", self.positions), ("counted", self.counted)):
+            if told is not None:
+                content += name.encode() + told.contiguous().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:32]
+
+    @property
+    def attention_within(self) -> bool:
+        """Whether tokens attend to those of their own document alone."""
+        return self.positions is not None
+
+    def part(self, rows: slice | list[int]) -> Calibration:
+        """Some of the sequences."""
+        positions, counted = (None if told is None else told[rows] for told in (self.positions, self.counted))
+        return Calibration(self.tokens[rows], self.source, positions, counted)
+
+    def inputs(self, rows: slice, *, device: torch.device) -> Inputs:
+        """All tokens [B, S] of some sequences, to be read."""
+        # Documents are told of inputs and a last label.
+        positions_BT = None if self.positions is None else pad(self.positions[rows], (0, 1))
+        documents = DocumentRules(attention_within=self.attention_within).documents(positions_BT, device=device)
+        return Inputs(self.tokens[rows].to(device), documents)
+
+    def predictions(self, rows: slice | list[int], *, device: torch.device) -> tuple[Inputs, Tensor]:
+        """Of some sequences all tokens but the last [B, S - 1], and what they predict: `Documents.labels`."""
+        told = self.part(rows)
+        rules = DocumentRules(attention_within=self.attention_within)
+        documents = rules.documents(told.positions, device=device, counted_BT=told.counted)
+        tokens_BT = told.tokens.to(device)
+        labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
+        return Inputs(tokens_BT[:, :-1], documents), labels_BS
+
+
+def num_counted(labels: Tensor) -> int:
+    """How many labels count; 1 where none does, so that a mean of their losses is 0."""
+    return max(1, int((labels != IGNORED_LABEL).sum()))
 
 
 def load_calibration(
@@ -64,6 +105,8 @@ def load_calibration(
     text_field: str = "text",
     corpus: Corpus | None = None,
     bos: BosChoice = "auto",
+    documents: DocumentRules | None = None,
+    more: int = 0,
 ) -> Calibration:
     """Rows of the training split of a corpus, domains by their share of the tokens; or of the texts in files.
 
@@ -81,27 +124,31 @@ def load_calibration(
         text_field: of files with documents, the field that holds the text; see `TextFile`.
         corpus: the one at `paths`, with all its domains, where it is open already and known to fit the model.
         bos: how texts begin; auto: as the tokenizer does.
+        documents: what their ends mean; None: nothing. What a corpus does not count is no label either way.
+        more: rows behind those `samples`: others, which do not change them.
 
     Raises:
         ShearingError: no such text, tokens of another tokenizer, texts that begin otherwise, or too little of it.
     """
+    where, rules = ", ".join(map(str, paths)), documents or DocumentRules()
     if len(paths) == 1 and paths[0].is_dir():
         corpus = corpus or _opened(paths[0], tokenizer=tokenizer, vocab_size=vocab_size, bos=bos)
-        tokens = _of_corpus(corpus, samples=samples, seqlen=seqlen, seed=seed)
-    else:
-        begin = begin_tokens(tokenizer)
-        begun = resolve_bos(bos, front=begin.front, named=begin.named)
-        tokens = _of_files(
-            paths, tokenizer=tokenizer, bos=begun, samples=samples, seqlen=seqlen, seed=seed, text_field=text_field
+        return _of_corpus(corpus, samples=samples + more, seqlen=seqlen, seed=seed, rules=rules, source=where)
+    begin = begin_tokens(tokenizer)
+    begun = resolve_bos(bos, front=begin.front, named=begin.named)
+    stream, further = _documents_of(
+        paths, tokenizer=tokenizer, bos=begun, samples=samples, more=more, seqlen=seqlen, text_field=text_field
+    )
+    _require_enough(stream.count + further.count, samples=samples + more, seqlen=seqlen, where=where)
+    found = _drawn(stream, further, samples=samples + more, seed=seed, bos=begun, rules=rules, source=where)
+    if int(found.tokens.max()) >= vocab_size:
+        raise ShearingError(
+            "calibration",
+            value=f"token id {int(found.tokens.max())}",
+            allowed=f"token ids below the model's vocabulary of {vocab_size}",
+            mend="the tokenizer beside the model is another model's: put the right one there",
         )
-        if int(tokens.max()) >= vocab_size:
-            raise ShearingError(
-                "calibration",
-                value=f"token id {int(tokens.max())}",
-                allowed=f"token ids below the model's vocabulary of {vocab_size}",
-                mend="the tokenizer beside the model is another model's: put the right one there",
-            )
-    return Calibration(tokens, ", ".join(map(str, paths)))
+    return found
 
 
 def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, device: torch.device) -> Iterator[Inputs]:
@@ -133,22 +180,68 @@ def _opened(path: Path, *, tokenizer: Any, vocab_size: int, bos: BosChoice) -> C
     return corpus
 
 
-def _of_corpus(corpus: Corpus, *, samples: int, seqlen: int, seed: int) -> Tensor:
+def _of_corpus(
+    corpus: Corpus, *, samples: int, seqlen: int, seed: int, rules: DocumentRules, source: str
+) -> Calibration:
     lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
     rows = {name: (tokens - 1 + corpus.bos.in_row) // seqlen for name, tokens in lengths.items()}
     long_enough = [name for name, count in rows.items() if count > 0]
     _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(corpus.path))
     weights = {name: float(rows[name]) for name in long_enough}
-    mixture = Mixture(corpus.only(long_enough), seed=seed, sequence_length=seqlen, weights=weights)
+    chosen = corpus.only(long_enough)
+    mixture = Mixture(chosen, seed=seed, sequence_length=seqlen, weights=weights, documents=rules)
     [whole] = first_samples(mixture, samples=samples, micro_batch_size=samples, device=torch.device("cpu"))
-    return whole.tokens.contiguous()
+    positions = counted = None
+    if whole.documents is not None:
+        positions, left_out = whole.documents.position_ids, whole.documents.left_out
+        if left_out is not None and (rules.needs_positions or not chosen.all_count):
+            counted = pad(~left_out[:, :-1], (1, 0), value=True)  # the first token of a row is no label
+    return Calibration(whole.tokens.contiguous(), source, positions, counted)
 
 
-def _of_files(
-    paths: Sequence[Path], *, tokenizer: Any, bos: Bos, samples: int, seqlen: int, seed: int, text_field: str
-) -> Tensor:
+class _Stream:
+    """Documents end to end, cut into rows of a length."""
+
+    def __init__(self, length: int) -> None:
+        self.ids = array("q")
+        self._length, self._begins = length, list[int]()
+
+    @property
+    def count(self) -> int:
+        """How many whole rows there are."""
+        return len(self.ids) // self._length
+
+    def add(self, *parts: Sequence[int]) -> None:
+        """A document."""
+        self._begins.append(len(self.ids))
+        for part in parts:
+            self.ids.extend(part)
+
+    def rows(self) -> Tensor:
+        """All of them, int64 [count, length]."""
+        return self._cut(np.asarray(self.ids, dtype=np.int64))
+
+    def positions(self) -> Tensor:
+        """Of their tokens, as `Corpus.row_positions` of rows without a token in front."""
+        places = np.arange(len(self.ids))
+        begins = np.zeros_like(places)
+        for at in (self._begins, range(0, len(places), self._length)):
+            inside = [begin for begin in at if begin < len(places)]
+            begins[inside] = inside
+        return self._cut(places - np.maximum.accumulate(begins))
+
+    def _cut(self, values: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values[: self.count * self._length]).view(self.count, self._length)
+
+
+def _documents_of(
+    paths: Sequence[Path], *, tokenizer: Any, bos: Bos, samples: int, more: int, seqlen: int, text_field: str
+) -> tuple[_Stream, _Stream]:
+    """What `samples` rows are drawn from, and further documents where that has not `more` rows besides."""
     plain, end = PlainTokenizer.of(tokenizer), tokenizer.eos_token_id
-    ids = array("q")
+    front = [cast("int", bos.token)] if bos.mode == "document" else []
+    behind = [] if end is None else [end]
+    stream, further = _Stream(seqlen - bos.in_row), _Stream(seqlen - bos.in_row)
     for path in paths:
         kind, compression = kind_of(str(path)) or ("text", None)
         needed = packages_of(kind, compression=compression)
@@ -156,13 +249,10 @@ def _of_files(
         source = TextFile(str(path), kind, text_field, compression)
         try:
             for document in read_local_texts(source, bad=BadInput("stop", MAX_DOCUMENT_BYTES)):
-                if kind != "text" and len(ids) >= READ_TIMES * samples * seqlen:
+                is_full = kind != "text" and len(stream.ids) >= READ_TIMES * samples * seqlen
+                if is_full and stream.count + further.count >= samples + more:
                     break
-                if bos.mode == "document":
-                    ids.append(cast("int", bos.token))
-                ids.extend(plain.encode([document.text])[0].ids)
-                if end is not None:
-                    ids.append(end)
+                (further if is_full else stream).add(front, plain.encode([document.text])[0].ids, behind)
         except OSError as error:
             raise ShearingError(
                 "calibration",
@@ -170,12 +260,27 @@ def _of_files(
                 allowed="the folder of a prepared corpus, or files of text",
                 mend=error.strerror or "check the path",
             ) from error
-    length = seqlen - bos.in_row
-    rows = len(ids) // length
-    _require_enough(rows, samples=samples, seqlen=seqlen, where=", ".join(map(str, paths)))
-    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:samples]
-    chosen = torch.from_numpy(np.frombuffer(ids, dtype=np.int64)[: rows * length]).view(rows, length)[drawn]
-    return chosen if not bos.in_row else torch.cat([torch.full((samples, 1), cast("int", bos.token)), chosen], dim=1)
+    return stream, further
+
+
+def _drawn(
+    stream: _Stream, further: _Stream, *, samples: int, seed: int, bos: Bos, rules: DocumentRules, source: str
+) -> Calibration:
+    """Rows in an order that the stream and the seed alone say, and behind all of them those further on."""
+    drawn = torch.randperm(stream.count, generator=torch.Generator().manual_seed(seed))[:samples]
+
+    def chosen(of_stream: Tensor, of_further: Tensor) -> Tensor:
+        return torch.cat([of_stream[drawn], of_further[: samples - len(drawn)]])
+
+    tokens = chosen(stream.rows(), further.rows())
+    positions = chosen(stream.positions(), further.positions()) if rules.needs_positions else None
+    if bos.in_row:
+        tokens = pad(tokens, (1, 0), value=cast("int", bos.token))
+        if positions is not None:
+            # It is of the document that the row begins with.
+            positions = pad(positions + (positions == torch.arange(positions.shape[1])), (1, 0))
+    counted = None if positions is None or rules.heeding(bos).loss_across else positions != 0
+    return Calibration(tokens, source, positions if rules.attention_within else None, counted)
 
 
 def _require_enough(rows: int, *, samples: int, seqlen: int, where: str) -> None:

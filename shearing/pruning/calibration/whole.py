@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from shearing.data.documents import Inputs
 from shearing.models.anatomy import anatomy_of, backbone, decoder_layers, head_of
+from shearing.models.attention import keep_attention_within_documents
 from shearing.models.families.experts.separate import separate_experts
 from shearing.models.loading import load_source
 from shearing.models.stored.expert_files import name_in_files
@@ -38,6 +40,7 @@ class WholeModel:
     Args:
         source: where it is.
         device, dtype: of its weights.
+        attention_within: whether its inputs tell of documents, inside of which tokens attend.
 
     Raises:
         ShearingError: see `load_source`.
@@ -46,7 +49,9 @@ class WholeModel:
     model: PreTrainedModel
     layers: list[Any]
 
-    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: Source, *, device: torch.device, dtype: torch.dtype, attention_within: bool = False
+    ) -> None:
         structure = source.structure
         self._declared = structure is None
         if structure is None:
@@ -61,6 +66,8 @@ class WholeModel:
             own = {stored: name for name, stored in structure.stored_names.items()}
             assert structure.layers is not None
             self.layers = list(self.model.get_submodule(structure.layers).children())
+        if attention_within:
+            keep_attention_within_documents(self.model)
         self._own_names = own
         self.model.requires_grad_(requires_grad=False)
 
@@ -68,10 +75,10 @@ class WholeModel:
         """A matrix [O, I] by the name that `matrices_of` gives it."""
         return self.model.get_parameter(self._own_names[name])
 
-    def states(self, ids_BS: Tensor) -> Tensor:
+    def states(self, text: Inputs) -> Tensor:
         """What predictions are made from [B, S, d], with gradient: after the final norm, or after the last layer."""
         if self._declared:
-            states: Tensor = backbone(self.model)(input_ids=ids_BS, use_cache=False).last_hidden_state
+            states: Tensor = backbone(self.model)(**text.keywords()).last_hidden_state
             return states
         found: list[Tensor] = []
 
@@ -81,7 +88,7 @@ class WholeModel:
 
         handle = self.layers[-1].register_forward_hook(keep)
         try:
-            self.model(input_ids=ids_BS, use_cache=False)
+            self.model(**text.keywords())
         except Reached:
             pass
         finally:
@@ -99,7 +106,7 @@ class WholeModel:
             yield after_layers(self.model, self.layers, states_SD[None])[0]
 
     def loss(self, states_BSD: Tensor, labels_BS: Tensor) -> Tensor:
-        """Sum of the cross-entropies of labels in nats, fp32, with gradient."""
+        """Sum of the cross-entropies of labels that count in nats, fp32, with gradient."""
         if self._declared:
             return causal_lm_loss(states_BSD, head_of(self.model), labels_BS, chunk_tokens=_CHUNK_TOKENS)[0]
         pairs = zip(self.logits(states_BSD), labels_BS, strict=True)
@@ -107,7 +114,7 @@ class WholeModel:
 
     @torch.no_grad()
     def losses(self, states_BSD: Tensor, labels_BS: Tensor) -> Tensor:
-        """The cross-entropy of each label in nats, fp32 [B, S]."""
+        """The cross-entropy of each label in nats, fp32 [B, S]; 0 of those that do not count."""
         if self._declared:
             return per_token_loss(states_BSD, head_of(self.model), labels_BS, chunk_tokens=_CHUNK_TOKENS)
         pairs = zip(self.logits(states_BSD), labels_BS, strict=True)

@@ -23,15 +23,19 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
+from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
 from shearing.files.durable import flush_folder, flush_tree, read_json, require_new, require_writable, write_json
-from shearing.models.anatomy import backbone, decoder_layers
+from shearing.files.full_disk import full_disk_said, no_room_for_model
+from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import load_source
 from shearing.models.stored.companions import copy_companions, folder_of
 from shearing.models.stored.spellings import in_both_spellings
 from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.models.tokenizer import open_tokenizer
+from shearing.pruning.calibration.places import named_places, weight_of
 from shearing.pruning.calibration.text import load_calibration
+from shearing.pruning.calibration.walk import first_inputs, run_layer
 from shearing.pruning.experts.recipe import MoeRecipe
 from shearing.pruning.experts.split import at_random, by_coactivation, outputs_of, router_of, strength_of
 
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SUMMARY = "experts.json"
+CHUNK_TOKENS = 8192
+"""Tokens that go through a layer together."""
 
 _COPIED = (
     "vocab_size",
@@ -83,7 +89,7 @@ class Experts:
 def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
     """Write a dense model as a mixture of experts; the folder appears as a whole or not at all.
 
-    The model is in memory twice, in fp32, on the CPU.
+    The model is in memory twice, in fp32, on the CPU; of the text what one MLP reads and makes of it.
 
     Args:
         recipe: what to do.
@@ -109,6 +115,8 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
+        text_field=recipe.text_field,
+        bos=recipe.bos,
     )
     layers = find_experts(dense, tokens=calibration.tokens, recipe=recipe)
     mixture: Any = mixture_of(dense, config=config, layers=layers)
@@ -163,38 +171,37 @@ def mixture_config(config: PretrainedConfig, *, experts: int, active: int) -> An
 
 @torch.no_grad()
 def find_experts(dense: PreTrainedModel, *, tokens: Tensor, recipe: MoeRecipe) -> list[Experts]:
-    """What becomes of every MLP, found in one forward pass of the dense model over the text [samples, S]."""
+    """What becomes of every MLP, found layer by layer on what the dense model makes of the text [samples, S]."""
     generator = torch.Generator().manual_seed(recipe.seed)
+    places = named_places(anatomy_of(dense), "mlp read", "mlp write")
+    parts = tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))
+    streams, calls = first_inputs(dense, map(Inputs, parts))
     found: list[Experts] = []
-    inputs: list[Tensor] = []
-
-    def read(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[:] = [arguments[0].flatten(0, -2)]
-
-    def look(down: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        activations_TI = arguments[0].flatten(0, -2)
-        down_dI: Any = down.weight
-        if recipe.split == "random":
-            groups = at_random(activations_TI.shape[1], experts=recipe.experts, generator=generator)
-        else:
-            groups = by_coactivation(activations_TI, experts=recipe.experts, generator=generator)
-        outputs = partial(outputs_of, activations_TI, down_dI, groups=groups)
-        router = router_of(inputs[0], outputs())
-        if recipe.active == recipe.experts:
-            router.zero_()  # there is nothing to choose, and weights are alike to the last bit
-        strength, error = strength_of(inputs[0], outputs(), router=router, active=recipe.active)
-        found.append(Experts(groups, router, recipe.active * strength, strength, error))
-
-    handles = []
-    for layer in decoder_layers(dense):
-        mlp: Any = layer.mlp
-        handles += [mlp.register_forward_pre_hook(read), mlp.down_proj.register_forward_pre_hook(look)]
-    try:
-        backbone(dense)(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for index, layer in enumerate(decoder_layers(dense)):
+        seen: dict[str, list[Tensor]] = {place.name: [] for place in places}
+        for part, of_layers in enumerate(calls):
+            reads, streams[part] = run_layer(layer, layer, streams[part], of_layers[index], places=places)
+            for name, inputs in reads.items():
+                seen[name].append(inputs.flatten(0, -2))
+        inputs_Td, activations_TI = (torch.cat(seen.pop(place.name)) for place in places)
+        down_dI = weight_of(layer, places[1].members[0])
+        found.append(_experts_of(inputs_Td, activations_TI, down_dI, recipe=recipe, generator=generator))
     return found
+
+
+def _experts_of(
+    inputs_Td: Tensor, activations_TI: Tensor, down_dI: Tensor, *, recipe: MoeRecipe, generator: torch.Generator
+) -> Experts:
+    if recipe.split == "random":
+        groups = at_random(activations_TI.shape[1], experts=recipe.experts, generator=generator)
+    else:
+        groups = by_coactivation(activations_TI, experts=recipe.experts, generator=generator)
+    outputs = partial(outputs_of, activations_TI, down_dI, groups=groups)
+    router = router_of(inputs_Td, outputs())
+    if recipe.active == recipe.experts:
+        router.zero_()  # there is nothing to choose, and weights are alike to the last bit
+    strength, error = strength_of(inputs_Td, outputs(), router=router, active=recipe.active)
+    return Experts(groups, router, recipe.active * strength, strength, error)
 
 
 @torch.no_grad()
@@ -227,11 +234,12 @@ def _write(mixture: PreTrainedModel, *, recipe: MoeRecipe, layers: list[Experts]
     output, beside = recipe.output, recipe.output.with_name(f".{recipe.output.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        # transformers' own writing: experts that it holds in one tensor have names of their own in files.
-        mixture.save_pretrained(beside)
-        write_json(beside / "config.json", in_both_spellings(read_json(beside / "config.json")))
-        copy_companions(folder_of(recipe.model, revision=recipe.revision), to=beside)
-        write_json(beside / SUMMARY, _summary(recipe, layers=layers))
+        with full_disk_said(lambda: no_room_for_model(output, field="output")):
+            # transformers' own writing: experts that it holds in one tensor have names of their own in files.
+            mixture.save_pretrained(beside)
+            write_json(beside / "config.json", in_both_spellings(read_json(beside / "config.json")))
+            copy_companions(folder_of(recipe.model, revision=recipe.revision), to=beside)
+            write_json(beside / SUMMARY, _summary(recipe, layers=layers))
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from shearing.data.corpus.bos import BosChoice
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.settings.mistakes import located
 from shearing.settings.reading import Places
@@ -31,8 +32,16 @@ class MoeRecipe(Section):
     calibration: list[Path] = Field(
         description="Folder of a prepared corpus, or files of text, on which units and routers are looked at.",
     )
+    text_field: str = Field(
+        "text", description="Of calibration files with documents (JSON, Parquet): field of the text; data.text: nested."
+    )
     samples: int = Field(16, ge=1, description="Sequences of calibration text.")
     seqlen: int = Field(256, ge=8, description="Tokens of a sequence.")
+    bos: BosChoice = Field(
+        "auto",
+        description="How texts begin: auto: with the token that the model's tokenizer puts in front of a text, if any; "
+        "document or row: with one in front of each; or none. A corpus that begins its texts otherwise is refused.",
+    )
     seed: int = Field(0, ge=0, description="Draws the text, the units where split is random, and where k-means begins.")
 
     @model_validator(mode="after")

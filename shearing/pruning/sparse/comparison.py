@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from shearing.data.corpus.bos import BosChoice, require_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
-from shearing.data.documents import Documents
+from shearing.data.documents import Documents, Inputs
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.heldout import heldout_loss, macro_mean
@@ -137,7 +137,7 @@ def _objective_of(whole: WholeModel) -> Callable[[Tensor, Documents | None], Ten
 
     def loss(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
         labels_BS = tokens_BT[:, 1:] if documents is None else documents.labels(tokens_BT)
-        return whole.losses(whole.states(tokens_BT[:, :-1]), labels_BS).sum(dtype=torch.float64)
+        return whole.losses(whole.states(Inputs(tokens_BT[:, :-1])), labels_BS).sum(dtype=torch.float64)
 
     return loss
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
@@ -29,7 +30,7 @@ from shearing.pruning.sparse.allocation.file import StoredAllocation, read_alloc
 from shearing.pruning.sparse.allocation.level_budget import nearest_budget
 from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.criteria.criterion import Criterion
-from shearing.pruning.sparse.patterns import KeptOf, Pattern, pattern_of, runs_on_2_4, unstructured
+from shearing.pruning.sparse.patterns import KeptOf, Pattern, is_like, pattern_of, runs_on_2_4, unstructured
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
 from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
@@ -87,7 +88,14 @@ class Job:
         return f"{100 * float(1 - self.budget):g} % removed in all, {self.levels[0]} to {self.levels[-1]}"
 
 
-def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corpus: Corpus | None = None) -> Job:
+def prepare(
+    recipe: SparsifyRecipe,
+    *,
+    folder: Path,
+    tokenizer: Any = None,
+    corpus: Corpus | None = None,
+    documents: DocumentRules | None = None,
+) -> Job:
     """Check a recipe against the model, the text and the machine.
 
     Args:
@@ -95,6 +103,7 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corp
         folder: of the run's own files.
         tokenizer: the model's, where it is loaded already.
         corpus: the calibration's, where it is open already; see `load_calibration`.
+        documents: what their ends mean in it; see `load_calibration`.
 
     Raises:
         ShearingError: something the user can mend.
@@ -112,6 +121,8 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corp
         allocation = read_allocation(recipe.allocation, source=source)
         levels = sorted(set(allocation.patterns.values()), key=lambda level: level.density)
         asked = budget = recipe.budget or allocation.budget
+        if recipe.pattern is not None:
+            _require_like(levels, pattern=recipe.pattern)
         require_fit(allocation.patterns, matrices=matrices, budget=budget)
         if recipe.hardware is not None and (others := [level for level in levels if not runs_on_2_4(level)]):
             raise _not_on_hardware(recipe, others, mend="allocate again with hardware: 2:4")
@@ -126,7 +137,9 @@ def prepare(recipe: SparsifyRecipe, *, folder: Path, tokenizer: Any = None, corp
         for matrix in matrices if allocation is None else ():
             level.check(rows=matrix.rows, columns=matrix.columns, name=matrix.name)
     seqlen = _seqlen(recipe, source=source)
-    calibration, fitness = _texts(recipe, source=source, seqlen=seqlen, tokenizer=tokenizer, corpus=corpus)
+    calibration, fitness = _texts(
+        recipe, source=source, seqlen=seqlen, tokenizer=tokenizer, corpus=corpus, documents=documents
+    )
     dtype = torch.float32 if device.type == "cpu" else dtype_of(source, matrices[0].name)
     if recipe.precision != "auto":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
@@ -223,6 +236,16 @@ def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
     return levels
 
 
+def _require_like(levels: Sequence[Pattern], *, pattern: str) -> None:
+    if others := [str(level) for level in levels if not is_like(str(level), pattern)]:
+        raise ShearingError(
+            "pattern",
+            value=pattern,
+            allowed=f"unset with an allocation file that has other kinds of levels: {', '.join(others[:3])}",
+            mend="remove pattern, or run `shear allocate` with it",
+        )
+
+
 def _not_on_hardware(recipe: SparsifyRecipe, levels: Sequence[Pattern], *, mend: str) -> ShearingError:
     return ShearingError(
         "hardware",
@@ -233,7 +256,13 @@ def _not_on_hardware(recipe: SparsifyRecipe, levels: Sequence[Pattern], *, mend:
 
 
 def _texts(
-    recipe: SparsifyRecipe, *, source: Source, seqlen: int, tokenizer: Any, corpus: Corpus | None
+    recipe: SparsifyRecipe,
+    *,
+    source: Source,
+    seqlen: int,
+    tokenizer: Any,
+    corpus: Corpus | None,
+    documents: DocumentRules | None,
 ) -> tuple[Calibration | None, Calibration | None]:
     if not recipe.needs_text:
         return None, None
@@ -242,15 +271,16 @@ def _texts(
         recipe.calibration or [],
         tokenizer=tokenizer or load_tokenizer(str(source.folder)),
         vocab_size=source.config.get_text_config(decoder=True).vocab_size,
-        samples=recipe.samples + more,
+        samples=recipe.samples,
         seqlen=seqlen,
         seed=recipe.seed,
         text_field=recipe.text_field,
         corpus=corpus,
         bos=recipe.bos,
+        documents=documents,
+        more=more,
     )
-    calibration = Calibration(text.tokens[: recipe.samples], text.source)
-    return calibration, Calibration(text.tokens[recipe.samples :], text.source) if more else None
+    return text.part(slice(recipe.samples)), text.part(slice(recipe.samples, None)) if more else None
 
 
 def _settings(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.table import Table
 
 from shearing.data.corpus.bos import BosChoice
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError, named
 from shearing.evaluation.environment import environment
 from shearing.evaluation.table import comparison_table
@@ -22,6 +25,7 @@ from shearing.progress import activity, max_memory
 from shearing.pruning.sparse.comparison import Stored, compare, open_heldout
 from shearing.pruning.sparse.job import Job, disk_bytes, gather, no_room, prepare, require_same
 from shearing.pruning.sparse.levels import choose_levels
+from shearing.pruning.sparse.patterns import CUMULATIVE_TOLERANCE, Cumulative, pattern_of
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
@@ -34,7 +38,12 @@ EVALUATION = "evaluation.json"
 
 @named(COMPONENT_NAMES)
 def sparsify(
-    recipe: SparsifyRecipe, *, console: Console | None = None, tokenizer: Any = None, corpus: Corpus | None = None
+    recipe: SparsifyRecipe,
+    *,
+    console: Console | None = None,
+    tokenizer: Any = None,
+    corpus: Corpus | None = None,
+    documents: DocumentRules | None = None,
 ) -> Path:
     """Prune a model in one shot and write it, with its masks and a manifest.
 
@@ -46,6 +55,7 @@ def sparsify(
         console: where progress and results go; stdout if None.
         tokenizer: the model's, where it is loaded already.
         corpus: the calibration's, where it is open already; see `load_calibration`.
+        documents: what their ends mean in it; see `load_calibration`.
 
     Returns:
         The folder of the sparse model.
@@ -58,7 +68,7 @@ def sparsify(
     output, partial = recipe.output, recipe.output.with_name(f"{recipe.output.name}.partial")
     _require_place(output)
     require_writable(output, field="output")
-    job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus)
+    job = prepare(recipe, folder=partial, tokenizer=tokenizer, corpus=corpus, documents=documents)
     if job.source.structure is not None and (left_out := job.source.structure.left_out):
         said = f"left dense: {', '.join(left_out)}; include_towers=true prunes what is in them too"
         console.print(said, soft_wrap=True, highlight=False)
@@ -199,7 +209,24 @@ def _print_summary(manifest: dict[str, Any], *, seconds: float, console: Console
     )
     if before := sum(about.get("zero_before", 0) for about in manifest["matrices"].values()):
         table.add_row("zero before", f"{format_parameters(before)} of them, which stay zero and count as removed")
+    if missed := _missed_by(manifest["matrices"].values()):
+        table.add_row("target missed", missed)
     spent = manifest["seconds"]
     table.add_row("time", f"{seconds:.1f} s; passes {spent['forward']:.1f} s, pruning itself {spent['metric']:.1f} s")
     table.add_row("peak memory", f"{max_memory() / 1e9:.2f} GB")
     console.print(table)
+
+
+def _missed_by(matrices: Collection[Mapping[str, Any]]) -> str | None:
+    """How far matrices of a manifest are from their share where the cumulative rule comes no nearer; None: none is."""
+    distances = [
+        abs(about["kept"] / math.prod(about["shape"]) - float(pattern.density))
+        for about in matrices
+        if isinstance(pattern := pattern_of(about["pattern"]), Cumulative)
+    ]
+    missed = [distance for distance in distances if distance > CUMULATIVE_TOLERANCE]
+    if not missed:
+        return None
+    return (
+        f"by up to {100 * max(missed):.2g} % of its weights in {len(missed)} of {len(matrices)} matrices (cumulative)"
+    )

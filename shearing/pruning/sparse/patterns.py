@@ -177,8 +177,9 @@ class PerLayer(Pattern):
 class Cumulative(Pattern):
     """Unstructured: each row loses its lowest scores up to a share alpha of the row's total, rows differing in number.
 
-    One alpha for all rows is bisected until the matrix is within 0.001 of the target (the variant in the code that was
-    released with arXiv 2306.11695).
+    One alpha for all rows is bisected in [0, 0.8] until the matrix is within 0.001 of the target (the variant in the
+    code that was released with arXiv 2306.11695). Where that ends further away, as near 0 and 1, alpha is the one below
+    1 that comes nearest: each row keeps a weight, so that short rows cannot lose nearly all.
     """
 
     sparsity: Fraction
@@ -205,18 +206,35 @@ class Cumulative(Pattern):
         ascending, order = scores.float().sort(dim=1, stable=True)
         ascending = ascending.clamp(min=0.0)
         cumulative, total = ascending.cumsum(1), ascending.sum(1, keepdim=True)
+        dropped = self._bisected(cumulative, total)
+        if self._missed_by(dropped) > CUMULATIVE_TOLERANCE:
+            dropped = self._nearest(cumulative, total)
+        return torch.empty_like(dropped).scatter_(1, order, ~dropped)
+
+    def _bisected(self, cumulative: Tensor, total: Tensor) -> Tensor:
+        """What goes [O, I], scores of a row rising, as the released code finds it."""
         alpha, low, high = 0.4, 0.0, 0.8
         target = float(self.sparsity)
         dropped = cumulative <= alpha * total
         while True:
             reached = float(dropped.sum()) / dropped.numel()
             if abs(reached - target) <= CUMULATIVE_TOLERANCE or high - low < CUMULATIVE_TOLERANCE:
-                return torch.empty_like(dropped).scatter_(1, order, ~dropped)
+                return dropped
             if reached > target:
                 alpha, high = (alpha + low) / 2, alpha
             else:
                 alpha, low = (alpha + high) / 2, alpha
             dropped = cumulative <= alpha * total
+
+    def _nearest(self, cumulative: Tensor, total: Tensor) -> Tensor:
+        """The same with the alpha that comes nearest of all: a weight's own share of its row's total."""
+        shares = (cumulative / total).nan_to_num_(nan=0.0)  # a row of zeros goes first
+        shares[:, -1] = torch.inf  # alpha stays below 1, at which all would go
+        alpha = shares.flatten().kthvalue(max(1, round(self.sparsity * shares.numel()))).values
+        return min((shares <= alpha) & shares.isfinite(), shares < alpha, key=self._missed_by)
+
+    def _missed_by(self, dropped: Tensor) -> float:
+        return abs(float(dropped.sum()) / dropped.numel() - float(self.sparsity))
 
     def holds(self, mask: Tensor) -> bool:
         del mask  # any number in any row; how near the target it came is in the manifest
@@ -247,6 +265,13 @@ def is_pattern(text: str) -> bool:
     except ShearingError:
         return False
     return True
+
+
+def is_like(one: str, other: str) -> bool:
+    """Whether both patterns, as they print, are unstructured, or N:M with the same M."""
+    patterns = pattern_of(one), pattern_of(other)
+    first, second = (pattern.of if isinstance(pattern, KeptOf) else None for pattern in patterns)
+    return first == second
 
 
 def runs_on_2_4(pattern: Pattern) -> bool:

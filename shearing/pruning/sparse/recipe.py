@@ -172,7 +172,8 @@ class OneShotRecipe(AllocationKeys):
     group: Group | None = Field(
         None,
         description="Unstructured only: which weights compete. row: those of an output; layer: those of a matrix; "
-        "cumulative: rows lose the same share of their total score (Wanda's variant). Unset: "
+        "cumulative: rows lose the same share of their total score (Wanda's variant). Not with levels, or those of a "
+        "file, which say it themselves. Unset: "
         f"{_groups_of_reconstructions()}; else "
         f"{_unless_set({name: facts.group for name, facts in CRITERIA.items()})}.",
     )
@@ -346,17 +347,26 @@ def _contradictions(recipe: OneShotRecipe) -> Iterator[ShearingError]:
 
 
 def _level_contradictions(recipe: OneShotRecipe) -> Iterator[ShearingError]:
-    if recipe.levels is not None and isinstance(recipe.allocation, Path):
+    from_file = isinstance(recipe.allocation, Path)
+    if recipe.levels is not None and from_file:
         yield ShearingError(
             "levels",
             value=recipe.levels,
             allowed="unset where a file says which matrix has which level",
             mend="remove levels, or choose levels anew with allocation: msp",
         )
+    if recipe.group is not None and recipe.pattern is None and (recipe.levels is not None or from_file):
+        given = "an allocation file" if from_file else "levels"
+        yield ShearingError(
+            "group",
+            value=recipe.group,
+            allowed=f"unset with {given}: each level says which weights compete",
+            mend="remove group" if from_file else f"remove group, and write levels as '{recipe.group} 0.5'",
+        )
     if recipe.levels is None:
         return
     # Late: a recipe is read, and mistakes in it are said, without waiting for torch.
-    from shearing.pruning.sparse.patterns import is_pattern
+    from shearing.pruning.sparse.patterns import is_like, is_pattern
 
     for text in recipe.levels:
         if not is_pattern(text):
@@ -366,6 +376,16 @@ def _level_contradictions(recipe: OneShotRecipe) -> Iterator[ShearingError]:
                 allowed="N:M, N kept of each M consecutive inputs, or row, layer or cumulative and a share",
                 mend="write 1:8,2:8,4:8",
             )
+    pattern, patterns = recipe.pattern, [text for text in recipe.levels if is_pattern(text)]
+    if pattern is None or not is_pattern(pattern):
+        return
+    if unlike := [text for text in patterns if not is_like(text, pattern)]:
+        yield ShearingError(
+            "levels",
+            value=", ".join(unlike),
+            allowed=f"N:{pattern.partition(':')[2]} with pattern {pattern}",
+            mend="remove pattern and say by sparsity how much goes, or give levels of that M",
+        )
 
 
 def _pattern_contradictions(recipe: OneShotRecipe, *, pattern: str) -> Iterator[ShearingError]:

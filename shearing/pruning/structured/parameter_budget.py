@@ -6,8 +6,9 @@ Legend: L layers, d hidden, m intermediate, K KV groups, G query heads per group
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from shearing.errors import ShearingError, key
 from shearing.models.families.axes import Unit, count
 from shearing.models.shape import EXPERT_ALIGNMENT, Shape
-from shearing.pruning.structured.granularities import Granularity
+from shearing.pruning.structured.granularities import SIZE_OF, Granularity
 
 CONSTRAINT = "total_parameters"
 
@@ -136,11 +137,13 @@ def round_to_budget(
 def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: ParameterBudget) -> Shape:
     """The ordinary shape nearest to per-layer sizes: means over the layers that are kept, then within the budget.
 
-    The number of layers, KV groups and query heads are rounded means, the hidden size is the nearest one that the
-    config accepts, and the intermediate size takes what the budget leaves; both are multiples of what the budget says.
+    The number of layers, KV groups, query heads and experts are rounded means, the hidden size is the nearest one that
+    the config accepts, and the intermediate size takes what the budget leaves; both are multiples of what the budget
+    says. Where these exceed the budget, as rounding up may where nothing else gives way, they are the whole numbers
+    nearest to the means that do not (`_around`).
 
     Raises:
-        ShearingError: no shape near these sizes fits the budget.
+        ShearingError: no shape of these sizes fits the budget.
     """
     every_layer = torch.ones(source.num_hidden_layers)
     layers = masks.get("layers", every_layer)
@@ -149,10 +152,6 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     def mean(name: str, of: Tensor, full: int) -> float:
         return float(masks[name].cpu()[of].sum(-1).float().mean()) if name in masks else float(full)
 
-    depth = max(1, round((int(attention.sum()) + int(mlp.sum())) / 2))
-    groups = max(1, round(mean("kv_groups", attention, source.num_key_value_heads)))
-    per_group = max(1, round(mean("query_heads", attention, source.query_heads_per_group)))
-    experts = max(round(mean("experts", mlp, source.num_experts)), source.num_experts_per_tok)
     width = int(masks["hidden"].sum()) if "hidden" in masks else source.hidden_size
     multiple_of = math.lcm(budget.multiple_of, EXPERT_ALIGNMENT) if source.num_experts else budget.multiple_of
     units = mean("intermediate", _with_experts(masks, mlp=mlp), source.intermediate_size)
@@ -160,28 +159,24 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         range(multiple_of, source.hidden_size + 1, multiple_of) if "hidden" in masks else [source.hidden_size],
         key=lambda value: (abs(value - width), value),
     )
-    for hidden_size in widths:
-        shape = dataclasses.replace(
-            source,
-            num_hidden_layers=depth,
-            hidden_size=hidden_size,
-            num_attention_heads=groups * per_group,
-            num_key_value_heads=groups,
-            num_experts=experts,
-        )
-        if not budget.accepts(shape):
-            continue
-        if "intermediate" not in masks:
-            if shape.num_parameters() <= budget.parameters:
-                return shape
-            continue
-        one = dataclasses.replace(shape, intermediate_size=1).num_parameters()
-        two = dataclasses.replace(shape, intermediate_size=2).num_parameters()
-        room = min(1 + (budget.parameters - one) // (two - one), source.intermediate_size)
-        room -= room % multiple_of
-        # Within a factor of two of what was learned; otherwise this width is not near the learned sizes.
-        if room > 0 and units / 2 <= room:
-            return dataclasses.replace(shape, intermediate_size=room)
+    means = {
+        "num_hidden_layers": (int(attention.sum()) + int(mlp.sum())) / 2,
+        "num_key_value_heads": mean("kv_groups", attention, source.num_key_value_heads),
+        "query_heads_per_group": mean("query_heads", attention, source.query_heads_per_group),
+        "num_experts": mean("experts", mlp, source.num_experts),
+    }
+    for near in _around(means, free=masks.keys(), source=source):
+        for hidden_size in widths:
+            shape = dataclasses.replace(near, hidden_size=hidden_size)
+            size = source.intermediate_size
+            if "intermediate" in masks:
+                size = _room(shape, parameters=budget.parameters, multiple_of=multiple_of)
+                # Within a factor of two of what was learned; otherwise this width is not near the learned sizes.
+                fits = size > 0 and units / 2 <= size
+            else:
+                fits = shape.num_parameters() <= budget.parameters
+            if fits and budget.accepts(shape):
+                return dataclasses.replace(shape, intermediate_size=size)
     raise ShearingError(
         "parameters",
         value=budget.parameters,
@@ -189,6 +184,59 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})"
         + (f", or lower {key('multiple_of')}" if budget.multiple_of > 1 else ""),
     )
+
+
+def _around(means: Mapping[str, float], *, free: Collection[str], source: Shape) -> Iterator[Shape]:
+    """Shapes whose sizes are whole numbers, the nearest to the means first and so the rounded means; then all others.
+
+    Near is a small sum of squares of what sizes differ by, each as a share of the source's; of shapes that are equally
+    near the larger comes first. Nothing is listed before it is asked for.
+
+    Args:
+        means: size of a `Shape` -> its mean.
+        free: granularities that have masks; what none of them prunes stays the source's.
+        source: sizes of the source model, beyond which nothing grows.
+    """
+    full = [getattr(source, size) for size in means]
+    bounds = [
+        (max(1, source.num_experts_per_tok if size == "num_experts" else 1), whole)
+        if any(SIZE_OF[name] == size for name in free)
+        else (whole, whole)
+        for size, whole in zip(means, full, strict=True)
+    ]
+
+    def entry(sizes: tuple[int, ...]) -> tuple[float, int, tuple[int, ...], Shape]:
+        compared = zip(sizes, means.values(), full, strict=True)
+        distance = sum(((size - mean) / max(1, whole)) ** 2 for size, mean, whole in compared)
+        depth, groups, per_group, experts = sizes
+        shape = dataclasses.replace(
+            source,
+            num_hidden_layers=depth,
+            num_attention_heads=groups * per_group,
+            num_key_value_heads=groups,
+            num_experts=experts,
+        )
+        return distance, -shape.num_parameters(), sizes, shape
+
+    rounded = tuple(min(max(low, round(mean)), high) for mean, (low, high) in zip(means.values(), bounds, strict=True))
+    waiting, seen = [entry(rounded)], {rounded}
+    while waiting:
+        *_, sizes, shape = heapq.heappop(waiting)
+        yield shape
+        for place, (low, high) in enumerate(bounds):
+            for size in (sizes[place] - 1, sizes[place] + 1):
+                other = (*sizes[:place], size, *sizes[place + 1 :])
+                if low <= size <= high and other not in seen:
+                    seen.add(other)
+                    heapq.heappush(waiting, entry(other))
+
+
+def _room(shape: Shape, *, parameters: int, multiple_of: int) -> int:
+    """The largest intermediate size that the budget leaves beside the other sizes, at most this shape's own."""
+    one = dataclasses.replace(shape, intermediate_size=1).num_parameters()
+    two = dataclasses.replace(shape, intermediate_size=2).num_parameters()
+    room = min(1 + (parameters - one) // (two - one), shape.intermediate_size)
+    return room - room % multiple_of
 
 
 def _with_experts(masks: Mapping[str, Tensor], *, mlp: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ Optimiser state goes on from run to run with the weights that stay, and the teac
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import SOURCE
-from shearing.runs.recipe import Recipe
+from shearing.runs.continuation.recipe import on_the_way
+from shearing.runs.recipe import Recipe, load_recipe, validated
 from shearing.runs.run_directory import RunDirectory
+from shearing.settings.reading import Places
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,7 +25,11 @@ CASCADE = "cascade"
 
 
 def cascade_of(recipe: Recipe) -> list[Recipe]:
-    """The runs of a recipe in order, the last in its own folder; of one without a cascade, itself."""
+    """The runs of a recipe in order, the last in its own folder; of one without a cascade, itself.
+
+    Raises:
+        ShearingError: a run contradicts itself, though the recipe does not.
+    """
     if recipe.cascade is None or recipe.target is None:
         return [recipe]
     names, targets = list(recipe.cascade.targets), [*recipe.cascade.targets.values(), recipe.target]
@@ -34,8 +41,25 @@ def cascade_of(recipe: Recipe) -> list[Recipe]:
             _go_on(data, recipe=recipe, before=RunDirectory(made[-1].run_dir))
         if number < len(names):
             _end_early(data, recipe=recipe, name=names[number], number=number)
-        made.append(Recipe.model_validate(data))
+        made.append(validated(data, places=Places(data["name"])))
     return made
+
+
+def runs_before(recipe: Recipe) -> list[Recipe]:
+    """The runs of a cascade that have led to a run's source, from the first on, as their folders have them.
+
+    Args:
+        recipe: of a run; none have where its source is not the model of a run on the way of a cascade.
+
+    Raises:
+        ShearingError: the recipe of one of them cannot be read.
+    """
+    source = Path(recipe.model.source)
+    before = RunDirectory(source.parent.resolve())
+    if source.name != before.model.name or before.path.parent.name != CASCADE or not before.recipe.is_file():
+        return []
+    found = load_recipe(before.recipe).model_copy(update={"run_dir": before.path})  # a cascade may have been moved
+    return [*runs_before(found), found]
 
 
 def require_shrinking(recipe: Recipe, *, source: PretrainedConfig) -> None:
@@ -89,10 +113,9 @@ def _go_on(data: dict[str, Any], *, recipe: Recipe, before: RunDirectory) -> Non
 def _end_early(data: dict[str, Any], *, recipe: Recipe, name: str, number: int) -> None:
     """A run on the way, with a folder and a length of its own."""
     assert recipe.cascade is not None
-    length = recipe.data.sequence_length
-    steps = recipe.pretrain.in_steps(recipe.cascade.duration, sequence_length=length)
+    short = on_the_way(recipe.cascade, pretrain=recipe.pretrain, sequence_length=recipe.data.sequence_length)
     data["name"] = f"{recipe.name}-{name}"
     data["run_dir"] = str(recipe.run_dir / CASCADE / name)
     data["seed"] = recipe.seed + number + 1  # other text first than in the last run
     data["model"]["save_dtype"] = "fp32"
-    data["pretrain"]["duration"] = f"{max(1, steps)} steps"
+    data["pretrain"]["duration"] = str(short.duration)

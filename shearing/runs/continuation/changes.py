@@ -13,18 +13,22 @@ from shearing.settings.neutral import is_neutral, neutral_keys
 
 _OF_SCHEDULE = ("duration", "schedule", "decay", "warmup", "final_learning_rate")
 _OF_STEP = ("betas", "epsilon", "weight_decay", "gradient_clipping")
+_MASKS_STAY = "pretrain.ast.freeze"
 _BESIDE = ("mixture.pretrain_interval", "training.precision", "training.max_skipped_steps")
 
 
 def schedule_keys(recipe: Recipe) -> set[str]:
-    """Keys that say how long pretraining is and what the rate does; with one schedule those of mask learning too."""
-    return _of_stages(recipe, _OF_SCHEDULE)
+    """Keys that say how long pretraining is, what the rate does, and when masks that move (`ast`) come to rest.
+
+    With one schedule those of mask learning too.
+    """
+    return _of_stages(recipe, _OF_SCHEDULE) | ({_MASKS_STAY} if recipe.pretrain.ast is not None else set())
 
 
 def onward_keys(recipe: Recipe) -> set[str]:
     """Keys that may be others from a step on: a step asks for them when it is done, and none before it."""
-    rates = _of_stages(recipe, (*_OF_SCHEDULE, "learning_rate"))
-    return rates | {f"pretrain.{name}" for name in _OF_STEP} | set(_BESIDE)
+    rates = _of_stages(recipe, ("learning_rate",))
+    return schedule_keys(recipe) | rates | {f"pretrain.{name}" for name in _OF_STEP} | set(_BESIDE)
 
 
 def _of_stages(recipe: Recipe, names: tuple[str, ...]) -> set[str]:

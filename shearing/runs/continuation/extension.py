@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shearing.errors import CombinedShearingError, ShearingError
-from shearing.files.durable import flush_folder, flush_tree, read_json, write_json, write_text
+from shearing.files.durable import flush_folder, flush_tree, read_json, require_writable, write_json, write_text
 from shearing.runs.continuation.changes import (
     Change,
     changed_until,
@@ -30,6 +30,7 @@ from shearing.runs.recipe import Recipe, load_recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
 from shearing.settings.quantities import Duration
+from shearing.training.callbacks.layer_choice import LayerChoice
 from shearing.training.callbacks.mixture_updates import MixtureUpdates
 from shearing.training.callbacks.save_checkpoints import left_in
 from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of
@@ -62,10 +63,11 @@ def extend(
 ) -> Extension:
     """Put together a run that goes on from a checkpoint of another one's continued pretraining.
 
-    It is taken from the newest checkpoint until which the learning rates, and the updates of domain weights, are those
-    of the new recipe, so the result is the run that had this recipe from the start, bit for bit (unless
-    `mixture.reference` is `online`, which looks at the end of the stage from its beginning). Stages before are
-    taken over; files that never change are linked where the file system can. The other run is only read.
+    It is taken from the newest checkpoint until which the learning rates, the updates of domain weights, and what masks
+    that move and layers that are chosen have done, are those of the new recipe, so the result is the run that had this
+    recipe from the start, bit for bit (unless `mixture.reference` is `online`, which looks at the end of the stage from
+    its beginning). Stages before are taken over; files that never change are linked where the file system can. The
+    other run is only read.
 
     Args:
         run: with checkpoints of continued pretraining.
@@ -76,13 +78,15 @@ def extend(
         onward: from the newest checkpoint, whatever the rates were until there; see `change`.
 
     Raises:
-        ShearingError: no such checkpoint, a key that changes what was before it, or a folder that is not empty.
+        ShearingError: no such checkpoint, a key that changes what was before it, or a folder that is not empty, or in
+            which nothing can be written.
     """
     _require_run(run, decay=decay)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ShearingError(
             "NEW_DIR", value=str(to), allowed="a folder that is new or empty", mend="choose another, or remove that one"
         )
+    require_writable(to, field="NEW_DIR")
     before = load_recipe(run.recipe)
     start = before.model_dump(mode="json") if onward else _in_steps(before)
     way = _Way(start | {"run_dir": str(to)}, decay=decay, overrides=overrides, onward=onward)
@@ -99,7 +103,8 @@ def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Seque
 
     Weights, moments, samples and domain weights go on where they are. What was trained stays as it was; which keys
     changed, and at which step, is in pretrain/changes.json and on the page about the run. What a finished run has
-    made is kept under names with its step.
+    made is kept under names with its step. Masks that had come to rest (`ast`) move again where the run is longer by
+    then, from weights of 0 where they had dropped some: what was set aside is gone.
 
     Args:
         run: with checkpoints of continued pretraining.
@@ -187,8 +192,17 @@ def _in_steps(recipe: Recipe) -> dict[str, Any]:
     for stage in recipe.training_stages if recipe.one_schedule else ("pretrain",):
         data[stage] |= {"warmup": f"{rates.warmup_steps} steps", "decay": f"{rates.decay_steps} steps"}
     length = recipe.data.sequence_length
-    interval = recipe.pretrain.in_steps(recipe.mixture.pretrain_interval, sequence_length=length)
-    data["mixture"]["pretrain_interval"] = f"{max(1, interval)} steps"
+    pretrain = recipe.pretrain
+
+    def steps(duration: Duration, *, least: int = 1) -> str:
+        return f"{max(least, pretrain.in_steps(duration, sequence_length=length))} steps"
+
+    data["mixture"]["pretrain_interval"] = steps(recipe.mixture.pretrain_interval)
+    if (ast := pretrain.ast) is not None:
+        in_steps = {"interval": steps(ast.interval), "ramp": steps(ast.ramp), "freeze": steps(ast.freeze, least=0)}
+        data["pretrain"]["ast"] |= in_steps
+    if (ist := pretrain.ist) is not None:
+        data["pretrain"]["ist"] |= {"interval": steps(ist.interval)}
     return data
 
 
@@ -236,18 +250,42 @@ def _choose(run: RunDirectory, way: _Way, *, step: int | None) -> tuple[int, Pat
         same_past = way.onward or all(old.at(done) == new.at(done) for done in range(settled or -new.first_step, at))
         longer = _total(recipe) > at >= settled
         whole = longer and same_past and damage_of(checkpoint) is None
-        if whole and (way.onward or not _lacks_update(checkpoint, at, before, recipe, settled=settled)):
+        if whole and (way.onward or _is_beginning(checkpoint, at, before, recipe, settled=settled)):
             return at, checkpoint, recipe
         if way.onward and damage_of(checkpoint) is None:
             break  # what came after an older one would be trained anew
     raise _no_checkpoint(run, before, steps=list(found), step=step, way=way)
 
 
-def _lacks_update(checkpoint: Path, at: int, before: Recipe, recipe: Recipe, *, settled: int) -> bool:
-    """Whether domain weights were left as they were for the run's end alone, where the new one, longer, updates them.
+def _is_beginning(checkpoint: Path, at: int, before: Recipe, recipe: Recipe, *, settled: int) -> bool:
+    """Whether what goes on around the steps was, until a checkpoint, what it is in the new, longer run.
 
     What was left out behind the checkpoint's own step is made up for where it is continued, if it says so.
     """
+    old, new = (_masks_stay_from(each) for each in (before, recipe))
+    # Behind the step from which on they stay, what masks drop is gone, and the step itself chooses out of turn.
+    masks = old == new or (old is not None and new is not None and at < min(old, new))
+    looks = at < _total(before) or not _looks_at(before, at) or LayerChoice.__name__ in left_in(checkpoint)
+    return masks and looks and not _lacks_update(checkpoint, at, before, recipe, settled=settled)
+
+
+def _masks_stay_from(recipe: Recipe) -> int | None:
+    """The step from which on masks that move stay; None: none move."""
+    if (ast := recipe.pretrain.ast) is None:
+        return None
+    return ast.freeze_step(recipe.pretrain, sequence_length=recipe.data.sequence_length)
+
+
+def _looks_at(recipe: Recipe, step: int) -> bool:
+    """Whether what layers are worth is looked at behind a step, unless it is the last."""
+    if (ist := recipe.pretrain.ist) is None:
+        return False
+    every = recipe.pretrain.in_steps(ist.interval, sequence_length=recipe.data.sequence_length)
+    return step % max(1, every) == 0
+
+
+def _lacks_update(checkpoint: Path, at: int, before: Recipe, recipe: Recipe, *, settled: int) -> bool:
+    """Whether domain weights were left as they were for the run's end alone, where the new one updates them."""
     if recipe.mixture.update == "constant":
         return False
     every = before.pretrain.in_steps(before.mixture.pretrain_interval, sequence_length=before.data.sequence_length)
@@ -264,7 +302,7 @@ def _no_checkpoint(
 ) -> ShearingError:
     """That there is none to go on from, and why."""
     there = f"the checkpoints of continued pretraining are of steps {', '.join(map(str, steps)) or '(none)'}"
-    stable = before.learning_rates("pretrain").stable_steps
+    stable, stay = before.learning_rates("pretrain").stable_steps, _masks_stay_from(before)
     if way.onward:
         last = max(steps, default=0)
         return ShearingError(
@@ -280,9 +318,12 @@ def _no_checkpoint(
         value=str(run.path) if step is None else step,
         allowed="a run with an undamaged checkpoint until which its learning rates, and the updates of its domain "
         f"weights, are those of the new one, which ends later; {there}"
-        + ("" if stable is None else f", the decay begins after step {stable}"),
-        mend="add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
-        "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every",
+        + ("" if stable is None else f", the decay begins after step {stable}")
+        + ("" if stay is None else f"; from step {stay} on masks stay, and what they had set aside is gone"),
+        mend=("" if stay is None else f"set pretrain.ast.freeze so that masks stay from step {stay} on in it too, or ")
+        + "add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
+        "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every"
+        + ("" if stay is None else ", from before masks stay"),
     )
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 from pydantic import Field
 
 from shearing.errors import ShearingError
-from shearing.models.recipe import TargetRecipe, target_contradictions
+from shearing.models.recipe import Sizes, TargetRecipe, target_contradictions
 from shearing.settings.quantities import Duration
 from shearing.settings.section import Section
+from shearing.training.recipe import PretrainRecipe
 
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "parameters",
-)
+SIZES = (*Sizes.model_fields, "parameters")
 
 
 class CascadeRecipe(Section):
@@ -92,6 +86,46 @@ def cascade_contradictions(cascade: CascadeRecipe, *, target: TargetRecipe) -> I
         yield ShearingError(
             "duration", value=str(cascade.duration), allowed="at least a step", mend="write a share, as 25%"
         )
+
+
+def on_the_way(cascade: CascadeRecipe, *, pretrain: PretrainRecipe, sequence_length: int) -> PretrainRecipe:
+    """Continued pretraining of each run before the last: at least a step.
+
+    Args:
+        cascade: the section.
+        pretrain: of the last run.
+        sequence_length: tokens of a sequence.
+    """
+    steps = pretrain.in_steps(cascade.duration, sequence_length=sequence_length)
+    return pretrain.model_copy(update={"duration": Duration(steps=max(1, steps))})
+
+
+def contradictions_on_the_way(
+    cascade: CascadeRecipe,
+    *,
+    pretrain: PretrainRecipe,
+    sequence_length: int,
+    found: Callable[[Mapping[str, Section]], Iterable[ShearingError]],
+) -> Iterator[ShearingError]:
+    """What the runs before the last contradict, though the last does not, by the key that makes them differ.
+
+    Args:
+        cascade, pretrain, sequence_length: see `on_the_way`.
+        found: what contradicts itself in the recipe with these sections in place of its own.
+    """
+    short = on_the_way(cascade, pretrain=pretrain, sequence_length=sequence_length)
+    for error in found({"pretrain": short}):
+        yield ShearingError(
+            "duration",
+            value=f"{cascade.duration}, {short.duration} of pretrain",
+            allowed=f"a length at which {error.field} = {error.value!r} is right: {error.allowed}",
+            mend=f"lengthen it, or, of {error.field}: {error.mend}",
+        )
+    for name, target in cascade.targets.items():
+        for error in found({"target": target}):
+            yield ShearingError(
+                f"targets.{name} ({error.field})", value=error.value, allowed=error.allowed, mend=error.mend
+            )
 
 
 _BESIDE_A_FAMILY = {

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from shearing.errors import ShearingError
+from shearing.models.families.axes import count
 from shearing.models.shape import Shape
 from shearing.runs.planning.hardware import USABLE, Hardware, gpu_of
 from shearing.runs.planning.plan import RunPlan, plans, what_would_fit
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import gigabytes
 from shearing.runs.recipe import Recipe, split_batch
-from shearing.runs.run_directory import Stage
+from shearing.runs.run_directory import RunDirectory, Stage
+from shearing.training.adapters.recipe import SpeftRecipe
 
 _USUAL_MFU = 0.4  # for times, of which nothing is said here
+_CHOICE = "choosing weights for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ def capacity(recipe: Recipe, *, stages: Collection[Stage], processes: int, devic
 
 
 def _needs(recipe: Recipe, *, made: RunPlan, evaluates: bool, one_of: int) -> Iterator[_Need]:
-    """The moments at which a GPU holds most: loading, steps of the training stages, evaluation."""
+    """The moments at which a GPU holds most: loading, choices, steps of the training stages, evaluation."""
     run, of = made.name, "" if one_of == 1 else f" of {made.name}"
     for each in made.stages:
         # The teacher is beside it, whole unless layers of it are elsewhere.
@@ -122,6 +125,11 @@ def _needs(recipe: Recipe, *, made: RunPlan, evaluates: bool, one_of: int) -> It
         memory = loaded(each.shape, recipe=recipe, made=made)
         memory += 0 if heard is None else heard.loaded
         yield _Need(run=run, what=f"loading for {each.stage}{of}", memory=memory, certain=_is_known(made, each))
+        speft = recipe.pretrain.adapters
+        if each.stage == "pretrain" and isinstance(speft, SpeftRecipe):
+            memory = weighed(each.shape, settings=speft, recipe=recipe, made=made)
+            if not RunDirectory(recipe.run_dir).salient.is_file():
+                yield _Need(run=run, what=f"{_CHOICE} {each.stage}{of}", memory=memory, certain=_is_known(made, each))
         step = each.held(made.choice).total
         # Adapters, compiled layers and a stage of no steps take less than is counted.
         certain = _is_known(made, each) and each.steps > 0 and not recipe.training.compile
@@ -145,32 +153,52 @@ def one_layer(shape: Shape) -> int:
     return _fp32(shape) - 4 * (shape.num_hidden_layers - 1) * sum(shape.layer_parameters())
 
 
+def weighed(shape: Shape, *, settings: SpeftRecipe, recipe: Recipe, made: RunPlan) -> int:
+    """Bytes on the main process's GPU when it knows how much each weight matters, before it chooses; at least.
+
+    It has the whole model in fp32, beside the one to be trained where that is not whole, the sums by which weights of
+    the targets will be chosen, and for these the gradients of a micro-batch.
+    """
+    linears = (*shape.family.attention.linears, *shape.family.mlp.linears)
+    ends = tuple(f"{target}.weight" for target in settings.targets)
+    entries: int = count((each for each in linears if each.name.endswith(ends) and len(each.axes) == 2), shape.units())
+    sums = 4 * shape.num_hidden_layers * entries
+    memory = _fp32(shape) + sums
+    if settings.salience != "magnitude":
+        memory += sums + copies(shape, made=made)
+    if loaded(shape, recipe=recipe, made=made) < _fp32(shape):
+        memory += _fp32(shape) - 4 * shape.num_hidden_layers * sum(shape.layer_parameters())
+    return memory
+
+
 def measured(made: RunPlan) -> int:
     """Bytes of weights on a GPU while losses on test text are measured."""
+    source = made.first_source
     if made.hardware.processes > 1:
-        return one_layer(made.source)
+        return one_layer(source)
     # The source stays where baselines are cut from it.
-    return _fp32(made.source) + _fp32(made.target or made.source) + copies(made.source, made=made)
+    return _fp32(source) + _fp32(made.target or made.source) + copies(source, made=made)
 
 
 def judged(recipe: Recipe, *, made: RunPlan) -> int:
     """Bytes of weights on a GPU while the source answers tasks or writes, or is timed beside the result."""
+    source = made.first_source
     if is_shared_out(recipe, made=made):
-        of_layers = _fp32(made.source) - one_layer(made.source)
-        return one_layer(made.source) + of_layers // made.hardware.processes
-    at_work, timed = _fp32(made.source) + copies(made.source, made=made), 0
+        of_layers = _fp32(source) - one_layer(source)
+        return one_layer(source) + of_layers // made.hardware.processes
+    at_work, timed = _fp32(source) + copies(source, made=made), 0
     if recipe.evaluation.speed:
         other = _fp32(made.target or made.source)
-        timed = other + (copies(made.source, made=made) or _fp32(made.source))  # in the precision of training
+        timed = other + (copies(source, made=made) or _fp32(source))  # in the precision of training
     return max(at_work, timed)
 
 
 def is_shared_out(recipe: Recipe, *, made: RunPlan) -> bool:
     """Whether the source is, when it answers tasks or writes."""
     return recipe.evaluation.shares_out(
-        parameters=made.source.num_parameters(),
+        parameters=made.first_source.num_parameters(),
         processes=made.hardware.processes,
-        copies=bool(copies(made.source, made=made)),
+        copies=bool(copies(made.first_source, made=made)),
         memory=made.hardware.memory,
     )
 
@@ -227,6 +255,8 @@ def _mend(
     devices: Devices,
 ) -> str:
     """What to change, with the GPUs of this machine first."""
+    if all(need.what.startswith(_CHOICE) for need in refused):
+        return "pretrain.speft.salience=magnitude takes no gradients; or take GPUs with more memory"
     if any(need.what.startswith("loading") for need in refused) and recipe.training.holds_as == 3:
         return "take GPUs with more memory: a layer, what is outside of layers and a teacher are not shared out"
     most = max(processes, _most_processes(recipe, stages=stages, devices=devices))

@@ -22,13 +22,14 @@ from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.continuation.family import importance_of
-from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer
+from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer, weighed
 from shearing.runs.planning.disk import SEQLEN
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
-from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER, FP32
+from shearing.runs.planning.memory import BF16, CHECKPOINT_BYTES_PER_PARAMETER, FP32
 from shearing.runs.planning.plan import RunPlan, num_domains, reads_reference
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.recipe import Recipe
+from shearing.training.adapters.recipe import SpeftRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,8 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             what=f"{stage.stage}: load",
             processes=made.hardware.processes,
             memory=loaded(stage.shape, recipe=recipe, made=made) + (0 if heard is None else heard.loaded),
-            disk=2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape),
+            disk=(2 * stage.shape.num_parameters() if stage is made.stages[0] else _fp32(stage.shape))
+            + _brought_back(recipe, stage=stage),
         )
         if reads_reference(recipe, stage=stage.stage):
             yield Phase(
@@ -104,6 +106,8 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
             yield from _choice(recipe, made=made, held=held)
         if stage.stage == "pretrain" and recipe.family is not None:
             yield _sorting(recipe, family=recipe.family, shape=stage.shape, made=made, held=held)
+        if stage.stage == "pretrain":
+            yield from _weighing(recipe, shape=stage.shape, made=made, held=held)
         yield from _training(recipe, stage=stage, made=made)
         if stage.stage == "pretrain" and made.family:
             yield Phase(
@@ -218,6 +222,36 @@ def _sorting(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, made: RunPla
     )
 
 
+def _brought_back(recipe: Recipe, *, stage: StagePlan) -> int:
+    """Bytes that are read of the dense model, for masks that move."""
+    if recipe.sparsify is None:
+        return 0
+    return (FP32 if "compact" in recipe.stages else BF16) * stage.workload.moving
+
+
+def _weighing(recipe: Recipe, *, shape: Shape, made: RunPlan, held: int) -> Iterator[Phase]:
+    """What the main process measures alone, by which weights are chosen: to be trained, or to stay when masks move.
+
+    Ranking the weights, and what depends on the text, are not counted.
+    """
+    length, moving, speft = recipe.data.sequence_length, recipe.pretrain.ast, recipe.pretrain.adapters
+    per_token = forward_flops_per_token(shape, sequence_length=length)
+    if moving is not None and moving.scores == "wanda":
+        yield Phase(
+            what="pretrain: norms of inputs",
+            processes=1,
+            memory=held,
+            flops=per_token * moving.samples * length,
+        )
+    if isinstance(speft, SpeftRecipe):
+        yield Phase(
+            what=f"pretrain: salience ({speft.salience})",
+            processes=1,
+            memory=weighed(shape, settings=speft, recipe=recipe, made=made),
+            flops=0.0 if speft.salience == "magnitude" else 3 * per_token * speft.samples * length,
+        )
+
+
 def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Phase]:
     if not stage.steps:
         return
@@ -251,7 +285,7 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
     """Losses on test text of the source, of what was cut and of what was trained on, and of the baselines."""
     length, domains = recipe.data.sequence_length, num_domains(recipe)
     target = made.target or made.source
-    models = [made.source, target]
+    models = [*made.sources_before, made.source, target]
     if recipe.prune is not None:
         models += [target] * (1 + len(recipe.evaluation.baselines))
     models += made.family.values()
@@ -278,7 +312,9 @@ def _evaluation(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
         yield Phase(
             what=f"evaluate: tasks, {', '.join(recipe.evaluation.tasks)}",
             processes=made.hardware.processes,
-            memory=judged(recipe, made=made) if together else _fp32(made.source) + copies(made.source, made=made),
+            memory=judged(recipe, made=made)
+            if together
+            else _fp32(made.first_source) + copies(made.first_source, made=made),
             flops=None,  # questions are of any length
         )
 

@@ -66,6 +66,7 @@ class RunPlan:
         refitted: bytes of disk that refitted layers take until training begins; at most.
         stages: the training stages in order.
         advice: what to change, where the recipe's choice does not fit.
+        sources_before: of a cascade's run, those of the runs before it in order: evaluation measures them too.
     """
 
     name: str
@@ -87,6 +88,12 @@ class RunPlan:
     refitted: int
     stages: Sequence[StagePlan]
     advice: str | None
+    sources_before: Sequence[Shape] = ()
+
+    @property
+    def first_source(self) -> Shape:
+        """What evaluation compares with."""
+        return next(iter(self.sources_before), self.source)
 
 
 def plan(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None = None) -> RunPlan:
@@ -119,10 +126,10 @@ def plans(recipe: Recipe, *, hardware: Hardware, stages: Collection[str] | None 
     """
     config, learned = load_config(recipe.model.source, revision=recipe.model.revision), False
     require_shrinking(recipe, source=config_as_cut(config, prune=recipe.prune))
-    made = []
+    made: list[tuple[Recipe, RunPlan]] = []
     for each in cascade_of(recipe):
         planned = _plan(each, stored=config, learned=learned, hardware=hardware, stages=stages)
-        made.append((each, planned))
+        made.append((each, dataclasses.replace(planned, sources_before=[before.source for _, before in made])))
         config, target = config_as_cut(config, prune=each.prune), planned.target
         learned = learned or planned.budget is not None
         if target is not None and planned.budget is None:

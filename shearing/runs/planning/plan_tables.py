@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,11 @@ from shearing.runs.planning.phases import Phase
 from shearing.runs.planning.plan import RunPlan
 from shearing.runs.planning.step.stage_plan import StagePlan
 from shearing.runs.planning.summary import shape_cells
+from shearing.settings.quantities import format_tokens
+
+_UNITS = {"GB": 1e9, "MB": 1e6}
+_FEW_TOKENS = 10**7
+"""Below them two decimals of a billion say little."""
 
 
 def render(plan: RunPlan) -> RenderableType:
@@ -26,7 +31,8 @@ def render(plan: RunPlan) -> RenderableType:
     title = Text(f"{plan.name} on {hardware.processes} x {hardware.name}{size}, {precision}")
     parts: list[RenderableType] = [title, "", _shapes(plan), "", _stages(plan)]
     parts += [Text(note, style="dim") for note in _notes(plan)]
-    parts += ["", Text(f"memory of one GPU in GB when it holds most ({_settings(plan)})"), _memory(plan)]
+    unit = _unit_of(stage.held(plan.choice).total for stage in plan.stages)
+    parts += ["", Text(f"memory of one GPU in {unit} when it holds most ({_settings(plan)})"), _memory(plan, unit=unit)]
     if hardware.memory is None:
         parts.append(Text("whether it fits: give --memory GB, or --gpu with one of the names above"))
     if any(hardware.fit(stage.held(plan.choice)) == "tight" for stage in plan.stages):
@@ -39,14 +45,15 @@ def render(plan: RunPlan) -> RenderableType:
 def render_phases(plan: RunPlan, *, phases: Sequence[Phase]) -> RenderableType:
     """What the run does one after the other, as a table for a terminal."""
     processes = plan.hardware.processes
-    table = _table("phase", "times", "seconds", "GPU, GB", "host, GB", "disk, GB", "idle")
+    unit = _unit_of(size for phase in phases for size in (phase.memory, phase.host, phase.disk))
+    table = _table("phase", "times", "seconds", *(f"{where}, {unit}" for where in ("GPU", "host", "disk")), "idle")
     for phase in phases:
         idle = processes - phase.processes
         table.add_row(
             phase.what,
             f"{phase.times:,}",
             "" if phase.seconds is None else f"{phase.seconds:,.3g}" if phase.seconds < 10 else f"{phase.seconds:,.0f}",
-            *(f"{size / 1e9:,.1f}" if size else "" for size in (phase.memory, phase.host, phase.disk)),
+            *(f"{size / _UNITS[unit]:,.1f}" if size else "" for size in (phase.memory, phase.host, phase.disk)),
             f"{idle} of {processes}" if idle else "",
         )
     return Group(
@@ -62,7 +69,7 @@ def render_totals(plans: Sequence[RunPlan]) -> RenderableType:
     flops = sum(stage.flops + stage.teacher_flops + (stage.heldout_flops or 0.0) for stage in stages)
     times = [stage.seconds for stage in stages if stage.seconds is not None]
     hours = f"{sum(times) / 3600:,.1f} hours at MFU {plans[0].hardware.mfu:g}, " if len(times) == len(stages) else ""
-    disk = f"checkpoints {sum(stage.disk for stage in stages) / 1e9:,.1f} GB"
+    disk = f"checkpoints {_size(sum(stage.disk for stage in stages))}"
     return Text(f"all {len(plans)} runs: {flops:.2e} FLOPs, {hours}{disk}", style="bold")
 
 
@@ -101,13 +108,13 @@ def _stages(plan: RunPlan) -> Table:
         table.add_row(
             stage.stage,
             f"{stage.steps:,}",
-            f"{stage.tokens / 1e9:,.2f}B",
+            f"{stage.tokens / 1e9:,.2f}B" if stage.tokens >= _FEW_TOKENS else format_tokens(stage.tokens),
             f"{stage.flops:.2e}",
             *([f"{stage.teacher_flops:.2e}"] if teacher else []),
             "n/a" if stage.heldout_flops is None else f"{stage.heldout_flops:.2e}",
             "n/a" if stage.seconds is None else f"{stage.seconds / 3600:,.1f}",
-            f"{stage.disk / 1e9:,.1f} GB",
-            f"{stage.held(plan.choice).staging / 1e9:,.1f} GB",
+            _size(stage.disk),
+            _size(stage.held(plan.choice).staging),
         )
     return table
 
@@ -120,15 +127,15 @@ def _notes(plan: RunPlan) -> Iterator[str]:
         yield "FLOPs and hours: at most; attention is counted over whole rows, within documents it takes less"
     yield "checkpoints: on disk, all that are there at once; staged: what each process copies to the host to write one"
     if plan.rotated:
-        yield f"rotation: the source once more on disk, {plan.rotated / 1e9:,.1f} GB until mask learning is complete"
+        yield f"rotation: the source once more on disk, {_size(plan.rotated)} until mask learning is complete"
     if plan.refitted:
-        yield f"compensation: refitted layers on disk, at most {plan.refitted / 1e9:,.1f} GB until training begins"
+        yield f"compensation: refitted layers on disk, at most {_size(plan.refitted)} until training begins"
     if any(stage.workload.moving for stage in plan.stages):
         yield "pretrain: optimizer and checkpoints with what moving masks set aside, 4 bytes for each of their weights"
     if any(not stage.held(plan.choice).traced for stage in plan.stages):
         yield "memory: by arithmetic; what this model computes depends on numbers, so it cannot be traced without them"
     if plan.one_shot:
-        spooled = f", and spools {plan.spooled / 1e9:,.1f} GB of gradients" if plan.spooled else ""
+        spooled = f", and spools {_size(plan.spooled)} of gradients" if plan.spooled else ""
         yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{spooled}"
     if plan.family:
         models = 4 * sum(shape.num_parameters() for shape in plan.family.values())
@@ -150,7 +157,7 @@ def _settings(plan: RunPlan) -> str:
     return f"micro-batch: {batches} sequences; activation checkpointing: {plan.choice.checkpointing}"
 
 
-def _memory(plan: RunPlan) -> Table:
+def _memory(plan: RunPlan, *, unit: str) -> Table:
     teacher = [] if plan.teacher is None else ["teacher"]
     table = _table(
         "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
@@ -170,10 +177,10 @@ def _memory(plan: RunPlan) -> Table:
             table.add_row(
                 name if engine == "torch" else "",
                 f"{engine} (chosen)" if chosen else engine,
-                *(f"{count / 1e9:,.1f}" for count in held),
+                *(f"{count / _UNITS[unit]:,.1f}" for count in held),
                 plan.hardware.fit(memory),
                 memory.moment.partition(",")[0],
-                *([f"{memory.host / 1e9:,.1f}"] if host else []),
+                *([f"{memory.host / _UNITS[unit]:,.1f}"] if host else []),
                 style="bold" if chosen else None,
             )
     return table
@@ -183,6 +190,16 @@ def _engines(stage: StagePlan) -> dict[str, Memory]:
     """What a process holds under every engine."""
     zero = {f"ZeRO-{number}" if number else "torch": stage.under_zero(number) for number in ZERO_STAGES}
     return {**zero, "FSDP2": stage.under_fsdp2()}
+
+
+def _unit_of(sizes: Iterable[int]) -> str:
+    """The unit of a table in which these bytes stand: the largest of them is not below one of it."""
+    return "GB" if max(sizes, default=0) >= _UNITS["GB"] else "MB"
+
+
+def _size(count: float) -> str:
+    unit = _unit_of([int(count)])
+    return f"{count / _UNITS[unit]:,.1f} {unit}"
 
 
 def _table(*columns: str) -> Table:

@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from shearing.data.corpus.format import read_index
 from shearing.data.mixture.rules.update import largest_weights, rule_of
-from shearing.errors import CombinedShearingError, ShearingError, named
+from shearing.errors import CombinedShearingError, ShearingError, key, named
 from shearing.models.loading import require_weights
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.structured.refitting.blocks import require_dense
 from shearing.runs.context import RunContext
-from shearing.runs.continuation.cascade import require_shrinking
+from shearing.runs.continuation.cascade import require_shrinking, runs_before
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
@@ -123,6 +123,9 @@ def survey(
         return None, wrong.errors
     config = context.config_as_cut
     missing.attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
+    if "evaluate" in stages and (before := attempt(lambda: runs_before(recipe))):
+        first = before[0].model
+        missing.attempt(lambda: require_weights(first.source, revision=first.revision))
     attempt(lambda: require_teacher(context))
     attempt(lambda: require_context(recipe, config=config))
     source = Shape.of(config)
@@ -203,7 +206,7 @@ def _require_free(recipe: Recipe, *, needed: int, free: int) -> None:
             "run_dir",
             value=str(recipe.run_dir),
             allowed=f"{gigabytes(needed)} of free disk; there are {gigabytes(free)}",
-            mend="choose a run_dir on another disk, or lower prune.keep_last and pretrain.keep_last",
+            mend=f"choose a folder on another disk ({key('run_dir')}), or lower prune.keep_last and pretrain.keep_last",
         )
 
 

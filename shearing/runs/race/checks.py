@@ -12,7 +12,7 @@ from shearing.pruning.structured.granularities import SIZE_OF
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, complete_metrics, metric_of
 from shearing.runs.race.flops import metrics_of
-from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Stages
+from shearing.runs.race.methods import METHODS, START, Contender, Ranking, Scratch, Stages, chooses_sublayers
 from shearing.runs.race.rows import RaceSettings, Row, Steps
 from shearing.runs.recipe import Recipe
 from shearing.training.adapters.recipe import ADAPTERS
@@ -166,6 +166,23 @@ def unfit(contender: Contender, *, recipe: Recipe, source: Shape, target: Shape)
             allowed="a method that chooses something that this target cuts: it scores "
             f"{', '.join(sorted(METRICS[how.metric].gives))}, and the target cuts {', '.join(sorted(shrinks))}",
             mend=f"leave {contender.method} out, or set a target that cuts what it scores",
+        )
+    elif isinstance(how, Ranking) and chooses_sublayers(how) and source.family.parallel:
+        yield ShearingError(
+            "--methods",
+            value=contender.method,
+            allowed=f"a method that scores whole layers: attention and MLP of a layer of this "
+            f"{source.family.model_type!r} read the same residual stream and go together",
+            mend=f"leave {contender.method} out",
+        )
+    distill = recipe.distill
+    if isinstance(how, Scratch) and distill is not None and distill.hidden is not None:
+        yield ShearingError(
+            "--methods",
+            value=contender.method,
+            allowed="with distill.hidden, a method that keeps units of the source: streams are compared dimension by "
+            "dimension, and a model from scratch has none of the teacher's",
+            mend=f"leave {contender.method} out, or set distill.hidden=null",
         )
     for metric in metrics_of(contender, recipe=recipe):
         evidence = Evidence(target=target, seed=recipe.seed)

@@ -29,7 +29,7 @@ from shearing.pruning.structured.refitting.linear import refit
 from shearing.pruning.structured.rounding import every_granularity, round_to_target, select_across_layers
 from shearing.runs.context import RunContext
 from shearing.runs.race.judging import load_model, losses_of
-from shearing.runs.race.methods import Contender, Ranking
+from shearing.runs.race.methods import Contender, Ranking, chooses_sublayers
 from shearing.runs.race.records import RaceFolder
 from shearing.runs.race.rows import Row
 from shearing.runs.stages.source_model import load_source_model
@@ -96,13 +96,20 @@ def choose(contender: Contender, *, scores: Scores, source: Shape, target: Shape
     """
     how = contender.facts.how
     assert isinstance(how, Ranking)
-    gives = METRICS[how.metric].gives
-    apart = "layers" not in gives and {"attention", "mlp"} <= gives
-    every = every_granularity(source)
+    apart, every = chooses_sublayers(how), every_granularity(source)
     names = [name for name in every if not (apart and name == "layers")] + (["sublayers"] if apart else [])
     granularities = granularities_of(names, source=source, target=target)
     masks = as_masks(round_to_target(scores, granularities=granularities))
     return masks, Selection.of(masks, source=source, target=target)
+
+
+def keep_masks(row: Row, *, context: RunContext, folder: RaceFolder) -> None:
+    """Write what a ranking keeps of the source where mask learning would: what compares the two reads it there."""
+    scores, _ = _scores(row.contender, context=context, folder=folder)
+    masks, _ = choose(row.contender, scores=scores, source=Shape.of(context.config), target=target_of(context))
+    context.directory.prune.mkdir(parents=True, exist_ok=True)
+    kept = {name: mask.clone() for name, mask in masks.tensors().items()}
+    write_tensors(context.directory.prune / "masks.safetensors", kept)
 
 
 def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> dict[str, Any]:

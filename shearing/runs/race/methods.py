@@ -161,6 +161,12 @@ class Contender:
         return ", ".join(parts)
 
 
+def chooses_sublayers(how: Ranking) -> bool:
+    """Whether a ranking scores attention and MLPs apart, and no layers."""
+    gives = METRICS[how.metric].gives
+    return "layers" not in gives and {"attention", "mlp"} <= gives
+
+
 def _in_words(granularities: frozenset[str]) -> str:
     """What is scored, as tables say it."""
     kinds = {

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from shearing.errors import CombinedShearingError
 from shearing.runs.race.methods import Stages
 from shearing.runs.race.rows import Row, Steps
-from shearing.runs.recipe import Recipe
-from shearing.settings.mistakes import located
+from shearing.runs.recipe import Recipe, validated
+from shearing.settings.quantities import Duration
 from shearing.settings.reading import Places, apply_overrides
 from shearing.training.recipe import StageRecipe
 
@@ -51,7 +46,7 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         "pretrain.keep_last=1",
         "prune.validation_interval=null",  # rows are judged by test text, at their ends
         "pretrain.validation_interval=null",
-        f"pretrain.warmup={_warmup(recipe)}",
+        f"pretrain.warmup={warmup_from_nothing(recipe)}",
     ]
     if isinstance(how, Stages):
         before = steps.before_cut(row.steps, how=how)
@@ -60,7 +55,7 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
         overrides += [
             *how.overrides,
             "one_schedule=true",
-            f"prune.warmup={_warmup(recipe)}",
+            f"prune.warmup={warmup_from_nothing(recipe)}",
             f"prune.duration={before} steps",
             f"pretrain.duration={row.steps - before} steps",
             "pretrain.optimizer=carried",
@@ -68,22 +63,15 @@ def recipe_of(recipe: Recipe, *, row: Row, steps: Steps, run_dir: Path) -> Recip
     else:
         overrides += ["one_schedule=false", f"pretrain.duration={length} steps", "pretrain.optimizer=fresh"]
         overrides += ["pretrain.warmup=0 steps"] if not row.steps else []
-    return _validated(data, overrides=overrides, name=row.name)
-
-
-def _warmup(recipe: Recipe) -> str:
-    """Of the stage whose optimiser starts from nothing, as a share or a length of all steps."""
-    prune, pretrain = recipe.pruning.prune, recipe.pretrain
-    if recipe.one_schedule or pretrain.optimizer == "fresh":
-        return str(pretrain.warmup)
-    return f"{prune.in_steps(prune.warmup, sequence_length=recipe.data.sequence_length)} steps"
-
-
-def _validated(data: dict[str, Any], *, overrides: Sequence[str], name: str) -> Recipe:
-    places = Places(name)
+    places = Places(row.name)
     apply_overrides(data, overrides, places=places)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        errors = located(error, model=Recipe, data=data, places=places)
-    raise errors[0] if len(errors) == 1 else CombinedShearingError(errors)
+    return validated(data, places=places)
+
+
+def warmup_from_nothing(recipe: Recipe) -> Duration:
+    """The warm-up of the stage whose optimiser starts from nothing, as a share or a length of all steps."""
+    prune, pretrain, length = recipe.pruning.prune, recipe.pretrain, recipe.data.sequence_length
+    trains_before = prune.total_steps(sequence_length=length) > 0
+    if recipe.one_schedule or pretrain.optimizer == "fresh" or not trains_before:
+        return pretrain.warmup
+    return Duration(steps=prune.in_steps(prune.warmup, sequence_length=length))

@@ -20,13 +20,14 @@ from shearing.runs.race.choosing import (
     cut_of,
     evaluate_own_form,
     facts_of,
+    keep_masks,
     scores_of,
     seconds_beside,
     target_of,
 )
 from shearing.runs.race.flops import Flops
 from shearing.runs.race.judging import load_model, losses_of
-from shearing.runs.race.methods import Stages
+from shearing.runs.race.methods import Ranking, Stages
 from shearing.runs.race.records import RaceFolder, Record
 from shearing.runs.race.rows import Row
 from shearing.runs.run_directory import RunDirectory
@@ -128,6 +129,8 @@ def _cut_at_once(row: Row, *, context: RunContext, folder: RaceFolder) -> Chosen
         run.path.mkdir(parents=True, exist_ok=True)
         run.compact.unlink(missing_ok=True)
         run.compact.symlink_to(cut.resolve(), target_is_directory=True)
+        if isinstance(row.contender.facts.how, Ranking):
+            keep_masks(row, context=context, folder=folder)
         mixture = context.initial_mixture()
         run.mark_complete("compact", {"parameters": target_of(context).num_parameters()})
         state = {"weights": mixture.weights, "mixture_state": mixture.state_dict(), "reference": {}}

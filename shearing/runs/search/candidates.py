@@ -14,7 +14,8 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.layer_times import LayerTimes
 from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.recipe import Recipe
+from shearing.runs.planning.checks.pruning import target_of
+from shearing.runs.recipe import Pruning, Recipe
 from shearing.runs.search.recipe import SearchRecipe
 from shearing.runs.search.space import AtBudget, Bounds, cover, memory_of, shapes_at
 
@@ -114,18 +115,19 @@ def named_candidates(recipe: Recipe, *, config: PretrainedConfig) -> list[Candid
     """Those that a recipe names.
 
     Raises:
-        ShearingError: one that the source cannot become, or two of one shape.
+        ShearingError: one that the source cannot become by the recipe's granularities, or two of one shape.
     """
     found: dict[Shape, Candidate] = {}
     target = _target(recipe, config=config)
     for name, wanted in search_of(recipe).candidates.items():
         field = f"search.candidates.{name}"
         try:
-            shape = resolve_target(wanted, source=config)
+            shape = target_of(Pruning(wanted, recipe.pruning.prune), config=config)
         except ShearingError as error:
             raise ShearingError(
                 f"{field} ({error.field})", value=error.value, allowed=error.allowed, mend=error.mend
             ) from None
+        assert shape is not None, "candidates have sizes by name"
         if shape in found:
             raise ShearingError(
                 field,

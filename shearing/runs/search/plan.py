@@ -19,6 +19,7 @@ from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
+from shearing.runs.race.recipes import warmup_from_nothing
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import Stage
 from shearing.runs.search.candidates import Candidate, search_of
@@ -210,7 +211,8 @@ def recipe_of(recipe: Recipe, candidate: Candidate, *, number: int, folder: Sear
     """The recipe of a candidate's run as it is at the end of a round: an ordinary one.
 
     Units are chosen by scores and what stays is refitted, without a step of mask learning; then the rate is constant
-    after the warm-up, so that a longer run goes on from a shorter one as if it had been that long from the start.
+    after the warm-up, so that a longer run goes on from a shorter one as if it had been that long from the start. The
+    warm-up is that of the stage whose optimiser starts from nothing in the recipe, as here it does in `pretrain`.
 
     Args:
         recipe: of the search.
@@ -222,9 +224,8 @@ def recipe_of(recipe: Recipe, candidate: Candidate, *, number: int, folder: Sear
         ShearingError: a recipe that cannot be raced so.
     """
     steps = steps_of(recipe)
-    pretrain, length, last = recipe.pretrain, recipe.data.sequence_length, steps[-1]
-
-    per_step = pretrain.tokens_per_step(sequence_length=length)
+    last = steps[-1]
+    per_step = recipe.pretrain.tokens_per_step(sequence_length=recipe.data.sequence_length)
 
     def in_steps(duration: Duration) -> int:
         return duration.in_steps(tokens_per_step=per_step, total_steps=last)
@@ -245,7 +246,7 @@ def recipe_of(recipe: Recipe, candidate: Candidate, *, number: int, folder: Sear
         "prune.keep_last=1",
         f"mixture.pretrain_interval={max(1, in_steps(recipe.mixture.pretrain_interval))} steps",
         "pretrain.optimizer=fresh",
-        f"pretrain.warmup={min(in_steps(pretrain.warmup), steps[0])} steps",
+        f"pretrain.warmup={min(in_steps(warmup_from_nothing(recipe)), steps[0])} steps",
         "pretrain.keep_last=1",
         "pretrain.keep_every=null",
         "pretrain.validation_interval=null",  # judged at the end of a round, on more text

@@ -8,6 +8,7 @@ from rich.text import Text
 from shearing.errors import named
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape
+from shearing.pruning.rotation.tied import config_as_cut
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.plan import planned_precision
@@ -30,7 +31,7 @@ def price(recipe: Recipe, *, hardware: Hardware) -> RenderableType:
     """
     if wrong := mistakes(recipe):
         raise wrong[0]
-    config = load_config(recipe.model.source, revision=recipe.model.revision)
+    config = config_as_cut(load_config(recipe.model.source, revision=recipe.model.revision), prune=recipe.prune)
     budget = budget_of(recipe, config=config)
     if budget is not None and budget.kind == "latency":
         return Text("search: a budget in ms needs times of layers, measured first by: shear search RECIPE --plan")

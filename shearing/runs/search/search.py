@@ -117,7 +117,8 @@ class Search:
             made = self._plan(candidates)
             largest = max(candidates, key=lambda candidate: candidate.shape.num_parameters())
             recipe = recipe_of(self._recipe, largest, number=1, folder=self.folder)
-            preflight(RunContext(recipe, console=self._console), stages=STAGES)
+            with named({"run_dir": "--output"}):
+                preflight(RunContext(recipe, console=self._console), stages=STAGES)
             self._require_disk(made)
             require_same_race(race, settings=self._settings())  # it has begun: only now other keys are another search
             write_json(self.folder.candidates, {"candidates": [candidate.to_json() for candidate in candidates]})

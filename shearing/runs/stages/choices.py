@@ -147,9 +147,14 @@ class Source:
 
     Several processes score and refit together, each reading the source from its files layer by layer; what is cut they
     read from files too, in a folder that the next one takes (`CUT`).
+
+    Attributes:
+        context: of the run, with this source.
+        graded: whether the scores that graded the start of the run's mask learning are of it.
     """
 
     context: RunContext
+    graded: bool = True
     _model: PreTrainedModel | None = None
     _chosen: dict[str, tuple[Masks, Selection]] = field(default_factory=dict)
 
@@ -220,8 +225,8 @@ class Source:
     def _scores(self, metric: str, *, target: Shape) -> Scores:
         context = self.context
         # Those of a run that rotates are of other coordinates; baselines are cut from the source as it is.
-        rotates = context.recipe.pruning.prune.rotate != "none"
-        kept = None if rotates else kept_scores(context, metric=metric, target=target)
+        other = not self.graded or context.recipe.pruning.prune.rotate != "none"
+        kept = None if other else kept_scores(context, metric=metric, target=target)
         if kept is not None:
             return kept
         evidence = evidence_for(context, metric=metric, target=target)

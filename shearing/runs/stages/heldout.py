@@ -30,6 +30,7 @@ def measure_heldout(
     advance: Callable[[int], None],
     objective: Callable[[Tensor, Documents | None], Tensor] | None = None,
     processes: Processes | None = None,
+    require_labels: bool = True,
 ) -> dict[str, float]:
     """Mean loss of each domain's validation split, nats per token.
 
@@ -39,7 +40,7 @@ def measure_heldout(
         model: the model to measure.
         tokens: of each domain, from the beginning of its split; those that update the mixture are `steering_tokens`.
         advance: called with the number of tokens just read.
-        objective, processes: see `heldout_loss`.
+        objective, processes, require_labels: see `heldout_loss`.
     """
     recipe = context.recipe
     losses = heldout_loss(
@@ -55,6 +56,7 @@ def measure_heldout(
         rules=context.document_rules,
         objective=objective,
         processes=processes,
+        require_labels=require_labels,
     )
     return {domain: loss.loss for domain, loss in losses.items()}
 

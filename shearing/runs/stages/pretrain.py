@@ -36,13 +36,14 @@ from shearing.runs.stages.pretraining.family import family_masking, write_family
 from shearing.runs.stages.pretraining.start import (
     Start,
     choose_salient,
+    dropped_weights,
     measure_input_norms,
     moved_masks,
     moving_masks,
     result_dtype,
     way_of,
 )
-from shearing.runs.stages.source_model import load_to_train, reference_losses, source_to_read
+from shearing.runs.stages.source_model import holds_all_in_fp32, load_to_train, reference_losses, source_to_read
 from shearing.runs.stages.training_task import task_of
 from shearing.training.adapters.recipe import SpeftRecipe
 from shearing.training.checkpoints.checkpoints import no_space
@@ -81,9 +82,7 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     before = {stage: run.read_complete(stage) for stage in recipe.stages[: recipe.stages.index("pretrain")]}
     mixture = context.initial_mixture()
     start = processes.each(lambda: Start.of(context))
-    # What changes weights before training, or takes gradients of all, has them in memory.
-    whole = recipe.pretrain.ast is not None or isinstance(recipe.pretrain.adapters, SpeftRecipe)
-    model = processes.each(lambda: load_to_train(context, source=start.source, revision=start.revision, whole=whole))
+    model = processes.each(lambda: load_to_train(context, source=start.source, revision=start.revision))
     if start.masks is not None:
         processes.on_main(partial(require_zeros, start.masks, model=model))
     learned = before.get("prune")
@@ -101,7 +100,8 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     moving = _moving(context, start=start, model=model)
     if (adapters := recipe.pretrain.adapters) is not None:
         if isinstance(adapters, SpeftRecipe):
-            processes.on_main(partial(choose_salient, context, settings=adapters, start=start, model=model))
+            whole = partial(_whole, context, start=start, model=model)
+            processes.on_main(partial(choose_salient, context, settings=adapters, start=start, whole=whole))
         processes.each(lambda: start.adapt(model, adapters=adapters, seed=recipe.seed))
     masking = family_masking(context, start=start, model=model)
     task = task_of(
@@ -146,9 +146,15 @@ def _moving(context: RunContext, *, start: Start, model: PreTrainedModel) -> Mov
         return None
     if settings.scores == "wanda":
         processes.on_main(partial(measure_input_norms, context, settings=settings, start=start, model=model))
-    moving = processes.each(lambda: moving_masks(context, settings=settings, start=start))
-    processes.each(partial(start.bring_back, model))
-    return moving
+    dropped = dropped_weights(context, start=start)
+    return processes.each(lambda: moving_masks(context, settings=settings, start=start, dropped=dropped))
+
+
+def _whole(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:
+    """The model to be trained with all its weights in memory, for gradients of them: itself, or one beside it."""
+    if holds_all_in_fp32(context):
+        return model
+    return load_to_train(context, source=start.source, revision=start.revision, whole=True)
 
 
 def _source(context: RunContext, *, start: Start, model: PreTrainedModel) -> PreTrainedModel:

@@ -110,14 +110,27 @@ def model_to_read(
     Raises:
         ShearingError: see `open_source`.
     """
+    files = open_files(context, source=source, revision=revision)
+    attention = context.recipe.model.attn_implementation
+    return on_demand(files, device=context.device, attn_implementation=attention, instead=instead)
+
+
+def open_files(context: RunContext, *, source: str, revision: str | None) -> Source:
+    """The files of a model, on each of the processes.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        source, revision: of the model.
+
+    Raises:
+        ShearingError: see `open_source`.
+    """
 
     def opened() -> Source:
         return open_source(source, revision=revision, converted=context.directory.path / _CONVERTED)
 
     context.processes.on_main(lambda: bool(opened()))  # who is first may have to fetch or to convert it
-    files = context.processes.each(opened)
-    attention = context.recipe.model.attn_implementation
-    return on_demand(files, device=context.device, attn_implementation=attention, instead=instead)
+    return context.processes.each(opened)
 
 
 @named(TEACHER_NAMES)

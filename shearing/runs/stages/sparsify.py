@@ -38,6 +38,7 @@ def sparsify(context: RunContext) -> dict[str, Any]:
             console=context.console,
             tokenizer=context.tokenizer if one_shot.needs_text else None,
             corpus=context.corpus if own else None,
+            documents=context.document_rules,
         )
     complete = {"budget": read_manifest(run.sparse)["budget"]}
     run.mark_complete("sparsify", complete)

@@ -122,10 +122,16 @@ def task_of(
             # Losses on the way to the target say nothing of how the cut model learns; what the rule remembers does.
             state=rule or {},
         ),
-        heldout=_held_out(context, stage=stage, model=model, tokens=steering_tokens(context)),
+        heldout=_held_out(
+            context,
+            stage=stage,
+            model=model,
+            tokens=steering_tokens(context),
+            require_labels=recipe.mixture.update != "constant" and recipe.mixture.losses == "heldout",
+        ),
         validation=None
         if (tokens := recipe.validation_tokens(stage, domains=len(context.corpus.domains))) is None
-        else _held_out(context, stage=stage, model=model, tokens=tokens),
+        else _held_out(context, stage=stage, model=model, tokens=tokens, require_labels=False),
         average_weight=recipe.mixture.ema if recipe.mixture.losses == "training" and not beside_teacher else None,
         teacher_reference=beside_teacher,
         moments=moments,
@@ -162,12 +168,17 @@ def _callbacks(
             rate=ist.rate,
             seed=recipe.seed,
         )
-        text = _held_out(context, stage=stage, model=model, tokens=ist.tokens)
+        text = _held_out(context, stage=stage, model=model, tokens=ist.tokens, require_labels=True)
         yield LayerChoice(adapters_by_layer(model), settings=settings, text=text)
 
 
-def _held_out(context: RunContext, *, stage: TrainingStage, model: PreTrainedModel, tokens: int) -> HeldOut:
-    """So many validation tokens of each domain, read by all processes together."""
+def _held_out(
+    context: RunContext, *, stage: TrainingStage, model: PreTrainedModel, tokens: int, require_labels: bool
+) -> HeldOut:
+    """So many validation tokens of each domain, read by all processes together.
+
+    Where nothing follows from a loss, the run goes on though a domain has no label that counts: it is NaN.
+    """
     return HeldOut(
         tokens=tokens_of_all(context, tokens=tokens),
         measure=lambda forward, advance: measure_heldout(
@@ -178,6 +189,7 @@ def _held_out(context: RunContext, *, stage: TrainingStage, model: PreTrainedMod
             advance=advance,
             objective=forward,
             processes=context.processes,
+            require_labels=require_labels,
         ),
     )
 

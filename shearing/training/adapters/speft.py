@@ -103,15 +103,16 @@ def choose(
         unit: weight, row (an output) or column (an input).
         among_all: whether the share is of all matrices together.
     """
-    masks = {name: _mask(kept(name), like=score) for name, score in scores.items()}
-    of_units: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, score in scores.items():
-        sizes_U = _by_unit(masks[name].long(), unit=unit)
-        means_U = _by_unit(score.float() * masks[name], unit=unit) / sizes_U.clamp(min=1)
-        of_units[name] = (means_U.masked_fill(sizes_U == 0, float("-inf")), sizes_U)
     together = [list(scores)] if among_all else [[name] for name in scores]
     chosen: dict[str, Tensor] = {}
     for names in together:
+        # Several times the size of the scores: of one matrix after the other, where that will do.
+        masks = {name: _mask(kept(name), like=scores[name]) for name in names}
+        of_units: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in names:
+            sizes_U = _by_unit(masks[name].long(), unit=unit)
+            means_U = _by_unit(scores[name].float() * masks[name], unit=unit) / sizes_U.clamp(min=1)
+            of_units[name] = (means_U.masked_fill(sizes_U == 0, float("-inf")), sizes_U)
         means_U, sizes_U = (torch.cat([of_units[name][kind] for name in names]) for kind in (0, 1))
         taken = _taken(means_U, sizes_U, share=share)
         for name, of_matrix in zip(names, taken.split([len(of_units[name][0]) for name in names]), strict=True):

@@ -81,8 +81,10 @@ class LayerChoice(Callback):
 
     @override
     def after_step(self, run: Run, result: StepResult) -> None:
-        """Look at what layers are worth, if it is due."""
-        if run.step % self._settings.interval or run.ends:
+        """Look at what layers are worth, if it is due, and the stage still chooses by it; a longer one would."""
+        due = run.step % self._settings.interval == 0
+        self.left_out = due and run.ends
+        if not due or self.left_out:
             return
         run.report()
         self._importance_L += self._settings.rate * self._worth(run)

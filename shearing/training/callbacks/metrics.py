@@ -86,9 +86,10 @@ class Metrics(Callback):
         unread, self._unread = self._unread, []
         if not unread:
             return
-        self._sum_losses(unread)
+        of_processes_PNMK = self._task.processes.all_gather(torch.stack([step.domains for step in unread]))
+        self._sum_losses(unread, labels_PN=of_processes_PNMK[..., 1].sum(-1))
         values = read_scalars([step.figures for step in unread], device=self._task.engine.device)
-        of_domains = self._read_domains(unread)
+        of_domains = self._read_domains(of_processes_PNMK.sum(0))
         seconds = (time.monotonic() - self._mark) / len(unread)
         waited = (run.prefetcher.wait_seconds - self._wait_mark) / len(unread)
         told = [callback.tell() for callback in run.callbacks]
@@ -143,19 +144,20 @@ class Metrics(Callback):
         mfu = None if compute.peak_flops is None else each * compute.flops_per_token / compute.peak_flops
         return {"tokens_per_second": everywhere, "tokens_per_second_per_gpu": each, "mfu": mfu}
 
-    def _sum_losses(self, unread: list[_Unread]) -> None:
-        """Turn each process's share of the losses into the step's loss and the largest of a process."""
+    def _sum_losses(self, unread: list[_Unread], *, labels_PN: Tensor) -> None:
+        """Turn each process's share of the losses into the step's loss, and the largest mean of a process's own."""
         shares_PN = self._task.processes.all_gather(torch.stack([step.figures["loss"] for step in unread]))
-        for step, total, largest in zip(unread, shares_PN.sum(0), shares_PN.amax(0), strict=True):
+        # A share is of the mean over all labels; of equally many, a process's own mean is `size` times it, to the bit.
+        means_PN = shares_PN * (labels_PN.sum(0) / labels_PN.clamp(min=1)).to(shares_PN.dtype)
+        for step, total, largest in zip(unread, shares_PN.sum(0), means_PN.amax(0), strict=True):
             step.figures["loss"] = total
-            step.figures["loss_max"] = largest * self._task.processes.size
+            step.figures["loss_max"] = largest
 
-    def _read_domains(self, unread: list[_Unread]) -> list[dict[str, dict[str, float]]]:
+    def _read_domains(self, of_steps_NMK: Tensor) -> list[dict[str, dict[str, float]]]:
         """Of each domain that a step had text of, over all processes: labels, mean loss, means of what is measured."""
-        of_processes_PNMK = self._task.processes.all_gather(torch.stack([step.domains for step in unread]))
         domains, measures = self._task.mixture.domains, self._task.objective.measures
         lines = []
-        for step in of_processes_PNMK.sum(0).tolist():
+        for step in of_steps_NMK.tolist():
             seen = {domain: sums for domain, sums in zip(domains, step, strict=True) if sums[1]}
             line = {
                 "domain_tokens": {domain: int(sums[1]) for domain, sums in seen.items()},

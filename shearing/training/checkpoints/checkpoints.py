@@ -74,6 +74,7 @@ class Checkpoints:
         self._keep_last, self._keep_every, self._keep = keep_last, keep_every, keep
         self._processes = processes or Processes()
         self._writing: tuple[int, Path, _Part] | None = None
+        self._damaged: set[Path] = set()
         self._processes.on_main(self._clear)
 
     def save(self, *, step: int, write: Callable[[Path], Fingerprints]) -> Path:
@@ -150,7 +151,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Folder of the newest checkpoint that is undamaged, None if there is none; each process looks at its share.
 
-        Damaged ones are reported and passed over; the step they are of will be computed again.
+        Damaged ones are reported and passed over; the step they are of will be computed again, and they go behind it.
         """
         processes = self._processes
         for folder in processes.on_main(self._newest_first):
@@ -158,6 +159,7 @@ class Checkpoints:
             damage = next((said for said in found if said is not None), None)
             if damage is None:
                 return folder
+            self._damaged.add(folder)
             if processes.is_main:
                 logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
         return None
@@ -205,9 +207,13 @@ class Checkpoints:
         beside.rename(place)
         flush_folder(self.folder)
         write_text(self.folder / "latest", place.name + "\n")
-        written = step_of(place)
-        # Those of later steps are damaged: training has passed them over, and will write them again.
-        before = [old for old in self._newest_first() if step_of(old) < written]
+        self._damaged.discard(place)
+        # Those of later steps are damaged: training has passed them over, and will come by them again. Not every one is
+        # written once more, as one of a stop is not, so what is known to be damaged goes before any that is not.
+        before = [old for old in self._newest_first() if step_of(old) < step_of(place)]
+        for old in self._damaged.intersection(before):
+            self._remove(old)
+            before.remove(old)
         for old in before[self._keep_last - 1 :]:
             step = step_of(old)
             if step != self._keep and (not self._keep_every or step % self._keep_every):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shearing.models.stored.paging.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.pieces import SET_ASIDE, WEIGHT, Piece
 from shearing.training.engines.kept_zeros import require_shape, require_zero
@@ -55,6 +56,7 @@ class MovingMatrix:
         mask: bool [O, I] to begin with, True where kept.
         kept, of: N and M of its groups.
         scale: factors [I] of the magnitudes that are compared, or None.
+        dropped: where a matrix [O, I] is stored that has what is dropped to begin with; None: the parameter itself has.
     """
 
     name: str
@@ -62,6 +64,7 @@ class MovingMatrix:
     kept: int
     of: int
     scale: Tensor | None = None
+    dropped: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class MovingMasks:
             publish: brings weights to where forward passes read them; None: they read them here.
 
         Raises:
-            ShearingError: a mask is of no parameter, or of another shape.
+            ShearingError: a mask is of no parameter, or of another shape; what is dropped is not finite.
         """
         held = {piece.name: piece for piece in pieces}
         for matrix in self._matrices():
@@ -275,7 +278,10 @@ def _nothing() -> None:
 def _taken(matrix: MovingMatrix, piece: Piece) -> _Held:
     weight = piece.values[WEIGHT]
     kept = matrix.mask.reshape(-1)[piece.start : piece.start + piece.numel].to(weight.device)
-    aside = weight.clone().masked_fill_(kept, float("nan"))
+    before, stored = weight, matrix.dropped
+    if stored is not None:
+        before = stored.read(device=weight.device, start=piece.start, numel=piece.numel, dtype=weight.dtype)
+    aside = before.masked_fill(kept, float("nan"))
     weight.masked_fill_(~kept, 0.0)
     first = min(-piece.start % matrix.of, piece.numel)
     whole = slice(first, first + (piece.numel - first) // matrix.of * matrix.of)

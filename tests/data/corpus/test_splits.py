@@ -76,8 +76,10 @@ def test_as_few_contents_as_reach_the_sizes(numbers: list[int], sizes: SplitSize
         with pytest.raises(ShearingError, match="less together than domain d has"):
             choose_splits({"d": each}, sizes=sizes, seed=seed)
         return
-    side = choose_splits({"d": each}, sizes=sizes, seed=seed)["d"]
     keys = split_keys(each.hashes, seed=seed)
+    largest = max(int(each.tokens[keys == key].sum()) for key in keys)
+    assume(4 * largest <= total or largest <= 2 * min(targets))  # those that are not are passed over
+    side = choose_splits({"d": each}, sizes=sizes, seed=seed)["d"]
     # By their keys: validation, test, training.
     assert keys[side == 1].max() < keys[side == 2].min()
     assert keys[side == 2].max() < keys[side == 0].min()
@@ -87,6 +89,35 @@ def test_as_few_contents_as_reach_the_sizes(numbers: list[int], sizes: SplitSize
         behind = len(set(keys[keys > keys[chosen].max()]))
         assert each.tokens[chosen].sum() >= target or behind == 3 - place
         assert each.tokens[chosen & (keys != keys[chosen].max())].sum() < target
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=3, max_size=30),
+    long=st.lists(st.integers(1_000, 30_000), max_size=3),
+    percent=st.integers(1, 10),
+    seed=st.integers(0, 9),
+)
+def test_long_documents_stay_in_training(lengths: list[int], long: list[int], percent: int, seed: int) -> None:
+    tokens = np.array([*lengths, *long], dtype=np.int64)
+    each = Documents(hashes=documents(list(range(len(tokens)))).hashes, tokens=tokens)
+    size, total = SplitSize(share=Fraction(percent, 100)), int(tokens.sum())
+    side = choose_splits({"d": each}, sizes=SplitSizes(size, size), seed=seed)["d"]
+    assert set(side) == {0, 1, 2}
+    far = np.flatnonzero((4 * tokens > total) & (tokens > 2 * size.of(total)))
+    if len(tokens) - len(far) > 1:
+        assert not side[far].any()
+        for place in (1, 2):
+            assert tokens[side == place].sum() < size.of(total) + max(2 * size.of(total), total / 4)
+
+
+def test_one_long_document_is_passed_over() -> None:
+    tokens = np.array([26] * 12 + [28_065], dtype=np.int64)
+    each = Documents(hashes=documents(list(range(13))).hashes, tokens=tokens)
+    sizes = SplitSizes(*[SplitSize.parse("5%")] * 2)
+    for seed in range(20):
+        side = choose_splits({"d": each}, sizes=sizes, seed=seed)["d"]
+        assert side[12] == 0
+        assert set(side) == {0, 1, 2}
 
 
 @given(numbers=contents, seed=st.integers(0, 9), share=st.integers(1, 5))
@@ -164,6 +195,14 @@ def test_sizes_in_a_manifest() -> None:
     assert tenths(2, 1).to_json() == dict(zip(HELD_OUT, ("20%", "10%"), strict=True))
     with pytest.raises(ValueError, match="below 100%"):
         tenths(5, 5)
+
+
+@pytest.mark.parametrize("other", [[2, 3], [1, 2]])
+def test_why_a_domain_is_too_small(other: list[int]) -> None:
+    earlier = Earlier(*(documents(numbers).hashes for numbers in ([1], [2], [3])))
+    reason = "too few different documents" if 1 not in other else "in other parts of domains prepared earlier"
+    with pytest.raises(ShearingError, match=reason):
+        sides({"b": [n + 10 * (1 not in other) for n in other]}, sizes=tenths(), seed=0, earlier=earlier)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_a_tokenizer_without_a_template() -> None:
         ([], "an empty list"),
         (["text"], "a message with str"),
         ([{"from": "human", "value": "hi"}], "a message with fields from, value"),
+        ([{"from": "human", "value": "hi"}], "rename from and value to role and content, and the roles to user"),
         ([{"role": "assistant", "content": "hi"}], "the chat template says: roles must take turns"),
     ],
 )

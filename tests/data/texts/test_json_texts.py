@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from shearing.data.texts import json_texts as module
 from shearing.data.texts.bad_input import BadInput
 from shearing.data.texts.documents import MISSING, TextFile, value_at
 from shearing.data.texts.json_texts import json_texts
+from shearing.data.texts.kinds import kind_of
 from shearing.data.texts.reading import read_local_texts
 from shearing.errors import ShearingError
 
@@ -110,6 +112,42 @@ def test_values_of_other_kinds_are_counted_one_by_one() -> None:
     data = b'[1, {"text": "a"}, "b", {"text": 3}, {"body": "c"}, [2], {"text": "d"}]'
     assert [text for text, _ in read(data, bad=bad)] == ["a", "d"]
     assert bad.left_out == {"no_text": 5}
+
+
+@pytest.mark.parametrize(
+    ("record", "mend"),
+    [
+        ({"messages": [{"role": "user", "content": ""}]}, "'messages' holds chats: `shear data prepare --format chat`"),
+        (
+            {"id": 1, "talk": [{"from": "human", "value": "a"}]},
+            "rename from and value to role and content, then `shear data prepare --format chat --text-field talk`",
+        ),
+        ({"text": [{"role": "user", "content": "a"}]}, "`shear data prepare --format chat --text-field text`"),
+        ({"body": "a", "tags": ["b"], "none": []}, "name the field that holds the text: text_field"),
+    ],
+)
+def test_chats_in_place_of_text_say_how_chats_are_read(record: dict[str, Any], mend: str) -> None:
+    with pytest.raises(ShearingError) as error:
+        read(orjson.dumps(record))
+    assert mend in error.value.mend
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "A.JSONL.GZ"])
+def test_a_plain_file_that_is_called_compressed(name: str, tmp_path: Path) -> None:
+    path, (kind, compression) = tmp_path / name, kind_of(name) or ("text", None)
+    source = TextFile(str(path), kind, "text", compression)
+    lines = orjson.dumps({"text": "a"})
+    path.write_bytes(gzip.compress(lines))
+    assert [text for text, _ in read_local_texts(source, bad=bad_of())] == ["a"]
+    path.write_bytes(lines)
+    with pytest.raises(ShearingError, match=r"it is not compressed with gzip: name it without \.gz"):
+        list(read_local_texts(source, bad=bad_of()))
+    bad = bad_of("skip")
+    assert list(read_local_texts(source, bad=bad)) == []
+    assert bad.left_out == {"damaged": 1}
+    path.write_bytes(gzip.compress(lines) + lines)
+    with pytest.raises(ShearingError, match="cut off or damaged"):
+        list(read_local_texts(source, bad=bad_of()))
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,12 @@ def test_what_is_not_utf8_in_a_dictionary(tmp_path: Path) -> None:
     dictionary = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0]), broken)
     path = written(tmp_path, "arrow", pa.table({"text": dictionary}))
     assert read(path, "text", policy="skip") == (["good", "fine", "good"], {"not_utf8": 1})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("field", ["text", "talk"])
+def test_chats_in_place_of_text_say_how_chats_are_read(kind: str, field: str, tmp_path: Path) -> None:
+    path = written(tmp_path, kind, pa.table({"talk": [[{"from": "human", "value": "a"}]], "n": [1]}))
+    mend = "'talk' holds chats: rename from and value to role and content, then `shear data prepare --format chat"
+    with pytest.raises(ShearingError, match=mend):
+        read(path, field)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from data_tools.adoption import adoption
 from data_tools.adoption.adoption import adopt
 from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
@@ -195,6 +197,26 @@ def test_adopting_twice_keeps_what_is_there_and_equal_texts_on_one_side(tmp_path
     assert sum(map(len, sides.values())) == len(set.union(*sides.values()))
     with pytest.raises(ShearingError, match="other settings"):
         adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output, test="10%")
+
+
+def test_a_domain_that_comes_while_another_is_adopted(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write_ds(tmp_path / f"{name}.ds", texts(byte_tokenizer, 60))
+    other = adopted({"b": tmp_path / "b.ds"}, tokenizer=byte_tokenizer, output=tmp_path / "other")
+    output, write = tmp_path / "corpus", adoption._write_domain
+
+    def slowly(*arguments: Any, **keys: Any) -> None:
+        write(*arguments, **keys)
+        shutil.copytree(other.path / "b", output / "b")
+
+    monkeypatch.setattr(adoption, "_write_domain", slowly)
+    with pytest.raises(ShearingError, match="has written b meanwhile"):
+        adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output)
+    assert not (output / "a").exists()
+    monkeypatch.setattr(adoption, "_write_domain", write)
+    assert adopted({"a": tmp_path / "a.ds"}, tokenizer=byte_tokenizer, output=output).domains == ["a", "b"]
 
 
 def content(folder: Path) -> dict[str, bytes]:

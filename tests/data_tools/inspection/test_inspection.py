@@ -88,6 +88,15 @@ def test_problems(write: Write, text: str, problem: str) -> None:
     assert any(re.search(problem, each) for each in found.domains["bad"].problems), found.problems
 
 
+def test_splits_that_are_far_from_what_was_asked_for(write: Write) -> None:
+    found = looked(write({"good": words("good", 50), "long": ["abcdefghij " * 800, *words("long", 12)]}))
+    assert found.domains["good"].problems == []
+    assert found.domains["long"].manifest.train.tokens > 8_800
+    assert [re.sub("[0-9][0-9,]* ", "# ", each) for each in found.domains["long"].problems] == [
+        f"{split} has # of # tokens, where # were asked for (10%)" for split in ("validation", "test")
+    ]
+
+
 def test_good_text_in_other_languages_is_no_problem(write: Write) -> None:
     languages = ["Être naïve à Zürich coûte cher", "東京は日本の首都です", "Москва столица", "ÂNGELA É ÃO", "🙂 emoji"]
     found = looked(write({"world": [f"{text} {i}" for i in range(30) for text in languages]}))
@@ -149,10 +158,22 @@ def test_planned_use(write: Write, tmp_path: Path) -> None:
     assert problem.startswith("books: smaller than its planned use: the recipe reads it")
 
 
+@pytest.mark.parametrize("columns", [50, 100, 120, 300])
+def test_nothing_is_cut_off(columns: int, write: Write) -> None:
+    path = write({"a_name_of_many_letters": words("books", 200), "code": words("code", 60)})
+    result = CliRunner().invoke(app, ["data", "inspect", str(path)], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output
+    tokens = DomainManifest.read(path / "a_name_of_many_letters").train.tokens
+    for shown in ("a_name_of_many_letters", "training tokens", f"{tokens:,}", "also elsewhere", "left out"):
+        assert shown in result.output
+    assert ("┃" in result.output) == (columns == 300)
+
+
 def test_the_command(write: Write, tmp_path: Path) -> None:
     path = write(
         {f"domain_{i:02d}": words(str(i), 20 + i) for i in range(30)}
-        | {"long": ["abcdefghij " * 1000, *words("long", 20)]}
+        | {"long": ["abcdefghij " * 1000, *words("long", 200)]}
     )
 
     def invoke(*arguments: str) -> tuple[int, str]:

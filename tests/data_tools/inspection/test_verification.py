@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from data_tools.adoption.adoption import adopt
 from data_tools.inspection.verification import Verification, verify
 from shearing.cli.frame import app
+from shearing.data.corpus import integrity
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
@@ -157,6 +159,20 @@ def test_exchanged_files_of_one_size_are_found_at_load_where_documents_differ(tm
     exchange("train_ends.npy")(tmp_path)
     with pytest.raises(ShearingError, match="exchanged with another domain"):
         Corpus.open(tmp_path)
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(integrity, "_tokens_at", fails)
+    with pytest.raises(ShearingError, match=r"train\.bin = 'cannot be read: Input/output error'"):
+        Corpus.open(corpus)
+    assert named(corpus)["train.bin"] == "cannot be read: Input/output error"
+    monkeypatch.undo()
+    monkeypatch.setattr(integrity, "map_array", fails)
+    (corpus / "first" / "train_ends.npy").write_bytes(b"other content")
+    assert named(corpus)["train_ends.npy"] == "cannot be read: Input/output error"
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -99,6 +99,9 @@ def test_jobs_in_the_queue_are_not_submitted_again(
         prepared(texts, **keys)
     with pytest.raises(ShearingError, match="scancel 7"):
         prepared(texts, **keys)
+    for executor in ("slurm", "local"):  # they will write into the folder, and know of nothing that is decided here
+        with pytest.raises(ShearingError, match="7 of another preparation"):
+            prepared({"b": texts["a"]}, **keys | {"executor": executor})
 
 
 def test_ray_that_is_not_installed(prepared: Prepared, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

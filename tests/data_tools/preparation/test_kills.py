@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.preparation.work_folder import PREFIX
+from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.format import SPLITS
 from tests.data_tools.conftest import content, write_lines
 from tests.data_tools.processes import gone, shards, start, wait_for
 
@@ -65,6 +68,29 @@ def test_killed_twice_and_continued(command: list[str], undisturbed: dict[str, b
     assert process.returncode == 0, said
     assert f"{len(kept)} finished before" in said
     assert content(output) == undisturbed
+
+
+def test_killed_behind_the_decision_before_another_domain_came(
+    command: list[str], tmp_path: Path, letters: Path
+) -> None:
+    output, shared = tmp_path / "corpus", Path(command[command.index("--domain") + 1].removeprefix("all=")) / "0.jsonl"
+    process = start(command, output=output)
+    wait_for(lambda: any(output.glob(f"{PREFIX}*/places")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert not (output / "corpus.json").exists()
+    other = ["data", "prepare", "--domain", f"other={shared}", "--tokenizer", str(letters), "--workers", "1"]
+    for each in (other, command):
+        process = start(each, output=output)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert "other came meanwhile" in said
+    corpus = Corpus.open(output)
+    sides = [
+        {each for name in corpus.domains for each in corpus.document_hashes(name, split=split).tolist()}
+        for split in SPLITS
+    ]
+    assert sum(map(len, sides)) == len(set.union(*sides))
 
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_wait(letters: Path, tmp_path: Path) -> None:

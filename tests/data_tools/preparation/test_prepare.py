@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
 from typer.testing import CliRunner
 
+from data_tools.preparation import steps
 from data_tools.preparation.recipe import load_preparation
 from data_tools.preparation.work_folder import PREFIX
 from shearing.cli.frame import app
@@ -242,6 +244,57 @@ def test_preparing_twice_at_once_is_refused(prepared: Prepared, tmp_path: Path) 
     finally:
         os.close(folder)
     assert prepared({"a": str(a)}).domains == ["a"]
+
+
+def test_a_domain_that_came_after_it_was_decided_what_is_held_out(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two domains none, the first, or the first of another decision is there by then."""
+    texts = {"a": TEXTS, "b": [f"other {i}" for i in range(60)]}
+    paths = {name: str(write_lines(tmp_path / f"{name}.jsonl", lines)) for name, lines in texts.items()}
+    c = str(write_lines(tmp_path / "c.jsonl", [*TEXTS[:20], *texts["b"][:40]]))
+    write = steps.WriteDomain.do
+    for number in range(3):
+        output, sizes = tmp_path / str(number), {"validation": "20%", "test": "20%"}
+
+        def killed(step: steps.WriteDomain, rank: int, published: int = number % 2) -> None:
+            if rank == published:
+                raise KeyboardInterrupt
+            write(step, rank)
+
+        monkeypatch.setattr(steps.WriteDomain, "do", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(paths, output=output, **sizes)
+        monkeypatch.setattr(steps.WriteDomain, "do", write)
+        assert (output / "a").exists() == (number == 1)
+        prepared({"a": paths["a"]} if number == 2 else {"c": c}, output=output, **sizes)
+        corpus = prepared(paths, output=output, **sizes)
+        if number == 2:
+            corpus = prepared({"c": c}, output=output, **sizes)
+        train, validation, test = distinct_texts(corpus, "abc")
+        assert not train & validation | train & test | validation & test, number
+
+
+def test_a_domain_that_comes_while_another_is_written(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As jobs of a cluster may, which hold no folder while they wait."""
+    a, c = (str(write_lines(tmp_path / f"{name}.jsonl", TEXTS[first:])) for name, first in (("a", 0), ("c", 20)))
+    sizes = {"validation": "20%", "test": "20%"}
+    other = prepared({"c": c}, output=tmp_path / "other", **sizes)
+    write, output = steps.write_domain_folder, tmp_path / "corpus"
+
+    def slowly(folder: Path, **keys: Any) -> None:
+        write(folder, **keys)
+        shutil.copytree(other.path / "c", output / "c")
+
+    monkeypatch.setattr(steps, "write_domain_folder", slowly)
+    with pytest.raises(ShearingError, match="has written c meanwhile"):
+        prepared({"a": a}, **sizes)
+    assert not (output / "a").exists()
+    monkeypatch.setattr(steps, "write_domain_folder", write)
+    train, validation, test = distinct_texts(prepared({"a": a}, **sizes), "ac")
+    assert not train & validation | train & test | validation & test
 
 
 def test_command_with_options_and_with_a_recipe(letters: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from shearing.integrations.composer import LearnMasks, MixtureBatches
 from shearing.training.loop import train
 from shearing.training.stage import HeldOut
 from shearing.training.task import Task
+from tests.data.corpus.answers import with_answers
 from tests.integrations.composer import fits
 from tests.repository import ROOT
 from tests.training import tasks
@@ -131,7 +132,7 @@ def test_two_processes_end_where_one_does(tiny_inputs: Path, tmp_path: Path) -> 
         torch.testing.assert_close(two["masking"]["log_alpha"][name], value, **CLOSE)
 
 
-def test_what_is_not_right_is_refused(tiny_inputs: Path) -> None:
+def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None:
     mixture = tasks.mixture_of(tiny_inputs)
     within = Mixture(
         mixture.corpus,
@@ -142,6 +143,9 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path) -> None:
     )
     with pytest.raises(ShearingError, match="without document rules"):
         MixtureBatches(within, sequences_per_step=4)
+    with_answers(tiny_inputs / "corpus", tmp_path / "corpus", domain="letters")
+    with pytest.raises(ShearingError, match="some tokens do not count"):
+        MixtureBatches(tasks.mixture_of(tmp_path), sequences_per_step=4)
     _, masking = tasks.masked_objective(tiny_inputs)
     algorithm = LearnMasks(masking)
 

@@ -9,17 +9,29 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from shearing import ShearingError
 from shearing.data import DocumentRules, Mixture
 from shearing.integrations.trainer import LearnMasks, MixtureRows
 from shearing.training.loop import train
+from tests.data.corpus.answers import with_answers
 from tests.training import tasks
 
 
+def _answers(inputs: Path, folder: Path, *, share: float) -> Path:
+    """The same inputs, of whose letters some tokens do not count."""
+    folder.mkdir()
+    for path in inputs.iterdir():
+        if path.name != "corpus":
+            (folder / path.name).symlink_to(path)
+    with_answers(inputs / "corpus", folder / "corpus", domain="letters", share=share)
+    return folder
+
+
 def _trainer(
-    inputs: Path, folder: Path, *, estimator: str = "hard_concrete", **settings: Any
+    inputs: Path, folder: Path, *, estimator: str = "hard_concrete", evaluated: Any = None, **settings: Any
 ) -> tuple[Trainer, LearnMasks]:
     """Mask learning as in `tasks.tiny_task`."""
     objective, masking = tasks.masked_objective(inputs, estimator=estimator)
@@ -50,17 +62,22 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=MixtureRows(tasks.mixture_of(inputs)),
+        eval_dataset=evaluated,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         callbacks=[learn],
     )
     return trainer, learn
 
 
-@pytest.mark.parametrize("estimator", ["hard_concrete", "straight_through"])
-def test_the_trainer_ends_where_our_loop_does(tiny_inputs: Path, tmp_path: Path, estimator: str) -> None:
-    task = tasks.tiny_task(tiny_inputs, tmp_path / "ours", estimator=estimator)
+@pytest.mark.parametrize(
+    ("estimator", "answers"), [("hard_concrete", False), ("straight_through", False), ("straight_through", True)]
+)
+def test_the_trainer_ends_where_our_loop_does(tiny_inputs: Path, tmp_path: Path, estimator: str, answers: bool) -> None:
+    # So many tokens that every row has a label: of the others, the trainer has none.
+    inputs = _answers(tiny_inputs, tmp_path / "answers", share=0.8) if answers else tiny_inputs
+    task = tasks.tiny_task(inputs, tmp_path / "ours", estimator=estimator)
     train(task, console=Console(file=io.StringIO()))
-    trainer, learn = _trainer(tiny_inputs, tmp_path / "theirs", estimator=estimator)
+    trainer, learn = _trainer(inputs, tmp_path / "theirs", estimator=estimator)
     trainer.train()
     weights = dict(trainer.model.named_parameters())
     for name, weight in task.objective.model.named_parameters():
@@ -88,6 +105,67 @@ def test_what_is_stopped_continues(tiny_inputs: Path, tmp_path: Path) -> None:
     (checkpoint / "masks.pt").unlink()
     with pytest.raises(ShearingError, match=r"a checkpoint with masks\.pt"):
         _trainer(tiny_inputs, tmp_path)[0].train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"save_strategy": "steps", "save_steps": 2},
+        {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"},
+    ],
+    ids=["steps", "best"],
+)
+def test_what_is_killed_while_it_saves_continues(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: dict[str, Any]
+) -> None:
+    batch = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2)
+    settings = {"evaluated": [{"input_ids": row, "labels": row} for row in batch.tokens], "save_total_limit": 1}
+    whole, first = _trainer(tiny_inputs, tmp_path / "whole", **saving, **settings)
+    monkeypatch.setattr(Trainer, "_determine_best_metric", lambda *_, **__: True)
+    whole.train()
+
+    class KilledError(Exception):
+        pass
+
+    def killed(learn: LearnMasks, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if state.global_step == 4:
+            raise KilledError
+        save(learn, args, state, control, **keywords)
+
+    save = LearnMasks.on_save
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnMasks, "on_save", killed)
+        with pytest.raises(KilledError):
+            _trainer(tiny_inputs, tmp_path / "killed", **saving, **settings)[0].train()
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-4"]
+    again, second = _trainer(tiny_inputs, tmp_path / "killed", **saving, **settings)
+    again.train(resume_from_checkpoint=True)
+    log_alpha = first.masking.state_dict()["log_alpha"]
+    for name, value in second.masking.state_dict()["log_alpha"].items():
+        assert torch.equal(log_alpha[name], value), name
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{tasks.STEPS}"]
+
+
+def test_labels_are_the_tokens_that_count(tiny_inputs: Path, tmp_path: Path) -> None:
+    inputs = _answers(tiny_inputs, tmp_path / "answers", share=0.02)
+    mixture = tasks.mixture_of(inputs)
+    batch = mixture.batch(first_sample=0, num_sequences=16)
+    assert batch.counted is not None
+    labels = batch.tokens.masked_fill(~batch.counted, -100)
+    with_labels = [row for row in range(16) if batch.counted[row, 1:].any()]
+    assert 0 < len(with_labels) < 16
+    for row, dealt in zip(with_labels, MixtureRows(mixture), strict=False):
+        assert torch.equal(dealt["input_ids"], batch.tokens[row])
+        assert torch.equal(dealt["labels"], labels[row])
+
+
+def test_one_worker_deals_the_sequence_and_two_are_refused(tiny_inputs: Path) -> None:
+    mixture = tasks.mixture_of(tiny_inputs)
+    rows = MixtureRows(mixture)
+    found = next(iter(DataLoader(rows, batch_size=3, num_workers=1)))
+    assert torch.equal(found["input_ids"], mixture.batch(first_sample=0, num_sequences=3).tokens)
+    with pytest.raises(RuntimeError, match="dataloader_num_workers = 2"):  # of what a worker raises, the words are left
+        next(iter(DataLoader(rows, batch_size=3, num_workers=2)))
 
 
 def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -41,6 +41,18 @@ def test_means_and_variances_over_tokens(weights: torch.Tensor | None) -> None:
     torch.testing.assert_close(statistics.variance, variance, rtol=1e-4, atol=0.0)
 
 
+def test_a_variance_is_exact_where_the_mean_is_large() -> None:
+    """As the statistics of a layer's places are: fp32 outside, whatever is added up inside."""
+    needs: frozenset[Need] = frozenset({"sums", "squares"})
+    statistics = InputStatistics(5, needs=needs, device=torch.device("cpu"))
+    for part in (1000.0 + INPUTS).split(1):
+        statistics.add(part)
+    inputs = (1000.0 + INPUTS).double().flatten(0, 1)
+    torch.testing.assert_close(statistics.variance, inputs.var(0, correction=0).float(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(statistics.mean, inputs.mean(0).float())
+    torch.testing.assert_close(statistics.squares, (inputs.square().sum(0) / 6).float())
+
+
 def test_unweighted_tokens_count_once() -> None:
     statistics = InputStatistics(5, needs=BOTH, device=torch.device("cpu"))
     statistics.add(INPUTS)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import zstandard
 
+from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError
 from shearing.pruning.calibration import text as module
 from shearing.pruning.calibration.text import load_calibration
@@ -103,6 +104,43 @@ def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(module, "READ_TIMES", 10**6)
     with pytest.raises(ShearingError, match="31"):
         rows([tmp_path / "a.jsonl"], byte_level())
+
+
+def test_rows_behind_do_not_change_those_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither where there are enough of them, nor where more has to be read for them."""
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), (30, 60))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(orjson.dumps({"text": "".join(text)}) for text in letters))
+    monkeypatch.setattr(module, "READ_TIMES", 2)
+    alone = rows([tmp_path / "a.jsonl"], byte_level(), samples=10)
+    for more in (5, 35):
+        both = rows([tmp_path / "a.jsonl"], byte_level(), samples=10, more=more)
+        assert torch.equal(both[:10], alone)
+        assert both.shape == (10 + more, 16)
+        assert len({tuple(row) for row in both.tolist()}) == 10 + more
+    with pytest.raises(ShearingError, match="samples = 210"):
+        rows([tmp_path / "a.jsonl"], byte_level(), samples=10, more=200)
+
+
+@pytest.mark.parametrize("bos", ["none", "document", "row"])
+def test_documents_of_files_are_told_as_those_of_a_corpus(bos: Any, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.bos_token = "<|endoftext|>"
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    rules = DocumentRules(attention_within=True, loss_across=False)
+    chosen: dict[str, Any] = {"vocab_size": 1000, "samples": 60, "seqlen": 16, "seed": 0, "bos": bos}
+    told = load_calibration([tmp_path / "a.jsonl"], tokenizer=tokenizer, documents=rules, **chosen)
+    plain = load_calibration([tmp_path / "a.jsonl"], tokenizer=tokenizer, **chosen)
+    assert torch.equal(told.tokens, plain.tokens)
+    assert (plain.positions, plain.counted) == (None, None)
+    assert told.fingerprint != plain.fingerprint
+    assert told.positions is not None
+    assert told.counted is not None
+    ended = told.tokens[:, :-1] == tokenizer.eos_token_id
+    begins = torch.cat([torch.ones(60, 1, dtype=torch.bool), ended], dim=1)
+    assert ended.any()
+    assert torch.equal(told.positions == 0, begins)
+    assert torch.equal(told.positions[:, 1:][~ended], told.positions[:, :-1][~ended] + 1)
+    assert torch.equal(told.counted[:, 1:], ~ended)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

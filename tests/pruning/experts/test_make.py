@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
+from shearing.pruning.experts import make
 from shearing.pruning.experts.make import find_experts, make_experts, mixture_config, mixture_of
 from shearing.pruning.experts.recipe import MoeRecipe
 from shearing.pruning.experts.split import SPREAD, by_coactivation
@@ -71,6 +73,29 @@ def test_a_mixture_of_few_keeps_the_norm_of_what_it_adds() -> None:
     assert float(logits.std()) == pytest.approx(SPREAD, rel=1e-3)
 
 
+def test_text_may_go_through_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, ids = tiny_model("qwen3"), tiny_ids(sequences=5, length=24)
+    sizes: list[int] = []
+    first: Any = dense.model.layers[0].mlp
+    first.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    whole = find_experts(dense, tokens=ids, recipe=recipe(active=2))
+    monkeypatch.setattr(make, "CHUNK_TOKENS", 50)
+    parts = find_experts(dense, tokens=ids, recipe=recipe(active=2))
+    assert sizes == [5, 2, 2, 1]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.groups, other.groups)
+        torch.testing.assert_close(one.router, other.router)
+
+
+def test_documents_of_a_named_field(tiny_inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": "abcd" * 20}) for _ in range(9)))
+    arguments = ["moe", str(tiny_inputs / "model"), "--experts", "6", "--active", "2", "-o", str(tmp_path / "out")]
+    arguments += ["--calibration", str(tmp_path / "a.jsonl"), "--samples", "4", "--seqlen", "16"]
+    assert "--text-field" in CliRunner().invoke(app, arguments).stderr
+    result = CliRunner().invoke(app, [*arguments, "--text-field", "body"])
+    assert result.exit_code == 0, result.output
+
+
 def test_units_that_are_active_together_stay_together() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, (200,), generator=generator)
@@ -119,6 +144,23 @@ def test_more_active_than_there_are(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "at most the 2 experts" in result.stderr
+
+
+def test_a_full_disk_is_said_of_the_output(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    settings = recipe(
+        model=str(tiny_inputs / "model"),
+        output=tmp_path / "out",
+        experts=6,
+        samples=4,
+        calibration=[tiny_inputs / "corpus"],
+    )
+    with pytest.raises(ShearingError, match=r"output = .* GB free"):
+        make_experts(settings, console=Console(quiet=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_there_is_left(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -184,6 +184,9 @@ def test_killed_and_continued_finds_the_same(allocation: Path, tiny_inputs: Path
         (["--target", "0.5", "--levels", "5:4"], ["levels = '5:4'", "write 1:8,2:8,4:8"]),
         (["--target", "0.5", "--levels", "3:4", "--hardware", "2:4"], ["hardware", "which none of 3:4 is"]),
         ([], ["sparsity = None", "say how much goes"]),
+        (["--pattern", "2:4", "--levels", "row 0.5"], ["levels = 'row 0.5'", "N:4 with pattern 2:4"]),
+        (["--pattern", "4:8", "--levels", "1:4,2:4"], ["levels = '1:4, 2:4'", "N:8 with pattern 4:8"]),
+        (["--target", "0.5", "--group", "layer", "--levels", "row 0.5"], ["group = 'layer'", "unset with levels"]),
     ],
 )
 def test_bad_input(arguments: list[str], parts: list[str], tiny_inputs: Path, tmp_path: Path) -> None:
@@ -192,6 +195,19 @@ def test_bad_input(arguments: list[str], parts: list[str], tiny_inputs: Path, tm
     for part in parts:
         assert part in message, message
     assert not (tmp_path / "found.json.partial" / "allocation.json").exists()
+
+
+def test_what_a_file_says_is_not_said_otherwise(allocation: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    begin = ["sparsify", tiny_inputs / "model", "--criterion", "magnitude", "-o", tmp_path / "sparse", "--allocation"]
+    assert "unset with an allocation file" in error_of(*begin, allocation, "--group", "row")
+    message = error_of(*begin, allocation, "--pattern", "4:8")
+    assert "pattern = '4:8'" in message
+    assert "other kinds of levels: 1:4, " in message
+    options = ["--criterion", "magnitude", "--allocation", "depth", "--target", "0.5"]
+    run("allocate", tiny_inputs / "model", *options, "spread=0.2", "-o", tmp_path / "rows.json")
+    assert "remove pattern" in error_of(*begin, tmp_path / "rows.json", "--pattern", "2:4")
+    assert not (tmp_path / "sparse").exists()
+    run(*begin, allocation, "--pattern", "2:4")
 
 
 def test_a_file_of_something_else(allocation: Path, tiny_inputs: Path, tmp_path: Path) -> None:

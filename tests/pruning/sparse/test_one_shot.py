@@ -242,6 +242,16 @@ def test_include_and_exclude(tiny_inputs: Path, tmp_path: Path) -> None:
     assert all(torch.equal(pruned[name], weight) for name, weight in dense.items() if name not in names)
 
 
+def test_a_target_that_the_cumulative_rule_misses_is_said(tiny_inputs: Path, tmp_path: Path) -> None:
+    options = ["sparsify", tiny_inputs / "model", "--criterion", "magnitude", "--group", "cumulative", "--sparsity"]
+    said = shear(*options, "0.99", "-o", tmp_path / "missed").output
+    assert "target missed" in said
+    assert "of its weights in 28 of 28 matrices" in said
+    said = shear(*options, "0.9", "-o", tmp_path / "met").output
+    assert "sparsify complete" in said
+    assert "target missed" not in said
+
+
 def test_text_files_are_calibration_too(tiny_inputs: Path, tmp_path: Path) -> None:
     for index, letters in enumerate(("abcd" * 200, "0123" * 100)):
         (tmp_path / f"{index}.txt").write_text(letters)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from shearing.data.corpus.corpus import Corpus
+from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
 from shearing.models.stored.stored_model import Source, open_any
 from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes, read_gradients
@@ -103,14 +104,14 @@ def test_a_whole_model_predicts_what_the_model_itself_does(name: str, tmp_path: 
     whole = WholeModel(source, device=torch.device("cpu"), dtype=torch.float32)
     ids, labels = CALIBRATION.tokens[:, :-1], CALIBRATION.tokens[:, 1:]
     logits = model(ids, use_cache=False).logits
-    states = whole.states(ids)
+    states = whole.states(Inputs(ids))
     torch.testing.assert_close(torch.cat(list(whole.logits(states))), logits.flatten(0, 1))
     losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     torch.testing.assert_close(whole.losses(states, labels), losses)
     torch.testing.assert_close(whole.loss(states, labels), losses.sum())
     other = states.roll(1, 0)
     p, q = (each.flatten(0, 1).log_softmax(-1) for each in (logits, logits.roll(1, 0)))
-    torch.testing.assert_close(divergence(states, other, model=whole).float(), (p.exp() * (p - q)).sum())
+    torch.testing.assert_close(divergence(states, other, labels, model=whole).float(), (p.exp() * (p - q)).sum())
 
 
 def request_of(folder: Path, **changes: Any) -> Request:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.planning import preflight
 from shearing.runs.planning.disk import cascade_bytes, run_bytes
+from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
 from shearing.runs.planning.preflight import survey
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
@@ -80,7 +83,7 @@ def test_disk_is_wanted_for_all_runs_before_the_first(
     ]
     assert cascade_bytes(recipe, source=config) == sum(alone)
     monkeypatch.setattr(preflight, "bytes_free", lambda _: max(alone) + 1)
-    with pytest.raises(ShearingError, match="of free disk"):
+    with pytest.raises(ShearingError, match=r"choose a folder on another disk \(run_dir\)"):
         run(recipe)
     assert not before.run_dir.exists()
     found, errors = survey(RunContext(recipe), starts=False)
@@ -138,6 +141,44 @@ def test_moments_go_on_with_the_weights_that_stay(tiny_inputs: Path, tmp_path: P
     assert run(other, stages=["evaluate"]).is_complete("evaluate")
 
 
+def test_a_cascade_is_judged_against_its_first_source(tiny_inputs: Path, tmp_path: Path) -> None:
+    metrics = {"evaluation": {"baselines": ["random", "reconstruction"], "generation": {"prompts": 0}}}
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST, **metrics))
+    done = run(recipe)
+    models = json.loads(done.evaluation.read_text())["models"]
+    assert list(models) == ["source", "cascade-step-1", "random", "reconstruction", "compact", "final"]
+    first = RunDirectory(done.path / "cascade" / "step-1")
+    folders: dict[str, str | Path] = {"source": recipe.model.source, "cascade-step-1": first.model, "final": done.model}
+    shapes = {name: Shape.of(AutoConfig.from_pretrained(folder)) for name, folder in folders.items()}
+    assert {name: models[name]["parameters"] for name in shapes} == {
+        name: shape.num_parameters() for name, shape in shapes.items()
+    }
+    assert models["final"]["label"].startswith("from step-1, ")
+    # What the first run has cost counts for what came of it: 3 steps, then 4, of 32 tokens.
+    tokens = {name: models[name]["training_tokens"] for name in models}
+    assert tokens == {"source": 0, "cascade-step-1": 96, "random": 0, "reconstruction": 0, "compact": 96, "final": 224}
+    taught = forward_flops_per_token(shapes["source"], sequence_length=16)
+    step, cut, final = (models[name]["flops"] for name in ("cascade-step-1", "compact", "final"))
+    of_step, of_final = (
+        training_flops_per_token(shapes[name], sequence_length=16) + taught for name in ("cascade-step-1", "final")
+    )
+    assert step > 96 * of_step
+    assert cut > step
+    assert final == cut + 128 * of_final
+    # Baselines are those of a run that was cut to the same shape at once, whatever scores this one has kept.
+    (before, last), alone = cascade_of(recipe), RunDirectory(tmp_path / "alone")
+    shutil.copytree(done.compact, alone.compact)
+    at_once = last.model_copy(update={"run_dir": alone.path, "model": before.model})
+    evaluated = run(at_once, stages=["evaluate"])
+    expected = json.loads(evaluated.evaluation.read_text())["models"]
+    for name in ("source", "random", "reconstruction"):
+        assert all(models[name][key] == expected[name][key] for key in ("mean", "units", "flops", "fingerprint")), name
+    # Without the first source there is nothing to compare with, which is said first.
+    first.recipe.write_text(first.recipe.read_text().replace(recipe.model.source, str(tmp_path / "none")))
+    with pytest.raises(ShearingError, match=r"model\.source = '.*none"):
+        run(recipe, stages=["evaluate"])
+
+
 @pytest.mark.parametrize(
     ("before", "sections", "says"),
     [
@@ -152,15 +193,22 @@ def test_moments_go_on_with_the_weights_that_stay(tiny_inputs: Path, tmp_path: P
         ([{"hidden_size": 24, "parameters": 3}], {}, "either a budget or sizes by name"),
         ([FIRST], {"pretrain": {"lora": {"rank": 2}}}, "none in a cascade"),
         ([FIRST], {"cascade": {"duration": 0}}, "at least a step"),
+        ([], {"target": [{"num_experts": 48}, {"num_experts": 32}]}, None),
+        ([], {"target": [{"num_experts": 32}, {"num_experts": 48}]}, "num_experts 32 then 48"),
+        ([FIRST], {"pretrain": {"warmup": "3 steps"}}, None),
+        # Of the four steps of the last run three are left to those before it.
+        ([FIRST], {"pretrain": {"warmup": "4 steps"}}, "cascade.duration = '75%, 3 steps of pretrain'"),
+        ([FIRST], {"pretrain": {"warmup": "4 steps"}}, "pretrain.warmup = '4 steps' is right: at most the stage's 3"),
+        ([{"parameters": "20K", "uniform": True}], {}, "cascade.targets.step-1 (prune.duration) = '0 steps'"),
     ],
 )
-def test_lists_that_do_not_shrink_are_refused(
+def test_lists_that_make_no_cascade_are_refused(
     tiny_inputs: Path, tmp_path: Path, before: list[dict[str, Any]], sections: dict[str, Any], says: str | None
 ) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(data_of(tiny_inputs, tmp_path, *before, **sections)))
     if says is None:
-        load_recipe(file)
+        assert len(cascade_of(load_recipe(file))) == 2
         return
     with pytest.raises(ShearingError) as caught:
         load_recipe(file)

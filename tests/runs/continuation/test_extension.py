@@ -180,6 +180,9 @@ def test_folders_that_cannot_be_are_refused(trained: RunDirectory, tmp_path: Pat
         extend(trained, to=trained.path, decay=Duration(steps=1))
     with pytest.raises(ShearingError, match="RUN_DIR"):
         extend(RunDirectory(tmp_path), to=tmp_path / "new", decay=Duration(steps=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(ShearingError, match="is a file: choose another NEW_DIR"):
+        extend(trained, to=tmp_path / "file" / "new", decay=Duration(steps=1))
 
 
 def test_a_damaged_checkpoint_is_passed_over(trained: RunDirectory, tmp_path: Path) -> None:
@@ -227,3 +230,71 @@ def test_a_checkpoint_that_does_not_say_what_was_left_out_is_passed_over(
     recipe = every_third(recipe_of(tiny_inputs, tmp_path / "old", duration=6, schedule="constant"))
     old = from_start(recipe, pruned=trained)
     assert extend(old, to=tmp_path / "new", overrides=["pretrain.duration=12"]).step == 5
+
+
+def sparse_recipe(inputs: Path, folder: Path, *, duration: int, **ast: Any) -> Recipe:
+    """Masks of the sparse source that move, with a checkpoint every other step."""
+    data = tiny_recipe_data(inputs, run_dir=folder / "run")
+    data["target"] = data["prune"] = None
+    data["mixture"] = {"update": "constant"}
+    data["sparsify"] = {"criterion": "magnitude", "pattern": "2:4"}
+    data["pretrain"] |= {
+        "duration": duration,
+        "schedule": "constant",
+        "warmup": "0 steps",
+        "checkpoint_interval": 2,
+        "keep_last": 9,
+        "ast": {"decay": 0.05, **ast},
+    }
+    return Recipe.model_validate(data)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first", "freeze"), [([], 4, 2), (["pretrain.ast.freeze=6"], 8, 6)], ids=["as it was", "rests on"]
+)
+def test_masks_that_move_do_so_as_in_the_run_from_the_start(
+    overrides: list[str], first: int, freeze: int, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    shares = {"interval": "25%", "ramp": "50%", "freeze": "25%"}
+    stages = ("sparsify", "pretrain")
+    short = run(sparse_recipe(tiny_inputs, tmp_path / "short", duration=8, **shares), stages=stages)
+    made = extend(short, to=tmp_path / "new", overrides=["pretrain.duration=12", *overrides])
+    # From step 6 on masks stay, and what they had set aside is gone: of no use where they go on moving.
+    assert made.step == first
+    run(load_recipe(made.directory.recipe), stages=["pretrain"])
+    steps = {"interval": "2 steps", "ramp": "4 steps", "freeze": f"{freeze} steps"}
+    long = run(sparse_recipe(tiny_inputs, tmp_path / "long", duration=12, **steps), stages=stages)
+    assert_same(made.directory, long)
+    with pytest.raises(ShearingError, match=r"(?s)from step 6 on masks stay.*set pretrain\.ast\.freeze"):
+        extend(short, to=tmp_path / "none", step=6, overrides=["pretrain.duration=12"])
+
+
+def test_the_look_at_layers_that_the_end_left_out_is_made(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(folder: Path, *, duration: int, interval: str) -> Recipe:
+        data = tiny_recipe_data(tiny_inputs, run_dir=folder / "run")
+        data["target"] = data["prune"] = None
+        data["mixture"] = {"update": "constant"}
+        data["pretrain"] |= {
+            "duration": duration,
+            "schedule": "constant",
+            "warmup": "0 steps",
+            "checkpoint_interval": 2,
+            "keep_last": 9,
+            "validation_interval": None,
+            "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            "ist": {"layers": 0.5, "rate": 100.0, "tokens": 32, "pairs": 2, "interval": interval},
+        }
+        return Recipe.model_validate(data)
+
+    short = run(recipe(tmp_path / "short", duration=6, interval="50%"), stages=["pretrain"])
+    made = extend(short, to=tmp_path / "new", overrides=["pretrain.duration=10"])
+    assert made.step == 6
+    run(load_recipe(made.directory.recipe), stages=["pretrain"])
+    long = run(recipe(tmp_path / "long", duration=10, interval="3 steps"), stages=["pretrain"])
+    assert [line["step"] for line in lines_of(long) if line.get("event") == "layers"] == [3, 6, 9]
+    assert_same(made.directory, long)
+    # One of a version that does not say so is passed over.
+    monkeypatch.setattr("shearing.runs.continuation.extension.left_in", lambda _: ())
+    assert extend(short, to=tmp_path / "older", overrides=["pretrain.duration=10"]).step == 4

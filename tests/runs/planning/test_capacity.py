@@ -81,6 +81,26 @@ def test_a_teacher_in_host_memory_is_not_loaded_onto_the_gpu(placement: str, ref
     assert (found.unfit is not None) == refused
 
 
+def test_who_chooses_weights_has_all_of_them(source: str, tmp_path: Path) -> None:
+    """Of 1.3B weights and what is outside of layers once more, in fp32; gradients and sums of the layers' matrices."""
+    speft = ["training.engine=fsdp2", f"run_dir={tmp_path}", "pretrain.speft={}"]
+
+    def found(gigabytes: float, *overrides: str) -> Capacity:
+        devices = Devices(name="A100", memory=int(gigabytes * 1e9), count=8)
+        return capacity(sheared_llama(source, *speft, *overrides), stages=["pretrain"], processes=8, devices=devices)
+
+    unfit = found(18).unfit
+    assert unfit is not None
+    assert "choosing weights for pretrain takes 18.3 GB" in unfit.allowed
+    assert "loading" not in unfit.allowed
+    assert "pretrain.speft.salience=magnitude" in unfit.mend
+    assert found(19).unfit is None
+    assert found(11, "pretrain.speft.salience=magnitude").unfit is None
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "salient.safetensors").touch()  # they were chosen before
+    assert found(18).unfit is None
+
+
 def test_every_run_of_a_cascade_has_to_fit(source: str) -> None:
     """The first target is trained on too, and takes more than the last."""
     alone = sheared_llama(source, *ZERO_2)

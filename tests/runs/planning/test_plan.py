@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from shearing.runs.planning.capacity import measured
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.phases import Phase, phases
 from shearing.runs.planning.plan import RunPlan, heldout_shares, plan, plans
@@ -230,6 +233,15 @@ def test_the_command(tiny_recipe: Path) -> None:
     assert not load_recipe(tiny_recipe).run_dir.exists()
 
 
+def test_small_figures_are_not_rounded_to_nothing(tiny_recipe: Path) -> None:
+    said = shear("plan", tiny_recipe, "--gpus", "1", "--gpu", "H100").stdout
+    stages, memory = said.split("memory of one GPU in MB when it holds most")
+    assert "0.00B" not in said
+    assert " 192 " in next(line for line in stages.splitlines() if line.startswith("prune "))
+    assert len(re.findall(r"[1-9]\d* MB|0\.[1-9]+ MB", stages)) >= 2
+    assert float(re.findall(r"torch \(chosen\).*?([0-9.]+)  yes", memory)[0]) > 0
+
+
 def test_neither_weights_nor_corpus_are_needed(tiny_recipe: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -340,6 +352,30 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     assert sum(found[name].seconds or 0 for name in ("prune: importance (activations)", "prune: refit")) > 0
 
 
+def test_what_is_measured_by_the_main_process_before_weights_are_chosen(llama: str) -> None:
+    shared = sheared_llama(llama, "training.engine=fsdp2", "sparsify={criterion: wanda, pattern: '2:4'}")
+    layer, outside = 4 * 2048**2 + 3 * 2048 * 5504 + 2 * 2048, 2 * 32000 * 2048 + 2048
+    weights = 24 * layer + outside
+    per_token = 2 * (weights - 32000 * 2048) + 2 * 24 * 2048 * 4096
+
+    def measured(*overrides: str) -> tuple[Phase, Phase]:
+        recipe = overridden(shared, overrides=overrides)
+        every = {phase.what: phase for phase in phases(recipe, made=planned(recipe))}
+        return every["pretrain: load"], next(every[what] for what in every if "norms" in what or "salience" in what)
+
+    load, norms = measured("pretrain.ast={scores: wanda}")
+    assert load.memory == norms.memory == 4 * (layer + outside)
+    assert (norms.processes, norms.flops) == (1, pytest.approx(32 * 4096 * per_token))
+    load, salience = measured("pretrain.speft={}")
+    assert load.memory == 4 * (layer + outside)
+    matrices = 24 * (layer - 2 * 2048)
+    assert (salience.what, salience.processes) == ("pretrain: salience (gradient)", 1)
+    assert salience.memory == 4 * (weights + outside + 2 * matrices) + 2 * weights
+    assert salience.flops == pytest.approx(3 * 64 * 4096 * per_token)
+    _, magnitude = measured("pretrain.speft={salience: magnitude}")
+    assert (magnitude.memory, magnitude.flops) == (4 * (weights + outside + matrices), 0)
+
+
 def test_the_reference_is_read_before_the_first_stage_whichever_that_is(llama: str) -> None:
     without = ("target=null", "prune=null")
     given, own = (planned(sheared_llama(llama, *without, *more)) for more in ((), ("mixture.reference=source",)))
@@ -400,7 +436,13 @@ def test_each_run_of_a_cascade_is_planned_from_the_one_before(llama: str) -> Non
     assert plan(recipe, hardware=before.hardware).name == before.name
     found = [phase.what for phase in phases(first, made=before, evaluates=False)]
     assert found[-1] == "pretrain: a checkpoint"
-    assert phases(last, made=after)[-1].what == "evaluate: what models write, speed"
+    *_, tables, written = phases(last, made=after)
+    assert written.what == "evaluate: what models write, speed"
+    # The first source is measured beside the second.
+    assert (after.sources_before, after.first_source) == ([before.source], before.source)
+    models = 4 + len(last.evaluation.baselines)
+    assert tables.what == f"evaluate: {models} models"
+    assert tables.memory == measured(replace(after, source=before.source, sources_before=[])) == measured(after)
 
 
 def test_a_cascade_through_a_budget_is_planned_with_what_it_was_cut_from(llama: str) -> None:

@@ -18,17 +18,19 @@ from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.evaluation.layer_times import Entry, LayerTimes, Times
 from shearing.models.shape import Shape
+from shearing.runs.planning import preflight
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.race.judging import losses_of
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.search import pricing, running, search as searching
 from shearing.runs.search.candidates import Candidate
-from shearing.runs.search.plan import STAGES, SearchFolder, recipe_of
+from shearing.runs.search.plan import STAGES, SearchFolder, SearchPlan, recipe_of
 from shearing.runs.search.search import Search, SearchSettings, search
 from shearing.runs.stages.run import run
 from tests.conftest import tiny_recipe_data
 from tests.forks import start_shear
+from tests.repository import RECIPES
 
 ROUNDS = ["3 x 96", "2 x 192", "1 x 320"]
 NAMED = {
@@ -195,6 +197,12 @@ def test_memory_is_spent(tiny_inputs: Path, tmp_path: Path) -> None:
         ({"latency": 0.5}, {}, "the fastest is the first"),
         ({"candidates": {"wide": {"hidden_size": 64}}}, {}, r"search.candidates.wide (hidden_size) = 64"),
         ({"candidates": {"a": {"hidden_size": 16}, "b": {"hidden_size": 16}}}, {}, "the same"),
+        ({"candidates": {"fit": NAMED["few"], "same": {"hidden_size": 32}}}, {}, "search.candidates.same (target) = "),
+        (
+            {"candidates": {"fit": {"intermediate_size": 40}, "a": {"num_hidden_layers": 2}}},
+            {"prune": {"granularities": ["intermediate"]}},
+            "search.candidates.a (prune.granularities) = ",
+        ),
         ({"rounds": ["2 x 90", "2 x 96"]}, {}, "by a step at least, of 32 tokens"),
         ({"decay": "6 steps"}, {}, "what the last round adds: 4 steps"),
         ({"hidden": [0.3, 0.31], "multiple_of": 16}, {}, "no shape at all"),
@@ -218,6 +226,15 @@ def test_mistakes_are_said_before_anything_runs(
         searched(Recipe.model_validate(data), tmp_path / "out")
     assert says in str(caught.value)
     assert not list((tmp_path / "out").glob("candidates*"))
+
+
+def test_a_disk_that_is_too_small_is_said_of_the_output(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "bytes_free", lambda _: 10)
+    made = Search(SearchSettings(recipe=recipe(tiny_inputs), output=tmp_path / "out"), console=Console(quiet=True))
+    with pytest.raises(ShearingError, match=r"--output = .*\n.*of free disk.*\n.*\(--output\)"):
+        made.prepare()
 
 
 def test_a_folder_of_another_search_is_refused(tiny_inputs: Path, tmp_path: Path) -> None:
@@ -290,6 +307,40 @@ def test_hours_are_of_the_gpu_that_is_planned_for(tiny_inputs: Path, monkeypatch
     pricing.price(Recipe.model_validate(data), hardware=hardware)
     assert hardware.gpu is not None
     assert rates == [hardware.gpu.peak[torch.bfloat16]]
+
+
+def test_a_plan_prices_the_candidates_that_are_raced(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced: list[SearchPlan] = []
+    monkeypatch.setattr(pricing, "plan_table", lambda plan, **_: priced.append(plan))
+    data = data_of(tiny_inputs)
+    data["prune"] |= {"rotate": "pca", "rotate_tied": "untie"}  # a matrix more than the source has
+    asked = Recipe.model_validate(data)
+    pricing.price(asked, hardware=Hardware.of(processes=1, gpu="H100", gigabytes=None, mfu=0.5))
+    raced = Search(SearchSettings(recipe=asked, output=tmp_path / "out"), console=Console(quiet=True)).plan()
+    assert priced == [raced]
+    assert not any(candidate.shape.tied for candidate in raced.candidates)
+
+
+def test_the_warm_up_is_that_of_the_stage_whose_optimiser_starts_from_nothing(tiny_inputs: Path) -> None:
+    candidate = Candidate(name="any", shape=_source(tiny_inputs))
+
+    def warmup(asked: Recipe) -> int | None:
+        return recipe_of(asked, candidate, number=1, folder=SearchFolder(path=Path("unused"))).pretrain.warmup.steps
+
+    def warmup_with(optimizer: str, *, steps: int) -> int | None:
+        data = data_of(tiny_inputs)
+        data["prune"] |= {"duration": f"{steps} steps", "freeze": "0 steps", "warmup": "50%"}
+        data["pretrain"] |= {"optimizer": optimizer, "warmup": "10%"}
+        return warmup(Recipe.model_validate(data))
+
+    # A tenth of the ten steps of the last round, or half of those of mask learning.
+    assert warmup_with("fresh", steps=4) == 1
+    assert warmup_with("carried", steps=4) == 2
+    assert warmup_with("carried", steps=0) == 1
+    # Rows of results rest on this one.
+    assert warmup(load_recipe(RECIPES / "shapes-135m.yaml")) == 8
 
 
 def _source(inputs: Path) -> Shape:

@@ -161,6 +161,21 @@ def test_a_source_is_the_largest_of_its_own_family(tiny_inputs: Path, tmp_path: 
     assert AutoConfig.from_pretrained(directory.family / "small").hidden_size == 16
 
 
+def test_sizes_of_a_head_that_is_untied_count_it(tiny_inputs: Path, tmp_path: Path) -> None:
+    def untie(data: dict[str, Any]) -> None:
+        data["prune"] |= {"rotate": "pca", "rotate_tied": "untie"}
+        data["pretrain"]["duration"] = "1 steps"
+
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", change=untie))
+    directory = run(recipe, stages=["prune", "compact", "pretrain"], console=Console(quiet=True))
+    for name in ("medium", "small"):
+        folder = directory.family / name
+        shape = Shape.of(AutoConfig.from_pretrained(folder))
+        assert not shape.tied
+        target = json.loads((folder / "shape.json").read_text())["target"]
+        assert target["parameters"] == shape.num_parameters()
+
+
 def test_a_plan_prices_a_family(tiny_inputs: Path, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run"))
     made = plan(recipe, hardware=Hardware.of(processes=1, gpu="H100", gigabytes=None, mfu=0.4))

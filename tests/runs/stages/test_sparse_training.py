@@ -13,14 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from shearing.cli.frame import app
+from shearing.data.documents import DocumentRules
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape
+from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
@@ -30,6 +32,7 @@ from shearing.runs.planning.disk import moving_weights
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
+from shearing.runs.stages import source_model
 from shearing.runs.stages.pretraining.start import Start
 from shearing.runs.stages.run import run
 from shearing.training.adapters.speft import read_chosen
@@ -132,6 +135,27 @@ def test_a_run_sparsifies_the_source_and_trains_it_under_its_masks(trained: RunD
     assert not torch.equal(weights(trained.model)["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
     assert read_manifest(trained.model)["trained"][0]["adapters"] is None
     assert read_manifest(trained.model)["calibration"]["source"] == str(tiny_inputs / "corpus")
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_calibration_heeds_documents_as_training_does(files: bool, tiny_inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "abcd" * 3}) for _ in range(99)))
+    own = {"calibration": [str(tmp_path / "a.jsonl")]} if files else {}
+    rules = {"attention": "documents", "loss_across_documents": False}
+    data = data_of(tiny_inputs, tmp_path / "run", sparsify={**ONE_SHOT, "criterion": "gblm", **own}, data=rules)
+    recipe = Recipe.model_validate(data)
+    found = run(recipe, stages=["sparsify"])
+    chosen: dict[str, Any] = {"vocab_size": 20, "samples": 12, "seqlen": 16, "seed": recipe.seed}
+    expected = load_calibration(
+        [tmp_path / "a.jsonl" if files else tiny_inputs / "corpus"],
+        tokenizer=AutoTokenizer.from_pretrained(tiny_inputs / "model"),
+        documents=DocumentRules(attention_within=True, loss_across=False),
+        **chosen,
+    )
+    assert expected.positions is not None
+    assert int((expected.positions == 0).sum()) > 12
+    assert read_manifest(found.sparse)["calibration"]["fingerprint"] == expected.fingerprint
+    assert differences(found.sparse) == []
 
 
 def test_every_model_of_the_run_is_evaluated(trained: RunDirectory) -> None:
@@ -339,6 +363,32 @@ def test_masks_that_stay_from_the_start_are_those_of_plain_training(
     found = ran(tiny_inputs, tmp_path / "run", sparsify=ONE_SHOT, pretrain={"ast": still})
     for name in ("model.safetensors", FILE_NAME):
         assert (found.model / name).read_bytes() == (trained.model / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("way", "times"), [({"ast": {**MOVING, "scores": "wanda"}}, 0), ({"speft": SPEFT}, 1)], ids=["ast", "speft"]
+)
+def test_weights_that_are_shared_out_stay_in_their_files(
+    way: dict[str, Any], times: int, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole is the model that salient weights are chosen in, once; what is trained is what it was if it were whole."""
+    whole = ran(tiny_inputs, tmp_path / "whole", sparsify=ONE_SHOT, pretrain=way)
+    load, loaded = source_model.load_source, []
+
+    def noted(*arguments: Any, **keys: Any) -> PreTrainedModel:
+        loaded.append(arguments)
+        return load(*arguments, **keys)
+
+    monkeypatch.setattr(source_model, "load_source", noted)
+    found = ran(tiny_inputs, tmp_path / "run", sparsify=ONE_SHOT, pretrain=way, training={"engine": "fsdp2"})
+    assert len(loaded) == times
+    if times:
+        assert found.salient.read_bytes() == whole.salient.read_bytes()
+    else:
+        assert found.input_norms.read_bytes() == whole.input_norms.read_bytes()
+    expected = weights(whole.model)
+    for name, weight in weights(found.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_masks_of_another_model_are_refused_before_training(

@@ -146,6 +146,20 @@ def test_damaged_ones_of_later_steps_take_no_place(tmp_path: Path, keep_last: in
     assert [step for step in there if step <= 80] == ([50, 80] if keep_last == 1 else [50, 70, 80])
 
 
+@pytest.mark.parametrize("keep_every", [None, 27])
+def test_a_damaged_one_that_is_not_written_again_goes_before_a_good_one(tmp_path: Path, keep_every: int | None) -> None:
+    first = Checkpoints(tmp_path, keep_last=3)
+    for step in (10, 20, 27):
+        first.save(step=step, write=_write(step))
+    (tmp_path / "step-00000027" / "engine" / "weights").write_bytes(b"half")
+    again = Checkpoints(tmp_path, keep_last=2, keep_every=keep_every)
+    assert _value(again.newest()) == 20
+    again.begin(step=30, write=_write(30), background=False)
+    assert (tmp_path / "step-00000027").is_dir(), "nothing goes before the new one is whole"
+    again.finish()
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000020", "step-00000030"]
+
+
 def test_copies_beside_checkpoints_are_none(tmp_path: Path) -> None:
     Checkpoints(tmp_path, keep_last=1).save(step=1, write=_write(1))
     (tmp_path / "step-00000002-copy").mkdir()

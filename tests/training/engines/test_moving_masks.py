@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from shearing.errors import ShearingError
+from shearing.files.tensors import read_header, write_tensors
+from shearing.models.stored.paging.places import Place
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import Fingerprints
 from shearing.training.checkpoints.pieces import SET_ASIDE, WEIGHT, ShardedState
@@ -44,8 +46,14 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - target).square().sum()
 
 
-def moving(mask: Tensor, *, schedule: MovingSchedule = SCHEDULE, scale: Tensor | None = None) -> MovingMasks:
-    matrix = MovingMatrix(name="0.weight", mask=mask, kept=2, of=4, scale=scale)
+def moving(
+    mask: Tensor,
+    *,
+    schedule: MovingSchedule = SCHEDULE,
+    scale: Tensor | None = None,
+    dropped: Place | None = None,
+) -> MovingMasks:
+    matrix = MovingMatrix(name="0.weight", mask=mask, kept=2, of=4, scale=scale, dropped=dropped)
     return MovingMasks(lambda: [matrix], schedule=schedule, processes=Processes())
 
 
@@ -154,6 +162,30 @@ def test_a_continued_run_is_the_uninterrupted_one_to_the_bit(resume_after: int, 
     weight, aside = (dict(between.whole(kind))["0.weight"] for kind in (WEIGHT, SET_ASIDE))
     assert torch.equal(weight == 0, ~aside.isnan())
     assert bool(aside.nan_to_num().any()) == (resume_after < SCHEDULE.freeze_step)
+
+
+@torch.no_grad()
+def test_what_is_dropped_comes_back_from_files(tmp_path: Path) -> None:
+    """Of the sparse model alone in memory the same is made as of the dense one."""
+    dense: Tensor = small_model()[0].weight  # type: ignore[assignment]
+    mask = half_of_four(dense)
+    write_tensors(tmp_path / "dense.safetensors", {"it": dense.detach()})
+    stored = Place("it", ((tmp_path / "dense.safetensors", read_header(tmp_path / "dense.safetensors")[0]["it"]),), "")
+    begun = []
+    for source, dropped in ((dense, None), (dense * mask, stored)):
+        model = small_model()
+        model[0].weight.copy_(source)  # type: ignore[operator]
+        engine = TorchEngine(OPTIMIZATION, device=CPU, precision=torch.float32)
+        engine.prepare(model)
+        masks = moving(mask, dropped=dropped)
+        engine.move_masks(masks)
+        (piece,) = masks.joined(piece for piece in engine._wholes() if piece.name == "0.weight")
+        begun.append(piece.values)
+    of_dense, of_sparse = begun
+    assert torch.equal(of_sparse[WEIGHT], of_dense[WEIGHT])
+    assert torch.equal(of_sparse[SET_ASIDE].isnan(), mask.flatten())
+    assert torch.equal(of_sparse[SET_ASIDE].nan_to_num(), (dense * ~mask).flatten())
+    assert torch.equal(of_sparse[SET_ASIDE].nan_to_num(), of_dense[SET_ASIDE].nan_to_num())
 
 
 def test_masks_that_never_move_are_kept_zeros(tmp_path: Path) -> None:

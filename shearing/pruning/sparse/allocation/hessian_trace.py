@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from shearing.data.documents import IGNORED_LABEL
 from shearing.files.result_cache import Cached
 from shearing.models.stored.stored_model import Source
 from shearing.progress import activity
@@ -39,8 +40,8 @@ def hessian_trace(
     """Trace of the Hessian of the loss by each matrix, on the dense model; it may be negative.
 
     tr H = E[zᵀHz] for entries ±1 of z: one z a sequence, one product with the Hessian for all matrices together, whose
-    share of it each reads off (what other matrices add to it has mean 0). The loss is the mean cross-entropy of a
-    sequence's S next-token predictions, in nats, and the result a mean over sequences.
+    share of it each reads off (what other matrices add to it has mean 0). The loss is the mean cross-entropy in nats of
+    those of a sequence's S next-token predictions that count, 0 where none does, and the result a mean over sequences.
 
     A product differentiates twice: in fp32 whatever the compute dtype, with the graph of both passes, so that it takes
     several times the memory of training on one sequence. Results are kept as those of `fisher_trace`.
@@ -72,12 +73,13 @@ def hessian_trace(
     if found is not None:
         console.print(f"trace of the Hessian: from an earlier run, {cached.path}", soft_wrap=True, highlight=False)
         return {name: float(trace) for name, trace in found.items()}
-    model = WholeModel(source, device=compute.device, dtype=torch.float32)
-    names = [matrix.name for matrix in matrices]
-    tokens = calibration.tokens.to(compute.device)
-    with activity("trace of the Hessian", total=len(tokens), console=console) as advance:
-        sums = _sums(model, names, tokens=tokens, seed=seed, advance=advance)
-    traces = {name: total / len(tokens) for name, total in zip(names, sums, strict=True)}
+    model = WholeModel(
+        source, device=compute.device, dtype=torch.float32, attention_within=calibration.attention_within
+    )
+    names, samples = [matrix.name for matrix in matrices], len(calibration.tokens)
+    with activity("trace of the Hessian", total=samples, console=console) as advance:
+        sums = _sums(model, names, calibration=calibration, device=compute.device, seed=seed, advance=advance)
+    traces = {name: total / samples for name, total in zip(names, sums, strict=True)}
     for name, trace in traces.items():
         if not math.isfinite(trace):
             raise not_finite(f"the Hessian by {name}")
@@ -89,17 +91,27 @@ def hessian_trace(
 
 
 def _sums(
-    model: WholeModel, names: Sequence[str], *, tokens: Tensor, seed: int, advance: Callable[[int], None]
+    model: WholeModel,
+    names: Sequence[str],
+    *,
+    calibration: Calibration,
+    device: torch.device,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> list[float]:
     """Sum over sequences [samples, T] of zᵀHz for each named parameter."""
     weights = [model.parameter(name).requires_grad_() for name in names]
     generator = torch.Generator().manual_seed(seed)
     sums = [0.0] * len(weights)
-    for row in tokens:
+    for row in range(len(calibration.tokens)):
+        inputs, labels = calibration.predictions(slice(row, row + 1), device=device)
+        if bool((labels == IGNORED_LABEL).all()):
+            advance(1)
+            continue
         # Fused attention cannot be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
-            logits_SV = torch.cat(list(model.logits(model.states(row[None, :-1]))))
-            loss = cross_entropy(logits_SV.float(), row[1:])
+            logits_SV = torch.cat(list(model.logits(model.states(inputs))))
+            loss = cross_entropy(logits_SV.float(), labels[0], ignore_index=IGNORED_LABEL)
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
             probes = [_signs(weight, generator=generator) for weight in weights]
             along = torch.stack([(g * z).sum() for g, z in zip(gradients, probes, strict=True)]).sum()

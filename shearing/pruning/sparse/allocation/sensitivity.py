@@ -15,12 +15,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from shearing.data.documents import IGNORED_LABEL
 from shearing.files.result_cache import Cached
 from shearing.models.stored.stored_model import Source
 from shearing.progress import activity
 from shearing.pruning.calibration.places import Matrix
 from shearing.pruning.calibration.stored_walk import Compute, not_finite
-from shearing.pruning.calibration.text import Calibration
+from shearing.pruning.calibration.text import Calibration, num_counted
 from shearing.pruning.calibration.whole import WholeModel
 
 Labels = Literal["true", "sampled"]
@@ -42,9 +43,9 @@ def fisher_trace(
     """Trace of the empirical Fisher information of each matrix, on the dense model.
 
     tr F = mean over sequences x of Σ_w (∂l(x)/∂w)², w over the weights of the matrix and l(x) the mean cross-entropy of
-    a sequence's S next-token predictions, in nats. With `sampled` labels, drawn independently for each position from
-    what the model predicts there, it is an unbiased estimate of the trace of the Fisher information proper of S
-    predictions, divided by S² (arXiv 1412.1193 on the difference).
+    those of a sequence's S next-token predictions that count, in nats, 0 where none does. With `sampled` labels, drawn
+    independently for each position from what the model predicts there, it is an unbiased estimate of the trace of the
+    Fisher information proper of S predictions, divided by S² (arXiv 1412.1193 on the difference).
 
     Gradients are of one sequence at a time: the square of a batch's gradient is not the sum of squares. Each is squared
     and summed in fp32 as soon as it is there, and let go of, so that beside the model there are the gradient of one
@@ -83,13 +84,14 @@ def fisher_trace(
     if found is not None:
         console.print(f"Fisher information: from an earlier run, {cached.path}", soft_wrap=True, highlight=False)
         return {name: float(trace) for name, trace in found.items()}
-    model = WholeModel(source, device=compute.device, dtype=dtype)
+    model = WholeModel(source, device=compute.device, dtype=dtype, attention_within=calibration.attention_within)
     samples = calibration.tokens.shape[0]
     with activity("Fisher information", total=samples, console=console) as advance:
         sums = _sums_of_squares(
             model,
             [matrix.name for matrix in matrices],
-            tokens=calibration.tokens.to(compute.device),
+            calibration=calibration,
+            device=compute.device,
             label=_Sampling(seed, device=compute.device) if labels == "sampled" else _true_labels,
             advance=advance,
         )
@@ -108,12 +110,14 @@ def _sums_of_squares(
     model: WholeModel,
     names: Sequence[str],
     *,
-    tokens: Tensor,
+    calibration: Calibration,
+    device: torch.device,
     label: Callable[[WholeModel, Tensor, Tensor], Tensor],
     advance: Callable[[int], None],
 ) -> list[float]:
     """Sum over sequences [samples, T] of Σ (∂l/∂w)² for each named parameter."""
-    sums = torch.zeros(len(names), dtype=torch.float64, device=tokens.device)
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    samples, length = calibration.tokens.shape
     for index, name in enumerate(names):
         parameter = model.parameter(name).requires_grad_()
         parameter.register_post_accumulate_grad_hook(partial(_square_and_let_go, into=sums[index]))
@@ -121,16 +125,17 @@ def _sums_of_squares(
         for layer in model.layers:
             # Not `gradient_checkpointing_enable`: that works in training mode alone, which has dropout.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        for row in tokens:
-            inputs = row[None, :-1]
+        for row in range(samples):
+            inputs, labels = calibration.predictions(slice(row, row + 1), device=device)
             states = model.states(inputs)
-            model.loss(states, label(model, states.detach(), row[None, 1:])).backward()
+            total = model.loss(states, label(model, states.detach(), labels))
+            (total * ((length - 1) / num_counted(labels))).backward()
             advance(1)
     finally:
         for layer in model.layers:
             del layer.forward  # each refers to its layer: the model would stay until the next collection
-    # The gradient was of the sum over predictions, l of their mean.
-    sums /= (tokens.shape[1] - 1) ** 2
+    # The gradient was of the mean over predictions times S: of their sum where all count.
+    sums /= (length - 1) ** 2
     return sums.tolist()
 
 
@@ -147,7 +152,7 @@ def _true_labels(model: WholeModel, states: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Sampling:
-    """Draws labels [1, S] from the model's own predictions."""
+    """Draws labels [1, S] from the model's own predictions; those that do not count stay."""
 
     def __init__(self, seed: int, *, device: torch.device) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -160,4 +165,4 @@ class _Sampling:
             # NaN cannot be drawn from. It is found in the gradients, whatever the labels.
             probabilities.nan_to_num_(nan=1.0)
             drawn.append(torch.multinomial(probabilities, 1, generator=self._generator))
-        return torch.cat(drawn).view(labels.shape)
+        return torch.cat(drawn).view(labels.shape).where(labels != IGNORED_LABEL, labels)

@@ -6,13 +6,15 @@ Legend: B sequences, S inputs of a sequence, T = S + 1 tokens, d hidden, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shearing.data.documents import IGNORED_LABEL
+from shearing.pruning.calibration.text import Calibration, num_counted
 from shearing.pruning.calibration.whole import WholeModel
 from shearing.pruning.sparse.allocation.allocator import Request, Unit
 from shearing.pruning.sparse.search.database import Database
@@ -49,7 +51,7 @@ class Fitness:
     Args:
         request: the dense model, which is loaded once and changed in place.
         database: its matrices at every level.
-        text: int64 [samples, T].
+        text: [samples, T].
         stages: number of sequences that each stage reads, rising to all.
         kind: loss: cross-entropy of the next token; kl: divergence KL(dense || candidate) of its prediction.
         known: sums over rows by candidate that an earlier process has found: [rows read, sum].
@@ -61,7 +63,7 @@ class Fitness:
         request: Request,
         *,
         database: Database,
-        text: Tensor,
+        text: Calibration,
         stages: Sequence[int],
         kind: FitnessKind,
         known: Mapping[Genome, tuple[int, float]] | None = None,
@@ -71,18 +73,22 @@ class Fitness:
         self._units: Sequence[Unit] = request.units
         self._database, self._stages, self._kind = database, list(stages), kind
         self._micro_batch_size = compute.micro_batch_size
-        self._text = text.to(compute.device)
+        self._device, self._text = compute.device, text
+        _, labels_BS = text.predictions(slice(None), device=torch.device("cpu"))
+        self._counted: list[int] = (labels_BS != IGNORED_LABEL).sum(1).cumsum(0).tolist()  # up to each row
         # Adam's steps are far below what bf16 tells apart.
         dtype = torch.float32 if training.steps else compute.dtype
-        self._model = WholeModel(request.source, device=compute.device, dtype=dtype)
+        self._model = WholeModel(
+            request.source, device=compute.device, dtype=dtype, attention_within=text.attention_within
+        )
         self._now: list[int | None] = [None] * len(self._units)
         self._sums: dict[Genome, tuple[int, float]] = dict(known or {})
         self._dense = self._states_of_dense() if kind == "kl" else None
         self._training = training
-        self._lessons: Tensor | None = None
+        self._lessons: Calibration | None = None
         if training.steps:
             assert request.calibration is not None
-            self._lessons = request.calibration.tokens.to(compute.device)
+            self._lessons = request.calibration
         self._trained: Genome | None = None
         self.passes = self.tokens = 0
 
@@ -108,7 +114,7 @@ class Fitness:
             read = rows
             self._sums[genome] = (read, total)
         # A candidate that has come further is compared by all that is known of it.
-        return total / (read * (self._text.shape[1] - 1))
+        return total / max(1, self._counted[read - 1])
 
     @torch.no_grad()
     def _make(self, genome: Genome) -> None:
@@ -120,7 +126,7 @@ class Fitness:
                     self._database.put(self._model.parameter(matrix.name), name=matrix.name, level=level)
                 self._now[index] = level
 
-    def _train(self, genome: Genome, *, text: Tensor) -> None:
+    def _train(self, genome: Genome, *, text: Calibration) -> None:
         """The same steps for the same candidate, however often it is made."""
         if self._trained == genome:
             return
@@ -129,31 +135,31 @@ class Fitness:
         gone = {name: weight == 0 for name, weight in weights.items()}
         optimizer = torch.optim.Adam(weights.values(), lr=self._training.learning_rate)
         for step in range(self._training.steps):
-            rows = [(step * self._training.batch + row) % len(text) for row in range(self._training.batch)]
-            batch_BT = text[rows]
-            labels_BS = batch_BT[:, 1:]
-            (self._model.loss(self._model.states(batch_BT[:, :-1]), labels_BS) / labels_BS.numel()).backward()
+            first = step * self._training.batch
+            rows = [(first + row) % len(text.tokens) for row in range(self._training.batch)]
+            inputs, labels_BS = text.predictions(rows, device=self._device)
+            (self._model.loss(self._model.states(inputs), labels_BS) / num_counted(labels_BS)).backward()
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.masked_fill_(gone[name], 0.0)
-            self.tokens += 3 * batch_BT[:, 1:].numel()
+            self.tokens += 3 * labels_BS.numel()
         for weight in weights.values():
             weight.requires_grad = False
         self._trained = genome
 
     @torch.no_grad()
     def _sum(self, first: int, last: int) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self._text.device)
-        for start in range(first, last, self._micro_batch_size):
-            batch_BT = self._text[start : min(start + self._micro_batch_size, last)]
-            states_BSD = self._model.states(batch_BT[:, :-1])
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for rows in self._parts(first, last):
+            inputs, labels_BS = self._text.predictions(rows, device=self._device)
+            states_BSD = self._model.states(inputs)
             if self._dense is None:
-                total += self._model.losses(states_BSD, batch_BT[:, 1:]).sum(dtype=torch.float64)
+                total += self._model.losses(states_BSD, labels_BS).sum(dtype=torch.float64)
             else:
-                total += divergence(self._dense[start : start + len(batch_BT)], states_BSD, model=self._model)
-            self.tokens += batch_BT[:, 1:].numel()
+                total += divergence(self._dense[rows], states_BSD, labels_BS, model=self._model)
+            self.tokens += labels_BS.numel()
         self.passes += 1
         found = float(total)
         return found if math.isfinite(found) else _HOPELESS
@@ -161,13 +167,22 @@ class Fitness:
     @torch.no_grad()
     def _states_of_dense(self) -> Tensor:
         """What predictions of the dense model are made from [samples, S, d]: S x V of them would be far larger."""
-        return torch.cat([self._model.states(part) for part in self._text[:, :-1].split(self._micro_batch_size)])
+        parts = self._parts(0, len(self._text.tokens))
+        return torch.cat([self._model.states(self._text.predictions(part, device=self._device)[0]) for part in parts])
+
+    def _parts(self, first: int, last: int) -> Iterator[slice]:
+        """Rows that are on the device together."""
+        for start in range(first, last, self._micro_batch_size):
+            yield slice(start, min(start + self._micro_batch_size, last))
 
 
-def divergence(dense_BSD: Tensor, states_BSD: Tensor, *, model: WholeModel) -> Tensor:
-    """Sum over tokens of KL(p || q), p and q what is predicted from either, in nats; fp64 scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=states_BSD.device)
+def divergence(dense_BSD: Tensor, states_BSD: Tensor, labels_BS: Tensor, *, model: WholeModel) -> Tensor:
+    """Sum of KL(p || q) over tokens whose label counts, p and q what is predicted from either, in nats; fp64 scalar."""
+    total, first = torch.zeros((), dtype=torch.float64, device=states_BSD.device), 0
+    counts_N = (labels_BS != IGNORED_LABEL).flatten()
     for dense_CV, logits_CV in zip(model.logits(dense_BSD), model.logits(states_BSD), strict=True):
         p, q = dense_CV.float().log_softmax(-1), logits_CV.float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum(dtype=torch.float64)
+        uncounted_C1 = ~counts_N[first : first + len(p), None]
+        total += (p.exp() * (p - q)).masked_fill_(uncounted_C1, 0.0).sum(dtype=torch.float64)
+        first += len(p)
     return total

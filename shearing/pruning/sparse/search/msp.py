@@ -82,7 +82,7 @@ class Msp:
         fitness = Fitness(
             request,
             database=database,
-            text=self.text.tokens,
+            text=self.text,
             stages=sorted({max(1, round(share * rows)) for share in STAGES}),
             kind=self.kind,
             known=search.known,

@@ -34,7 +34,7 @@ ESTIMATORS: dict[str, EstimatorFacts] = {
     "straight_through": EstimatorFacts(
         home=f"{_HERE}.straight_through:StraightThrough",
         summary="without noise, every row adds up to its target at every step; units around the cut are half there at "
-        "first, and every unit has a gradient",
+        "first, and every unit but a closed expert has a gradient",
         source="arXiv 1308.3432",
         budgets=False,
     ),

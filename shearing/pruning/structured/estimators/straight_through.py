@@ -7,9 +7,10 @@ gradient of a unit that is all there says little of what it would cost to lose i
 what it would bring, and both depend on who else is there; on the way, it is the difference between the two.
 
 The backward pass takes a unit's mask for its score (straight-through estimator, Bengio et al., arXiv 1308.3432), so
-every unit has a gradient, closed ones too. No rate has to fit the length of a row, the number of steps or the scale of
-a gradient, because scores are not moved but weighed: the order in which the row started against the order that the
-steps so far have seen, each as much as it is worth. What the steps are worth is measured (`reliability`).
+every unit has a gradient, closed ones too. None have an expert that is closed, as no token is sent there, and what lies
+inside a unit that is closed. No rate has to fit the length of a row, the number of steps or the scale of a gradient,
+because scores are not moved but weighed: the order in which the row started against the order that the steps so far
+have seen, each as much as it is worth. What the steps are worth is measured (`reliability`).
 """
 
 from __future__ import annotations

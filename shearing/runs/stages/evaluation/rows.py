@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shearing.files.durable import read_json
 from shearing.models.attention import requested
-from shearing.models.cutting import Selection
-from shearing.models.masked import Masks
+from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import runs_before
 from shearing.runs.recipe import Recipe
-from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
 from shearing.runs.stages.evaluation.recipe import Baseline
+from shearing.runs.stages.evaluation.units import Cut, digest_of
 from shearing.runs.stages.source_model import load_source_model, model_to_read, shared_model
 from shearing.training.device import memory_of
 from shearing.training.recipe import StageRecipe
@@ -33,6 +33,20 @@ OF_RUN = ("source", "compact", "sparse", "final")
 
 FAMILY = "family-"
 """What the names of their rows begin with."""
+
+ON_THE_WAY = "cascade-"
+"""What the names of rows of a cascade's earlier models begin with."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a model has cost: tokens of training, and FLOPs of choosing its units, the refit and its training."""
+
+    tokens: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.tokens + other.tokens, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
@@ -76,23 +90,30 @@ class Row:
     @property
     def of_run(self) -> bool:
         """Whether it is the source or one of the run's own models, and no baseline."""
-        return self.name in OF_RUN or self.name.startswith(FAMILY)
+        return self.name in OF_RUN or self.name.startswith((FAMILY, ON_THE_WAY))
 
 
 def rows_of(context: RunContext) -> list[Row]:
-    """The models that exist, in the order of the table."""
-    recipe, run, source = context.recipe, context.directory, Source(context)
-    source_fingerprint = fingerprint_of(Path(recipe.model.source), recipe.model.revision)
-    whole = Shape.of(context.config)
+    """The models that exist, in the order of the table.
+
+    Of a cascade's run the source is that of the first, which baselines are cut from; what it was cut from itself, and
+    the models before that, have rows of their own, and what they have cost counts for what came of them.
+    """
+    recipe, run = context.recipe, context.directory
+    before = _runs_before(context)
+    first = _in_place_of(context, before[0].recipe.model) if before else context
+    model, source = first.recipe.model, Source(first, graded=not before)
+    source_fingerprint = fingerprint_of(Path(model.source), model.revision)
+    whole = Shape.of(first.config)
     alone = context.processes.size == 1
     rows = [Row("source", "source", "source", whole, 0, 0.0, source_fingerprint, source.model)]
     if not alone:
-        shared = _sharing(context, source=recipe.model.source, revision=recipe.model.revision)
-        rows = [replace(rows[0], whole=lambda: load_source_model(context), shared=shared)]
+        shared = _sharing(context, source=model.source, revision=model.revision)
+        rows = [replace(rows[0], whole=lambda: load_source_model(first), shared=shared)]
     learned: Learned | None = None
     units: Callable[[], str | None] = lambda: None  # noqa: E731
 
-    def of_run(name: str, label: str, group: str, folder: Path, training_tokens: int) -> Row:
+    def of_run(name: str, label: str, group: str, folder: Path) -> Row:
         def load() -> PreTrainedModel:
             return model_to_read(context, source=str(folder), revision=None)
 
@@ -106,42 +127,86 @@ def rows_of(context: RunContext) -> list[Row]:
         shape = Shape.of(AutoConfig.from_pretrained(folder))
         mark = fingerprint_of(folder, None)
         loads = (in_memory, None, None) if alone else (load, in_memory, _sharing(context, source=str(folder)))
-        return Row(name, label, group, shape, training_tokens, flops, mark, loads[0], units, learned, *loads[1:])
+        return Row(name, label, group, shape, spent.tokens, spent.flops, mark, loads[0], units, learned, *loads[1:])
 
-    tokens, flops, made_by = 0, 0.0, []
-    shape, length = whole, recipe.data.sequence_length
+    spent, made_by, cuts = Spent(), list[str](), list[Cut]()
+    shape = Shape.of(context.config)
+    for each in before:
+        name, after = each.directory.path.name, Shape.of(AutoConfig.from_pretrained(each.directory.model))
+        if each.recipe.prune is not None:
+            cuts = [*cuts, Cut(run=each.directory, source=Shape.of(each.config), shape=after)]
+            spent += _spent_on_cut(each, shape=after)
+        spent += _spent_on_training(each, shape=after)
+        units = functools.partial(digest_of, cuts)
+        made_by = [f"from {name}"]
+        rows.append(of_run(f"{ON_THE_WAY}{name}", name, f"cascade {name}", each.directory.model))
     if recipe.prune is not None and run.is_complete("compact"):
-        tokens += _tokens_of(recipe.prune, recipe)
-        shape = Shape.of(AutoConfig.from_pretrained(run.compact))
+        source_of_cut, shape = shape, Shape.of(AutoConfig.from_pretrained(run.compact))
         summary = run.prune / "summary.json"
         learned = Learned.of(context, summary=read_json(summary) if summary.is_file() else {})
-        units = functools.partial(_units_of_run, run, source=whole, shape=shape)
-        flops += choosing_flops(context, metric=recipe.prune.graded_by, refitted=learned.refitted, target=shape)
-        flops += training_flops(whole, teacher=context.teacher_shape, tokens=tokens, sequence_length=length)
+        units = functools.partial(digest_of, [*cuts, Cut(run=run, source=source_of_cut, shape=shape)])
+        spent += _spent_on_cut(context, shape=shape)
         made_by.append(learned.title)
         own = replace(shape, tied=whole.tied)  # cut from the source as it is, whatever a rotation does to the head
         rows += [
-            _baseline(context, name, baseline, source=source, source_fingerprint=source_fingerprint, target=own)
+            _baseline(first, name, baseline, source=source, source_fingerprint=source_fingerprint, target=own)
             for name, baseline in recipe.evaluation.by_name().items()
         ]
-        rows.append(of_run("compact", learned.title, "cut", run.compact, tokens))
+        rows.append(of_run("compact", ", ".join(made_by), "cut", run.compact))
     if recipe.sparsify is not None and run.is_complete("sparsify"):
         manifest = read_manifest(run.sparse)
         made_by.append(f"{manifest['criterion']} {manifest['pattern']}")
-        rows.append(of_run("sparse", ", ".join(made_by), "sparse", run.sparse, tokens))
+        rows.append(of_run("sparse", ", ".join(made_by), "sparse", run.sparse))
     if run.is_complete("pretrain"):
-        trained = _tokens_of(recipe.pretrain, recipe)
-        tokens += trained
-        flops += training_flops(shape, teacher=context.teacher_shape, tokens=trained, sequence_length=length)
-        rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model, tokens))
+        spent += _spent_on_training(context, shape=shape)
+        rows.append(of_run("final", ", ".join([*made_by, "pretrained"]), "pretrained", run.model))
         if recipe.family is not None:
             # Chosen among the units that are left, at a cost that they share with the largest.
             learned, units = None, lambda: None
             rows += [
-                of_run(f"{FAMILY}{name}", f"{name}, of the same training", f"size {name}", run.family / name, tokens)
+                of_run(f"{FAMILY}{name}", f"{name}, of the same training", f"size {name}", run.family / name)
                 for name in recipe.family.sizes
             ]
     return rows
+
+
+def _runs_before(context: RunContext) -> list[RunContext]:
+    """Those of a cascade that led to this run's source, as if they were run here."""
+    here = {"training": context.recipe.training}
+    return [_quiet(context, each.model_copy(update=here)) for each in runs_before(context.recipe)]
+
+
+def _in_place_of(context: RunContext, source: ModelRecipe) -> RunContext:
+    """The run as if it had been cut from another source."""
+    own = context.recipe.model.model_copy(update={"source": source.source, "revision": source.revision})
+    return _quiet(context, context.recipe.model_copy(update={"model": own}))
+
+
+def _quiet(context: RunContext, recipe: Recipe) -> RunContext:
+    """A context beside the run's own, which has said already what both find."""
+    return replace(context, recipe=recipe, console=Console(quiet=True))
+
+
+def _spent_on_cut(context: RunContext, *, shape: Shape) -> Spent:
+    """By a run until its source is cut to a shape."""
+    prune, length = context.recipe.pruning.prune, context.recipe.data.sequence_length
+    tokens, source = _tokens_of(prune, context.recipe), Shape.of(context.config)
+    refitted = prune.refits(sequence_length=length)
+    flops = choosing_flops(context, metric=prune.graded_by, refitted=refitted, target=shape)
+    flops += training_flops(source, teacher=_teacher_of(context), tokens=tokens, sequence_length=length)
+    return Spent(tokens, flops)
+
+
+def _spent_on_training(context: RunContext, *, shape: Shape) -> Spent:
+    """By a run on continued pretraining of a model of a shape."""
+    tokens, length = _tokens_of(context.recipe.pretrain, context.recipe), context.recipe.data.sequence_length
+    flops = training_flops(shape, teacher=_teacher_of(context), tokens=tokens, sequence_length=length)
+    return Spent(tokens, flops)
+
+
+def _teacher_of(context: RunContext) -> Shape | None:
+    """Of the model that reads along in every step; None: none does, as what it says is read from a cache."""
+    return context.teacher_shape if context.recipe.listens_online else None
 
 
 def _baseline(
@@ -171,14 +236,6 @@ def is_shared_out(context: RunContext, row: Row) -> bool:
             memory=memory_of(context.device),
         )
     )
-
-
-def _units_of_run(run: RunDirectory, *, source: Shape, shape: Shape) -> str | None:
-    """Hash of the units that the final masks keep; None where the masks are gone."""
-    path = run.prune / "masks.safetensors"
-    if not path.is_file():
-        return None
-    return Selection.of(Masks(**load_file(path)), source=source, target=shape).digest
 
 
 def fingerprint_of(source: Path, revision: str | None) -> str:

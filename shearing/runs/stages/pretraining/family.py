@@ -62,7 +62,7 @@ def family_masking(context: RunContext, *, start: Start, model: PreTrainedModel)
     family, processes = context.recipe.family, context.processes
     if family is None:
         return None
-    shapes = family_shapes(context.recipe, source=context.config)
+    shapes = family_shapes(context.recipe, source=context.config_as_cut)
     path, made = context.directory.family_masks, _made_from(context, family=family, shapes=shapes)
     if not processes.on_main(lambda: _made(path) == made):
         masks = _sorted_units(context, family=family, start=start, model=model, shapes=shapes)
@@ -117,7 +117,7 @@ def write_family(
         shutil.rmtree(folder, ignore_errors=True)
     try:
         with full_disk_said(lambda: no_space(run.path)):
-            for name, shape in family_shapes(context.recipe, source=context.config).items():
+            for name, shape in family_shapes(context.recipe, source=context.config_as_cut).items():
                 masks = masking.masks_of(name)
                 assert masks is not None
                 on_host = Masks(**{unit: mask.cpu() for unit, mask in masks.tensors().items()})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +19,16 @@ from shearing.models.attention import attention_within_documents
 from shearing.models.loading import load_config, skeleton
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.expert_files import whole_masks
+from shearing.models.stored.paging.places import Place, give_places, place_of
 from shearing.models.stored.saving import DTYPES
-from shearing.models.stored.stored_model import dtype_of_weights, open_source
+from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.objectives.objective import PARAMETER_PREFIX, Losses
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
 from shearing.pruning.sparse.stored.trained import groups_of, masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.names import ADAPTER_NAMES
+from shearing.runs.stages.source_model import open_files
 from shearing.settings.quantities import Duration
 from shearing.training.adapters.adapted import (
     ADAPTER,
@@ -93,22 +94,6 @@ class Start:
             model = skeleton(load_config(self.source, revision=self.revision))
             for name, mask in whole_masks(model, read_masks(self.masks)):
                 yield prefix + name, mask
-
-    @torch.no_grad()
-    def bring_back(self, model: PreTrainedModel) -> None:
-        """Put what the masks drop back into a model of this kind, in place, as it was before it was dropped.
-
-        A sparse model that came as one has nothing to bring back: what it drops begins at 0.
-        """
-        if self.dense is None:
-            return
-        with TemporaryDirectory() as converted:
-            source, revision = self.dense
-            dense = open_source(source, revision=revision, converted=Path(converted))
-            for name, mask in self.kept():
-                weight = model.get_parameter(name)
-                before = dense.read([name])[name].to(weight.device, weight.dtype)
-                weight.copy_(torch.where(mask.to(weight.device), weight, before))
 
     def adapt(
         self,
@@ -258,8 +243,38 @@ def moved_masks(state: ShardedState) -> Callable[[], Iterator[tuple[str, Tensor]
     return masks
 
 
-def moving_masks(context: RunContext, *, settings: AstRecipe, start: Start) -> MovingMasks:
+def dropped_weights(context: RunContext, *, start: Start) -> Mapping[str, Place]:
+    """Where weights are as they were before masks dropped some, by name; empty where they are nowhere.
+
+    A sparse model that came as one has nothing to bring back: what it drops begins at 0.
+
+    Args:
+        context: of the run; each of its processes calls this.
+        start: the sparse model.
+
+    Raises:
+        ShearingError: see `open_source`.
+    """
+    if start.dense is None:
+        return {}
+    source, revision = start.dense
+    files = open_files(context, source=source, revision=revision)
+    model = skeleton(files.config)
+    are_stored = give_places(model, files=[files.folder / name for name in files.weight_files()], source=source)
+    assert are_stored, f"{files.folder} has parameters of {source} under their own names"
+    return {name: place for name, parameter in model.named_parameters() if (place := place_of(parameter)) is not None}
+
+
+def moving_masks(
+    context: RunContext, *, settings: AstRecipe, start: Start, dropped: Mapping[str, Place]
+) -> MovingMasks:
     """The masks of a sparse model, to move while it is trained.
+
+    Args:
+        context: of the run.
+        settings: when they move.
+        start: the sparse model.
+        dropped: see `dropped_weights`.
 
     Raises:
         ShearingError: the model is not sparse, or not N:M.
@@ -268,7 +283,6 @@ def moving_masks(context: RunContext, *, settings: AstRecipe, start: Start) -> M
     groups = groups_of(start.folder)
     norms = read_tensors(context.directory.input_norms, list(groups)) if settings.scores == "wanda" else {}
     length = recipe.data.sequence_length
-    total = recipe.pretrain.total_steps(sequence_length=length)
 
     def steps(duration: Duration) -> int:
         return recipe.pretrain.in_steps(duration, sequence_length=length)
@@ -277,7 +291,12 @@ def moving_masks(context: RunContext, *, settings: AstRecipe, start: Start) -> M
         for name, mask in start.kept():
             pattern = groups[name]
             yield MovingMatrix(
-                name=PARAMETER_PREFIX + name, mask=mask, kept=pattern.kept, of=pattern.of, scale=norms.get(name)
+                name=PARAMETER_PREFIX + name,
+                mask=mask,
+                kept=pattern.kept,
+                of=pattern.of,
+                scale=norms.get(name),
+                dropped=dropped.get(name),
             )
 
     return MovingMasks(
@@ -286,7 +305,7 @@ def moving_masks(context: RunContext, *, settings: AstRecipe, start: Start) -> M
             interval=max(1, steps(settings.interval)),
             decay=settings.decay,
             ramp_steps=steps(settings.ramp),
-            freeze_step=total - min(total, steps(settings.freeze)),
+            freeze_step=settings.freeze_step(recipe.pretrain, sequence_length=length),
         ),
         processes=context.processes,
     )
@@ -299,7 +318,7 @@ def measure_input_norms(context: RunContext, *, settings: AstRecipe, start: Star
         context: of the run.
         settings: how much text is read.
         start: has the masks.
-        model: the sparse model, whole.
+        model: the sparse model; its weights may stay in their files.
     """
     path = context.directory.input_norms
     if path.is_file():
@@ -329,14 +348,16 @@ def measure_input_norms(context: RunContext, *, settings: AstRecipe, start: Star
     write_tensors(path, {name: total.sqrt().cpu() for name, total in sums.items()})
 
 
-def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, model: PreTrainedModel) -> None:
+def choose_salient(
+    context: RunContext, *, settings: SpeftRecipe, start: Start, whole: Callable[[], PreTrainedModel]
+) -> None:
     """Write which weights are trained, unless it is there.
 
     Args:
         context: of the run.
         settings: how they are chosen.
         start: has the masks.
-        model: that is to be trained, whole.
+        whole: gives the model that is to be trained, all of it in memory.
 
     Raises:
         ShearingError: no layer has such a name; they were chosen and are gone.
@@ -351,13 +372,10 @@ def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, 
             allowed=f"the file that says which weights the changes in {next(reversed(checkpoints.values()))} are of",
             mend="take it back from a copy of the run, or start a new run",
         )
-    with named(ADAPTER_NAMES["speft"]):
-        layers = linear_layers(model, targets=settings.targets)
-    weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
-    masks = {name: mask for name, mask in start.kept() if name in weights}
-    losses = _losses(context, model=model, samples=settings.samples, together=settings.salience != "fisher")
+    scores = _saliences(context, settings=settings, model=whole())
+    masks = {name: mask for name, mask in start.kept() if name in scores}
     chosen = choose(
-        saliences(weights, losses=losses, kind=settings.salience),
+        scores,
         kept=masks.get,
         share=settings.share,
         unit=settings.unit,
@@ -367,6 +385,15 @@ def choose_salient(context: RunContext, *, settings: SpeftRecipe, start: Start, 
     write_chosen(path, chosen)
 
 
+def _saliences(context: RunContext, *, settings: SpeftRecipe, model: PreTrainedModel) -> dict[str, Tensor]:
+    """How much each weight of the targets matters, [O, I] by name; nothing else of the model is needed from then on."""
+    with named(ADAPTER_NAMES["speft"]):
+        layers = linear_layers(model, targets=settings.targets)
+    weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    losses = _losses(context, model=model, samples=settings.samples, together=settings.salience != "fisher")
+    return saliences(weights, losses=losses, kind=settings.salience)
+
+
 def _losses(
     context: RunContext, *, model: PreTrainedModel, samples: int, together: bool
 ) -> Iterator[Callable[[], Tensor]]:
@@ -374,7 +401,7 @@ def _losses(
 
     Args:
         context: of the run.
-        model: whole, on the run's device.
+        model: on the run's device; whole where losses are to have gradients.
         samples: sequences.
         together: as many at once as divide them, up to the stage's micro-batch; else one at a time.
     """

@@ -89,7 +89,7 @@ def request_of(
 
 def fitness_of(request: Request, **changes: Any) -> Fitness:
     database = build_database(request, folder=request.compute.folder / "levels")
-    values: dict[str, Any] = {"database": database, "text": TEXT.tokens, "stages": [1, 4], "kind": "loss"}
+    values: dict[str, Any] = {"database": database, "text": TEXT, "stages": [1, 4], "kind": "loss"}
     return Fitness(request, **values | changes)
 
 

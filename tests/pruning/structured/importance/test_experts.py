@@ -23,6 +23,7 @@ from tests.models.experts import expert_configs
 from tests.models.tiny import tiny_ids, tiny_model
 
 READ_WRITES = ("fluctuation", "wanda", "policy_gradient")  # the last starts by Wanda
+GATES = ("hard_budget", "hard_budget_graded")
 TEXT = [Inputs(tiny_ids(seed=seed)) for seed in range(2)]
 
 
@@ -36,7 +37,7 @@ def target_of(source: Shape) -> Shape:
     return dataclasses.replace(source, num_hidden_layers=3, intermediate_size=16, hidden_size=24, num_experts=3)
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name not in READ_WRITES])
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in READ_WRITES + GATES])
 def test_every_metric_scores_experts_and_their_units(name: str) -> None:
     model = tiny_model("qwen3_moe")
     source = Shape.of(model.config)
@@ -56,8 +57,8 @@ def test_every_metric_scores_experts_and_their_units(name: str) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", READ_WRITES)
-def test_metrics_of_what_writes_read_refuse_experts(name: str) -> None:
+@pytest.mark.parametrize("name", READ_WRITES + GATES)
+def test_metrics_of_what_writes_read_and_of_gates_that_close_refuse_experts(name: str) -> None:
     with pytest.raises(ShearingError, match="not made of experts"):
         metric_of(name).units_of_work(Shape.of(tiny_model("mixtral").config), evidence=Evidence())
 

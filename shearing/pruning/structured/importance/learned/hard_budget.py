@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from shearing.errors import ShearingError
 from shearing.models.anatomy import head_weight
 from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
@@ -39,9 +40,10 @@ class HardBudget:
     """Gates of all units that the target takes from, learned on the language loss with frozen weights (GRASPrune).
 
     p = sigmoid(g / 1.5), and a mask z = top-k(p) + p - sg(p): what is computed is the model at exactly the target
-    shape, what is learned sees every unit. AdamW, rate 0.01, betas 0.9 and 0.99, no weight decay; one step for each
-    batch. Published is one ranking of KV groups and MLP units over all layers, as the budget is one of parameters;
-    here each row keeps the target's number of units, and layers, query heads and hidden dimensions have gates too. The
+    shape, what is learned sees every unit. An expert that is closed is sent no token, so nothing would be learned of
+    it: models with experts are refused. AdamW, rate 0.01, betas 0.9 and 0.99, no weight decay; one step for each
+    batch. Published is one ranking of KV groups and MLP units over all layers, as the budget is one of parameters; here
+    each row keeps the target's number of units, and layers, query heads and hidden dimensions have gates too. The
     scales that GRASPrune learns afterwards and folds into weights are left out: this chooses units and changes no
     weight. Scores of what the target leaves whole, and of sub-layers, are those of `start`. See `Metric`.
 
@@ -56,7 +58,18 @@ class HardBudget:
         self._epochs, self._start, self._graded = epochs, Start(start), graded
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One for each step, and those of `start`."""
+        """One for each step, and those of `start`.
+
+        Raises:
+            ShearingError: the MLPs are made of experts.
+        """
+        if source.num_experts:
+            raise ShearingError(
+                "initial_masks",
+                value=f"a metric of gates that are open or closed, as hard_budget, for {source.family.model_type}",
+                allowed="models whose MLPs are not made of experts: one that is closed is sent no token to learn from",
+                mend="choose another metric, as activations",
+            )
         before = self._start.units_of_work(source, evidence=evidence)
         return before + self._epochs * len(evidence.text)
 
@@ -69,6 +82,7 @@ class HardBudget:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `HardBudget`."""
+        self.units_of_work(Shape.of(model.config), evidence=evidence)
         start = self._start.scores(model, evidence=evidence, advance=advance)
         granularities = searched(Shape.of(model.config), target=evidence.target)
         device = head_weight(model).device
