@@ -89,26 +89,12 @@ def alone_in(output: Path) -> Iterator[None]:
 def publishing(output: Path) -> Iterator[None]:
     """Keep others from adding domains to the folder for a moment, on other machines too; waits for them.
 
-    Jobs of a cluster write while nobody is `alone_in` the folder.
+    Jobs of a cluster write while nobody is `alone_in` the folder. The file that is locked stays: if it came and went,
+    two could each hold one of their own.
     """
-    path = output / LOCK
-    while True:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file.fileno()):
-                continue  # whoever had it has removed it, and somebody else may have a new one
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    with (output / LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def standing(output: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.corpus_output import newcomers, publishing, require_no_newcomers
 from data_tools.preparation.work_folder import publish
-from shearing.data.corpus.domain_folder import Places
+from shearing.data.corpus.domain_folder import Places, domains_of
 from shearing.data.corpus.format import MANIFEST_NAME
 from shearing.files.checksums import sha256_of_file
 from shearing.files.durable import read_json, write_json, write_text
@@ -64,6 +64,7 @@ class Decision:
             known: the domains that they were chosen beside; see `corpus_output.standing`.
         """
         partial = self.folder.with_name(f".{self.folder.name}-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
         partial.mkdir()
         for name, each in places.items():
             _save(partial / f"{name}.npy", each)
@@ -90,7 +91,9 @@ class Decision:
     def _known(self) -> dict[str, str]:
         path = self.folder / _KNOWN
         known = read_json(path)["domains"] if path.is_file() else {}  # none of earlier versions
-        return known | {each.stem: each.read_text(encoding="utf-8") for each in self.folder.glob("*.sha256")}
+        # By name and not by a listing, which on a shared disk may be older than what it lists.
+        marks = {name: self.folder / f"{name}.sha256" for name in domains_of(self.output)}
+        return known | {name: mark.read_text(encoding="utf-8") for name, mark in marks.items() if mark.is_file()}
 
 
 def _save(path: Path, places: Places) -> None:

@@ -26,32 +26,15 @@ class _Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except OSError as error:
-            if ctx.params.get("debug") or (said := _of_file(error)) is None:
+            from shearing.files.refusals import said_of_file
+
+            if ctx.params.get("debug") or (said := said_of_file(error)) is None:
                 raise
             typer.echo(f"error: {said}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("interrupted: the same command continues the run", err=True)
             raise typer.Exit(130) from None
-
-
-def _of_file(error: OSError) -> ShearingError | None:
-    """What the operating system says of a file that nobody has said anything better of; None: of no file."""
-    from shearing.files.full_disk import is_disk_full
-    from shearing.files.permissions import forbidden
-
-    value = error.strerror or str(error)
-    if is_disk_full(error):
-        field = "disk" if error.filename is None else str(error.filename)
-        return ShearingError(field, value=value, allowed="a disk with room", mend="free space")
-    if not isinstance(error.filename, str | Path):
-        return None
-    return forbidden(Path(error.filename)) or ShearingError(
-        str(error.filename),
-        value=value,
-        allowed="a file or folder that can be used",
-        mend="look what is there; `shear --debug …` shows what it was wanted for",
-    )
 
 
 app = typer.Typer(

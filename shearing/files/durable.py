@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -117,6 +118,11 @@ def locked(folder: Path, *, field: str) -> Iterator[None]:
             if _BESIDE.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
         yield
+
+
+def finite_or_none(value: float) -> float | None:
+    """A number as JSON can hold it, which has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def write_json(path: Path, payload: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ def forbidden(path: Path, *, error: BaseException | None = None) -> ShearingErro
         path: what was to be read, file or folder.
         error: that reading it has raised; an operating system's own word counts, whatever the permissions look like.
     """
-    closed = _closed(path.absolute())
+    # What a link leads to may be closed where nothing on the way to the link is.
+    closed = _closed(path.absolute()) or _closed(Path(os.path.realpath(path)))
     if closed is None and isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         closed = path
     if closed is None:
@@ -33,9 +34,12 @@ def forbidden(path: Path, *, error: BaseException | None = None) -> ShearingErro
 
 
 def _closed(path: Path) -> Path | None:
-    """The first folder on the way to a file that may not be entered, or what may not be read itself."""
+    """The first folder on the way to a file that may not be entered, or what may not be read itself.
+
+    A path's own methods raise where a link leads through such a folder, before Python 3.12; those of `os.path` do not.
+    """
     for folder in reversed(path.parents):
         if not os.access(folder, os.X_OK):
-            return folder if folder.is_dir() else None
-    wanted = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
-    return path if os.path.exists(path) and not os.access(path, wanted) else None  # noqa: PTH110 (it never raises)
+            return folder if os.path.isdir(folder) else None  # noqa: PTH112
+    wanted = os.R_OK | os.X_OK if os.path.isdir(path) else os.R_OK  # noqa: PTH112
+    return path if os.path.exists(path) and not os.access(path, wanted) else None  # noqa: PTH110

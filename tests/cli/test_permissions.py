@@ -33,6 +33,9 @@ SITUATIONS = [
     ("text/more/b.jsonl", PREPARE),
     ("text/more", PREPARE),
     ("text", PREPARE),
+    # Behind a link into a folder that may not be entered.
+    ("closed", "sparsify HERE/linked --criterion magnitude --sparsity 0.5 -o HERE/out"),
+    ("closed", "data verify HERE/linked-corpus"),
 ]
 CHILD = """
 import json, os, sys
@@ -60,6 +63,9 @@ def test_what_may_not_be_read_is_said(tiny_inputs: Path, tmp_path: Path) -> None
     (tmp_path / "text" / "more").mkdir(parents=True)
     for file in ("a.jsonl", "more/b.jsonl"):
         (tmp_path / "text" / file).write_text("".join(json.dumps({"text": letter}) + "\n" for letter in "abcd"))
+    for name, link in (("model", "linked"), ("corpus", "linked-corpus")):
+        shutil.copytree(tmp_path / name, tmp_path / "closed" / name)
+        (tmp_path / link).symlink_to(tmp_path / "closed" / name)
     data = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run")
     data["model"]["source"] = str(tmp_path / "model")
     data["data"]["corpus"] = str(tmp_path / "corpus")

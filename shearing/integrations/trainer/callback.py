@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from shearing.files import flush_folder
 from shearing.pruning.structured import Masking
 
 MASKS = "masks.pt"
+_OURS = re.compile(r"masks-\d+\.pt")
 """Name of the masks' state in a checkpoint of the trainer."""
 
 
@@ -106,8 +108,8 @@ class LearnMasks(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Masks written, where the trainer is about to save."""
-        self._write_beside(args, state, control)
+        """As behind a step, for what the trainer does once an epoch."""
+        self.on_step_end(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The masks among the trainer's own files."""
@@ -115,7 +117,8 @@ class LearnMasks(TrainerCallback):
         if path.parent.is_dir():
             _write(self.masking.state_dict(), path)
         for each in beside.parent.glob("masks-*.pt"):
-            each.unlink()
+            if _OURS.fullmatch(each.name):
+                each.unlink()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from shearing.pruning.calibration.places import Matrix, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
 from shearing.pruning.calibration.text import Calibration, load_calibration
 from shearing.pruning.sparse.allocation.allocator import require_fit, units_of
+from shearing.pruning.sparse.allocation.facts import ALLOCATIONS
 from shearing.pruning.sparse.allocation.file import StoredAllocation, read_allocation
 from shearing.pruning.sparse.allocation.level_budget import nearest_budget
 from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.criteria.criterion import Criterion
+from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.sparse.patterns import KeptOf, Pattern, is_like, pattern_of, runs_on_2_4, unstructured
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
@@ -280,6 +283,9 @@ def _texts(
         documents=documents,
         more=more,
     )
+    of_losses = {name for name, facts in ALLOCATIONS.items() if facts.reads_loss}
+    if "gradients" not in CRITERIA[recipe.criterion].needs and recipe.allocation not in of_losses:
+        text = dataclasses.replace(text, counted=None)  # it changes nothing, so it is none of the settings
     return text.part(slice(recipe.samples)), text.part(slice(recipe.samples, None)) if more else None
 
 

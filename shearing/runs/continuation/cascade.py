@@ -58,7 +58,11 @@ def runs_before(recipe: Recipe) -> list[Recipe]:
     before = RunDirectory(source.parent.resolve())
     if source.name != before.model.name or before.path.parent.name != CASCADE or not before.recipe.is_file():
         return []
-    found = load_recipe(before.recipe).model_copy(update={"run_dir": before.path})  # a cascade may have been moved
+    found = load_recipe(before.recipe)
+    # A cascade may have been moved: what lies beside each other still does.
+    earlier = before.path.parent / Path(found.model.source).parent.name / before.model.name
+    model = found.model.model_copy(update={"source": str(earlier)}) if earlier.is_dir() else found.model
+    found = found.model_copy(update={"run_dir": before.path, "model": model})
     return [*runs_before(found), found]
 
 

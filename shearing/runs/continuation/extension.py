@@ -319,7 +319,13 @@ def _no_checkpoint(
         allowed="a run with an undamaged checkpoint until which its learning rates, and the updates of its domain "
         f"weights, are those of the new one, which ends later; {there}"
         + ("" if stable is None else f", the decay begins after step {stable}")
-        + ("" if stay is None else f"; from step {stay} on masks stay, and what they had set aside is gone"),
+        + ("" if stay is None else f"; from step {stay} on masks stay, and what they had set aside is gone")
+        + (
+            ""
+            if before.pretrain.ist is None
+            else "; the last one has to say that its end left out a look at "
+            "what layers are worth (ist), as those of earlier versions do not"
+        ),
         mend=("" if stay is None else f"set pretrain.ast.freeze so that masks stay from step {stay} on in it too, or ")
         + "add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
         "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every"

@@ -256,7 +256,10 @@ def _mend(
 ) -> str:
     """What to change, with the GPUs of this machine first."""
     if all(need.what.startswith(_CHOICE) for need in refused):
-        return "pretrain.speft.salience=magnitude takes no gradients; or take GPUs with more memory"
+        speft = recipe.pretrain.speft
+        lighter = speft is not None and speft.salience != "magnitude"
+        more = "take GPUs with more memory"
+        return f"pretrain.speft.salience=magnitude takes no gradients; or {more}" if lighter else more
     if any(need.what.startswith("loading") for need in refused) and recipe.training.holds_as == 3:
         return "take GPUs with more memory: a layer, what is outside of layers and a teacher are not shared out"
     most = max(processes, _most_processes(recipe, stages=stages, devices=devices))

@@ -41,7 +41,7 @@ from shearing.runs.planning.checks.teacher import require_cached, require_teache
 from shearing.runs.planning.disk import bytes_free, bytes_in, cascade_bytes, run_bytes
 from shearing.runs.planning.summary import Plan, gigabytes, training_plans
 from shearing.runs.recipe import Recipe, split_batch
-from shearing.runs.run_directory import Stage
+from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.training.trackers import require_trackers
 
 _Checked = TypeVar("_Checked")
@@ -124,8 +124,7 @@ def survey(
     config = context.config_as_cut
     missing.attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
     if "evaluate" in stages and (before := attempt(lambda: runs_before(recipe))):
-        first = before[0].model
-        missing.attempt(lambda: require_weights(first.source, revision=first.revision))
+        missing.attempt(lambda: _require_first(before[0]))
     attempt(lambda: require_teacher(context))
     attempt(lambda: require_context(recipe, config=config))
     source = Shape.of(config)
@@ -184,6 +183,23 @@ def survey(
     )
     missing.attempt(lambda: _require_free(recipe, needed=plan.disk, free=plan.free))
     return plan, missing.errors
+
+
+def _require_first(first: Recipe) -> None:
+    """Check that the source of a cascade's first run is there, with which its last is compared.
+
+    Raises:
+        ShearingError: it is not.
+    """
+    try:
+        require_weights(first.model.source, revision=first.model.revision)
+    except ShearingError as error:
+        raise ShearingError(
+            f"{RunDirectory(first.run_dir).recipe} ({key('model.source')})",
+            value=error.value,
+            allowed=f"the model that this cascade began with, for its evaluation: {error.allowed}",
+            mend=f"put it there again, or say in that file where it is now ({error.mend})",
+        ) from None
 
 
 def require_room(context: RunContext) -> None:

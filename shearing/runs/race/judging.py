@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HeldOutSplit
 from shearing.evaluation.heldout import heldout_loss, macro_mean
+from shearing.files.durable import finite_or_none
 from shearing.models.attention import requested
 from shearing.models.masked import MaskedModel
 from shearing.progress import activity
@@ -71,10 +71,6 @@ def _of_corpus(
             rules=context.document_rules,
         )
     return {
-        "mean": _finite(macro_mean(losses).loss),
-        "domains": {domain: _finite(loss.loss) for domain, loss in losses.items()},
+        "mean": finite_or_none(macro_mean(losses).loss),
+        "domains": {domain: finite_or_none(loss.loss) for domain, loss in losses.items()},
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

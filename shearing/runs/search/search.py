@@ -29,6 +29,7 @@ from shearing.runs.planning.disk import bytes_free, bytes_in
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.planning.summary import gigabytes
+from shearing.runs.race.recipes import warmup_from_nothing
 from shearing.runs.race.records import RaceFolder, model_fingerprint, require_same_race, settings_of
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.search.candidates import (
@@ -326,7 +327,10 @@ class Search:
             split=context.corpus.named_split("validation"),
             precision=str(context.precision).removeprefix("torch."),
         )
-        return {**common, "search": search_of(self._recipe).model_dump(mode="json")}
+        # Of a search that earlier versions began, candidates have the warm-up of `pretrain`.
+        warmup = warmup_from_nothing(self._recipe)
+        own = {} if warmup == self._recipe.pretrain.warmup else {"warmup": str(warmup)}
+        return {**common, **own, "search": search_of(self._recipe).model_dump(mode="json")}
 
     def _require_disk(self, plan: SearchPlan) -> None:
         """All candidates of the first round wait at once, and one is cut from weights of the source's size."""

@@ -6,7 +6,6 @@ Of a stage without steps, the start is what stays: graded, refitted, and cut at 
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError, named
-from shearing.files.durable import flush_folder, write_json
+from shearing.files.durable import finite_or_none, flush_folder, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_in_turn, write_tensors
 from shearing.models.attention import attention_within_documents
@@ -188,7 +187,7 @@ def _finish(
     summary: dict[str, Any] = {
         **_by_figure(choice.summary()),
         "parameters": choice.parameter_counts(),
-        "heldout": {"before_cutting": {name: _number(loss) for name, loss in (trained.heldout or {}).items()}},
+        "heldout": {"before_cutting": {name: finite_or_none(loss) for name, loss in (trained.heldout or {}).items()}},
         "samples": mixture.samples_per_domain(next_sample=end),
         "steps": task.schedule.total_steps,
         "tokens": end * mixture.sequence_length,
@@ -401,10 +400,6 @@ def _target(context: RunContext, *, model: PreTrainedModel) -> Shape | Parameter
         multiple_of=wanted.multiple_of,
         accepts=lambda shape: export_error(shape, source=model.config, own=True) is None,
     )
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _by_figure(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

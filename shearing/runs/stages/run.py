@@ -61,7 +61,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
             require_shrinking(recipe, source=context.config_as_cut)
-            require_room(context)
+            processes.on_main(partial(require_room, context))
             for each in before:
                 console.rule(f"[bold]cascade: {each.name}")
                 context = RunContext(each, console=console, processes=processes)

@@ -96,6 +96,9 @@ def test_who_chooses_weights_has_all_of_them(source: str, tmp_path: Path) -> Non
     assert "pretrain.speft.salience=magnitude" in unfit.mend
     assert found(19).unfit is None
     assert found(11, "pretrain.speft.salience=magnitude").unfit is None
+    unfit = found(5, "pretrain.speft.salience=magnitude").unfit
+    assert unfit is not None
+    assert "salience" not in unfit.mend
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "salient.safetensors").touch()  # they were chosen before
     assert found(18).unfit is None

@@ -13,6 +13,7 @@ class AllocationFacts:
 
     Attributes:
         reads_text: whether it needs calibration text, beyond what the criterion needs.
+        reads_loss: whether it goes by losses on that text, in which not every token may count.
         rule: whether levels follow from scores by a formula; a search can begin with those of the rules.
         starts: whether a search begins with it unless told otherwise.
     """
@@ -20,6 +21,7 @@ class AllocationFacts:
     reads_text: bool
     rule: bool
     starts: bool = False
+    reads_loss: bool = False
 
 
 ALLOCATIONS: Mapping[str, AllocationFacts] = {
@@ -27,10 +29,10 @@ ALLOCATIONS: Mapping[str, AllocationFacts] = {
     "depth": AllocationFacts(reads_text=False, rule=True, starts=True),
     "alpha": AllocationFacts(reads_text=False, rule=True, starts=True),
     "owl": AllocationFacts(reads_text=True, rule=True, starts=True),
-    "rank": AllocationFacts(reads_text=True, rule=True, starts=True),
+    "rank": AllocationFacts(reads_text=True, rule=True, starts=True, reads_loss=True),
     "redundancy": AllocationFacts(reads_text=False, rule=True, starts=True),
-    "hessian": AllocationFacts(reads_text=True, rule=True),
-    "msp": AllocationFacts(reads_text=True, rule=False),
+    "hessian": AllocationFacts(reads_text=True, rule=True, reads_loss=True),
+    "msp": AllocationFacts(reads_text=True, rule=False, reads_loss=True),
 }
 """By name, as recipes say it."""
 
