@@ -1,11 +1,11 @@
 """Whether a search pays: the shape that it finds against the recipe's own, trained from the source at equal tokens.
 
 In full: `shear search` over the demo's recipe at its size, then the best shape and the demo's own, three seeds each,
-by the demo's schedule. The search keeps its candidates in the output folder, and single runs too, so all of it goes on
-where it was.
+by the demo's schedule; with `--also` other shapes that the recipe names, too. The search keeps its candidates in the
+output folder, and single runs too, so all of it goes on where it was.
 
     python benchmarks/search.py [--quick] [--recipe recipes/demo.yaml] [--tokens 195k] [--seeds 0 1 2] [--output DIR]
-        [key=value …]
+        [--also NAME …] [key=value …]
 
 With other seeds another process can make the runs of those at the same time, in the same folder.
 """
@@ -50,6 +50,12 @@ def loss_on_test(recipe: Recipe, *, target: Sequence[str], seed: int, tokens: st
     return read_json(kept)
 
 
+def _mean_and_spread(differences: Sequence[float], *, of: str) -> dict[str, float | None]:
+    """Of what a shape differs by from the default with each seed; the spread is the mean's standard error."""
+    spread = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return {of: statistics.mean(differences), "spread": spread}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model that counts, one seed")
@@ -57,6 +63,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="195k", help="of each of the runs that are compared")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the runs that are compared")
     parser.add_argument("--output", type=Path, default=Path("runs/search"))
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="NAME", help="of search.candidates: compared besides the best"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,11 +75,19 @@ def main() -> None:
             path, output, tokens, seeds = quick_inputs(Path(temporary)), Path(temporary) / "search", "6K", (0,)
             overrides = [*QUICK, "prune.duration=0 steps", *overrides]
         recipe = load_recipe(path, overrides=overrides)
+        names = {} if recipe.search is None else recipe.search.candidates or {}
+        if unknown := sorted({*arguments.also} - names.keys()):
+            parser.error(f"--also: {', '.join(unknown)}: not among search.candidates ({', '.join(names) or 'none'})")
         require_settings(output, of_recipe(recipe) | {"tokens": tokens})
         found = search(SearchSettings(recipe=recipe, output=output / "candidates"), console=Console(width=150))
-        best = next(line for line in found["candidates"] if line["name"] == found["winner"])
-        targets = {"searched": [f"target.{name}={best[name]}" for name in SIZE_NAMES], "default": []}
-        differences = []
+        candidates = {line["name"]: line for line in found["candidates"]}
+        best = candidates[found["winner"]]
+        shapes = {"searched": best, **{name: candidates[name] for name in arguments.also}}
+        targets = {
+            "default": [],
+            **{name: [f"target.{size}={shape[size]}" for size in SIZE_NAMES] for name, shape in shapes.items()},
+        }
+        differences: dict[str, list[float]] = {name: [] for name in shapes}
         for seed in seeds:
             losses = {
                 name: loss_on_test(
@@ -78,14 +95,15 @@ def main() -> None:
                 )
                 for name, target in targets.items()
             }
-            differences.append(losses["searched"]["mean"] - losses["default"]["mean"])
+            for name, of_shape in differences.items():
+                of_shape.append(losses[name]["mean"] - losses["default"]["mean"])
     line = {
         "benchmark": "search",
         "quick": arguments.quick,
         "searched": {name: best[name] for name in ("name", "parameters")},
-        "searched_minus_default": statistics.mean(differences),
-        "spread": statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
-        "seeds": len(differences),
+        **_mean_and_spread(differences.pop("searched"), of="searched_minus_default"),
+        "also": {name: _mean_and_spread(found, of="minus_default") for name, found in differences.items()},
+        "seeds": len(seeds),
         "search_tokens": found["tokens"],
         "prediction_error": found["prediction_error"],
         **found["environment"],

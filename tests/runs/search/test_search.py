@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.evaluation.layer_times import Entry, LayerTimes, Times
+from shearing.files.durable import read_json
 from shearing.models.shape import Shape
 from shearing.runs.planning import preflight
 from shearing.runs.planning.hardware import Hardware
@@ -323,7 +324,9 @@ def test_a_plan_prices_the_candidates_that_are_raced(
     assert not any(candidate.shape.tied for candidate in raced.candidates)
 
 
-def test_the_warm_up_is_that_of_the_stage_whose_optimiser_starts_from_nothing(tiny_inputs: Path) -> None:
+def test_the_warm_up_is_that_of_the_stage_whose_optimiser_starts_from_nothing(
+    tiny_inputs: Path, tmp_path: Path
+) -> None:
     candidate = Candidate(name="any", shape=_source(tiny_inputs))
 
     def warmup(asked: Recipe) -> int | None:
@@ -339,6 +342,14 @@ def test_the_warm_up_is_that_of_the_stage_whose_optimiser_starts_from_nothing(ti
     assert warmup_with("fresh", steps=4) == 1
     assert warmup_with("carried", steps=4) == 2
     assert warmup_with("carried", steps=0) == 1
+    # A search that was begun with another warm-up is another one.
+    data = data_of(tiny_inputs)
+    data["prune"] |= {"duration": "4 steps", "freeze": "0 steps", "warmup": "50%"}
+    for optimizer, said in (("carried", "2 steps"), ("fresh", None)):
+        data["pretrain"] |= {"optimizer": optimizer, "warmup": "10%"}
+        asked = SearchSettings(recipe=Recipe.model_validate(data), output=tmp_path / optimizer)
+        Search(asked, console=Console(quiet=True)).prepare()
+        assert read_json(tmp_path / optimizer / "race.json").get("warmup") == said
     # Rows of results rest on this one.
     assert warmup(load_recipe(RECIPES / "shapes-135m.yaml")) == 8
 
