@@ -22,6 +22,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import SPLITS
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError
+from shearing.files.durable import LOCK
 
 SEPARATOR = 0
 Documents = list[list[int]]
@@ -272,7 +273,7 @@ def test_domains_that_were_chosen_together_stay_so(
     parts = adopted(paths, tokenizer=byte_tokenizer, output=tmp_path / "parts")
     for domain in "ab":
         assert contents(parts, domain) == contents(whole, domain)
-    assert not list((tmp_path / "parts").glob(".*"))
+    assert [path.name for path in (tmp_path / "parts").glob(".*")] == [LOCK]
 
 
 def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, byte_tokenizer: Path) -> None:
