@@ -232,20 +232,20 @@ def test_a_checkpoint_that_does_not_say_what_was_left_out_is_passed_over(
     assert extend(old, to=tmp_path / "new", overrides=["pretrain.duration=12"]).step == 5
 
 
-def sparse_recipe(inputs: Path, folder: Path, *, duration: int, **ast: Any) -> Recipe:
-    """Masks of the sparse source that move, with a checkpoint every other step."""
+def steady(inputs: Path, folder: Path, *, duration: int, **pretrain: Any) -> dict[str, Any]:
+    """A source that is trained on at one rate, with a checkpoint every other step."""
     data = tiny_recipe_data(inputs, run_dir=folder / "run")
     data["target"] = data["prune"] = None
     data["mixture"] = {"update": "constant"}
+    rate = {"schedule": "constant", "warmup": "0 steps"}
+    data["pretrain"] |= {"duration": duration, **rate, "checkpoint_interval": 2, "keep_last": 9, **pretrain}
+    return data
+
+
+def sparse_recipe(inputs: Path, folder: Path, *, duration: int, **ast: Any) -> Recipe:
+    """Masks of the sparse source that move."""
+    data = steady(inputs, folder, duration=duration, ast={"decay": 0.05, **ast})
     data["sparsify"] = {"criterion": "magnitude", "pattern": "2:4"}
-    data["pretrain"] |= {
-        "duration": duration,
-        "schedule": "constant",
-        "warmup": "0 steps",
-        "checkpoint_interval": 2,
-        "keep_last": 9,
-        "ast": {"decay": 0.05, **ast},
-    }
     return Recipe.model_validate(data)
 
 
@@ -273,20 +273,10 @@ def test_the_look_at_layers_that_the_end_left_out_is_made(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def recipe(folder: Path, *, duration: int, interval: str) -> Recipe:
-        data = tiny_recipe_data(tiny_inputs, run_dir=folder / "run")
-        data["target"] = data["prune"] = None
-        data["mixture"] = {"update": "constant"}
-        data["pretrain"] |= {
-            "duration": duration,
-            "schedule": "constant",
-            "warmup": "0 steps",
-            "checkpoint_interval": 2,
-            "keep_last": 9,
-            "validation_interval": None,
-            "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
-            "ist": {"layers": 0.5, "rate": 100.0, "tokens": 32, "pairs": 2, "interval": interval},
-        }
-        return Recipe.model_validate(data)
+        lora = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+        ist = {"layers": 0.5, "rate": 100.0, "tokens": 32, "pairs": 2, "interval": interval}
+        own = {"validation_interval": None, "lora": lora, "ist": ist}
+        return Recipe.model_validate(steady(tiny_inputs, folder, duration=duration, **own))
 
     short = run(recipe(tmp_path / "short", duration=6, interval="50%"), stages=["pretrain"])
     made = extend(short, to=tmp_path / "new", overrides=["pretrain.duration=10"])
