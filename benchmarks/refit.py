@@ -77,10 +77,9 @@ def refits(recipe: Recipe, *, block_steps: int, block_rate: float) -> dict[str, 
     context = RunContext(recipe)
     length = recipe.data.sequence_length
     a_step = training_flops(
+        context,
         resolve_target(recipe.pruning.target, source=context.config),
-        teacher=None,
         tokens=recipe.pretrain.tokens_per_step(sequence_length=length),
-        sequence_length=length,
     )
     text = tokens + round(tokens * more / another / length) * length
     return {

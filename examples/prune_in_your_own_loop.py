@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from shearing.data import Corpus, Inputs, Mixture
 from shearing.evaluation import heldout_loss
-from shearing.models import TargetRecipe, load_source, resolve_target
+from shearing.models import TargetRecipe, load_source, resolve_target, save_model
 from shearing.pruning.structured import Evidence, Masking, PruneRecipe, metric_of, refit
 
 SEQUENCE_LENGTH, SEQUENCES = 256, 4
@@ -83,7 +83,7 @@ def main() -> None:
     losses = learn(model, masking, optimizer=optimizer, batches=batches)
     print("loss by step:", " ".join(f"{loss:.2f}" for loss in losses))
     small = masking.cut()
-    small.save_pretrained(options.output)
+    save_model(small, options.output, like=options.model)  # with the source's tokenizer
     print(f"{small.num_parameters():,} parameters in {options.output}, as any Hugging Face model")
     measured = heldout_loss(
         small, corpus, split="test", tokens_per_domain=1024, sequence_length=SEQUENCE_LENGTH, micro_batch_size=4

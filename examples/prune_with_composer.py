@@ -20,7 +20,7 @@ from composer.optim import ConstantWithWarmupScheduler
 from shearing.data import Corpus, DynamicMixture, Inputs, Mixture, MixtureRecipe, rule_of
 from shearing.evaluation import heldout_loss
 from shearing.integrations.composer import DynamicBatchLoading, LearnMasks, MixtureBatches, ObjectiveModel
-from shearing.models import TargetRecipe, load_source, resolve_target
+from shearing.models import TargetRecipe, load_source, resolve_target, save_model
 from shearing.objectives import LanguageModelLoss
 from shearing.pruning.structured import Evidence, Masking, PruneRecipe, metric_of, refit
 
@@ -101,7 +101,7 @@ def main() -> None:
     trainer.fit()
     batches.close()
     small = masking.cut()
-    small.save_pretrained(options.output / "model")
+    save_model(small, options.output / "model", like=options.model)  # with the source's tokenizer
     print(f"{small.num_parameters():,} parameters in {options.output / 'model'}, as any Hugging Face model")
     print("domain weights:", ", ".join(f"{name} {weight:.3f}" for name, weight in batches.weights.items()))
 

@@ -6,6 +6,8 @@ import contextlib
 import gc
 import importlib
 
+import torch
+
 from shearing.errors import ShearingError
 from shearing.training.engines.deepspeed_engine import import_deepspeed
 
@@ -25,7 +27,7 @@ MODULES = (
 )
 
 with contextlib.suppress(ShearingError):
-    import_deepspeed()
+    import_deepspeed(torch.device("cpu"))
 for _module in MODULES:
     with contextlib.suppress(ImportError):
         importlib.import_module(_module)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shearing.models.shape import Shape
 from shearing.pruning.structured.masking import Masking
@@ -90,3 +90,5 @@ def test_the_example_as_people_run_it(
     assert "test loss: digits" in said
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "small").config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 16)
+    assert "rope_theta" in json.loads((tmp_path / "small" / "config.json").read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").encode("ab01")

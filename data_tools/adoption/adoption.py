@@ -409,6 +409,8 @@ def _write_domain(
     )
     adopted.write(folder)
     dtype, bos = token_dtype(tokenizer.vocab_size).name, read.bos(tokenizer.begin_id)
+    # A separator that the reader appends is a token of the corpus, and need be in none of the files.
+    appended = tokenizer.separator_id if adopted.separators == "appended" else 0
     chosen = {split: sides == place for place, split in enumerate(SPLITS)}
     for split in SPLITS:
         _save_split(folder, split, read=read, chosen=chosen[split], separators=adopted.separators)
@@ -440,7 +442,7 @@ def _write_domain(
         parts=parts,
         dtype=dtype,
         vocab_size=tokenizer.vocab_size,
-        largest_token=read.largest_token,
+        largest_token=max(read.largest_token, appended),
         separator_id=tokenizer.separator_id,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,

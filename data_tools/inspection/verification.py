@@ -103,7 +103,7 @@ def render(result: Verification) -> Text:
         read += f"; {len(result.unchecked)} sources are not here to be compared, as {result.unchecked[0]}"
     count = len(result.damages)
     text.append(
-        f"{read}: " + (f"{count} {'file is' if count == 1 else 'files are'} damaged" if count else "nothing wrong")
+        f"{read}: " + (f"{count} {'file is' if count == 1 else 'files are'} not in order" if count else "nothing wrong")
     )
     return text
 

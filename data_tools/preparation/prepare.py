@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -27,12 +27,12 @@ from data_tools.preparation.decision import Decision
 from data_tools.preparation.forms import Form
 from data_tools.preparation.recipe import DomainSources, PreparationRecipe
 from data_tools.preparation.sources import Input, find_inputs
-from data_tools.preparation.work_folder import PREFIX, Task, WorkFolder, plan_tasks
+from data_tools.preparation.work_folder import PLAN_NAME, PREFIX, Task, WorkFolder, plan_tasks
 from data_tools.tokenisation import domain_table
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.domain_folder import DomainSettings, is_complete, make_corpus_folder, write_index
+from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder, write_index
 from shearing.data.corpus.format import FORMAT, INDEX_NAME
 from shearing.data.corpus.splits import far_from_asked
 from shearing.data.texts.chat import ChatTemplate
@@ -110,8 +110,8 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
     tokenizer_json = tokenizer.backend.to_str()
-    if all(complete.values()) and not _in_index(recipe.output, names=inputs):
-        # What wrote the domains did not come to the index, or it is gone.
+    if all(complete.values()) and not _is_indexed(recipe.output, names=inputs):
+        # What wrote the domains did not come to the index, or it is gone, or a domain that it names is.
         with full_disk_said(lambda: _no_room(recipe.output)), alone_in(recipe.output), publishing(recipe.output):
             write_index(recipe.output, tokenizer_fingerprint=fingerprint, tokenizer_json=tokenizer_json)
     elif not all(complete.values()):
@@ -203,9 +203,20 @@ def _identity(recipe: PreparationRecipe, *, settings: DomainSettings, inputs: Se
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _in_index(output: Path, *, names: Mapping[str, str]) -> bool:
+def _is_indexed(output: Path, *, names: Iterable[str]) -> bool:
+    """Whether the index names these domains, and beside them what is in the folder.
+
+    Where it differs in a domain of an unfinished preparation, it stays as it is: the end of that one writes it.
+    """
     path = output / INDEX_NAME
-    return path.is_file() and set(names) <= set(read_json(path)["domains"])
+    if not path.is_file():
+        return False
+    indexed = set(read_json(path)["domains"])
+    if not set(names) <= indexed:
+        return False
+    differing = indexed ^ set(domains_of(output))
+    plans = output.glob(f"{PREFIX}*/{PLAN_NAME}") if differing else []
+    return not differing or any(differing & set(read_json(plan)["domains"]) for plan in plans)
 
 
 def _plan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from shearing.data.texts.documents import TextFile
 from shearing.data.texts.kinds import ENDINGS, Compression, Kind, kind_of
 from shearing.errors import ShearingError
 from shearing.files.permissions import forbidden
+from shearing.files.states import states_of
 from shearing.settings.extras import require_extra
 
 if TYPE_CHECKING:
@@ -255,7 +258,7 @@ def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: s
     pieces: Sequence[tuple[int, int]]
     if sources.streaming:
         pieces = [(i, loaded.num_shards) for i in range(loaded.num_shards)]
-        stamp = revision or ""
+        stamp = revision or _stamp_of(Path(name))
     else:
         rows = len(loaded)
         pieces = [(start, min(start + ROWS_PER_PIECE, rows)) for start in range(0, rows, ROWS_PER_PIECE)]
@@ -271,15 +274,25 @@ def _hub_inputs(domain: str, *, name: str, sources: DomainSources, text_field: s
             bytes=size,
             stamp=stamp,
             text_field=text_field,
-            etag=stamp or None,
+            etag=revision,
             hub=HubPiece(name, sources.config, sources.split, revision, sources.streaming, start, end),
         )
         for start, end in pieces
     ]
 
 
+def _stamp_of(folder: Path) -> str:
+    """Tells a folder of data files, hidden ones aside, from another state of it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    seen = [path for path in files if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    return hashlib.sha256(json.dumps(states_of(seen, within=folder)).encode()).hexdigest()[:32]
+
+
 def _revision(name: str, *, revision: str | None) -> str | None:
-    """The commit that a name of the hub stands for now, so that what is read does not change between tasks."""
+    """The commit that a name of the hub stands for now, so that what is read does not change between tasks.
+
+    None for a folder of this machine.
+    """
     if os.path.isdir(name):  # noqa: PTH112 (a name that may also be no path)
         return None
     from huggingface_hub import HfApi

@@ -30,6 +30,7 @@ from shearing.errors import ShearingError
 from shearing.files.durable import flush_folder, write_json
 
 PREFIX = ".preparing-"
+PLAN_NAME = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class WorkFolder:
 
     @property
     def plan(self) -> Path:
-        return self.path / "plan.json"
+        return self.path / PLAN_NAME
 
     @property
     def tokenizer(self) -> Path:

@@ -78,6 +78,17 @@ class DocumentRules:
         )
 
 
+class OnHost:
+    """Holds a tensor that stays on the host.
+
+    FSDP2 moves every tensor among a call's arguments to the device, from where it would have to be read back. It looks
+    into lists, tuples and dicts, but not in here.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """The documents of B rows; from `DocumentRules.documents`.
@@ -109,7 +120,7 @@ class Documents:
             "cu_seq_lens_k": self.boundaries_on_device,
             "max_length_q": length,
             "max_length_k": length,
-            "document_boundaries": self.boundaries,
+            "document_boundaries": None if self.boundaries is None else OnHost(self.boundaries),
         }
 
     def labels(self, tokens_BT: Tensor) -> Tensor:

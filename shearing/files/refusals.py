@@ -27,5 +27,5 @@ def said_of_file(error: BaseException) -> ShearingError | None:
         str(error.filename),
         value=value,
         allowed="a file or folder that can be used",
-        mend="look what is there; `shear --debug …` shows what it was wanted for",
+        mend="look what is there; `SHEARING_DEBUG=1 shear …` shows what it was wanted for",
     )

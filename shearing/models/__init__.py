@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shearing.models.masked import MaskedModel, Masks
     from shearing.models.recipe import ModelRecipe, TargetRecipe
     from shearing.models.shape import Shape, config_for, resolve_target
+    from shearing.models.stored.saving import save_model
     from shearing.models.stored.stored_model import open_source
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_source",
     "open_source",
     "resolve_target",
+    "save_model",
 ]
 
 __getattr__ = late(
@@ -70,5 +72,6 @@ __getattr__ = late(
         "load_source": "loading",
         "open_source": "stored.stored_model",
         "resolve_target": "shape",
+        "save_model": "stored.saving",
     },
 )

@@ -133,7 +133,7 @@ def documents_sdpa(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    document_boundaries: Tensor | None = None,
+    document_boundaries: Any = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside documents, in the form that transformers calls.
@@ -178,7 +178,7 @@ def documents_sdpa(
     else:
         attended = _stretch_by_stretch(
             *(x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)),
-            boundaries=document_boundaries,
+            boundaries=document_boundaries.values,
             dropout=dropout,
             scaling=scaling,
             window=sliding_window,

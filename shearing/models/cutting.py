@@ -156,7 +156,7 @@ def compact(model: PreTrainedModel, *, masks: Masks, selection: Selection) -> Pr
 
     Args:
         model: plain source model (release a `MaskedModel` first); not changed. Its weights may come on demand.
-        masks: values of the units; those outside the selection must be zero.
+        masks: values of the units, on any one device; those outside the selection must be zero.
         selection: the units to keep.
 
     Returns:
@@ -336,7 +336,7 @@ def _cut_layer(
         }
         z_layer = None if z is None else z[layer].detach()
         if sublayer.after is not None and z_layer is not None:
-            _scale_gain(cut, sublayer.after, by=z_layer.double())
+            _scale_gain(cut, sublayer.after, by=z_layer)
         in_write = None if sublayer.after is not None else z_layer
         for name in sublayer.written:
             if name in cut:
@@ -358,6 +358,7 @@ def _both(rows: Tensor | None, others: Tensor | None) -> Tensor | None:
 def _scale_gain(state: dict[str, Tensor], norm: Norm, *, by: Tensor) -> None:
     """Scales what a norm puts out, in place of its parameters in `state`."""
     weight, bias, offset = f"{norm.name}.weight", f"{norm.name}.bias", norm.kind.offset
+    by = _factors(by, of=state[weight])
     state[weight] = ((state[weight].double() + offset) * by - offset).to(state[weight].dtype)
     if bias in state:
         state[bias] = (state[bias].double() * by).to(state[bias].dtype)
@@ -381,7 +382,13 @@ def _scale(weight: Tensor, *, columns: Tensor | None = None, rows: Tensor | None
         return weight
     scaled = weight.double()
     if columns is not None:
-        scaled = scaled * columns.detach().double()
+        scaled = scaled * _factors(columns, of=weight)
     if rows is not None:
-        scaled = scaled * (rows.double() if scaled.ndim == 1 else rows.double()[:, None])
+        factors = _factors(rows, of=weight)
+        scaled = scaled * (factors if scaled.ndim == 1 else factors[:, None])
     return scaled.to(weight.dtype)
+
+
+def _factors(values: Tensor, *, of: Tensor) -> Tensor:
+    """In double precision and where the weight is: masks that a ranking gives are on the host."""
+    return values.detach().to(of.device, torch.float64)

@@ -61,6 +61,10 @@ class Masks:
         """The fields that are set, by name."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
+    def to(self, device: torch.device) -> Masks:
+        """The same values on a device."""
+        return Masks(**{name: mask.to(device) for name, mask in self.tensors().items()})
+
     def heads(self, layer: int) -> Tensor | None:
         """Mask [K*G] of one layer's query heads, in Hugging Face's order (group by group)."""
         if self.query_heads is None:

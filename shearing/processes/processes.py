@@ -9,8 +9,10 @@ while the others wait.
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +28,7 @@ from shearing.processes.launcher import launcher_guard
 from shearing.processes.watch import Watch, exit_code
 
 Value = TypeVar("Value")
+Mendable = Callable[[BaseException], ShearingError | None]
 
 _PATIENCE = timedelta(days=7)
 """For what the main process does alone. Whether it is alive at all is the watch's business."""
@@ -49,20 +52,31 @@ class Processes:
         rank: this process's number; 0 is the main one, which alone prints and writes what is not sharded.
         size: number of processes.
 
+        mendable: what a user can mend of an error that is none of our own, such as the operating system's about a
+            file; None where it is nothing of the kind.
+
     Raises:
         ValueError: a rank outside of the size.
     """
 
-    def __init__(self, *, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, *, rank: int = 0, size: int = 1, mendable: Mendable | None = None) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}")
         self.rank, self.size = rank, size
+        self._mendable = mendable or (lambda _: None)
         self._control: dist.ProcessGroup | None = None
         self._watch: Watch | None = None
         self._agreed: BaseException | None = None  # the error of this process that the others have been told
 
     @classmethod
-    def start(cls, *, device: str = "auto", timeout: float = 1800.0, names: Mapping[str, str] | None = None) -> Self:
+    def start(
+        cls,
+        *,
+        device: str = "auto",
+        timeout: float = 1800.0,
+        names: Mapping[str, str] | None = None,
+        mendable: Mendable | None = None,
+    ) -> Self:
         """Join the processes that the launcher started; alone where there was none.
 
         Args:
@@ -70,6 +84,7 @@ class Processes:
             timeout: seconds that training's exchanges wait for the slowest process.
             names: what people call these two (see `errors.named`): what fails here may be said here, and end the
                 process.
+            mendable: see the class.
 
         Raises:
             ShearingError: the launcher's variables are incomplete or do not fit this machine; the processes do not
@@ -78,11 +93,11 @@ class Processes:
         said = named(names or {})
         rank, size, local_rank = _environment()
         on_gpu = device != "cpu" and torch.cuda.is_available()
-        processes = cls(rank=rank, size=size)
+        processes = cls(rank=rank, size=size, mendable=mendable)
         guard = launcher_guard()
         if size == 1:
             if on_gpu:
-                said(_take_gpu)(local_rank)
+                said(_take_gpu)(local_rank, alone=True)
             return processes
         meeting = _meet(size, seconds=timeout)
         tells = rank == 0 or local_rank == 0
@@ -92,9 +107,11 @@ class Processes:
         guard.tell_through(watch.lose_launcher)
         try:
             if on_gpu:
-                said(_take_gpu)(local_rank)
+                said(_take_gpu)(local_rank, alone=False)
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             processes._control = _connect(backend, store=meeting, rank=rank, size=size, seconds=timeout)
+            if on_gpu:
+                said(_require_own_gpus)(processes.gather(_own_gpu()))
         except BaseException as error:  # noqa: BLE001  told to all, and the end of this process
             watch.fail(error, lost_peer=_is_lost_peer(error))
         return processes
@@ -115,7 +132,10 @@ class Processes:
         assert self._watch is not None
         agreed = error is None or error is self._agreed or isinstance(error, AgreedEnd)
         if error is not None and not agreed:
-            self._watch.fail(error, lost_peer=_is_lost_peer(error))
+            said = self._mendable(error)
+            if said is not None:
+                said.__cause__ = error
+            self._watch.fail(said or error, lost_peer=_is_lost_peer(error))
         try:
             self.barrier()
         except BaseException as lost:  # noqa: BLE001  told to all, and the end of this process
@@ -178,7 +198,7 @@ class Processes:
                 raise
             except BaseException as raised:  # noqa: BLE001  told to the others first, then raised
                 error = raised
-        own = (0 if error is None else exit_code(error), result)
+        own = (0 if error is None else exit_code(self._mendable(error) or error), result)
         outcomes = [self.broadcast(own)] if only_main else self.gather(own)
         failed = [rank for rank, (code, _) in enumerate(outcomes) if code]
         if failed and failed[0] == self.rank and error is not None:
@@ -263,16 +283,48 @@ class Question:
         return int(largest)
 
 
-def _take_gpu(local_rank: int) -> None:
-    """Make one GPU this process's own."""
-    if local_rank >= torch.cuda.device_count():
-        raise ShearingError(
-            "LOCAL_RANK (set by the launcher)",
-            value=local_rank,
-            allowed=f"one process per GPU: this machine has {torch.cuda.device_count()}",
-            mend=f"start as many processes as there are GPUs (torchrun --nproc-per-node), or set {key('device')}=cpu",
-        )
-    torch.cuda.set_device(local_rank)
+def _take_gpu(local_rank: int, *, alone: bool) -> None:
+    """Make one GPU this process's own.
+
+    Of several processes each may see one alone, which a cluster has bound to it: it is number 0 to each of them. If it
+    is the same one to all, only `_require_own_gpus` can tell.
+    """
+    count = torch.cuda.device_count()
+    bound = count == 1 and not alone
+    if local_rank >= count and not bound:
+        raise _too_few_gpus("LOCAL_RANK (set by the launcher)", value=local_rank, count=count)
+    torch.cuda.set_device(0 if bound else local_rank)
+
+
+def _own_gpu() -> tuple[str, str]:
+    """Host, and number and name of the GPU: where each process sees another one, numbers are the same."""
+    number = torch.cuda.current_device()
+    # Builds for some GPUs have no names; a GPU that is bound to a process then cannot be told from one that all share.
+    return socket.gethostname(), f"{number} {getattr(torch.cuda.get_device_properties(number), 'uuid', None)}"
+
+
+def _require_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Refuse two processes on one GPU.
+
+    Args:
+        gpus: of each process, see `_own_gpu`.
+
+    Raises:
+        ShearingError: two are the same.
+    """
+    if shared := [gpu for gpu, processes in Counter(gpus).items() if processes > 1]:
+        host, ranks = shared[0][0], [rank for rank, gpu in enumerate(gpus) if gpu == shared[0]]
+        here = len({gpu for gpu in gpus if gpu[0] == host})
+        raise _too_few_gpus("GPUs (of the processes)", value=f"one on {host} for ranks {ranks}", count=here)
+
+
+def _too_few_gpus(field: str, *, value: object, count: int) -> ShearingError:
+    return ShearingError(
+        field,
+        value=value,
+        allowed=f"one process per GPU: this machine has {count}",
+        mend=f"start as many processes as there are GPUs (torchrun --nproc-per-node), or set {key('device')}=cpu",
+    )
 
 
 def _meet(size: int, *, seconds: float) -> Any:

@@ -137,7 +137,8 @@ class Watch:
             self._print(text)
         elif isinstance(error, ShearingError):
             text = f"{self._where}: {error}"
-            print(f"error in {text}", file=sys.stderr, flush=True)
+            trace = "".join(traceback.format_exception(error)) if os.environ.get("SHEARING_DEBUG") else ""
+            print(f"{trace}error in {text}", file=sys.stderr, flush=True)
         else:
             text = f"{self._where}: {type(error).__name__}: {error}"
             trace = "".join(traceback.format_exception(error))

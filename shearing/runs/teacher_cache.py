@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from shearing.data.corpus.format import tokenizer_fingerprint
 from shearing.errors import ShearingError, named
 from shearing.files.durable import locked, require_writable
 from shearing.files.full_disk import full_disk_said
+from shearing.files.refusals import said_of_file
 from shearing.models.attention import drop_attention_mask, keep_attention_within_documents
 from shearing.models.loading import load_config, load_source, require_weights
 from shearing.models.stored.stored_model import stored_fingerprint
@@ -27,10 +28,18 @@ from shearing.objectives.teacher_cache.cache import Conditions, TeacherCache
 from shearing.objectives.teacher_cache.draws import MOST_DRAWS, Draws
 from shearing.objectives.teacher_cache.form import Form
 from shearing.objectives.teacher_cache.top_k import TopK
-from shearing.objectives.teacher_cache.writing import PIECE_TOKENS, Plan, missing_parts, rows_per_piece, write_cache
+from shearing.objectives.teacher_cache.writing import (
+    PIECE_TOKENS,
+    Plan,
+    missing_parts,
+    rows_per_piece,
+    with_rows_there,
+    write_cache,
+)
 from shearing.processes.processes import Processes
 from shearing.progress import activity
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import cascade_of
 from shearing.runs.planning.rows import Rows, rows_read
 from shearing.runs.recipe import Recipe
 from shearing.training.device import keep_freed_memory, resolve_device, resolve_precision
@@ -68,7 +77,7 @@ class Asked:
         top_k: likeliest tokens instead.
         seed: of the draws.
         rows: the first so many of each domain; or
-        recipe: those alone that its run will read; None: all.
+        recipe: those alone that its run will read, or all runs of its cascade; None: all.
         micro_batch_size: rows that the teacher reads at a time.
         training: where and in which precision.
         piece_tokens: of a file, about.
@@ -95,7 +104,7 @@ class Asked:
 
 @named(WRITE_NAMES)
 def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
-    """Ask the teacher of all rows that are not in the cache yet, and open the whole of it.
+    """Ask the teacher of all rows that are not in the cache yet, and open the whole of it; what is in it stays there.
 
     Where a launcher started several processes, each of them calls this.
 
@@ -109,7 +118,9 @@ def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
     """
     _require_numbers(asked)
     training = asked.training
-    with Processes.start(device=training.device, timeout=training.timeout, names=WRITE_NAMES) as processes:
+    with Processes.start(
+        device=training.device, timeout=training.timeout, names=WRITE_NAMES, mendable=said_of_file
+    ) as processes:
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         device = resolve_device(training.device)
         keep_freed_memory(device, processes=processes.size)
@@ -151,8 +162,10 @@ def write(asked: Asked, *, console: Console | None = None) -> TeacherCache:
 
         held = locked(asked.output, field="output") if processes.is_main else contextlib.nullcontext()
         with held, full_disk_said(lambda: _no_room(asked.output)):
+            plan = replace(plan, rows=processes.on_main(lambda: with_rows_there(plan)))
             missing = processes.on_main(lambda: missing_parts(plan))
-            own = sum(len(part.rows) for part in missing[processes.rank :: processes.size]) * asked.sequence_length
+            share = missing[processes.rank :: processes.size]
+            own = sum(len(part.unasked()) for part in share) * asked.sequence_length
             with activity(f"asking {asked.model}", total=own, console=console) as advance:
                 write_cache(
                     plan,
@@ -190,9 +203,14 @@ def _rows(asked: Asked, *, corpus: Corpus) -> dict[str, Rows]:
         return {
             name: np.arange(count if asked.rows is None else min(asked.rows, count)) for name, count in there.items()
         }
-    context = RunContext(asked.recipe, console=Console(quiet=True))
-    found = rows_read(context)
-    if found is None:
+    # The models on the way of a cascade are not there yet; which rows are read does not depend on them.
+    contexts = [
+        RunContext(each.model_copy(update={"model": asked.recipe.model}), console=Console(quiet=True))
+        for each in cascade_of(asked.recipe)
+    ]
+    context = contexts[0]
+    by_run = [rows for each in contexts if (rows := rows_read(each)) is not None]
+    if len(by_run) < len(contexts):
         raise ShearingError(
             "--recipe",
             value=f"mixture.update={asked.recipe.mixture.update}",
@@ -210,7 +228,7 @@ def _rows(asked: Asked, *, corpus: Corpus) -> dict[str, Rows]:
             allowed=f"the same domains of the same text as CORPUS, {corpus.path}, at {asked.sequence_length}",
             mend="name the recipe's corpus, domains (--domain) and sequence length (--sequence-length)",
         )
-    return found
+    return {domain: np.unique(np.concatenate([rows[domain] for rows in by_run])) for domain in own}
 
 
 def _form(asked: Asked, *, vocab_size: int) -> Form:

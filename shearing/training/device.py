@@ -39,7 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` stands for here.
+    """The device that `auto`, `cpu` or `cuda` stands for here; a GPU with its number, in whatever thread it is used.
 
     Raises:
         ShearingError: cuda is asked for and there is none.
@@ -52,7 +52,10 @@ def resolve_device(device: str) -> torch.device:
             allowed="cpu or auto: torch finds no GPU here",
             mend=f"set {key('device')}=auto, or install a torch build and a driver that fit the GPU",
         )
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if not available or device == "cpu":
+        return torch.device("cpu")
+    # Without the number it would be GPU 0 in other threads, in which transformers loads weights.
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def keep_freed_memory(device: torch.device, *, processes: int) -> None:

@@ -55,7 +55,8 @@ def recipe(
     data["prune"] |= {"mask_draws": 2, "freeze": "6 steps", "estimator": estimator, "mask_learning_rate": 0.1}
     if listening:
         data["distill"] = LISTENING
-        data["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "2 steps"}
+        # No divisor of the checkpoints': each has losses that no update has used.
+        data["mixture"] |= {"reference": "teacher", "losses": "training", "interval": "3 steps"}
     data["training"] |= {
         "engine": engine,
         "deepspeed": {
@@ -81,7 +82,7 @@ def lines(run_dir: Path, stage: Stage) -> list[dict[str, Any]]:
 
 def trajectory(run_dir: Path, stage: Stage, *, listening: bool = False) -> list[dict[str, Any]]:
     """What every step computed, without times."""
-    kept = ["step", "loss", "grad_norm", "skipped", "expected", "lambda_1", "lambda_2", "weights", "losses"]
+    kept = ["step", "loss", "grad_norm", "skipped", "expected", "lambda_1", "lambda_2", "weights", "losses", "changed"]
     if listening:
         kept += ["domain_teacher_losses", "domain_divergences", "domain_teacher_weights", "domain_hidden_errors"]
     return [{name: line[name] for name in kept if name in line} for line in lines(run_dir, stage)]

@@ -8,12 +8,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shearing.runs.run_directory import RunDirectory
+from shearing.training.checkpoints.state import read_state
 from shearing.training.stage import INTERRUPTED_EXIT_CODE
 from tests.distributed import runs
 from tests.distributed.harness import Group, spawn, start
@@ -76,6 +78,12 @@ def _written(run_dir: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def _is_at(run_dir: Path, *, steps: int, there: str | None, since: int) -> bool:
+    """Whether a run has written steps since then, so many in all, and has such a file among its checkpoints."""
+    found = there is None or any(RunDirectory(run_dir).checkpoints("prune").glob(there))
+    return found and _written(run_dir) > since and _steps(run_dir) >= steps
+
+
 def _assert_bit_for_bit(found: Path, expected: Path) -> None:
     ours, theirs = dict(runs.contents(found, "prune")), dict(runs.contents(expected, "prune"))
     assert ours.keys() == theirs.keys()
@@ -104,21 +112,16 @@ def test_killed_and_continued_is_the_uninterrupted_run(
         before = _written(run_dir)
         group = start(runs.train, recipe, ("prune",), size=size, folder=tmp_path / f"out-{attempt}")
         step = draw.randrange(2, STEPS - 1)
-        if attempt == 1:  # inside a checkpoint, and not one that the first kill left
-            half = (run_dir / "prune" / "checkpoints").glob
-            reached = _when(
-                group, lambda half=half, before=before: _written(run_dir) > before and any(half(".writing-*/*"))
-            )
-        else:
-            reached = _when(
-                group, lambda step=step, before=before: _written(run_dir) > before and _steps(run_dir) >= step
-            )
+        # The second inside a checkpoint, and not one that the first kill left; the last has one to go on from.
+        steps, there = [(step, None), (1, ".writing-*/*"), (step, "step-*")][attempt]
+        reached = _when(group, partial(_is_at, run_dir, steps=steps, there=there, since=before))
         chosen = group.processes if victims == "all" else [draw.choice(group.processes)]
         for process in chosen:
             process.kill()
         codes = group.wait(seconds=90)
         assert not reached or all(codes), f"a process ended well though others were killed: {codes}\n{group.said()}"
     spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
+    assert not reached or "continuing prune from step" in (tmp_path / "out" / "output-0.txt").read_text()
     _assert_bit_for_bit(run_dir, uninterrupted(name))
 
 
@@ -141,12 +144,15 @@ def test_a_run_that_listens_is_killed_and_continued(
     size, recipe = _recipe(tiny_inputs, tmp_path, name)
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     group = start(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out-killed")
-    assert _when(group, lambda: _steps(run_dir) >= 6)  # two steps after a checkpoint, where trust has moved
+    first = RunDirectory(run_dir).checkpoints("prune") / "step-00000004"
+    assert _when(group, first.is_dir)  # written in the background: a step or more after the fourth
     group.processes[1].kill()
     assert all(group.wait(seconds=90)), group.said()
     assert _steps(run_dir) < STEPS
+    assert read_state(first, "state")["averages"], "there are losses since the last update"
     shutil.copytree(run_dir, elsewhere / "run")
     spawn(runs.train, recipe, ("prune",), size=size, folder=tmp_path / "out")
+    assert "continuing prune from step" in (tmp_path / "out" / "output-0.txt").read_text()
     expected = uninterrupted(name)
     _assert_bit_for_bit(run_dir, expected)
     trust = {str(line.get("domain_teacher_weights")) for line in runs.lines(run_dir, "prune") if "event" not in line}

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
 from shearing.training.checkpoints.pieces import MOMENTS, ShardedState
+from shearing.training.engines import gradient_sum
+from shearing.training.engines.gradient_sum import GradientSum
 from tests.distributed.harness import spawn
 from tests.models.tiny import VOCAB_SIZE, tiny_model
 from tests.training.engines.test_kept_zeros import OPTIMIZATION, make_engine
@@ -72,3 +74,34 @@ def test_many_micro_batches_add_up(kind: str, tmp_path: Path) -> None:
         for name, moment in found
     }
     assert max(errors.values()) < 1e-4, errors
+
+
+def sum_in_buckets() -> None:
+    """What every process runs: two steps of two micro-batches each, of parameters that fill three buckets."""
+    gradient_sum._BUCKET_ELEMENTS = 20
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    unreached = nn.Parameter(torch.ones(4))
+    parameters = [*model[:4].parameters(), unreached, *model[4].parameters()]
+    with Processes.start(device="cpu") as processes:
+        sums = GradientSum(parameters)
+        for _ in range(2):
+            parts = torch.randn(2 * processes.size, 8, 6)
+            losses = [model(part).square().sum() for part in parts]
+            expected = [
+                torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True) for loss in losses
+            ]
+            for index, part in enumerate(parts[2 * processes.rank :][:2]):
+                sums.armed = index == 1
+                model(part).square().sum().backward()
+            # In the order in which they are reached; the one in the middle waits for what no loss depends on.
+            assert [bucket.work is not None for bucket in sums._buckets] == [True, False, True]
+            sums.finish()
+            for parameter, *gradients in zip(parameters, *expected, strict=True):
+                torch.testing.assert_close(parameter.grad, torch.stack(gradients).sum(0))
+                parameter.grad = None
+        sums.close()
+
+
+def test_buckets_travel_while_others_are_still_computed(tmp_path: Path) -> None:
+    spawn(sum_in_buckets, size=PROCESSES, folder=tmp_path)

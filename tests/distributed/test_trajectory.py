@@ -1,7 +1,7 @@
 """The same maths everywhere: engines, ZeRO stages, numbers of processes and splits of a batch give one trajectory.
 
-`trajectory.json` beside this file is that trajectory, committed. After a change that is meant to change it:
-`UPDATE_TRAJECTORY=1 python -m pytest tests/distributed/test_trajectory.py`.
+`trajectory.json` beside this file is that trajectory, committed, and what a run says of the masks that it ends with.
+After a change that is meant to change it: `UPDATE_TRAJECTORY=1 python -m pytest tests/distributed/test_trajectory.py`.
 """
 
 from __future__ import annotations
@@ -109,10 +109,12 @@ def test_one_trajectory(name: str, tiny_inputs: Path, tmp_path: Path) -> None:
         pytest.importorskip("deepspeed")
     run_dir = tmp_path / "run"
     spawn(runs.train, _recipe(tiny_inputs, run_dir, **settings), STAGES, size=size, folder=tmp_path / "out")
-    found = {stage: runs.trajectory(run_dir, stage) for stage in ("prune", "pretrain")}
+    found: dict[str, Any] = {stage: runs.trajectory(run_dir, stage) for stage in ("prune", "pretrain")}
     assert [line["step"] for line in found["prune"] if "loss" in line] == list(range(1, runs.STEPS + 1))
+    summary = json.loads((run_dir / "prune" / "summary.json").read_text(encoding="utf-8"))
+    found["masks"] = {name: summary[name] for name in ("units", "kept", "changed_from_start", "ever_in_doubt")}
     if os.environ.get("UPDATE_TRAJECTORY") and name == next(iter(CLASSES)):
         COMMITTED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    for stage, steps in found.items():
-        assert runs.difference(committed[stage], steps) < TOLERANCE, stage
+    for part, content in found.items():
+        assert runs.difference(committed[part], content) < TOLERANCE, part

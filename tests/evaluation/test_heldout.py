@@ -21,6 +21,7 @@ from shearing.evaluation.heldout import DomainLoss, heldout_loss, macro_mean
 from shearing.models.masked import MaskedModel, Masks
 from shearing.models.stored.paging.on_demand import on_demand
 from shearing.models.stored.stored_model import open_source
+from shearing.processes.processes import Processes
 from tests.evaluation.test_text_bytes import byte_level
 
 VOCAB = 320
@@ -206,6 +207,44 @@ def test_progress_counts_every_token(model: LlamaForCausalLM, corpus: Any) -> No
 
     assert sum(seen) == sum(loss.tokens for loss in losses.values())
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_with_shared_weights_read_equally_often_and_count_each_row_once(
+    size: int, model: LlamaForCausalLM, corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each of them alone, in turn: what it would add to the sum over processes.
+    monkeypatch.setattr(Processes, "sum", lambda _, values: values)
+    whole = measure(model, corpus, micro_batch_size=1, tokenizer=byte_level())
+    parts, calls, told = [], [], []
+    for rank in range(size):
+        read: list[Tensor] = []
+        seen: list[tuple[int, int]] = []
+
+        def objective(tokens: Tensor, _: Any, read: list[Tensor] = read) -> Tensor:
+            read.append(tokens)
+            logits = model(input_ids=tokens[:, :-1]).logits
+            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+        def progress(tokens: int, read: list[Tensor] = read, seen: list[tuple[int, int]] = seen) -> None:
+            seen.append((tokens, len(read)))
+
+        changes = {"processes": Processes(rank=rank, size=size), "objective": objective, "progress": progress}
+        parts.append(measure(model, corpus, micro_batch_size=1, tokenizer=byte_level(), **changes))
+        calls.append(len(read))
+        told.append(seen)
+    assert calls == [2 * -(-5 // size)] * size
+    assert all(each == told[0] for each in told)
+    for domain, loss in whole.items():
+        assert {part[domain].tokens for part in parts} == {loss.tokens}
+        assert sum(part[domain].loss for part in parts) == pytest.approx(loss.loss, rel=1e-6)
+        assert sum(_bytes(part[domain]) for part in parts) == pytest.approx(_bytes(loss), rel=1e-6)
+
+
+def _bytes(loss: DomainLoss) -> float:
+    """Of the text that was counted."""
+    assert loss.bits_per_byte is not None
+    return loss.loss * loss.tokens / math.log(2) / loss.bits_per_byte
 
 
 def test_autocast_changes_the_loss_only_slightly(model: LlamaForCausalLM, corpus: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
+from torch.distributed.utils import _to_kwargs
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
@@ -104,6 +105,13 @@ def test_loss_and_gradients_are_those_of_an_explicit_mask(family: str, across: b
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert losses.labels.tolist() == [16 if across else 14, 16]
     torch.testing.assert_close(losses.rows.sum(), losses.total)
+
+
+def test_boundaries_stay_on_the_host_where_fsdp2_moves_what_a_call_is_given() -> None:
+    keywords = documents(*LENGTHS).keywords()
+    _, (moved,) = _to_kwargs((), keywords, torch.device("meta"), False)
+    assert moved["position_ids"].device.type == "meta"
+    assert moved["document_boundaries"].values is keywords["document_boundaries"].values
 
 
 def test_labels_may_be_left_out_with_attention_over_whole_rows() -> None:

@@ -7,11 +7,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shearing.errors import ShearingError
+from shearing.files.refusals import said_of_file
 from shearing.processes.processes import AgreedEnd, Processes, Question
 from shearing.processes.watch import exit_code
 from tests.distributed.harness import Group, spawn, start
@@ -131,6 +133,31 @@ def test_what_is_not_an_error_on_main_ends_those_that_wait(kind: str, code: int,
     assert codes == [code, code], outputs
 
 
+def _file_is_refused(how: str) -> None:
+    with Processes.start(device="cpu", mendable=said_of_file) as processes:
+        refused = Path("/dev/null/shard.bin").read_bytes
+        if how == "together":
+            processes.together(lambda: refused() if processes.rank == 1 else None)
+        elif how == "alone" and processes.rank == 1:
+            refused()
+        processes.barrier()
+
+
+@pytest.mark.slow
+def test_a_file_that_the_system_refuses_is_said_in_one_message(tmp_path: Path) -> None:
+    codes, outputs = _ends(_file_is_refused, "alone", folder=tmp_path)
+    assert codes == [2, 2]
+    assert "error in process 1 of 2" in outputs[1]
+    assert "/dev/null/shard.bin = 'Not a directory'" in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]
+
+
+@pytest.mark.slow
+def test_a_file_that_is_refused_at_an_agreed_point_ends_all_with_code_2(tmp_path: Path) -> None:
+    codes, _ = _ends(_file_is_refused, "together", folder=tmp_path)
+    assert codes[0] == 2  # the one that met it ends by the error itself, which a command says
+
+
 @pytest.mark.slow
 def test_an_error_after_one_that_was_dealt_with_is_told(tmp_path: Path) -> None:
     codes, outputs = _ends(_caught_and_failed_again, "mendable", folder=tmp_path)
@@ -226,17 +253,34 @@ def test_an_error_at_the_start_of_one_process_ends_all(tmp_path: Path) -> None:
     assert all("learning_rate" in output for output in outputs)
 
 
-def _has_too_few_gpus() -> None:
-    torch.cuda.is_available = lambda: True  # type: ignore[assignment]
-    torch.cuda.device_count = lambda: 1  # type: ignore[assignment]
-    torch.cuda.set_device = lambda _: None  # type: ignore[assignment]
-    Processes.start(names={"device": "training.device"})
+def _see_one_gpu(called: str) -> None:
+    """What a process sees of GPUs: one, whose name begins so."""
+    from shearing.processes import processes
+
+    connect = processes._connect
+    taken: list[int] = []
+    processes._connect = lambda _, **rest: connect("gloo", **rest)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = taken.append  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: taken[-1]
+    uuid = called.format(rank=os.environ["RANK"])
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=f"{uuid}-{device}")  # type: ignore[assignment, misc]
+    with Processes.start(names={"device": "training.device"}):
+        assert taken == [0]
+
+
+@pytest.mark.slow
+def test_a_cluster_may_bind_one_gpu_to_each_process(tmp_path: Path) -> None:
+    """Each is number 0 to its process, whatever LOCAL_RANK is."""
+    spawn(_see_one_gpu, "GPU-{rank}", size=2, folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_what_one_process_says_for_all_has_the_names_that_people_know(tmp_path: Path) -> None:
-    codes, outputs = _ends(_has_too_few_gpus, folder=tmp_path)
+    codes, outputs = _ends(_see_one_gpu, "GPU-of-all", folder=tmp_path)
     assert codes == [2, 2]
+    assert "for ranks [0, 1]" in outputs[1]
     assert "or set training.device=cpu" in outputs[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.runs.context import RunContext
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.recipe import Recipe
+from shearing.runs.stages.evaluation.rows import rows_of
+from shearing.runs.stages.evaluation.writing import measure_writing
 from shearing.runs.stages.run import run
 from shearing.runs.teacher_cache import Asked, write
 from shearing.training.recipe import TrainingRecipe
@@ -36,6 +39,9 @@ from tests.conftest import DOMAINS, tiny_recipe_data
 QUIET = Console(file=io.StringIO())
 BEGIN = 0
 """`<unk>` of the tiny tokenizer, which here stands in front of texts."""
+
+END = 1
+"""Its separator."""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +77,9 @@ def inputs(tiny_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _recipe(inputs: Path, run_dir: Path, *, mode: str, bos: str = "auto") -> Recipe:
+def _recipe(inputs: Path, run_dir: Path, *, mode: str, bos: str = "auto", **keys: str) -> Recipe:
     data = tiny_recipe_data(inputs, run_dir=run_dir)
-    data["data"] |= {"corpus": str(inputs / mode), "bos": bos}
+    data["data"] |= {"corpus": str(inputs / mode), "bos": bos, **keys}
     data["evaluation"]["generation"] = {"prompts": 2, "prompt_tokens": 4, "tokens": 4, "text_tokens": 64}
     return Recipe.model_validate(data)
 
@@ -95,6 +101,39 @@ def test_a_run_reads_rows_that_begin_as_the_corpus_says(mode: str, inputs: Path,
     whole = dict.fromkeys(DOMAINS, 64)
     assert evaluation["models"]["final"]["generation"]["tokens"] == sum(tokens.values())
     assert tokens == whole if mode == "row" else all(60 <= count < 64 for count in tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "attention", "front"),
+    [
+        ("none", "full", [END]),
+        ("document", "full", [END, BEGIN]),
+        ("document", "documents", [BEGIN]),
+        ("row", "full", [BEGIN, END]),
+        ("row", "documents", [BEGIN]),
+    ],
+)
+def test_prompts_come_after_what_documents_come_after_in_training(
+    mode: str, attention: str, front: list[int], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = RunContext(_recipe(inputs, tmp_path / "run", mode=mode, bos=mode, attention=attention), console=QUIET)
+    model = load_source(str(inputs / "model"))
+    read: list[torch.Tensor] = []
+    generate: Any = model.generate
+
+    def recorded(prompts: torch.Tensor, **keys: Any) -> Any:
+        read.append(prompts)
+        return generate(prompts, **keys)
+
+    monkeypatch.setattr(model, "generate", recorded)
+    source = replace(rows_of(context)[0], load=lambda: model)
+    measure_writing(context, [source], results={"source": {}})
+    assert len(read) == 2
+    for prompts in read:
+        assert prompts[:, : len(front)].tolist() == [front] * 2
+        text = prompts[:, len(front) :]
+        assert text.shape[1] == 4 - (mode == "document")
+        assert not torch.isin(text, torch.tensor([BEGIN, END])).any()
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def _no_shape() -> object:
             "to mend: correct it",
         ),
         (
-            import_deepspeed,
+            lambda: import_deepspeed(torch.device("cpu")),
             "training.engine",
             "to mend: pip install 'shearing[deepspeed]', or set training.engine=torch",
         ),

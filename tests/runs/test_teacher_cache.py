@@ -23,8 +23,10 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import CombinedShearingError, ShearingError
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
+from shearing.objectives.teacher_cache import writing
 from shearing.objectives.teacher_cache.cache import INDEX_NAME, TeacherCache
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import cascade_of
 from shearing.runs.planning.hardware import Hardware, forward_flops_per_token
 from shearing.runs.planning.plan import plan
 from shearing.runs.planning.preflight import preflight
@@ -105,10 +107,17 @@ def _no_teacher(*_: Any, **__: Any) -> Any:
     raise AssertionError("the teacher is not to be loaded")
 
 
-def test_a_row_is_what_the_model_says_of_it(cache: Path, tiny_inputs: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_row_is_what_the_model_says_of_it(precision: str, cache: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    """The model's own logits in either precision, its probabilities in fp32."""
+    dtype = torch.float32
+    if precision == "bf16":
+        cache, dtype = tmp_path / "cache", torch.bfloat16
+        training = TrainingRecipe.model_validate({"precision": precision, "device": "cpu"})
+        write(asked(tiny_inputs, cache, training=training, micro_batch_size=1), console=QUIET)
     opened = TeacherCache.open(cache)
     corpus = Corpus.open(tiny_inputs / "corpus")
-    model = load_source(str(tiny_inputs / "model"))
+    model = load_source(str(tiny_inputs / "model"), dtype=dtype)
     for domain in DOMAINS:
         rows = corpus.train_rows(domain, sequence_length=LENGTH)
         assert opened.rows(domain).tolist() == list(range(rows))
@@ -117,7 +126,7 @@ def test_a_row_is_what_the_model_says_of_it(cache: Path, tiny_inputs: Path) -> N
         for row in (0, 11, rows - 1):
             tokens = torch.from_numpy(corpus.row(domain, row, sequence_length=LENGTH))[None]
             with torch.no_grad():
-                log_p = model(tokens[:, :-1]).logits[0].log_softmax(-1)
+                log_p = model(tokens[:, :-1]).logits[0].float().log_softmax(-1)
             said = opened.row(domain, row)
             assert said is not None
             losses = -log_p.gather(1, tokens[0, 1:, None])[:, 0]
@@ -167,9 +176,95 @@ def test_a_cache_of_some_rows_grows(cache: Path, tiny_inputs: Path, tmp_path: Pa
     opened = write(asked(tiny_inputs, tmp_path / "cache", rows=13), console=QUIET)
     assert opened.rows("letters").tolist() == list(range(13))
     assert opened.row("letters", 13) is None
-    assert content(tmp_path / "cache").items() != content(cache).items()
-    write(asked(tiny_inputs, tmp_path / "cache"), console=QUIET)
-    assert content(tmp_path / "cache") == content(cache)
+    before = content(tmp_path / "cache")
+    grown = write(asked(tiny_inputs, tmp_path / "cache"), console=QUIET)
+    whole, found = TeacherCache.open(cache), content(tmp_path / "cache")
+    assert found.keys() == content(cache).keys()
+    changed = {name for name, of in content(cache).items() if found[name] != of}
+    assert changed <= {INDEX_NAME, *(f"{domain}/piece-00000001.safetensors" for domain in DOMAINS)}
+    for domain in DOMAINS:
+        assert found[f"{domain}/piece-00000000.safetensors"] == before[f"{domain}/piece-00000000.safetensors"]
+        assert grown.rows(domain).tolist() == whole.rows(domain).tolist()
+        # Rows of the piece that grew: 10 to 12 as they were, the others in micro-batches of their own.
+        for row in range(10, 20):
+            one, other = grown.row(domain, row), whole.row(domain, row)
+            assert one is not None
+            assert other is not None
+            np.testing.assert_allclose(one.label_losses, other.label_losses, rtol=1e-5, atol=1e-5)
+        for row in range(10, 13):
+            assert np.array_equal(grown.row(domain, row).ids, opened.row(domain, row).ids)
+
+
+def test_what_was_asked_once_stays(
+    cache: Path, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked for later: other seeds' rows, one domain, fewer rows."""
+    folder = tmp_path / "cache"
+    one, other = (
+        _recipe(tiny_inputs, tmp_path / f"run-{seed}", mixture={"update": "constant"}, cache=folder).model_copy(
+            update={"seed": seed}
+        )
+        for seed in (1, 2)
+    )
+    requests = [asked(tiny_inputs, folder, recipe=each) for each in (one, other)]
+    write(requests[0], console=QUIET)
+    shutil.copytree(folder, tmp_path / "first")
+    numbers: list[int] = []
+    whole = writing._asked
+
+    def counted(plan: Any, observer: Any, domain: str, rows: list[int]) -> Any:
+        numbers.extend(rows)
+        return whole(plan, observer, domain, rows)
+
+    monkeypatch.setattr(writing, "_asked", counted)
+    both = write(requests[1], console=QUIET)
+    wanted = [rows_read(_quiet(each)) or {} for each in (one, other)]
+    for domain in DOMAINS:
+        assert both.rows(domain).tolist() == np.union1d(wanted[0][domain], wanted[1][domain]).tolist()
+    assert len(numbers) == sum(len(np.setdiff1d(wanted[1][domain], wanted[0][domain])) for domain in DOMAINS) > 0
+    for each in (one, other):
+        preflight(_quiet(each))
+    found = content(folder)
+    for request in (requests[0], asked(tiny_inputs, folder, recipe=one, domains=list(DOMAINS))):
+        write(request, console=QUIET)
+        assert content(folder) == found
+    # Interrupted behind the first of its pieces, it goes on to the same bytes.
+    pieces = writing.write_piece
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        pieces(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "first", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_piece", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(requests[1], console=QUIET)
+    with pytest.raises(ShearingError, match=f"without {INDEX_NAME}"):
+        TeacherCache.open(folder)
+    write(requests[1], console=QUIET)
+    assert content(folder) == found
+    shutil.rmtree(folder)
+    shutil.copytree(cache, folder)
+    for change in ({"domains": ["letters"]}, {"rows": 3}):
+        write(asked(tiny_inputs, folder, **change), console=QUIET)
+        assert content(folder) == content(cache)
+
+
+def test_a_domain_that_is_added_leaves_the_others(cache: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    """Also where it was interrupted: which others there are is written down nowhere but in the index."""
+    folder = tmp_path / "cache"
+    write(asked(tiny_inputs, folder, domains=["letters"]), console=QUIET)
+    request = asked(tiny_inputs, folder, domains=["digits"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_piece", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(request, console=QUIET)
+    assert not (folder / INDEX_NAME).exists()
+    assert write(request, console=QUIET).domains.keys() == {"letters", "digits"}
+    assert write(asked(tiny_inputs, folder), console=QUIET).domains.keys() == set(DOMAINS)
+    assert content(folder) == content(cache)
 
 
 def _write(request: Asked) -> None:
@@ -244,7 +339,9 @@ def test_top_k_from_a_cache_is_what_the_teacher_says(
                 compact(_quiet(recipe))
     # What a teacher that is read about has computed is no cost of the run.
     ours, theirs = ({row.name: row.flops for row in rows_of(_quiet(recipe))} for recipe in (cached, online))
-    of_token = forward_flops_per_token(Shape.of(_quiet(online).config), sequence_length=LENGTH)
+    shape = Shape.of(_quiet(online).config)
+    # Its head is multiplied twice, as tokens are chosen by its entropy first.
+    of_token = forward_flops_per_token(shape, sequence_length=LENGTH) + 2 * shape.vocab_size * shape.hidden_size
     for name, steps in (("source", 0), ("compact", STEPS), ("final", 2 * STEPS)):
         assert theirs[name] - ours[name] == pytest.approx(of_token * steps * 2 * LENGTH)
 
@@ -357,6 +454,21 @@ def test_a_recipe_says_which_rows_it_will_read(
         prune(_quiet(moving))
     with pytest.raises(ShearingError, match="--recipe"):
         write(asked(tiny_inputs, tmp_path / "other", recipe=moving), console=QUIET)
+
+
+def test_a_cascade_reads_the_rows_of_all_its_runs(tiny_inputs: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_inputs, tmp_path / "run", mixture={"update": "constant"}, cache=tmp_path / "cache")
+    data = recipe.model_dump(mode="json")
+    first = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 32}
+    data |= {"target": [{**data["target"], **first}, data["target"]], "cascade": {"duration": "50%"}}
+    data["pretrain"]["optimizer"] = "fresh"
+    cascade = Recipe.model_validate(data)
+    write(asked(tiny_inputs, tmp_path / "cache", recipe=cascade), console=QUIET)
+    before, last = cascade_of(cascade)
+    assert before.seed != last.seed
+    preflight(_quiet(before))
+    shutil.copytree(tiny_inputs / "model", last.model.source)  # what it starts from is there by then
+    preflight(_quiet(last))
 
 
 def _other_model(inputs: Path, folder: Path) -> Path:

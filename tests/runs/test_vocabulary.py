@@ -95,12 +95,42 @@ def test_a_run_leaves_both_models(inputs: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = whole(torch.tensor([ids])).logits[..., kept]
         torch.testing.assert_close(cut(torch.tensor([now])).logits, expected, rtol=0, atol=1e-5)
+    # Of a finished run it changes nothing, which is said, and its recipe says what was made.
+    console = Console(width=500, record=True, file=(tmp_path / "said").open("w"))
+    later = recipe.model_copy(update={"target": recipe.pruning.target.model_copy(update={"vocab_size": 320})})
+    later = later.model_copy(update={"model": recipe.model.model_copy(update={"save_dtype": "bf16"})})
+    run(later, stages=["pretrain"], console=console)
+    said = console.export_text()
+    assert f"target.vocab_size=auto; to have it: shear export {directory.path} -o NEW_DIR --vocab-size 320" in said
+    assert f"shear export {directory.path} -o NEW_DIR --dtype bf16" in said
+    assert load_recipe(directory.recipe) == recipe
+    later = later.model_copy(update={"target": recipe.pruning.target.model_copy(update={"vocab_size": None})})
+    run(later, stages=["pretrain"], console=console)
+    assert f"{directory.model} has all tokens" in console.export_text()
     # Evaluation is of the whole vocabulary; a longer run begins with it too, and keeps what there was.
     assert json.loads(directory.evaluation.read_text())["models"]["final"]["shape"]["vocab_size"] == ROWS
     change(directory, overrides=["pretrain.duration=3"])
     assert (directory.path / "model-kept-tokens-step-00000002" / KEPT).is_file()
     run(load_recipe(directory.recipe), stages=["pretrain"])
     assert (directory.kept_tokens / KEPT).is_file()
+
+
+def test_the_card_gives_a_cut_model_no_losses_of_another(inputs: Path, tmp_path: Path) -> None:
+    data = recipe_of(inputs, tmp_path, size=None).model_dump(mode="json")
+    del data["target"], data["prune"]
+    directory = run(Recipe.model_validate(data))
+    cards = []
+    for name, size in (("whole", None), ("cut", 320)):
+        made = export(str(directory.path), output=tmp_path / name, vocab_size=size, console=Console(quiet=True))
+        cards.append((made.folder / "README.md").read_text())
+    whole, cut = cards
+    label = json.loads(directory.evaluation.read_text())["models"]["final"]["label"]
+    assert f"The column of this model is `{label}`" in whole
+    assert "Vocabulary" not in whole
+    assert "The column of this model is" not in cut
+    assert f"measured before the vocabulary was cut from {ROWS} tokens to 320; the column of the whole model" in cut
+    assert f"- Vocabulary: 320 of {ROWS} tokens kept; " in cut
+    assert "test documents have the same tokens" in cut
 
 
 def test_it_is_refused_before_any_work(tiny_inputs: Path, inputs: Path, tmp_path: Path) -> None:

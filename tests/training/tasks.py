@@ -35,8 +35,10 @@ RATE, BETAS, EPSILON, DECAY, CLIPPING = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
 CPU = torch.device("cpu")
 
 
-def masked_objective(inputs: Path, *, estimator: str = "hard_concrete") -> tuple[LanguageModelLoss, Masking]:
-    """The tiny model, masked, and what learns its masks: they move until the last two steps."""
+def masked_objective(
+    inputs: Path, *, estimator: str = "hard_concrete", warmup: int = 3
+) -> tuple[LanguageModelLoss, Masking]:
+    """The tiny model, masked, and what learns its masks: they close in `warmup` steps and move until the last two."""
     model = load_source(str(inputs / "model"), device=CPU, dtype=torch.float32)
     source = Shape.of(model.config)
     learner = MaskLearner(
@@ -47,7 +49,7 @@ def masked_objective(inputs: Path, *, estimator: str = "hard_concrete") -> tuple
         ),
         settings=MaskSettings(
             total_steps=STEPS,
-            sparsity_warmup_steps=3,
+            sparsity_warmup_steps=warmup,
             freeze_step=STEPS - 2,
             warmup_steps=2,
             estimator=estimator,

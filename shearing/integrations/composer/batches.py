@@ -29,6 +29,13 @@ class MixtureBatches(IterableDataset[dict[str, Tensor]]):
     """
 
     def __init__(self, mixture: Mixture, *, sequences_per_step: int) -> None:
+        if mixture.corpus.bos.mode == "document":
+            raise ShearingError(
+                "mixture",
+                value=f"{mixture.corpus.path}, with {mixture.corpus.bos}, which no loss counts",
+                allowed="text of which all tokens count: Composer weighs the loss of a micro-batch by its rows",
+                mend="prepare it with bos: row or none, or train with `shear run` or Hugging Face's Trainer",
+            )
         if mixture.documents.needs_positions:
             raise ShearingError(
                 "documents",

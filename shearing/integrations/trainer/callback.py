@@ -27,7 +27,7 @@ class LearnMasks(TrainerCallback):
     before it says that it has saved, so a run that is killed in between has nothing else to continue from. Only where
     a callback behind this one asks for a checkpoint is it written behind the trainer's own files alone.
 
-    While the trainer evaluates, and in the end, masks act without noise.
+    While the trainer evaluates, before the first step too, and in the end, masks act without noise.
 
     Args:
         masking: on the model that the trainer was given.
@@ -40,7 +40,7 @@ class LearnMasks(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up the masks of the checkpoint that is continued.
+        """Take up the masks of the checkpoint that is continued; they act without noise until the first step.
 
         Raises:
             ShearingError: a way to train that has not been shown to be right, or a checkpoint without masks.
@@ -56,22 +56,17 @@ class LearnMasks(TrainerCallback):
             ("deepspeed", args.deepspeed is not None, one),
             ("world_size", args.world_size > 1, "one process: `shear run` trains on many"),
             ("n_gpu", args.n_gpu > 1, "one GPU: CUDA_VISIBLE_DEVICES=0"),
+            (
+                "load_best_model_at_end",
+                args.load_best_model_at_end,
+                "False: losses rise while masks close, so the best is the least pruned, and `cut` takes the last masks",
+            ),
         ):
             if found:
                 raise ShearingError(name, value=getattr(args, name), allowed=allowed, mend="change TrainingArguments")
-        if not state.global_step:
-            return
-        path, beside = _places(args, state)
-        if path.parent.is_dir() and not path.exists() and beside.exists():
-            beside.replace(path)
-        if not path.exists():
-            raise ShearingError(
-                "resume_from_checkpoint",
-                value=str(path.parent),
-                allowed=f"a checkpoint with {MASKS}, in output_dir",
-                mend="continue from an older one, with the output_dir it was written to",
-            )
-        self.masking.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if state.global_step:
+            self._take_up(args, state)
+        self.masking.settle(step=state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,6 +120,19 @@ class LearnMasks(TrainerCallback):
     ) -> None:
         """Masks without noise: what the cut computes."""
         self.masking.settle(step=state.global_step)
+
+    def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
+        path, beside = _places(args, state)
+        if path.parent.is_dir() and not path.exists() and beside.exists():
+            beside.replace(path)
+        if not path.exists():
+            raise ShearingError(
+                "resume_from_checkpoint",
+                value=str(path.parent),
+                allowed=f"a checkpoint with {MASKS}, in output_dir",
+                mend="continue from an older one, with the output_dir it was written to",
+            )
+        self.masking.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _write_beside(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # Whether this is the best model it knows when it has evaluated it.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import count
 
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shearing import ShearingError
@@ -21,24 +22,25 @@ class MixtureRows(IterableDataset[dict[str, Tensor]]):
     Domain weights stay as they are: the trainer reads ahead without saying how far, and finds its place after an
     interruption by reading all that came before once more, so no update in between would come back.
 
-    Labels are the tokens that count; the trainer's mean is over these. A row without any is left out, which takes
-    nothing from that mean: a step of such rows alone has none, and would turn all weights into NaN.
+    Labels are the tokens that count, without the token that begins each document where a corpus has one; the trainer's
+    mean is over these. A row without any is left out, which takes nothing from that mean: a step of such rows alone has
+    none, and would turn all weights into NaN.
 
     Args:
         mixture: not to be used directly any more.
 
     Raises:
-        ShearingError: a mixture in which the ends of documents mean something; and, where rows are read, several
-            workers, each of which would deal every sample.
+        ShearingError: a mixture in which attention stays within documents; and, where rows are read, several workers,
+            each of which would deal every sample.
     """
 
     def __init__(self, mixture: Mixture) -> None:
-        if mixture.documents.needs_positions:
+        if mixture.documents.attention_within:
             raise ShearingError(
                 "documents",
                 value=mixture.documents,
-                allowed="DocumentRules(): under the Trainer, attention and loss go across the ends of documents",
-                mend="make the mixture without document rules",
+                allowed="attention_within=False: under the Trainer, attention goes across the ends of documents",
+                mend="make the mixture without that rule",
             )
         self.mixture = mixture
 
@@ -54,9 +56,13 @@ class MixtureRows(IterableDataset[dict[str, Tensor]]):
         for sample in count():
             batch = self.mixture.batch(first_sample=sample, num_sequences=1)
             tokens_T = labels_T = batch.tokens[0]
-            if batch.counted is not None:
-                counted_T = batch.counted[0]
-                if not counted_T[1:].any():
+            documents = self.mixture.documents.documents(
+                batch.positions, device=tokens_T.device, counted_BT=batch.counted
+            )
+            if documents is not None:
+                assert documents.left_out is not None
+                if documents.left_out.all():
                     continue
-                labels_T = tokens_T.masked_fill(~counted_T, IGNORED_LABEL)
+                # It is the model that shifts labels by one: the first token is none.
+                labels_T = pad(documents.labels(batch.tokens)[0], (1, 0), value=IGNORED_LABEL)
             yield {"input_ids": tokens_T, "labels": labels_T}

@@ -39,6 +39,7 @@ OURS = frozenset(
         "semi_structured.json",
         "shape.json",
         "kept_tokens.json",
+        "experts.json",
         "complete.json",
     }
 )

@@ -16,6 +16,7 @@ from shearing.errors import ShearingError, key
 from shearing.files.durable import write_json
 from shearing.files.tensors import opened_in_turn
 from shearing.models.anatomy import anatomy_of
+from shearing.models.stored.companions import copy_companions, folder_of
 from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.spellings import in_both_spellings
 
@@ -78,6 +79,25 @@ def write_model(
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))},
         )
     write_json(folder / "config.json", _config_content(model, dtype=dtype or model.dtype))
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, like: str, revision: str | None = None) -> None:
+    """Write a model as a folder that any reader opens, with the files of the model it was made of beside its weights.
+
+    `save_pretrained` of transformers 5 writes no tokenizer, and a config of which version 4 takes a wrong RoPE.
+
+    Args:
+        model: on any device; it stays as it is.
+        folder: made if it is not there.
+        like: folder or hub name of the model it was made of, whose tokenizer, chat templates, licence and the like go
+            with it.
+        revision: of a hub name.
+
+    Raises:
+        OSError: see `write_model`; or files of a hub name are not here and cannot be downloaded.
+    """
+    write_model(model, folder)
+    copy_companions(folder_of(like, revision=revision), to=folder)
 
 
 @torch.no_grad()

@@ -108,6 +108,10 @@ class Source:
         """Size of the files that hold tensors."""
         return sum((self.folder / name).stat().st_size for name in self.weight_files())
 
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Size of some tensors, as they are stored."""
+        return sum(self.entries[name].end - self.entries[name].begin for name in names)
+
     def other_files(self) -> list[str]:
         """Config, index of the weights, tokenizer, chat templates and the like, as paths from the folder."""
         of_weights = [name for name in ("config.json", INDEX) if (self.folder / name).is_file()]

@@ -108,6 +108,12 @@ def piece_path(folder: Path, *, domain: str, number: int) -> Path:
     return folder / domain / f"piece-{number:08d}.safetensors"
 
 
+def pieces_in(folder: Path, *, domain: str) -> list[int]:
+    """Numbers of the pieces of a domain whose files are there, whatever is in them."""
+    paths = (folder / domain).glob(f"piece-{'[0-9]' * 8}.safetensors")
+    return sorted(int(path.stem.removeprefix("piece-")) for path in paths)
+
+
 def piece_mark(conditions: Conditions, *, domain: str, fingerprint: str, number: int) -> str:
     """Says which piece of which cache it is."""
     content = json.dumps([FORMAT, conditions.to_json(), fingerprint], sort_keys=True)

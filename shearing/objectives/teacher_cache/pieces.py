@@ -119,10 +119,21 @@ class Piece:
         place = int(np.searchsorted(self.rows, row))
         if place == len(self.rows) or self.rows[place] != row:
             return None
+        return self._at(place)
+
+    def stored(self) -> dict[int, bytes]:
+        """The bytes of every row, by row.
+
+        Raises:
+            ShearingError: they are not what was written.
+        """
+        return {row: self._at(place) for place, row in enumerate(self.rows.tolist())}
+
+    def _at(self, place: int) -> bytes:
         begin = int(self._ends[place - 1]) if place else 0
         stored = self._stored[begin : int(self._ends[place])].tobytes()
         if zlib.crc32(stored) != self._checks[place]:
-            raise self.damaged(row)
+            raise self.damaged(int(self.rows[place]))
         return stored
 
     def damaged(self, row: int) -> ShearingError:

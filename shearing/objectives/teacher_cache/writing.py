@@ -1,16 +1,19 @@
 """Writes a teacher cache: pieces on many processes, each whole or not at all, then the index.
 
-A piece depends on its rows, the teacher and the micro-batch alone, not on who writes it nor on what was there before:
-any number of processes, stopped and continued at any point, leave the same bytes.
+A piece depends on its rows, the teacher, the micro-batch and those of its rows that were there before, which are kept,
+not on who writes it: any number of processes, stopped and continued at any point, leave the same bytes.
+
+    CACHE/cache.earlier.json    the index, while there is more in some pieces than it says
 
 Shapes: B sequences of a micro-batch, S positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,7 @@ from shearing.objectives.teacher_cache.cache import (
     index_of,
     piece_mark,
     piece_path,
+    pieces_in,
 )
 from shearing.objectives.teacher_cache.observer import Observer
 from shearing.objectives.teacher_cache.pieces import Piece, damage_of, mark_of, write_piece
@@ -38,6 +42,7 @@ from shearing.processes.processes import Processes
 
 PIECE_TOKENS = 1 << 18
 """Of a piece, about: what a kill loses, and what a file's own cost is shared by."""
+_EARLIER = "cache.earlier.json"
 _CHUNK_TOKENS = 512
 
 Rows = npt.NDArray[np.int64]
@@ -60,11 +65,14 @@ class Part:
     path: Path
     mark: str
 
-    def is_there(self) -> bool:
-        """Whether it has been written, of these rows."""
-        if damage_of(self.path, mark=self.mark) is not None:
-            return False
-        return np.array_equal(Piece.open(self.path).rows, self.rows)
+    def written(self) -> Piece | None:
+        """What there is of it, perhaps of fewer rows; None: nothing that is whole."""
+        return None if damage_of(self.path, mark=self.mark) is not None else Piece.open(self.path)
+
+    def unasked(self) -> Rows:
+        """Its rows that have not been written."""
+        written = self.written()
+        return self.rows if written is None else np.setdiff1d(self.rows, written.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +97,22 @@ class Plan:
 
     def parts(self) -> list[Part]:
         """All pieces, in order."""
-        return [part for domain in self.rows for part in self._of_domain(domain)]
+        return [
+            self.part(domain, int(number), rows=rows[rows // self.rows_per_piece == number])
+            for domain, rows in self.rows.items()
+            for number in np.unique(rows // self.rows_per_piece)
+        ]
 
-    def _of_domain(self, domain: str) -> Iterator[Part]:
-        rows = self.rows[domain]
+    def part(self, domain: str, number: int, *, rows: Rows) -> Part:
+        """A piece of these rows."""
         fingerprint = domain_fingerprint(self.corpus.manifests[domain])
-        for number in np.unique(rows // self.rows_per_piece).tolist():
-            yield Part(
-                domain=domain,
-                number=number,
-                rows=rows[rows // self.rows_per_piece == number],
-                path=piece_path(self.folder, domain=domain, number=number),
-                mark=piece_mark(self.conditions, domain=domain, fingerprint=fingerprint, number=number),
-            )
+        return Part(
+            domain=domain,
+            number=number,
+            rows=rows,
+            path=piece_path(self.folder, domain=domain, number=number),
+            mark=piece_mark(self.conditions, domain=domain, fingerprint=fingerprint, number=number),
+        )
 
 
 def rows_per_piece(sequence_length: int, *, piece_tokens: int) -> int:
@@ -109,22 +120,34 @@ def rows_per_piece(sequence_length: int, *, piece_tokens: int) -> int:
     return max(1, piece_tokens // sequence_length)
 
 
+def with_rows_there(plan: Plan) -> dict[str, Rows]:
+    """Rows of each domain of a plan, and what its pieces in the folder have beside them: what was asked once stays."""
+    grown: dict[str, Rows] = {}
+    for domain, rows in plan.rows.items():
+        numbers = pieces_in(plan.folder, domain=domain)
+        written = (plan.part(domain, number, rows=rows).written() for number in numbers)
+        grown[domain] = np.unique(np.concatenate([rows, *(piece.rows for piece in written if piece is not None)]))
+    return grown
+
+
 def missing_parts(plan: Plan) -> list[Part]:
     """The pieces that are still to be written.
+
+    Args:
+        plan: see `with_rows_there`, whose rows it has.
 
     Raises:
         ShearingError: the folder holds a cache of something else.
     """
-    index = plan.folder / INDEX_NAME
-    if index.is_file():
-        found = read_json(index).get("conditions")
-        if found != plan.conditions.to_json():
-            raise _of_another(plan.folder, found=f"{found}", wanted=f"{plan.conditions.to_json()}")
+    if (index := _index(plan.folder)) is not None:
+        own = {"conditions": plan.conditions.to_json(), "rows_per_piece": plan.rows_per_piece}
+        if (of_index := {name: index.get(name) for name in own}) != own:
+            raise _of_another(plan.folder, found=f"{of_index}", wanted=f"{own}")
     missing = []
     for part in plan.parts():
         if part.path.is_file() and (found := mark_of(part.path)) not in (None, part.mark):
             raise _of_another(part.path, found=f"{found}", wanted=part.mark)
-        if not part.is_there():
+        if len(part.unasked()):
             missing.append(part)
     return missing
 
@@ -141,7 +164,7 @@ def write_cache(
     """Write the pieces that are missing, and the index; all processes call it together.
 
     Args:
-        plan: what is to be there.
+        plan: what is to be there, with the rows that are there already.
         missing: of it, see `missing_parts`; the same on all processes.
         teacher: loads the model, which attends as the plan's conditions say; not called where nothing is missing.
         micro_batch_size: rows that it reads at a time.
@@ -154,7 +177,7 @@ def write_cache(
     """
     if missing:
         # What the index says would not be so any more.
-        processes.on_main(lambda: _remove_index(plan.folder))
+        processes.on_main(lambda: _set_index_aside(plan.folder))
         own = missing[processes.rank :: processes.size]
         processes.together(
             lambda: _write_parts(plan, own, teacher=teacher, micro_batch_size=micro_batch_size, advance=advance)
@@ -182,11 +205,14 @@ def _write_parts(
     observer = Observer(teacher(), form=conditions.form, chunk_tokens=_CHUNK_TOKENS)
     for part in parts:
         part.path.parent.mkdir(parents=True, exist_ok=True)
-        stored: list[bytes] = []
-        for start in range(0, len(part.rows), micro_batch_size):
-            stored += _asked(plan, observer, part.domain, part.rows[start : start + micro_batch_size].tolist())
-            advance(min(micro_batch_size, len(part.rows) - start) * conditions.sequence_length)
-        write_piece(part.path, part.rows, stored, mark=part.mark)
+        written = part.written()
+        stored = {} if written is None else written.stored()
+        unasked = part.unasked().tolist()
+        for start in range(0, len(unasked), micro_batch_size):
+            rows = unasked[start : start + micro_batch_size]
+            stored |= zip(rows, _asked(plan, observer, part.domain, rows), strict=True)
+            advance(len(rows) * conditions.sequence_length)
+        write_piece(part.path, part.rows, [stored[row] for row in part.rows.tolist()], mark=part.mark)
 
 
 def _asked(plan: Plan, observer: Observer, domain: str, rows: list[int]) -> list[bytes]:
@@ -224,12 +250,22 @@ def _write_index(plan: Plan, parts: list[Part], records: Mapping[int, PieceRecor
         for domain, pieces in of_domain.items()
     }
     content = index_of(plan.conditions, name=plan.name, rows_per_piece=plan.rows_per_piece, domains=domains)
+    others = {} if (earlier := _index(plan.folder)) is None else earlier["domains"]
+    content["domains"] = dict(sorted({**others, **content["domains"]}.items()))
     write_json(plan.folder / INDEX_NAME, content)
+    (plan.folder / _EARLIER).unlink(missing_ok=True)
 
 
-def _remove_index(folder: Path) -> None:
+def _index(folder: Path) -> dict[str, Any] | None:
+    """The index of a cache, or what it was before pieces were written that it does not have; None: there is none."""
+    there = (folder / name for name in (INDEX_NAME, _EARLIER) if (folder / name).is_file())
+    return next(map(read_json, there), None)
+
+
+def _set_index_aside(folder: Path) -> None:
+    """It says which domains there are that this plan has not."""
     if (folder / INDEX_NAME).is_file():
-        (folder / INDEX_NAME).unlink()
+        (folder / INDEX_NAME).replace(folder / _EARLIER)
         flush_folder(folder)
 
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
 from shearing.data.documents import Inputs
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key
 from shearing.files.durable import flush_folder, flush_tree, read_json, require_new, require_writable, write_json
 from shearing.files.full_disk import full_disk_said, no_room_for_model
 from shearing.models.anatomy import anatomy_of, decoder_layers
-from shearing.models.loading import load_source
+from shearing.models.loading import load_config, load_source
 from shearing.models.stored.companions import copy_companions, folder_of
 from shearing.models.stored.spellings import in_both_spellings
 from shearing.models.stored.stored_model import dtype_of_weights
@@ -105,13 +105,15 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     require_new(recipe.output, field="output")
     require_writable(recipe.output, field="output")
+    source = load_config(recipe.model, revision=recipe.revision)
+    config = mixture_config(source, experts=recipe.experts, active=recipe.active)
+    _require_positions(source, seqlen=recipe.seqlen)
     dense = load_source(recipe.model, revision=recipe.revision, dtype=torch.float32)
-    config = mixture_config(dense.config, experts=recipe.experts, active=recipe.active)
     tokenizer = open_tokenizer(recipe.model, revision=recipe.revision).full
     calibration = load_calibration(
         recipe.calibration,
         tokenizer=tokenizer,
-        vocab_size=dense.config.vocab_size,
+        vocab_size=source.vocab_size,
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
@@ -120,7 +122,7 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
     )
     layers = find_experts(dense, tokens=calibration.tokens, recipe=recipe)
     mixture: Any = mixture_of(dense, config=config, layers=layers)
-    dtype = dtype_of_weights(recipe.model, config=dense.config)
+    dtype = dtype_of_weights(recipe.model, config=source)  # the dense model's own config says fp32, as it was loaded
     _write(mixture.to(dtype), recipe=recipe, layers=layers)
     errors = [layer.error for layer in layers]
     said = f"{recipe.experts} experts of {layers[0].groups.shape[1]} units, {recipe.active} active"
@@ -167,6 +169,17 @@ def mixture_config(config: PretrainedConfig, *, experts: int, active: int) -> An
         decoder_sparse_step=1,
         mlp_only_layers=[],
     )
+
+
+def _require_positions(config: PretrainedConfig, *, seqlen: int) -> None:
+    longest: int = config.max_position_embeddings
+    if seqlen > longest:
+        raise ShearingError(
+            "seqlen",
+            value=seqlen,
+            allowed=f"at most {longest}, what the model can read (max_position_embeddings)",
+            mend=f"set {key('seqlen')} to {longest}",
+        )
 
 
 @torch.no_grad()

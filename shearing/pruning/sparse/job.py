@@ -34,15 +34,18 @@ from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.criteria.criterion import Criterion
 from shearing.pruning.sparse.criteria.facts import CRITERIA
 from shearing.pruning.sparse.patterns import KeptOf, Pattern, is_like, pattern_of, runs_on_2_4, unstructured
-from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.recipe import OneShotRecipe, SparsifyRecipe
 from shearing.pruning.sparse.reconstruction import reconstructions, require_valid
 from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
+from shearing.pruning.sparse.search.database import database_bytes
 from shearing.settings.neutral import neutral_keys
 from shearing.training.device import resolve_device
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192
 UNSTRUCTURED_STEPS = 32
+_PLACES = {"model", "revision", "calibration"}
+"""Settings that say where something lies: a folder may be moved between two calls."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def prepare(
         if recipe.hardware is not None and (others := [level for level in levels if not runs_on_2_4(level)]):
             raise _not_on_hardware(recipe, others, mend="allocate again with hardware: 2:4")
     else:
-        levels = _levels(recipe)
+        levels = levels_of(recipe)
         assert recipe.budget is not None
         asked = budget = recipe.budget
         if len(levels) > 1:
@@ -165,8 +168,12 @@ def prepare(
 
 
 def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
-    """Raises `ShearingError` unless two runs have the same `settings`; `where` is what the earlier one left."""
-    changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+    """Raises `ShearingError` unless two runs have the same `settings`; `where` is what the earlier one left.
+
+    Where model and text lie does not matter: what they are stands beside it.
+    """
+    keys = (earlier.keys() | now.keys()) - _PLACES
+    changed = sorted(key for key in keys if earlier.get(key) != now.get(key))
     if changed:
         raise ShearingError(
             "output",
@@ -178,13 +185,25 @@ def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -
 
 
 def disk_bytes(job: Job) -> int:
-    """The model, its layers once more until they are put together, what is offloaded, and gradients."""
-    size = 2 * job.source.weight_bytes()
+    """The model, its layers once more until they are put together, and `working_bytes`."""
+    return 2 * job.source.weight_bytes() + working_bytes(job)
+
+
+def working_bytes(job: Job) -> int:
+    """What is offloaded, gradients, and what a search chooses from."""
+    size = 0
     if job.calibration is not None and job.compute.offload == "disk":
         width = job.source.config.get_text_config(decoder=True).hidden_size
         size += job.calibration.tokens.numel() * width * job.compute.dtype.itemsize
     if job.calibration is not None and "gradients" in job.criterion.needs:
         size += gradient_bytes(job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute)
+    if job.fitness is not None:
+        size += database_bytes(
+            levels=len(job.levels),
+            weights=sum(matrix.size for matrix in job.matrices),
+            stored_bytes=job.source.bytes_of(matrix.name for matrix in job.matrices),
+            changes=bool(job.reconstruction.needs),
+        )
     return size
 
 
@@ -206,8 +225,15 @@ def no_room(folder: Path, *, what: str) -> ShearingError:
     )
 
 
-def _levels(recipe: SparsifyRecipe) -> list[Pattern]:
-    """Patterns to choose from, sparsest first; one where the allocation is uniform and no levels are given."""
+def levels_of(recipe: OneShotRecipe) -> list[Pattern]:
+    """Patterns to choose from, sparsest first; one where the allocation is uniform and no levels are given.
+
+    Args:
+        recipe: whose allocation is no file.
+
+    Raises:
+        ShearingError: two levels keep the same share, or none is what the hardware runs.
+    """
     if recipe.levels is not None:
         levels = [pattern_of(text) for text in recipe.levels]
     elif recipe.allocation == "uniform":
@@ -249,7 +275,7 @@ def _require_like(levels: Sequence[Pattern], *, pattern: str) -> None:
         )
 
 
-def _not_on_hardware(recipe: SparsifyRecipe, levels: Sequence[Pattern], *, mend: str) -> ShearingError:
+def _not_on_hardware(recipe: OneShotRecipe, levels: Sequence[Pattern], *, mend: str) -> ShearingError:
     return ShearingError(
         "hardware",
         value=recipe.hardware,

@@ -25,11 +25,11 @@ from shearing.pruning.sparse.allocation.rules.owl import Owl
 from shearing.pruning.sparse.allocation.rules.rank import Rank
 from shearing.pruning.sparse.allocation.rules.redundancy import Redundancy
 from shearing.pruning.sparse.allocation.rules.uniform import Uniform
-from shearing.pruning.sparse.job import Job, gather, no_room, prepare, require_same
+from shearing.pruning.sparse.job import Job, gather, no_room, prepare, require_same, working_bytes
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.fitness import Training
-from shearing.pruning.sparse.search.msp import Msp
+from shearing.pruning.sparse.search.msp import LEVELS, Msp
 
 
 @named(COMPONENT_NAMES)
@@ -67,6 +67,8 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
         if settings.is_file():
             require_same(read_json(settings), job.settings, where=partial)
         else:
+            if shutil.disk_usage(partial).free < working_bytes(job):
+                raise no_room(partial, what=f"{working_bytes(job) / 1e9:.2f} GB: {room}")
             write_json(settings, job.settings)
         started = time.monotonic()
         gather(job, console=console)
@@ -95,6 +97,7 @@ def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> Stor
     if job.allocation is not None:
         return job.allocation
     if path.is_file():
+        _let_go(job)
         return read_allocation(path, source=job.source)
     if job.budget != job.asked:
         console.print(
@@ -104,7 +107,7 @@ def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> Stor
         )
     allocation = allocator_of(recipe, job=job).allocate(request_of(recipe, job=job, console=console))
     require_fit(allocation.patterns, matrices=job.matrices, budget=job.budget)
-    return write_allocation(
+    stored = write_allocation(
         path,
         patterns=allocation.patterns,
         matrices=job.matrices,
@@ -121,6 +124,13 @@ def choose_levels(recipe: SparsifyRecipe, *, job: Job, console: Console) -> Stor
         },
         facts=allocation.facts,
     )
+    _let_go(job)
+    return stored
+
+
+def _let_go(job: Job) -> None:
+    """What the search has chosen from may take more room than the model that is written next."""
+    shutil.rmtree(job.compute.folder / LEVELS, ignore_errors=True)
 
 
 def request_of(recipe: SparsifyRecipe, *, job: Job, console: Console) -> Request:

@@ -148,6 +148,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     every_layer = torch.ones(source.num_hidden_layers)
     layers = masks.get("layers", every_layer)
     attention, mlp = masks.get("attention", layers).bool().cpu(), masks.get("mlp", layers).bool().cpu()
+    groups = _with_groups(masks, attention=attention)
 
     def mean(name: str, of: Tensor, full: int) -> float:
         return float(masks[name].cpu()[of].sum(-1).float().mean()) if name in masks else float(full)
@@ -162,7 +163,7 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
     means = {
         "num_hidden_layers": (int(attention.sum()) + int(mlp.sum())) / 2,
         "num_key_value_heads": mean("kv_groups", attention, source.num_key_value_heads),
-        "query_heads_per_group": mean("query_heads", attention, source.query_heads_per_group),
+        "query_heads_per_group": mean("query_heads", groups, source.query_heads_per_group),
         "num_experts": mean("experts", mlp, source.num_experts),
     }
     for near in _around(means, free=masks.keys(), source=source):
@@ -184,6 +185,11 @@ def uniform_shape(masks: Mapping[str, Tensor], *, source: Shape, budget: Paramet
         mend=f"raise {key('parameters')} or prune more kinds of units ({key('granularities')})"
         + (f", or lower {key('multiple_of')}" if budget.multiple_of > 1 else ""),
     )
+
+
+def _with_groups(masks: Mapping[str, Tensor], *, attention: Tensor) -> Tensor:
+    """Where there are query heads [L], or [L, K] where groups have masks: one that is gone has heads of no meaning."""
+    return attention[:, None] & masks["kv_groups"].bool().cpu() if "kv_groups" in masks else attention
 
 
 def _around(means: Mapping[str, float], *, free: Collection[str], source: Shape) -> Iterator[Shape]:

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import SOURCE
+from shearing.runs.continuation.moved import CASCADE, recipe_in
 from shearing.runs.continuation.recipe import on_the_way
-from shearing.runs.recipe import Recipe, load_recipe, validated
+from shearing.runs.recipe import Recipe, validated
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.reading import Places
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-CASCADE = "cascade"
-"""Folder of the runs on the way, inside that of the last."""
 
 
 def cascade_of(recipe: Recipe) -> list[Recipe]:
@@ -58,11 +56,7 @@ def runs_before(recipe: Recipe) -> list[Recipe]:
     before = RunDirectory(source.parent.resolve())
     if source.name != before.model.name or before.path.parent.name != CASCADE or not before.recipe.is_file():
         return []
-    found = load_recipe(before.recipe)
-    # A cascade may have been moved: what lies beside each other still does.
-    earlier = before.path.parent / Path(found.model.source).parent.name / before.model.name
-    model = found.model.model_copy(update={"source": str(earlier)}) if earlier.is_dir() else found.model
-    found = found.model_copy(update={"run_dir": before.path, "model": model})
+    found = recipe_in(before)
     return [*runs_before(found), found]
 
 

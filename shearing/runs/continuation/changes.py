@@ -10,6 +10,7 @@ from shearing.files.durable import read_json, write_json
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
+from shearing.settings.reading import read_recipe_file
 
 _OF_SCHEDULE = ("duration", "schedule", "decay", "warmup", "final_learning_rate")
 _OF_STEP = ("betas", "epsilon", "weight_decay", "gradient_clipping")
@@ -61,17 +62,31 @@ class Change:
 
 
 def changes_of(run: RunDirectory) -> list[Change]:
-    """The changes of a run, oldest first.
+    """The changes of a run, oldest first, without one that was written down and killed before the recipe was.
 
     Raises:
-        ShearingError: their file is damaged.
+        ShearingError: their file is damaged, or the recipe.
     """
     if not run.changes.is_file():
         return []
-    return [
+    found = [
         Change(each["step"], {key: (values["before"], values["after"]) for key, values in each["keys"].items()})
         for each in read_json(run.changes)["changes"]
     ]
+    if found and run.recipe.is_file() and _is_undone(found[-1], read_recipe_file(run.recipe, overrides=())[0]):
+        found.pop()
+    return found
+
+
+def _is_undone(change: Change, recipe: dict[str, Any]) -> bool:
+    """Whether a recipe, as plain values, is that from before a change."""
+    return any(_value(recipe, key) == was != is_to_be for key, (was, is_to_be) in change.keys.items())
+
+
+def _value(recipe: Any, key: str) -> Any:
+    for name in key.split("."):
+        recipe = recipe.get(name) if isinstance(recipe, dict) else None
+    return recipe
 
 
 def write_changes(run: RunDirectory, changes: list[Change]) -> None:

@@ -26,7 +26,8 @@ from shearing.runs.continuation.changes import (
     schedule_keys,
     write_changes,
 )
-from shearing.runs.recipe import Recipe, load_recipe, overridden
+from shearing.runs.continuation.moved import recipe_in
+from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
 from shearing.settings.quantities import Duration
@@ -87,7 +88,7 @@ def extend(
             "NEW_DIR", value=str(to), allowed="a folder that is new or empty", mend="choose another, or remove that one"
         )
     require_writable(to, field="NEW_DIR")
-    before = load_recipe(run.recipe)
+    before = recipe_in(run)
     start = before.model_dump(mode="json") if onward else _in_steps(before)
     way = _Way(start | {"run_dir": str(to)}, decay=decay, overrides=overrides, onward=onward)
     first, checkpoint, recipe = _choose(run, way, step=step)
@@ -101,7 +102,8 @@ def extend(
 def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Sequence[str] = ()) -> Extension:
     """Have a run go on from its newest checkpoint with other keys, where it is, finished or not.
 
-    Weights, moments, samples and domain weights go on where they are. What was trained stays as it was; which keys
+    Weights, moments, samples and domain weights go on where they are; a run that was moved goes on in the folder that
+    is named. What was trained stays as it was; which keys
     changed, and at which step, is in pretrain/changes.json and on the page about the run. What a finished run has
     made is kept under names with its step. Masks that had come to rest (`ast`) move again where the run is longer by
     then, from weights of 0 where they had dropped some: what was set aside is gone.
@@ -116,10 +118,10 @@ def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Seque
     """
     _require_run(run, decay=decay)
     with run.locked():
-        before = load_recipe(run.recipe)
+        before = recipe_in(run)
         way = _Way(before.model_dump(mode="json"), decay=decay, overrides=overrides, onward=True)
         first, _, recipe = _choose(run, way, step=None)
-        if recipe.run_dir != before.run_dir:
+        if recipe.run_dir.resolve() != run.path.resolve():
             raise ShearingError(
                 "run_dir",
                 value=str(recipe.run_dir),
@@ -128,10 +130,7 @@ def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Seque
             )
         changed = Change.between(before, recipe, step=first)
         # In this order, killed anywhere, it is the run that it was or the one that it is to be.
-        earlier = changes_of(run)
-        if earlier and _is_undone(earlier[-1], before):
-            earlier.pop()
-        write_changes(run, [*earlier, *([changed] if changed.keys else [])])
+        write_changes(run, [*changes_of(run), *([changed] if changed.keys else [])])
         _set_aside(run, step=_total(before))
         write_text(run.recipe, recipe.to_yaml())
     return Extension(directory=run, step=first, total_steps=_total(recipe))
@@ -152,12 +151,6 @@ def _require_run(run: RunDirectory, *, decay: Duration | None) -> None:
             allowed="at least one step, in steps or tokens: a share of what is not known yet",
             mend="write '100 steps' or '0.1B tokens'",
         )
-
-
-def _is_undone(change: Change, recipe: Recipe) -> bool:
-    """Whether a change was written down, and killed before the recipe was."""
-    now = recipe.flat()
-    return any(now.get(key) == was != is_to_be for key, (was, is_to_be) in change.keys.items())
 
 
 def _set_aside(run: RunDirectory, *, step: int) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from shearing.data.corpus.corpus import whole_rows
+from shearing.data.documents import Inputs
 from shearing.errors import ShearingError
 from shearing.models.shape import SIZE_NAMES, Shape, config_for, resolve_target
+from shearing.pruning.structured.importance.metric import Cost, Evidence
+from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.runs.recipe import Recipe
 
@@ -16,6 +22,22 @@ if TYPE_CHECKING:
 def importance_of(recipe: Recipe, *, family: FamilyRecipe) -> str:
     """The name of the metric that sorts the units of a family."""
     return family.importance or (recipe.prune and recipe.prune.graded_by) or "reconstruction"
+
+
+def sorting_cost(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, smallest: Shape) -> Cost:
+    """What the metric that sorts the units of a family has to compute.
+
+    Args:
+        recipe: of the run.
+        family: its sizes.
+        shape: of the model that they are parts of.
+        smallest: of the sizes.
+    """
+    name, length = importance_of(recipe, family=family), recipe.data.sequence_length
+    rows = whole_rows(family.calibration_tokens, sequence_length=length)
+    text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
+    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=smallest, seed=recipe.seed)
+    return metric_of(name).cost(shape, evidence=evidence)
 
 
 def family_shapes(recipe: Recipe, *, source: PretrainedConfig) -> dict[str, Shape]:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from shearing.errors import ShearingError
+from shearing.models.loading import load_config
+from shearing.models.stored.saving import DTYPES
+from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.runs.continuation.changes import onward_keys
-from shearing.runs.recipe import Recipe
+from shearing.runs.continuation.moved import place_in_cascade
+from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
 from shearing.settings.reading import read_recipe_file
+
+AT_THE_END = {"model.save_dtype": "--dtype", "target.vocab_size": "--vocab-size"}
+"""Neutral keys that pretraining heeds when it ends, and never again -> the option of `shear export` for the same."""
+
+_IN_CASCADE = ("model.source", "prune.moments_of")
+"""Keys that a cascade sets to folders of its own, which are moved with it."""
 
 
 def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
@@ -31,6 +42,9 @@ def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
         )
     earlier = _flat(read_recipe_file(directory.recipe, overrides=())[0])
     now = _flat(recipe.model_dump(mode="json"))
+    for key in _IN_CASCADE:
+        if isinstance(place := earlier.get(key), str) and place != now.get(key):
+            earlier[key] = place_in_cascade(place, was=Path(earlier["run_dir"]), now=recipe.run_dir)
     neutral = neutral_keys(Recipe)
     changed = sorted(
         key
@@ -47,6 +61,43 @@ def require_same_run(recipe: Recipe, *, directory: RunDirectory) -> None:
             + "; ".join(f"{key} was {earlier.get(key)!r} and is {now.get(key)!r}" for key in changed),
             mend=_mend(changed, recipe=recipe, directory=directory),
         )
+
+
+def as_made(recipe: Recipe, *, directory: RunDirectory) -> tuple[Recipe, list[str]]:
+    """A recipe that claims nothing of a finished model that it was not written with, and what to say of that.
+
+    Args:
+        recipe: of this run, see `require_same_run`.
+        directory: the run's.
+
+    Returns:
+        The recipe to keep in the folder, and a line for each key that comes too late: what makes it now.
+    """
+    if not directory.is_complete("pretrain") or not directory.recipe.is_file():
+        return recipe, []
+    earlier = _flat(read_recipe_file(directory.recipe, overrides=())[0])
+    now = _flat(recipe.model_dump(mode="json"))
+    late = [key for key in AT_THE_END if key in earlier.keys() & now.keys() and earlier[key] != now[key]]
+    if not late:
+        return recipe, []
+    said = [
+        f"{key}={json.dumps(now[key]).strip(chr(34))} comes too late: pretrain is complete, with "
+        f"{key}={json.dumps(earlier[key]).strip(chr(34))}; {_way_to(key, recipe=recipe, directory=directory)}"
+        for key in late
+    ]
+    return overridden(recipe, overrides=[f"{key}={json.dumps(earlier[key])}" for key in late]), said
+
+
+def _way_to(key: str, *, recipe: Recipe, directory: RunDirectory) -> str:
+    """What makes a finished model as a key says that pretraining has not heeded."""
+    value = recipe.flat()[key]
+    if value is None:
+        return f"{directory.model} has all tokens"
+    if value == "source":
+        config = load_config(recipe.model.source, revision=recipe.model.revision)
+        stored = dtype_of_weights(recipe.model.source, config=config)
+        value = next(name for name, dtype in DTYPES.items() if dtype == stored)
+    return f"to have it: shear export {shlex.quote(str(directory.path))} -o NEW_DIR {AT_THE_END[key]} {value}"
 
 
 def _mend(changed: list[str], *, recipe: Recipe, directory: RunDirectory) -> str:

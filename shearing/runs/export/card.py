@@ -16,6 +16,7 @@ from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.changes import changes_of
 from shearing.runs.export.origin import Origin
+from shearing.runs.export.vocabulary import CutVocabulary
 from shearing.runs.planning.summary import shape_cells
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.choices import Learned
@@ -31,7 +32,15 @@ _PLACES = ("run_dir", "corpus", "outside")
 """Keys that say where something is on the machine that trained, and nothing else."""
 
 
-def write_card(folder: Path, *, origin: Origin, shape: Shape, dtype: str, versions: Mapping[str, Any]) -> None:
+def write_card(
+    folder: Path,
+    *,
+    origin: Origin,
+    shape: Shape,
+    dtype: str,
+    versions: Mapping[str, Any],
+    vocabulary: CutVocabulary | None = None,
+) -> None:
     """Write README.md into an export of a run; the source's own stays beside it under another name.
 
     Args:
@@ -40,6 +49,7 @@ def write_card(folder: Path, *, origin: Origin, shape: Shape, dtype: str, versio
         shape: the model's.
         dtype: its weights', in the words of settings.
         versions: of what trained and wrote it.
+        vocabulary: what stayed of it; None: all.
     """
     assert origin.context is not None
     of_source = folder / CARD
@@ -51,9 +61,9 @@ def write_card(folder: Path, *, origin: Origin, shape: Shape, dtype: str, versio
         _front(head, context=origin.context, sparse=origin.start.masks is not None),
         f"# {origin.context.recipe.name}",
         *_what(origin, shape=shape, dtype=dtype),
-        *_method(origin),
+        *_method(origin, vocabulary=vocabulary),
         *_data(origin),
-        *_measured(origin),
+        *_measured(origin, vocabulary=vocabulary),
         *_again(origin.context.recipe, versions=versions),
         *_licence(head, files=licences),
     ]
@@ -100,7 +110,7 @@ def _what(origin: Origin, *, shape: Shape, dtype: str) -> Iterator[str]:
         )
 
 
-def _method(origin: Origin) -> Iterator[str]:
+def _method(origin: Origin, *, vocabulary: CutVocabulary | None) -> Iterator[str]:
     assert origin.context is not None
     recipe, run = origin.context.recipe, origin.context.directory
     lines = []
@@ -124,6 +134,8 @@ def _method(origin: Origin) -> Iterator[str]:
             lines.append(f"- Changed after step {change.step:,} of it: {keys}.")
     if recipe.distill is not None:
         lines.append(f"- Training listened to a teacher: {_without_places(recipe.distill.teacher)}.")
+    if vocabulary is not None:
+        lines.append(f"- Vocabulary: {vocabulary}.")
     yield "## Method"
     yield "\n".join(lines) or "No units were cut, no weights zeroed, and nothing was trained."
 
@@ -153,14 +165,22 @@ def _data(origin: Origin) -> Iterator[str]:
     yield "\n".join(rows)
 
 
-def _measured(origin: Origin) -> Iterator[str]:
+def _measured(origin: Origin, *, vocabulary: CutVocabulary | None) -> Iterator[str]:
     assert origin.context is not None
     run = origin.context.directory
     yield "## Measured"
     last = origin.step == _total(origin) and run.is_complete("evaluate")
     evaluation = read_json(run.evaluation) if last else {"models": {}}
     if "final" in evaluation["models"]:
-        yield f"The column of this model is `{evaluation['models']['final']['label']}`, as its run wrote it."
+        column = f"`{evaluation['models']['final']['label']}`, as its run wrote it"
+        if vocabulary is None:
+            yield f"The column of this model is {column}."
+        else:
+            yield (
+                f"All of this was measured before the vocabulary was cut from {vocabulary.of:,} tokens to "
+                f"{vocabulary.rows:,}; the column of the whole model is {column}. The loss of this model is lower, as "
+                "it shares out its probability among fewer tokens, and cannot be compared with these."
+            )
         yield comparison_table(evaluation).markdown().strip()
     else:
         yield "This state was not measured."

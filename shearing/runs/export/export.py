@@ -216,7 +216,7 @@ def _written(origin: Origin, beside: Path, *, wish: _Wish) -> Exported:
     shape = Shape.of(again.config)
     if origin.context is not None:
         versions = environment(torch.device("cpu"))
-        write_card(beside, origin=origin, shape=shape, dtype=wish.dtype, versions=versions)
+        write_card(beside, origin=origin, shape=shape, dtype=wish.dtype, versions=versions, vocabulary=cut)
     return Exported(
         folder=wish.to,
         shape=shape,

@@ -19,7 +19,7 @@ from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
-from shearing.runs.recipe import load_recipe
+from shearing.runs.continuation.moved import recipe_in
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.pretraining.start import Start, moved_masks, result_dtype
 from shearing.training.adapters.recipe import AdapterRecipe
@@ -156,6 +156,4 @@ def _total(context: RunContext) -> int:
 
 
 def _context(run: RunDirectory) -> RunContext:
-    recipe = load_recipe(run.recipe)
-    # A run may have been moved since.
-    return RunContext(recipe.model_copy(update={"run_dir": run.path}), console=Console(quiet=True))
+    return RunContext(recipe_in(run), console=Console(quiet=True))

@@ -9,11 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shearing.errors import named
 from shearing.models.families.axes import count
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.criteria.facts import CRITERIA
+from shearing.pruning.sparse.job import levels_of
+from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
+from shearing.pruning.sparse.search.database import database_bytes
 from shearing.pruning.structured.recipe import PruneRecipe
-from shearing.runs.continuation.cascade import CASCADE, cascade_of
+from shearing.runs.continuation.cascade import cascade_of
+from shearing.runs.continuation.moved import CASCADE
+from shearing.runs.names import ONE_SHOT_NAMES
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
@@ -108,7 +114,7 @@ def run_bytes(
         total += final * _BYTES_OF_WEIGHT
     if recipe.sparsify is not None:
         total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
-        total += gradient_bytes(recipe, shape=target or source)
+        total += sum(spooled_bytes(recipe, shape=target or source).values())
     if processes > 1 and recipe.prune is not None and recipe.evaluation.baselines:
         total += final * _BYTES_OF_WEIGHT
     return max(total, on_the_way)
@@ -140,20 +146,38 @@ def cascade_bytes(recipe: Recipe, *, source: PretrainedConfig, processes: int = 
     return total
 
 
-def gradient_bytes(recipe: Recipe, *, shape: Shape) -> int:
-    """Bytes that a one-shot criterion that needs gradients spools: theirs, what every layer reads, and gradients of it.
+def spooled_bytes(recipe: Recipe, *, shape: Shape) -> dict[str, int]:
+    """Bytes that one-shot sparsity has on disk beside its models while it is at work, by what they are of.
+
+    Of a criterion that needs gradients, these, what every layer reads, and gradients of it; activations that are
+    offloaded to disk; of a search, every matrix at every level.
 
     Args:
         recipe: of the run.
         shape: of the model that is made sparse; at most, where a budget leaves it open.
+
+    Raises:
+        ShearingError: see `levels_of`.
     """
-    sparsify = recipe.sparsify
-    if sparsify is None or "gradients" not in CRITERIA[sparsify.criterion].needs:
-        return 0
-    length = sparsify.seqlen or SEQLEN
-    stream = sparsify.samples * length * shape.hidden_size
-    matrices = shape.num_hidden_layers * sum(shape.layer_parameters())
-    return _BYTES_OF_WEIGHT * (matrices + stream * (shape.num_hidden_layers + 2))
+    sparsify, found = recipe.sparsify, dict[str, int]()
+    if sparsify is None:
+        return found
+    stream = _BYTES_OF_WEIGHT * sparsify.samples * (sparsify.seqlen or SEQLEN) * shape.hidden_size
+    weights = shape.num_hidden_layers * sum(shape.layer_parameters())
+    if "gradients" in CRITERIA[sparsify.criterion].needs:
+        found["gradients"] = _BYTES_OF_WEIGHT * weights + stream * (shape.num_hidden_layers + 2)
+    if sparsify.needs_text and sparsify.offload == "disk":
+        found["activations"] = stream
+    if sparsify.allocation == "msp":
+        with named(ONE_SHOT_NAMES):
+            levels = len(levels_of(sparsify))
+        found[f"{levels} levels to choose from"] = database_bytes(
+            levels=levels,
+            weights=weights,
+            stored_bytes=_BYTES_OF_WEIGHT * weights,
+            changes=bool(RECONSTRUCTIONS[sparsify.resolved_reconstruction].needs),
+        )
+    return found
 
 
 def bytes_in(folder: Path) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
+from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.runs.planning.memory import Memory
 
@@ -191,6 +192,21 @@ def forward_flops_per_token(shape: Shape, *, sequence_length: int) -> float:
     # Scores and weighted values: 2 products of 2 FLOPs for each of the S / 2 positions a token sees on average.
     width = shape.num_attention_heads * shape.head_dim
     return 2.0 * multiplied + 2.0 * shape.num_hidden_layers * width * sequence_length
+
+
+def teacher_flops_per_token(shape: Shape | None, *, distill: DistillRecipe | None, sequence_length: int) -> float:
+    """FLOPs of the teacher of every step, per training token; 0 where none reads along.
+
+    Args:
+        shape: of the teacher; None: there is none.
+        distill: how it is listened to. Where a cache stands for it, it does not read; where tokens are chosen by its
+            entropy before the loss, its head is multiplied twice.
+        sequence_length: tokens of a sequence.
+    """
+    if shape is None or distill is None or not distill.listens_online:
+        return 0.0
+    again = 2.0 * shape.vocab_size * shape.hidden_size if distill.skip_low_entropy else 0.0
+    return forward_flops_per_token(shape, sequence_length=sequence_length) + again
 
 
 def training_flops_per_token(shape: Shape, *, sequence_length: int) -> float:

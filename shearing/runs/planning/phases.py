@@ -21,7 +21,7 @@ from shearing.pruning.structured.importance.metric import Cost, Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.masking.recipe import FamilyRecipe
 from shearing.pruning.structured.refitting.linear import refit_cost
-from shearing.runs.continuation.family import importance_of
+from shearing.runs.continuation.family import importance_of, sorting_cost
 from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer, weighed
 from shearing.runs.planning.disk import SEQLEN
 from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
@@ -158,7 +158,7 @@ def _one_shot(recipe: Recipe, *, settings: OneShotRecipe, shape: Shape, made: Ru
         processes=1,
         memory=copies_of_layer * matrices + (waiting if settings.offload == "none" else 0),
         host=waiting if settings.offload == "cpu" else 0,
-        disk=written + made.spooled + (waiting if settings.offload == "disk" else 0),
+        disk=written + sum(made.spooled.values()),
         flops=None if settings.allocation_reads_text else passes * tokens * of_layers,
     )
 
@@ -206,19 +206,13 @@ def _refits_through_files(recipe: Recipe, *, made: RunPlan) -> bool:
 
 def _sorting(recipe: Recipe, *, family: FamilyRecipe, shape: Shape, made: RunPlan, held: int) -> Phase:
     """What sorts the units of a family."""
-    length = recipe.data.sequence_length
-    rows = whole_rows(family.calibration_tokens, sequence_length=length)
-    name = importance_of(recipe, family=family)
-    text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
-    smallest = list(made.family.values())[-1]
-    evidence = Evidence(text=text if METRICS[name].reads_text else (), target=smallest, seed=recipe.seed)
-    cost = metric_of(name).cost(shape, evidence=evidence)
+    cost = sorting_cost(recipe, family=family, shape=shape, smallest=list(made.family.values())[-1])
     return Phase(
-        what=f"pretrain: importance ({METRICS[name].title})",
+        what=f"pretrain: importance ({METRICS[importance_of(recipe, family=family)].title})",
         processes=made.hardware.processes,
         memory=held,
         host=_share(cost.kept_bytes, made=made),
-        flops=flops_of(cost, shape, sequence_length=length),
+        flops=flops_of(cost, shape, sequence_length=recipe.data.sequence_length),
     )
 
 

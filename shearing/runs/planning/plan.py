@@ -29,8 +29,13 @@ from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.advice import advice_for, least_changes
-from shearing.runs.planning.disk import checkpoint_bytes, gradient_bytes, moving_weights, refitted_bytes, rotated_bytes
-from shearing.runs.planning.hardware import Hardware, forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.disk import checkpoint_bytes, moving_weights, refitted_bytes, rotated_bytes, spooled_bytes
+from shearing.runs.planning.hardware import (
+    Hardware,
+    forward_flops_per_token,
+    teacher_flops_per_token,
+    training_flops_per_token,
+)
 from shearing.runs.planning.memory import Listening, Workload
 from shearing.runs.planning.step.stage_plan import Choice, StagePlan, layerwise_of, workload_at
 from shearing.runs.planning.step.traced_step import StepModel, Taught
@@ -61,7 +66,7 @@ class RunPlan:
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
         one_shot: weights are zeroed in between, which no other figure here is of.
-        spooled: bytes of disk that this needs beside the model, for gradients.
+        spooled: bytes of disk that this needs beside its models, by what they are of.
         rotated: bytes of disk that the source in another basis takes until mask learning is complete.
         refitted: bytes of disk that refitted layers take until training begins; at most.
         stages: the training stages in order.
@@ -83,7 +88,7 @@ class RunPlan:
     within_documents: bool
     adapters: bool
     one_shot: bool
-    spooled: int
+    spooled: Mapping[str, int]
     rotated: int
     refitted: int
     stages: Sequence[StagePlan]
@@ -192,7 +197,7 @@ def _plan(
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
-        spooled=gradient_bytes(recipe, shape=target or source),
+        spooled=spooled_bytes(recipe, shape=target or source),
         rotated=rotated_bytes(recipe, source=source),
         refitted=refitted_bytes(recipe, source=source),
         stages=planned,
@@ -324,8 +329,8 @@ def _stage_plan(
     heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
     forward = forward_flops_per_token(shape, sequence_length=length)
     heldout_flops = None if heldout is None else forward * heldout
-    teacher_flops = 0.0 if listening is None else _teacher_flops_per_token(recipe, shape=listening.shape)
-    teacher_flops *= steps * per_step
+    teacher = None if listening is None else listening.shape
+    teacher_flops = teacher_flops_per_token(teacher, distill=recipe.distill, sequence_length=length) * steps * per_step
     peak = None if hardware.gpu is None else hardware.gpu.peak.get(precision)
     speed = None if peak is None else peak * hardware.mfu * hardware.processes
     moving = moving_weights(recipe, shape=shape) if stage == "pretrain" else 0
@@ -365,13 +370,6 @@ def _stage_plan(
         layerwise=layerwise_of(recipe),
         disk=checkpoint_bytes(settings, sequence_length=length, parameters=shape.num_parameters(), moving=moving),
     )
-
-
-def _teacher_flops_per_token(recipe: Recipe, *, shape: Shape) -> float:
-    """Of a forward pass; its head is multiplied twice where tokens are chosen by their entropy before the loss."""
-    assert recipe.distill is not None
-    again = 2.0 * shape.vocab_size * shape.hidden_size if recipe.distill.skip_low_entropy else 0.0
-    return forward_flops_per_token(shape, sequence_length=recipe.data.sequence_length) + again
 
 
 def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:

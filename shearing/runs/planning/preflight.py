@@ -107,17 +107,7 @@ def survey(
     stages = recipe.stages if stages is None else stages
     wrong, missing = _Findings(), _Findings()
     attempt = wrong.attempt
-    attempt(context.directory.require_writable)
-    attempt(lambda: context.device)
-    attempt(lambda: require_engine(recipe))
-    attempt(lambda: require_trackers(recipe.training))
-    for stage in recipe.training_stages:
-        if stage in stages:
-            attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
-    if starts:
-        attempt(lambda: require_exportable(recipe, stages=stages))
-    if "evaluate" in stages:
-        attempt(lambda: require_tasks(recipe, last=starts and len(stages) > 1))
+    _attempt_settings(context, stages=stages, starts=starts, attempt=attempt)
     stored = attempt(lambda: Shape.of(context.config))
     if stored is None:
         return None, wrong.errors
@@ -183,6 +173,39 @@ def survey(
     )
     missing.attempt(lambda: _require_free(recipe, needed=plan.disk, free=plan.free))
     return plan, missing.errors
+
+
+def require_settings(context: RunContext, *, stages: Sequence[Stage]) -> None:
+    """Check what can be before the source is there, as that of a cascade's last run: folder, device, engine, tasks.
+
+    Args:
+        context: of the run.
+        stages: the stages that will run.
+
+    Raises:
+        ShearingError: all that was found, together.
+    """
+    wrong = _Findings()
+    _attempt_settings(context, stages=stages, starts=True, attempt=wrong.attempt)
+    if wrong.errors:
+        raise _together(wrong.errors)
+
+
+def _attempt_settings(
+    context: RunContext, *, stages: Sequence[Stage], starts: bool, attempt: Callable[[Callable[[], object]], object]
+) -> None:
+    recipe = context.recipe
+    attempt(context.directory.require_writable)
+    attempt(lambda: context.device)
+    attempt(lambda: require_engine(recipe))
+    attempt(lambda: require_trackers(recipe.training))
+    for stage in recipe.training_stages:
+        if stage in stages:
+            attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
+    if starts:
+        attempt(lambda: require_exportable(recipe, stages=stages))
+    if "evaluate" in stages:
+        attempt(lambda: require_tasks(recipe, last=starts and len(stages) > 1))
 
 
 def _require_first(first: Recipe) -> None:

@@ -124,7 +124,7 @@ def evaluate_own_form(row: Row, *, context: RunContext, folder: RaceFolder) -> d
     scores, seconds = _scores(row.contender, context=context, folder=folder)
     model = load_source_model(context)
     source, target = Shape.of(model.config), target_of(context)
-    masks = select_across_layers(scores, source=source, target=target)
+    masks = select_across_layers(scores, source=source, target=target).to(context.device)
     started = time.perf_counter()
     if row.contender.refitted:
         masked = _refitted(model, masks=masks, context=context)
@@ -193,7 +193,7 @@ def _cut_by_scores(row: Row, *, context: RunContext, folder: RaceFolder) -> tupl
     masks, selection = choose(row.contender, scores=scores, source=Shape.of(model.config), target=target_of(context))
     started = time.perf_counter()
     if row.contender.refitted:
-        _refitted(model, masks=masks, context=context).release()
+        _refitted(model, masks=masks.to(context.device), context=context).release()
     seconds["refit"] = round(time.perf_counter() - started, 3) if row.contender.refitted else 0.0
     small = compact(model, masks=masks, selection=selection)
     return small, {"units": selection.digest, "seconds": seconds}

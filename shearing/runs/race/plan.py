@@ -10,7 +10,7 @@ from shearing.errors import ShearingError, named
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.planning.hardware import forward_flops_per_token
+from shearing.runs.planning.hardware import teacher_flops_per_token
 from shearing.runs.planning.preflight import preflight
 from shearing.runs.race.checks import (
     collected,
@@ -124,7 +124,6 @@ def plan(settings: RaceSettings, *, make_context: Callable[[Recipe], RunContext]
         ]
     )
     length = settings.recipe.data.sequence_length
-    teacher = context.teacher_shape if settings.recipe.listens_online else None
     count = FlopCount(
         source=source,
         target=target,
@@ -132,7 +131,9 @@ def plan(settings: RaceSettings, *, make_context: Callable[[Recipe], RunContext]
         evidence=evidence_of(context),
         steps=steps,
         recipes={**of_contenders, **{own: of_contenders[replace(own, own_sizes=False)] for own in settings.own_forms}},
-        teacher_per_token=0.0 if teacher is None else forward_flops_per_token(teacher, sequence_length=length),
+        teacher_per_token=teacher_flops_per_token(
+            context.teacher_shape, distill=settings.recipe.distill, sequence_length=length
+        ),
     )
     budgets = [
         _budget(settings, tokens=tokens, steps=many, count=count, common=_common_flops(settings, count, steps=many))

@@ -65,11 +65,14 @@ def compare(settings: RaceSettings, *, console: Console | None = None, only_plan
 
     plan = make_plan(settings, make_context=make_context)
     race = _Race(settings, plan=plan, console=console)
+    common = race.settings_of(settings.recipe, common=True)
     if only_plan:
+        if race.folder.settings.is_file():  # a plan alone begins no race
+            require_same_race(race.folder, settings=common)
         race.print_plan()
         return race.results()
     with locked(settings.output, field="--output"):
-        require_same_race(race.folder, settings=race.settings_of(settings.recipe, common=True))
+        require_same_race(race.folder, settings=common)
         race.print_plan()
         race.run()
     console.print(rich_tables(race.results()))

@@ -18,7 +18,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting.linear import refit_cost
-from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, teacher_flops_per_token, training_flops_per_token
 from shearing.runs.race.recipes import warmup_from_nothing
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import Stage
@@ -164,7 +164,7 @@ def plan_search(
         per_token={
             candidate: training_flops_per_token(candidate.shape, sequence_length=length) for candidate in candidates
         },
-        teacher_per_token=0.0 if teacher is None else forward_flops_per_token(teacher, sequence_length=length),
+        teacher_per_token=teacher_flops_per_token(teacher, distill=recipe.distill, sequence_length=length),
     )
 
 

@@ -15,8 +15,9 @@ from shearing.errors import ShearingError
 from shearing.files.durable import locked, write_json
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.extension import change
+from shearing.runs.continuation.moved import recipe_in
 from shearing.runs.race.judging import load_model, losses_of
-from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.search.candidates import Candidate
 from shearing.runs.search.plan import STAGES, SearchFolder, onward_of, recipe_of, steps_of
@@ -65,6 +66,7 @@ class Runner:
         """Remove what only a run that goes on needs; its recipe, its metrics and its figures stay."""
         directory = RunDirectory(self.folder.run(candidate.name))
         directory.complete("pretrain").unlink(missing_ok=True)  # first: without its model it is not
+        directory.changes.unlink(missing_ok=True)  # run again, it has its keys from the first step on
         for path in (directory.prune, directory.compact, directory.model, directory.checkpoints("pretrain")):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -84,7 +86,7 @@ class Runner:
 
     def _worth(self, candidate: Candidate, *, number: int) -> dict[str, Any]:
         directory = self._trained(candidate, number=number)
-        context = RunContext(load_recipe(directory.recipe), console=self.console)
+        context = RunContext(recipe_in(directory), console=self.console)
         steps = steps_of(self.recipe)
         found: dict[str, Any] = {
             "tokens": steps[number - 1]
@@ -108,19 +110,30 @@ class Runner:
         """The run of a candidate, trained to the end of a round from wherever it is."""
         directory = RunDirectory(self.folder.run(candidate.name))
         wanted = recipe_of(self.recipe, candidate, number=number, folder=self.folder)
-        if directory.recipe.is_file():
-            there = load_recipe(directory.recipe)
-            if _total(there) < _total(wanted) and directory.is_complete("pretrain"):
-                change(directory, overrides=onward_of(self.recipe, number=number))
-                for aside in directory.path.glob("model-step-*"):
-                    shutil.rmtree(aside)
-            wanted = load_recipe(directory.recipe)
-        with self.folder.log(candidate.name).open("a", encoding="utf-8") as log:
-            run(wanted, stages=STAGES, console=Console(file=log, width=120))
+        there = recipe_in(directory) if directory.recipe.is_file() else wanted
+        self._run(there, candidate=candidate)
+        if _total(there) < _total(wanted):  # also where it was killed, or failed, before its recipe was the longer one
+            change(directory, overrides=onward_of(self.recipe, number=number))
+            self._run(recipe_in(directory), candidate=candidate)
+        steps = directory.read_complete("pretrain")["steps"]
+        if steps != _total(wanted):
+            raise RuntimeError(
+                f"trained for {steps} steps, not the {_total(wanted)} of round {number}: remove {directory.path} "
+                "and add --retry-failed"
+            )
         # Of the source's size, and read by nothing any more.
         shutil.rmtree(directory.checkpoints("prune"), ignore_errors=True)
         (directory.prune / "model.safetensors").unlink(missing_ok=True)
         return directory
+
+    def _run(self, recipe: Recipe, *, candidate: Candidate) -> None:
+        """Train what the recipe of a candidate's folder says, unless it is there."""
+        directory = RunDirectory(recipe.run_dir)
+        for aside in directory.path.glob("model-step-*"):  # of the round before
+            shutil.rmtree(aside)
+        if not directory.is_complete("pretrain"):
+            with self.folder.log(candidate.name).open("a", encoding="utf-8") as log:
+                run(recipe, stages=STAGES, console=Console(file=log, width=120))
 
 
 def _total(recipe: Recipe) -> int:

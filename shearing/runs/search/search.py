@@ -111,9 +111,7 @@ class Search:
             ShearingError: no shape at the budget, another search in the folder, or what `preflight` finds.
         """
         with locked(self.settings.output, field="--output"):
-            race = RaceFolder(path=self.folder.path)
-            if race.settings.is_file():
-                require_same_race(race, settings=self._settings())
+            self._require_same()
             candidates = self._candidates()
             made = self._plan(candidates)
             largest = max(candidates, key=lambda candidate: candidate.shape.num_parameters())
@@ -121,7 +119,8 @@ class Search:
             with named({"run_dir": "--output"}):
                 preflight(RunContext(recipe, console=self._console), stages=STAGES)
             self._require_disk(made)
-            require_same_race(race, settings=self._settings())  # it has begun: only now other keys are another search
+            # It has begun: only now other keys are another search.
+            require_same_race(RaceFolder(path=self.folder.path), settings=self._settings())
             write_json(self.folder.candidates, {"candidates": [candidate.to_json() for candidate in candidates]})
             if self.settings.retry_failed:
                 self._forget_failures(made)
@@ -132,8 +131,9 @@ class Search:
         """Its plan, of candidates that are there already or would be.
 
         Raises:
-            ShearingError: no shape at the budget.
+            ShearingError: no shape at the budget, or another search in the folder.
         """
+        self._require_same()
         return self._plan(self._candidates())
 
     def join(self) -> SearchPlan:
@@ -149,7 +149,6 @@ class Search:
                 allowed="the folder of a search that has begun",
                 mend="start it without --join first",
             )
-        require_same_race(RaceFolder(path=self.folder.path), settings=self._settings())
         return self.plan()
 
     def work(self, plan: SearchPlan) -> None:
@@ -204,6 +203,12 @@ class Search:
     def print_plan(self, plan: SearchPlan) -> None:
         """Say what will run."""
         self._console.print(plan_table(plan, recipe=self._recipe, left=self._left(plan)))
+
+    def _require_same(self) -> None:
+        """Check that a search that has begun in the folder, if one has, is this one; nothing is written."""
+        race = RaceFolder(path=self.folder.path)
+        if race.settings.is_file():
+            require_same_race(race, settings=self._settings())
 
     def _plan(self, candidates: list[Candidate]) -> SearchPlan:
         teacher = self._context.teacher_shape if self._recipe.listens_online else None

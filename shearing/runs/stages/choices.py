@@ -34,7 +34,7 @@ from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.pruning.structured.refitting.linear import Refitted, refit, refit_cost
 from shearing.pruning.structured.rounding import select
 from shearing.runs.context import RunContext
-from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, teacher_flops_per_token, training_flops_per_token
 from shearing.runs.stages.evaluation.recipe import Baseline
 from shearing.runs.stages.source_model import load_source_model, model_to_read, shared_model, source_to_read
 from shearing.training.checkpoints.checkpoints import no_space
@@ -167,7 +167,7 @@ class Source:
     def cut(self, baseline: Baseline, *, target: Shape) -> PreTrainedModel:
         """The source cut to `target`, its units chosen by a baseline's metric."""
         masks, selection = self._choose(baseline.metric, target=target)
-        here = Masks(**{name: mask.to(self.context.device) for name, mask in masks.tensors().items()})
+        here = masks.to(self.context.device)
         if self.context.processes.size > 1:
             self._write_cut(masks=masks, refitted_under=here if baseline.refitted else None, selection=selection)
             return model_to_read(self.context, source=str(self._place), revision=None)
@@ -317,9 +317,8 @@ def choosing_flops(context: RunContext, *, metric: str | None, refitted: bool, t
     return flops
 
 
-def training_flops(shape: Shape, *, teacher: Shape | None, tokens: int, sequence_length: int) -> float:
-    """What training a model of this shape on so many tokens takes, and what its teacher, if any, has to compute."""
-    of_token = training_flops_per_token(shape, sequence_length=sequence_length)
-    if teacher is not None:
-        of_token += forward_flops_per_token(teacher, sequence_length=sequence_length)
-    return of_token * tokens
+def training_flops(context: RunContext, shape: Shape, *, tokens: int) -> float:
+    """What training all weights of a shape on so many tokens takes, and what the run's teacher, if any, computes."""
+    length = context.recipe.data.sequence_length
+    of_teacher = teacher_flops_per_token(context.teacher_shape, distill=context.recipe.distill, sequence_length=length)
+    return (training_flops_per_token(shape, sequence_length=length) + of_teacher) * tokens

@@ -16,14 +16,16 @@ from rich.console import Console
 
 from shearing.errors import ShearingError
 from shearing.files.durable import read_json, write_text
+from shearing.files.refusals import said_of_file
 from shearing.processes.processes import Processes
 from shearing.processes.stop import StoppedAtOnce, stopping_at_once
 from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
-from shearing.runs.continuation.same_run import require_same_run
+from shearing.runs.continuation.moved import as_it_lies
+from shearing.runs.continuation.same_run import as_made, require_same_run
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.planning.preflight import preflight, require_room
+from shearing.runs.planning.preflight import preflight, require_room, require_settings
 from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -50,24 +52,27 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
     quiet_deepspeed()
     transformers.utils.logging.disable_progress_bar()  # its bars for loading weights would break the live line
     training = recipe.training
-    with Processes.start(device=training.device, timeout=training.timeout, names=COMPONENT_NAMES) as processes:
+    with Processes.start(
+        device=training.device, timeout=training.timeout, names=COMPONENT_NAMES, mendable=said_of_file
+    ) as processes:
         if processes.is_main:
             console = console or Console()
         else:
             console = Console(quiet=True)
             logging.getLogger("shearing").setLevel(logging.CRITICAL)
             transformers.utils.logging.set_verbosity_error()
-        *before, last = cascade_of(recipe)
+        # On one alone, before the recipe in that folder is another.
+        recipe = processes.on_main(partial(as_it_lies, recipe))
+        *before, last = (RunContext(each, console=console, processes=processes) for each in cascade_of(recipe))
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
             require_shrinking(recipe, source=context.config_as_cut)
+            processes.on_main(partial(_require_runs, [*before, last]))
             processes.on_main(partial(require_room, context))
             for each in before:
-                console.rule(f"[bold]cascade: {each.name}")
-                context = RunContext(each, console=console, processes=processes)
-                _run(context, stages=[stage for stage in each.stages if stage != "evaluate"])
-        context = RunContext(last, console=console, processes=processes)
-        return _run(context, stages=recipe.stages if stages is None else stages)
+                console.rule(f"[bold]cascade: {each.recipe.name}")
+                _run(each, stages=[stage for stage in each.recipe.stages if stage != "evaluate"])
+        return _run(last, stages=recipe.stages if stages is None else stages)
 
 
 def prune(recipe: Recipe) -> RunDirectory:
@@ -104,6 +109,17 @@ def report(directory: RunDirectory) -> None:
             mend="give a recipe or the run_dir of a run that was started",
         )
     _report(directory)
+
+
+def _require_runs(runs: Sequence[RunContext]) -> None:
+    """Check of the runs of a cascade what can be before the first of them; each checks the rest as it begins.
+
+    Raises:
+        ShearingError: a folder holds another run, or the last could not be judged.
+    """
+    for each in runs:
+        require_same_run(each.recipe, directory=each.directory)
+    require_settings(runs[-1], stages=runs[-1].recipe.stages)
 
 
 def _run(context: RunContext, *, stages: Sequence[Stage]) -> RunDirectory:
@@ -145,7 +161,10 @@ def _begin(context: RunContext, *, stages: Sequence[Stage], lock: contextlib.Exi
     require_same_run(recipe, directory=directory)
     for left_by_a_kill in directory.path.glob(f".{directory.recipe.name}.*"):
         left_by_a_kill.unlink()
-    write_text(directory.recipe, recipe.to_yaml())
+    made, too_late = as_made(recipe, directory=directory)
+    for line in too_late:
+        context.console.print(line, style="yellow", soft_wrap=True, highlight=False, markup=False)
+    write_text(directory.recipe, made.to_yaml())
 
 
 def _alone(stage: Stage, context: RunContext) -> None:

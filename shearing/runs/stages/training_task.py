@@ -20,7 +20,7 @@ from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import Parts, objective_of
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.changes import changed_until
-from shearing.runs.planning.hardware import forward_flops_per_token, peak_flops, training_flops_per_token
+from shearing.runs.planning.hardware import peak_flops, teacher_flops_per_token, training_flops_per_token
 from shearing.runs.recipe import BatchSplit, Recipe, TrainingStage, split_batch
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
 from shearing.runs.stages.source_model import load_teacher
@@ -253,8 +253,7 @@ def _compute(context: RunContext, *, shape: Shape) -> Compute:
     # Inside documents attention takes less than over whole rows, how much less depends on the text: it is left out.
     attended = data.sequence_length if data.attention == "full" else 0
     cost = training_flops_per_token(shape, sequence_length=attended)
-    if (teacher := context.teacher_shape) is not None and context.recipe.listens_online:
-        cost += forward_flops_per_token(teacher, sequence_length=attended)
+    cost += teacher_flops_per_token(context.teacher_shape, distill=context.recipe.distill, sequence_length=attended)
     return Compute(flops_per_token=cost, peak_flops=peak)
 
 

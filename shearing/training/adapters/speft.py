@@ -59,22 +59,26 @@ class DeltaLinear(AdaptedLinear):
 
 
 def saliences(
-    weights: Mapping[str, Tensor], *, losses: Iterable[Callable[[], Tensor]], kind: SalienceName
+    weights: Mapping[str, Tensor], *, losses: Iterable[Callable[[], tuple[Tensor, Tensor]]], kind: SalienceName
 ) -> dict[str, Tensor]:
     """How much each weight matters, [O, I] fp32 by name.
 
     Args:
         weights: of a model, by name.
-        losses: of text, each computed when it is called: the mean loss of a sequence for `fisher`, of any text else.
-        kind: gradient |g|, snip |w g|, with g the mean gradient; fisher the mean of g²; magnitude |w|, of no text.
+        losses: of text, each computed when it is called: the sum over its tokens, and how many of them count. Of one
+            sequence for `fisher`, of any number else.
+        kind: gradient |g|, snip |w g|, with g the gradient of the mean over all tokens; fisher the mean over sequences
+            of g², with g that of a sequence's mean; magnitude |w|, of no text.
     """
     if kind == "magnitude":
         return {name: weight.detach().abs().float() for name, weight in weights.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    count = 0
+    count: Tensor | int = 0
     for loss in losses:
-        count += 1
-        for name, gradient in zip(weights, torch.autograd.grad(loss(), list(weights.values())), strict=True):
+        total, labels = loss()
+        total, counts = (total / labels.clamp(min=1), 1) if kind == "fisher" else (total, labels)
+        count = count + counts
+        for name, gradient in zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True):
             sums[name] += gradient.float().square() if kind == "fisher" else gradient
     for name, total in sums.items():
         total.div_(count).abs_()

@@ -60,7 +60,7 @@ def seed_random(seed: int) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """State of every random generator that code under the loop may draw from."""
+    """State of every random generator that code under the loop may draw from; of GPUs, this process's own."""
     generator = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
@@ -72,12 +72,12 @@ def random_states() -> dict[str, Any]:
             },
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Set what `random_states` returned; generators of GPUs that are not here are left out."""
+    """Set what `random_states` returned; of a GPU's where there is one, whatever number it has now."""
     random.setstate(states["python"])
     generator = states["numpy"]
     np.random.set_state(
@@ -85,8 +85,11 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     )
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
-        for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
+        own = states["cuda"]
+        if isinstance(own, list):  # older checkpoints have those of all GPUs
+            own = dict(enumerate(own)).get(torch.cuda.current_device())
+        if own is not None:
+            torch.cuda.set_rng_state(own)
 
 
 def _to_json(value: Any, *, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -115,7 +115,7 @@ class DeepSpeedEngine:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See `Engine.prepare`."""
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(self.device)
         _join(self._processes, device=self.device)
         places = stop_paging(model)
         originals = self._originals(model, places=places) if self._low_precision else {}
@@ -404,14 +404,17 @@ def _empty(parameters: Iterable[nn.Parameter]) -> None:
         vars(parameter).clear()  # this process's share of it among what is there
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """The package, quiet.
+
+    Args:
+        device: where it is to compute; the first one in a process counts.
 
     Raises:
         ShearingError: it is not installed.
     """
     # DeepSpeed asks each operator at import what it could build; the answers are of no use here.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls torch's exchanges by names that torch is about to change, in every process.
     warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed.c10d_logger")
@@ -432,6 +435,8 @@ def import_deepspeed() -> Any:
 
 def _join(processes: Processes, *, device: torch.device) -> None:
     """What DeepSpeed expects of its surroundings: a process group, also of one, and the launcher's variables."""
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's GPU; the launcher's number may be another's
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("RANK", str(processes.rank))
     os.environ.setdefault("WORLD_SIZE", str(processes.size))

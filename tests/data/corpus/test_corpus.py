@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from shearing.data.corpus import domain_folder, shards
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HELD_OUT, SPLITS, HeldOutSplit, tokenizer_fingerprint
 from shearing.data.corpus.writer import CorpusWriter
@@ -34,20 +35,30 @@ def split_texts(corpus: Corpus, domain: str, texts: dict[tuple[int, ...], str]) 
     return found
 
 
+def in_small_parts(patch: pytest.MonkeyPatch) -> None:
+    """Let domains be read and written a few documents at a time."""
+    patch.setattr(shards, "DOCUMENTS_PER_READ", 7)
+    patch.setattr(domain_folder, "TOKENS_PER_WRITE", 9)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     numbers=st.lists(st.integers(0, 60), min_size=3, max_size=80).filter(lambda n: len(set(n)) > 2),
     vocab_size=st.sampled_from([1000, 65_536, 65_537]),
+    small_parts=st.booleans(),
 )
 def test_round_trip_without_leaks(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], vocab_size: int
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], vocab_size: int, small_parts: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("corpus")
     documents = [(f"document {n}", (*(1 + (n * 7 + j) % 900 for j in range(1 + n % 5)), n + 1)) for n in numbers]
     out = writer(folder, vocab_size=vocab_size, validation_fraction=0.15, test_fraction=0.15)
-    with out.domain("d", sources=["s"], inputs="i") as domain:
-        for text, tokens in documents:
-            domain.add(text, token_ids=tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        if small_parts:
+            in_small_parts(patch)
+        with out.domain("d", sources=["s"], inputs="i") as domain:
+            for text, tokens in documents:
+                domain.add(text, token_ids=tokens)
     corpus = out.finish()
     found = split_texts(corpus, "d", {tokens: text for text, tokens in documents})
     assert sorted(chain(*found.values())) == sorted(text for text, _ in documents)

@@ -16,13 +16,16 @@ from rich.console import Console
 from data_tools.inspection.verification import verify
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.counted import BitsWriter, Counted, counted_path
+from shearing.data.corpus.domain_folder import DomainSettings, Place, write_domain_folder
 from shearing.data.corpus.format import SPLITS
 from shearing.data.corpus.shards import ShardWriter
+from shearing.data.corpus.splits import SplitSize, SplitSizes
 from shearing.data.documents import IGNORED_LABEL, DocumentRules
 from shearing.data.mixture.prefetcher import Prefetcher
 from shearing.data.mixture.sampler import Mixture
 from shearing.errors import ShearingError
 from tests.data.corpus.answers import with_answers
+from tests.data.corpus.test_corpus import in_small_parts
 
 RULES = [DocumentRules(), DocumentRules(loss_across=False), DocumentRules(attention_within=True, loss_across=False)]
 LENGTH = 13
@@ -100,6 +103,41 @@ def test_what_begins_with_the_token_gets_no_second_and_bits_move_along(tmp_path:
     shard = writer.close(sources=[], left_out={})
     assert shard.read_tokens(0, 10, dtype=writer.dtype).tolist() == [1, 5, 6, 0, 1, 7, 8, 0, 1, 0]
     assert shard.read_counted(0, 10).tolist() == [False, True, False, False, False, False, True, True, False, False]
+
+
+def test_a_domain_is_the_same_in_whatever_parts_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    shards = []
+    for number, documents in enumerate((30, 17)):
+        (tmp_path / f"shard-{number}").mkdir()
+        writer = ShardWriter(tmp_path / f"shard-{number}", vocab_size=99, separator_id=0, counted=True)
+        for index in range(documents):
+            ids = draw.integers(1, 99, draw.integers(1, 9))
+            writer.add([f"{number} {index}".encode()], token_ids=[ids.tolist()], counted=[ids % 3 == 0])
+        shards.append(writer.close(sources=[], left_out={}))
+    places = draw.choice([*Place], 47).astype(np.uint8)
+    settings = DomainSettings(
+        vocab_size=99,
+        separator_id=0,
+        tokenizer="numbers",
+        tokenizer_fingerprint="numbers",
+        split_seed=0,
+        sizes=SplitSizes(*[SplitSize.parse("5%")] * 2),
+        versions={},
+    )
+
+    def write(folder: Path) -> dict[str, bytes]:
+        folder.mkdir()
+        write_domain_folder(folder, name="d", shards=shards, places=places, settings=settings, inputs="i")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    whole = write(tmp_path / "whole")
+    in_small_parts(monkeypatch)
+    assert write(tmp_path / "parts") == whole
+    for split in SPLITS:
+        tokens = np.frombuffer(whole[f"{split}.bin"], np.uint16)
+        bits = np.unpackbits(np.frombuffer(whole[counted_path(tmp_path, split).name], np.uint8), count=len(tokens))
+        assert np.array_equal(bits[tokens != 0], tokens[tokens != 0] % 3 == 0)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)

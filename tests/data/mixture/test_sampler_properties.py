@@ -101,6 +101,17 @@ def test_any_slice_is_what_the_definition_says(run: tuple[list[int], Log], seed:
     assert batch.domain_ids.tolist() == [domain for domain, _ in expected]
 
 
+def test_the_sequence_never_changes_between_versions() -> None:
+    """Units, keys and permutations, which the definition takes from the code, as well."""
+    dealt = mixture([5, 7, 3], [5.0, 3.0, 2.0], seed=4)
+    dealt.update_weights(named([1.0, 2.0, 7.0]), first_sample=8)
+    batch = dealt.batch(first_sample=0, num_sequences=16)
+    assert batch.domain_ids.tolist() == [0, 1, 0, 2, 0, 1, 0, 0, 2, 2, 1, 2, 2, 2, 2, 1]
+    assert batch.rows.tolist() == [2, 1, 1, 2, 3, 6, 4, 0, 0, 1, 2, 0, 1, 2, 0, 4]
+    assert _in_units([5.0, 3.0, 2.0]).tolist() == [549755813889, 329853488332, 219902325555]
+    assert _in_units([0.0, 1e-300, 3.0]).tolist() == [0, 1, UNITS - 1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_many_domains_at_once_are_dealt_as_one_by_one(data: st.DataObject) -> None:

@@ -172,6 +172,19 @@ def test_another_separator_has_to_be_named(tmp_path: Path, byte_tokenizer: Path)
     assert sorted(chain(*found.values())) == sorted([*each, other] for each in texts(byte_tokenizer, 20))
 
 
+def test_an_appended_separator_is_a_token_of_the_corpus(tmp_path: Path, byte_tokenizer: Path) -> None:
+    loaded = AutoTokenizer.from_pretrained(byte_tokenizer)
+    loaded.add_special_tokens({"eos_token": "<end beyond all>"})
+    loaded.save_pretrained(tmp_path / "tokenizer")
+    separator = loaded.convert_tokens_to_ids("<end beyond all>")
+    write_ds(tmp_path / "a.ds", texts(byte_tokenizer, 40))
+    corpus = adopted({"d": tmp_path / "a.ds"}, tokenizer=tmp_path / "tokenizer", output=tmp_path / "corpus")
+    assert corpus.manifests["d"].largest_token == corpus.manifests["d"].separator_id == separator
+    Corpus.open(tmp_path / "corpus", vocab_size=separator + 1)
+    with pytest.raises(ShearingError, match=f"token id {separator}"):
+        Corpus.open(tmp_path / "corpus", vocab_size=separator)
+
+
 def test_rows_of_a_stream_stay_as_they_are(tmp_path: Path, byte_tokenizer: Path) -> None:
     stream = [token for each in texts(byte_tokenizer, 300) for token in [*each, SEPARATOR]]
     rows = [stream[i : i + 50] for i in range(0, len(stream) - 50, 50)]

@@ -473,3 +473,54 @@ def test_an_index_that_is_gone_is_made_again(prepared: Prepared, tmp_path: Path)
     (corpus.path / "tokenizer.json").unlink()
     prepared(domains)
     assert content(corpus.path) == before
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_folder_by_a_hub_name_with_other_text_is_refused(
+    streaming: bool, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    domains = {"a": {"paths": f"hf:{tmp_path / 'set'}", "streaming": streaming}}
+    lines = write_lines(tmp_path / "set" / "a.jsonl", TEXTS)
+    corpus = prepared(domains)
+    before = content(corpus.path)
+    (lines.parent / ".notes").write_text("hidden")
+    prepared(domains)
+    assert content(corpus.path) == before
+    assert [source.checksum for source in corpus.manifests["a"].sources] == [""]
+    write_lines(lines, reversed(TEXTS))  # as many bytes
+    with pytest.raises(ShearingError, match="prepared from other text"):
+        prepared(domains)
+
+
+def test_a_folder_by_a_hub_name_that_changed_while_nobody_prepared(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    lines = [write_lines(tmp_path / "set" / f"{name}.jsonl", [f"{name}{text}" for text in TEXTS]) for name in "ab"]
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.DecidePlaces, "do", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepared({"a": f"hf:{tmp_path / 'set'}"})
+    assert len(list((tmp_path / "corpus").glob(f"{PREFIX}*/shards/*/shard.json"))) > 0
+    write_lines(lines[1], [f"c{text}" for text in TEXTS])
+    corpus = prepared({"a": f"hf:{tmp_path / 'set'}"})
+    assert all_texts(corpus, "a") == sorted(f"{name}{text}" for name in "ac" for text in TEXTS)
+
+
+def test_a_domain_that_was_deleted_is_no_longer_of_the_corpus(prepared: Prepared, tmp_path: Path) -> None:
+    a, b = (write_lines(tmp_path / f"{name}.jsonl", [f"{name}{text}" for text in TEXTS]) for name in "ab")
+    corpus = prepared({"a": str(a), "b": str(b)})
+    shutil.rmtree(corpus.path / "b")
+    # What an unfinished preparation will put there is still of the corpus.
+    under_way = corpus.path / f"{PREFIX}other"
+    under_way.mkdir()
+    (under_way / "plan.json").write_text('{"domains": ["b"]}')
+    with pytest.raises(ShearingError, match="prepare the domain again"):
+        prepared({"a": str(a)})
+    shutil.rmtree(under_way)
+    assert prepared({"a": str(a)}).domains == ["a"]
+    assert Corpus.open(corpus.path).domains == ["a"]
+    assert prepared({"a": str(a), "b": str(b)}).domains == ["a", "b"]

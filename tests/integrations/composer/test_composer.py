@@ -28,7 +28,7 @@ from shearing.integrations.composer import LearnMasks, MixtureBatches
 from shearing.training.loop import train
 from shearing.training.stage import HeldOut
 from shearing.training.task import Task
-from tests.data.corpus.answers import with_answers
+from tests.data.corpus.answers import with_answers, with_beginnings
 from tests.integrations.composer import fits
 from tests.repository import ROOT
 from tests.training import tasks
@@ -143,6 +143,9 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None
     )
     with pytest.raises(ShearingError, match="without document rules"):
         MixtureBatches(within, sequences_per_step=4)
+    with_beginnings(tiny_inputs / "corpus", tmp_path / "begun" / "corpus")
+    with pytest.raises(ShearingError, match="prepare it with bos: row or none"):
+        MixtureBatches(tasks.mixture_of(tmp_path / "begun"), sequences_per_step=4)
     with_answers(tiny_inputs / "corpus", tmp_path / "corpus", domain="letters")
     with pytest.raises(ShearingError, match="some tokens do not count"):
         MixtureBatches(tasks.mixture_of(tmp_path), sequences_per_step=4)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.repository import ROOT
 from tests.training import tasks
@@ -36,4 +37,6 @@ def test_the_example_prunes_and_cuts(
     assert "domain weights: digits" in capsys.readouterr().out
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 16)
+    assert "rope_theta" in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("ab01")
     assert list((tmp_path / "checkpoints").glob("*.pt"))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shearing import ShearingError
 from shearing.data import DocumentRules, Mixture
 from shearing.integrations.trainer import LearnMasks, MixtureRows
 from shearing.training.loop import train
-from tests.data.corpus.answers import with_answers
+from tests.data.corpus.answers import with_answers, with_beginnings
 from tests.training import tasks
 
 
@@ -30,11 +30,25 @@ def _answers(inputs: Path, folder: Path, *, share: float) -> Path:
     return folder
 
 
+def _begun(inputs: Path, folder: Path) -> Path:
+    """The same inputs, of whose documents the first token is one that begins texts."""
+    folder.mkdir()
+    (folder / "model").symlink_to(inputs / "model")
+    with_beginnings(inputs / "corpus", folder / "corpus")
+    return folder
+
+
 def _trainer(
-    inputs: Path, folder: Path, *, estimator: str = "hard_concrete", evaluated: Any = None, **settings: Any
+    inputs: Path,
+    folder: Path,
+    *,
+    estimator: str = "hard_concrete",
+    warmup: int = 3,
+    evaluated: Any = None,
+    **settings: Any,
 ) -> tuple[Trainer, LearnMasks]:
     """Mask learning as in `tasks.tiny_task`."""
-    objective, masking = tasks.masked_objective(inputs, estimator=estimator)
+    objective, masking = tasks.masked_objective(inputs, estimator=estimator, warmup=warmup)
     model = objective.model
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -70,11 +84,20 @@ def _trainer(
 
 
 @pytest.mark.parametrize(
-    ("estimator", "answers"), [("hard_concrete", False), ("straight_through", False), ("straight_through", True)]
+    ("estimator", "text"),
+    [
+        ("hard_concrete", "plain"),
+        ("straight_through", "plain"),
+        ("straight_through", "answers"),
+        ("hard_concrete", "begun"),
+    ],
 )
-def test_the_trainer_ends_where_our_loop_does(tiny_inputs: Path, tmp_path: Path, estimator: str, answers: bool) -> None:
-    # So many tokens that every row has a label: of the others, the trainer has none.
-    inputs = _answers(tiny_inputs, tmp_path / "answers", share=0.8) if answers else tiny_inputs
+def test_the_trainer_ends_where_our_loop_does(tiny_inputs: Path, tmp_path: Path, estimator: str, text: str) -> None:
+    inputs = tiny_inputs
+    if text == "answers":  # so many tokens that every row has a label: of the others, the trainer has none
+        inputs = _answers(tiny_inputs, tmp_path / "answers", share=0.8)
+    elif text == "begun":
+        inputs = _begun(tiny_inputs, tmp_path / "begun")
     task = tasks.tiny_task(inputs, tmp_path / "ours", estimator=estimator)
     train(task, console=Console(file=io.StringIO()))
     trainer, learn = _trainer(inputs, tmp_path / "theirs", estimator=estimator)
@@ -156,7 +179,54 @@ def test_labels_are_the_tokens_that_count(tiny_inputs: Path, tmp_path: Path) -> 
     assert 0 < len(with_labels) < 16
     for row, dealt in zip(with_labels, MixtureRows(mixture), strict=False):
         assert torch.equal(dealt["input_ids"], batch.tokens[row])
-        assert torch.equal(dealt["labels"], labels[row])
+        assert torch.equal(dealt["labels"][1:], labels[row, 1:])
+
+
+def test_what_begins_a_document_is_no_label(tiny_inputs: Path, tmp_path: Path) -> None:
+    mixture = tasks.mixture_of(_begun(tiny_inputs, tmp_path / "begun"))
+    batch = mixture.batch(first_sample=0, num_sequences=8)
+    assert batch.positions is not None
+    assert (batch.positions[:, 1:] == 0).any()
+    labels = batch.tokens.masked_fill(batch.positions == 0, -100)
+    for row, dealt in zip(range(8), MixtureRows(mixture), strict=False):
+        assert torch.equal(dealt["input_ids"], batch.tokens[row])
+        assert torch.equal(dealt["labels"][1:], labels[row, 1:])
+
+
+class _Compared(TrainerCallback):
+    """What the trainer measures, beside the loss under masks without noise of that step."""
+
+    def __init__(self, learn: LearnMasks, tokens_BT: torch.Tensor) -> None:
+        self.learn, self.tokens_BT = learn, tokens_BT
+        self.losses: dict[int, tuple[float, float]] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.learn.masking.settle(step=state.global_step)
+        with torch.no_grad():
+            loss = kwargs["model"](input_ids=self.tokens_BT, labels=self.tokens_BT).loss
+        self.losses[state.global_step] = (kwargs["metrics"]["eval_loss"], float(loss))
+
+
+def test_what_is_measured_before_the_first_step_is_without_noise(tiny_inputs: Path, tmp_path: Path) -> None:
+    tokens_BT = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2).tokens
+    settings = {"warmup": 0, "save_strategy": "steps", "save_steps": 3}
+    measured = {"eval_on_start": True, "evaluated": [{"input_ids": row, "labels": row} for row in tokens_BT]}
+    plain, _ = _trainer(tiny_inputs, tmp_path / "plain", **settings)
+    plain.train()
+    for step, from_checkpoint in ((0, None), (3, str(tmp_path / "plain" / "checkpoint-3"))):
+        trainer, learn = _trainer(tiny_inputs, tmp_path / "plain", **settings, **measured)
+        with torch.no_grad():
+            unmasked = float(trainer.model(input_ids=tokens_BT, labels=tokens_BT).loss)
+        compared = _Compared(learn, tokens_BT)
+        trainer.add_callback(compared)
+        trainer.train(resume_from_checkpoint=from_checkpoint)
+        found, settled = compared.losses[step]
+        assert found == pytest.approx(settled, abs=1e-6)
+        assert abs(settled - unmasked) > 1e-3
+        # And what is drawn afterwards is what it would have been.
+        weights = dict(plain.model.named_parameters())
+        for name, weight in trainer.model.named_parameters():
+            assert torch.equal(weights[name], weight), name
 
 
 def test_one_worker_deals_the_sequence_and_two_are_refused(tiny_inputs: Path) -> None:
@@ -170,9 +240,9 @@ def test_one_worker_deals_the_sequence_and_two_are_refused(tiny_inputs: Path) ->
 
 def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None:
     mixture = tasks.mixture_of(tiny_inputs)
-    rules = DocumentRules(loss_across=False)
+    rules = DocumentRules(attention_within=True)
     within = Mixture(mixture.corpus, seed=0, sequence_length=tasks.LENGTH, weights=mixture.weights, documents=rules)
-    with pytest.raises(ShearingError, match="without document rules"):
+    with pytest.raises(ShearingError, match="attention_within=False"):
         MixtureRows(within)
     trainer, learn = _trainer(tiny_inputs, tmp_path)
     trainer.args.fp16 = True
@@ -181,3 +251,7 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None
     trainer.args.fp16, trainer.args.deepspeed = False, {}
     with pytest.raises(ShearingError, match="shear run"):
         learn.on_train_begin(trainer.args, trainer.state, trainer.control)
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "evaluated": []}
+    with pytest.raises(ShearingError, match="the least pruned") as raised:
+        _trainer(tiny_inputs, tmp_path, **best)[0].train()
+    assert raised.value.field == "load_best_model_at_end"

@@ -38,6 +38,7 @@ STAY = {
     "sparsity.json",
     "shape.json",
     "evaluation.json",
+    "experts.json",
     "original/params.json",
     "onnx/config.json",
     "events.out",

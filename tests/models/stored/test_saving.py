@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
-from shearing.models.stored.saving import write_model
+from shearing.models.stored.saving import save_model, write_model
 from tests.models.tiny import CONFIGS, tiny_model
 
 
@@ -32,6 +32,16 @@ def test_one_file_as_transformers_writes_it(model: PreTrainedModel, tmp_path: Pa
     added |= {"rotary_emb_base", "rotary_pct"}
     assert {name: value for name, value in ours.items() if name not in added} == theirs
     assert list(ours) == sorted(ours)
+
+
+def test_a_model_like_another_has_its_tokenizer(tiny_inputs: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model")
+    save_model(model, tmp_path / "small", like=str(tiny_inputs / "model"))
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["rope_theta"] == 10_000.0
+    tokenizer = "tokenizer.json"
+    assert (tmp_path / "small" / tokenizer).read_bytes() == (tiny_inputs / "model" / tokenizer).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

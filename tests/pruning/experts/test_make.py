@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
+from shearing.files.tensors import read_header
+from shearing.models.stored.saving import save_model
 from shearing.pruning.experts import make
 from shearing.pruning.experts.make import find_experts, make_experts, mixture_config, mixture_of
 from shearing.pruning.experts.recipe import MoeRecipe
@@ -146,6 +149,40 @@ def test_more_active_than_there_are(tmp_path: Path) -> None:
     assert "at most the 2 experts" in result.stderr
 
 
+def test_text_longer_than_the_model_reads(tiny_inputs: Path, tmp_path: Path) -> None:
+    settings = recipe(
+        model=str(tiny_inputs / "model"), output=tmp_path / "out", experts=6, seqlen=65, calibration=[tmp_path]
+    )
+    with pytest.raises(ShearingError, match="at most 64, what the model can read") as raised:
+        make_experts(settings, console=Console(quiet=True))
+    assert raised.value.field == "seqlen"
+
+
+def test_a_model_of_the_hub_keeps_the_dtype_of_its_weights(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    refs = tmp_path / "hub" / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model", dtype=torch.bfloat16)
+    save_model(dense, commit, like=str(tiny_inputs / "model"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = recipe(
+        model="owner/name",
+        output=tmp_path / "out",
+        experts=6,
+        samples=4,
+        seqlen=16,
+        calibration=[tiny_inputs / "corpus"],
+    )
+    make_experts(settings, console=Console(quiet=True))
+    entries, _ = read_header(tmp_path / "out" / "model.safetensors")
+    assert {entry.dtype for entry in entries.values()} == {"BF16"}
+
+
 def test_a_full_disk_is_said_of_the_output(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -156,6 +193,7 @@ def test_a_full_disk_is_said_of_the_output(tiny_inputs: Path, tmp_path: Path, mo
         output=tmp_path / "out",
         experts=6,
         samples=4,
+        seqlen=16,
         calibration=[tiny_inputs / "corpus"],
     )
     with pytest.raises(ShearingError, match=r"output = .* GB free"):

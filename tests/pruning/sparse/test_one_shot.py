@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +32,16 @@ from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
 from shearing.models.stored import saving
 from shearing.pruning.calibration.text import load_calibration
+from shearing.pruning.sparse import levels, one_shot
+from shearing.pruning.sparse.job import disk_bytes, prepare
+from shearing.pruning.sparse.levels import allocate
 from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
+from shearing.pruning.sparse.search import msp
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, pack, read_masks, unpack
+from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from shearing.pruning.sparse.stored.trained import masks_beside, write_trained
 from shearing.settings.neutral import neutral_keys
 from tests.forks import PROCESSES
@@ -406,6 +412,85 @@ def test_layers_that_are_done_are_not_pruned_again(
         )
     )
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+SEARCHED = {
+    "criterion": "sparsegpt",
+    "allocation": "msp",
+    "pattern": "2:4",
+    "search": {"population": 2, "offspring": 2, "generations": 1, "fitness_samples": 2, "starts": []},
+}
+
+
+@pytest.mark.parametrize("models", [False, True], ids=["levels", "models too"])
+def test_room_for_a_search_is_wanted_before_anything_is_computed(
+    models: bool, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tiny_inputs, tmp_path / "sparse", **SEARCHED)
+    job = prepare(recipe, folder=tmp_path / "elsewhere")
+    matrices = sum(matrix.size for matrix in job.matrices)
+    assert len(job.levels) == 4
+    assert disk_bytes(job) == 2 * job.source.weight_bytes() + 4 * 4 * matrices
+    free = (disk_bytes(job) if models else 4 * 4 * matrices) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    for place in (one_shot, levels):
+        monkeypatch.setattr(place, "gather", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(msp, "fisher_trace", lambda *_, **__: 1 / 0)
+    with pytest.raises(ShearingError, match="at 4 levels, of which a search chooses") as caught:
+        sparsify(recipe, console=Console(quiet=True))
+    assert caught.value.field == "output"
+    if not models:
+        with pytest.raises(ShearingError, match="until levels are chosen"):
+            allocate(recipe.model_copy(update={"output": tmp_path / "a.json"}), console=Console(quiet=True))
+
+
+def test_levels_go_once_they_are_chosen(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, partial = recipe_of(tiny_inputs, tmp_path / "sparse", **SEARCHED), tmp_path / "sparse.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(one_shot, "prune_layers", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sparsify(recipe, console=Console(quiet=True))
+        assert (partial / "allocation.json").is_file()
+        assert not (partial / "levels").exists()
+        # As of a run that was killed between the two.
+        (partial / "levels").mkdir()
+        with pytest.raises(ZeroDivisionError):
+            sparsify(recipe, console=Console(quiet=True))
+        assert not (partial / "levels").exists()
+    found = sparsify(recipe, console=Console(quiet=True))
+    expected = sparse(tiny_inputs, tmp_path / "whole", **SEARCHED)
+    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_a_folder_that_was_moved_goes_on(
+    tiny_inputs: Path, tmp_path: Path, wanda: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run's folder, which has the model that is pruned and what is done of it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_inputs, old)
+    save, done = PrunedLayers.save, list[int]()
+
+    def interrupted(self: PrunedLayers, layer: int, matrices: Any, *, facts: Any) -> None:
+        if done == [0, 1]:
+            done.clear()
+            raise KeyboardInterrupt
+        save(self, layer, matrices, facts=facts)
+        done.append(layer)
+
+    monkeypatch.setattr(PrunedLayers, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sparse(old, old / "sparse", criterion="sparsegpt")
+    old.rename(new)
+    found = sparse(new, new / "sparse", criterion="sparsegpt")
+    assert done == [2, 3]
+    monkeypatch.undo()
+    expected = sparse(tiny_inputs, tmp_path / "whole", criterion="sparsegpt")
+    assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    # A finished one is known again too, though it says where it was made.
+    new.rename(old)
+    sparse(old, old / "sparse", criterion="sparsegpt")
+    with pytest.raises(ShearingError, match="source_files was"):
+        sparse(tiny_inputs, old / "sparse", criterion="sparsegpt", model=str(wanda))
 
 
 def test_other_settings_do_not_continue(tiny_inputs: Path, tmp_path: Path) -> None:

@@ -198,6 +198,20 @@ def test_inputs_that_are_always_zero(way: str, pattern: Pattern) -> None:
         assert bool((found[~mask] == 0).all())
 
 
+@pytest.mark.parametrize("size", [1.0, 0.02, 0.005])
+@pytest.mark.parametrize("way", reconstructions())
+@pytest.mark.parametrize("pattern", [PerRow(HALF), KeptOf(2, 4)], ids=str)
+def test_weights_of_inputs_that_are_always_zero_go_first(way: str, pattern: Pattern, size: float) -> None:
+    weight, inputs = sample(rows=8, columns=32)
+    dead = torch.zeros(32, dtype=torch.bool)
+    dead[[0, 1, 9, 14, 22]] = True  # never more of them than a pattern removes
+    inputs = inputs.masked_fill(dead, 0.0) * size
+    # Magnitude knows nothing of inputs, and the gradients of this sample are not of its inputs.
+    for criterion in sorted(criteria().keys() - {"magnitude", "gblm"}):
+        _, mask = prune(way, weight, choice_of(inputs, pattern, criterion=criterion))
+        assert not bool(mask[:, dead].any()), criterion
+
+
 @pytest.mark.parametrize("way", ["admm", "admm_gradual", "closed_form", "alps", "dsnot"])
 def test_neither_the_weight_nor_the_statistics_are_changed(way: str) -> None:
     """Query, key and value are pruned one after the other by the same statistics."""

@@ -73,3 +73,17 @@ def test_sizes_that_the_config_cannot_hold_are_passed_over_and_refused_only_wher
     assert shape == dataclasses.replace(source, num_hidden_layers=shape.num_hidden_layers)
     with pytest.raises(ShearingError, match="prune more kinds of units"):
         uniform(["kv_groups"], parameters=parameters, source=source, accepts=accepts)
+
+
+def test_query_heads_of_groups_that_are_gone_do_not_count():
+    source = dataclasses.replace(SOURCE, num_attention_heads=32)
+    groups = torch.zeros(8, 8)
+    groups[:, :4] = 1.0
+    shapes = set()
+    for of_gone in (0.0, 1.0):
+        heads = torch.full((8, 8, 4), of_gone)
+        heads[:, :4] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        masks = {"kv_groups": groups, "query_heads": heads}
+        budget = ParameterBudget(source.num_parameters(), uniform=True, accepts=lambda shape: True)
+        shapes.add(uniform_shape(masks, source=source, budget=budget))
+    assert [(shape.num_key_value_heads, shape.num_attention_heads) for shape in shapes] == [(4, 12)]

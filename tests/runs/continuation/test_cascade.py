@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -17,6 +18,8 @@ from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
+from shearing.runs.continuation.extension import change
+from shearing.runs.export.export import export
 from shearing.runs.planning import preflight
 from shearing.runs.planning.disk import cascade_bytes, run_bytes
 from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
@@ -177,6 +180,50 @@ def test_a_cascade_is_judged_against_its_first_source(tiny_inputs: Path, tmp_pat
     first.recipe.write_text(first.recipe.read_text().replace(recipe.model.source, str(tmp_path / "none")))
     with pytest.raises(ShearingError, match=r"step-1/recipe\.yaml \(model\.source\) = '.*none'"):
         run(recipe, stages=["evaluate"])
+
+
+def test_a_cascade_may_be_moved(tiny_inputs: Path, tmp_path: Path) -> None:
+    data = data_of(tiny_inputs, tmp_path / "run", {"num_hidden_layers": 3, "hidden_size": 28}, FIRST)
+    done = run(Recipe.model_validate(data))
+    losses = json.loads(done.evaluation.read_text())["models"]
+    here = RunDirectory(tmp_path / "moved")
+
+    def models() -> dict[Path, int]:
+        return {path.relative_to(here.path): path.stat().st_mtime_ns for path in here.path.rglob("model.safetensors")}
+
+    for way in ("evaluated", "continued"):
+        done.path.rename(here.path)
+        trained = models()
+        if way == "evaluated":
+            here.evaluation.unlink()
+            run(load_recipe(here.recipe, overrides=[f"run_dir={here.path}"]), stages=["evaluate"])
+        else:
+            run(Recipe.model_validate(data | {"run_dir": str(here.path)}))
+        assert models() == trained
+        found = json.loads(here.evaluation.read_text())["models"]
+        assert {name: row["mean"] for name, row in found.items()} == {n: row["mean"] for n, row in losses.items()}
+        assert not done.path.exists()
+        done, here = here, RunDirectory(tmp_path / f"after-{way}")
+    # Its last run is one that can be exported and go on.
+    done.path.rename(here.path)
+    made = export(str(here.path), output=tmp_path / "exported", console=Console(quiet=True))
+    assert made.shape.hidden_size == 16
+    longer = change(here, overrides=["pretrain.duration=5"])
+    run(load_recipe(longer.directory.recipe), stages=["pretrain"])
+    assert here.read_complete("pretrain")["steps"] == 5
+
+
+def test_what_the_last_run_cannot_is_said_before_the_first(tiny_inputs: Path, tmp_path: Path) -> None:
+    data = data_of(tiny_inputs, tmp_path / "run", FIRST)
+    unknown = data | {"evaluation": data["evaluation"] | {"tasks": ["no_such_task"]}}
+    with pytest.raises(ShearingError, match=r"evaluation\.tasks|lm-eval"):
+        run(Recipe.model_validate(unknown))
+    # In a folder that holds an ordinary run.
+    alone = Recipe.model_validate({**data, "target": data["target"][-1], "cascade": None})
+    run(alone, stages=["prune"])
+    with pytest.raises(ShearingError, match=r"what differs from its recipe\.yaml: .*model\.source was"):
+        run(Recipe.model_validate(data))
+    assert not (tmp_path / "run" / "cascade" / "step-1").exists()
 
 
 @pytest.mark.parametrize(

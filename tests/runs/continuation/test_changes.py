@@ -182,7 +182,20 @@ def test_a_kill_in_between_leaves_one_run_or_the_other(own: RunDirectory, monkey
         patch.setattr(extension, "write_text", kill)
         with pytest.raises(KeyboardInterrupt):
             change(own, overrides=["pretrain.duration=9"])
+    assert changes_of(own) == []
+    shutil.copytree(own.path, own.path.with_name("again"))
     run(load_recipe(own.recipe), stages=["pretrain"])  # the run that it was is whole again
+    report(own)
+    assert "pretrain.duration from" not in own.report.read_text()
+    # Or it is extended at once, which is as if nobody had been killed.
+    own.path.rename(own.path.with_name("whole"))
+    own.path.with_name("again").rename(own.path)
+    change(own, overrides=["pretrain.duration=9"])
+    run(load_recipe(own.recipe), stages=["pretrain"])
+    assert own.read_complete("pretrain")["steps"] == 9
+    assert (own.path / "model-step-00000007").is_dir()
+    shutil.rmtree(own.path)
+    own.path.with_name("whole").rename(own.path)
     change(own, overrides=["pretrain.duration=12"])
     assert [each.keys for each in changes_of(own)] == [{"pretrain.duration": ("7 steps", "12 steps")}]
     change(own, overrides=["pretrain.duration=8"])
@@ -190,6 +203,16 @@ def test_a_kill_in_between_leaves_one_run_or_the_other(own: RunDirectory, monkey
         ("7 steps", "12 steps"),
         ("12 steps", "8 steps"),
     ]
+
+
+def test_a_run_that_was_moved_goes_on_in_the_folder_that_is_named(own: RunDirectory, tmp_path: Path) -> None:
+    own.path.rename(tmp_path / "moved")
+    here = RunDirectory(tmp_path / "moved")
+    made = change(here, overrides=["pretrain.duration=8", f"run_dir={here.path}"])
+    run(load_recipe(made.directory.recipe), stages=["pretrain"])
+    assert here.read_complete("pretrain")["steps"] == 8
+    assert here.model.is_dir()
+    assert not own.path.exists()
 
 
 def test_no_step_is_computed_again_with_other_keys(own: RunDirectory) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
 from shearing.runs.planning.disk import bytes_free, bytes_in, checkpoint_bytes, refitted_bytes, rotated_bytes, run_bytes
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import plan
+from shearing.runs.planning.plan_tables import render
 from shearing.runs.recipe import Recipe, load_recipe
 
 
@@ -62,6 +68,33 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     layers = target.num_hidden_layers
     # Gradients of the layers, and of 3 x 8 tokens what every layer reads and the last one writes, and gradients of one.
     assert spooled == 4 * (layers * sum(target.layer_parameters()) + 3 * 8 * target.hidden_size * (layers + 2))
+    # A search: every matrix at every level, 31 of them unless told otherwise; a bit of each weight where none changes.
+    searched = [
+        load_recipe(
+            tiny_recipe,
+            overrides=[
+                f"sparsify={{criterion: {criterion}, sparsity: 0.5, allocation: {rule}, samples: 3, seqlen: 8}}"
+            ],
+        )
+        for criterion in ("sparsegpt", "wanda")
+        for rule in ("msp", "uniform")
+    ]
+    obs, obs_alone, kept, kept_alone = (run_bytes(each, source=source, target=target) for each in searched)
+    matrices = layers * sum(target.layer_parameters())
+    assert (obs - obs_alone, kept - kept_alone) == (31 * 4 * matrices, 4 * matrices)
+    made = plan(searched[0], hardware=Hardware.of(processes=1, gpu=None, gigabytes=80, mfu=0.4))
+    assert made.spooled == {"31 levels to choose from": 31 * 4 * matrices}
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(render(made))
+    assert re.search("writes two models, and spools .* of 31 levels to choose from", console.export_text())
+    offloaded = [
+        f"sparsify={{criterion: wanda, pattern: '2:4', samples: 3, seqlen: 8, offload: {each}}}"
+        for each in ("disk", "cpu")
+    ]
+    on_disk, in_memory = (
+        run_bytes(load_recipe(tiny_recipe, overrides=[each]), source=source, target=target) for each in offloaded
+    )
+    assert on_disk - in_memory == 4 * 3 * 8 * target.hidden_size
     budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}", "prune.estimator=hard_concrete"])
     expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
     assert run_bytes(budget, source=source, target=None) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig
 from shearing.errors import ShearingError
 from shearing.models.families.llama import LLAMA
 from shearing.models.shape import Shape
+from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.importance.metric import Cost
 from shearing.runs.planning.hardware import (
     GPUS,
@@ -20,6 +22,7 @@ from shearing.runs.planning.hardware import (
     forward_flops_per_token,
     gpu_of,
     peak_flops,
+    teacher_flops_per_token,
     training_flops_per_token,
 )
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
@@ -138,3 +141,15 @@ def test_what_is_differentiated_costs_as_training_does() -> None:
 def test_memory_that_no_gpu_has_is_refused(gigabytes: float) -> None:
     with pytest.raises(ShearingError, match="--memory"):
         Hardware.of(processes=1, gpu="H100", gigabytes=gigabytes, mfu=0.4)
+
+
+def test_a_teacher_that_chooses_tokens_multiplies_its_head_twice() -> None:
+    shape = SHAPE
+    plain, by_entropy = DistillRecipe(), DistillRecipe(skip_low_entropy=0.25)
+    once = teacher_flops_per_token(shape, distill=plain, sequence_length=16)
+    assert once == forward_flops_per_token(shape, sequence_length=16)
+    again = teacher_flops_per_token(shape, distill=by_entropy, sequence_length=16) - once
+    assert again == 2 * shape.vocab_size * shape.hidden_size
+    assert teacher_flops_per_token(None, distill=None, sequence_length=16) == 0
+    cached = DistillRecipe(cache=Path("cache"))
+    assert teacher_flops_per_token(shape, distill=cached, sequence_length=16) == 0

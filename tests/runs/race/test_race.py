@@ -431,6 +431,8 @@ def test_a_folder_of_another_race_is_refused(tiny_inputs: Path, tmp_path: Path) 
     other = _recipe(tiny_inputs, pretrain={"learning_rate": 2e-3})
     with pytest.raises(ShearingError, match=r"pretrain\.learning_rate was 0\.001 and is 0\.002"):
         _race(_settings(tiny_inputs, tmp_path, recipe=other, **asked))
+    with pytest.raises(ShearingError, match=r"pretrain\.learning_rate was 0\.001 and is 0\.002"):
+        compare(_settings(tiny_inputs, tmp_path, recipe=other, **asked), console=Console(quiet=True), only_plan=True)
     assert _rows(tmp_path) == before
     # More methods, seeds and budgets are the same race; a row that is there is not run again.
     path = tmp_path / "rows" / "random-seed0-10steps.json"

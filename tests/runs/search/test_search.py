@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from shearing.cli.frame import app
 from shearing.errors import ShearingError
 from shearing.evaluation.layer_times import Entry, LayerTimes, Times
-from shearing.files.durable import read_json
+from shearing.files.durable import read_json, write_text
 from shearing.models.shape import Shape
+from shearing.runs.continuation import extension
+from shearing.runs.continuation.extension import change
 from shearing.runs.planning import preflight
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.race.judging import losses_of
@@ -248,7 +250,9 @@ def test_a_folder_of_another_search_is_refused(tiny_inputs: Path, tmp_path: Path
     made().prepare()
     with pytest.raises(ShearingError, match="search was"):
         made(multiple_of=8).prepare()
-    assert made().join().candidates == made().prepare().candidates
+    with pytest.raises(ShearingError, match="search was"):
+        made(candidates=NAMED).plan()
+    assert made().join().candidates == made().prepare().candidates == made().plan().candidates
 
 
 def test_a_mistake_is_no_search_that_has_begun(tiny_inputs: Path, tmp_path: Path) -> None:
@@ -277,6 +281,62 @@ def test_a_candidate_that_failed_early_is_run_again_when_its_weights_are_gone(
     monkeypatch.setattr(running, "losses_of", losses_of)
     again = searched(asked, tmp_path / "out", retry_failed=True)
     assert not [line for line in again["candidates"] if line["failed"]]
+
+
+def test_a_kill_as_a_candidate_goes_on_leaves_no_trace(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(tiny_inputs, candidates={"narrow": NAMED["narrow"]}, rounds=["1 x 64", "1 x 128"], decay="1 steps")
+    alone = figures(searched(asked, tmp_path / "alone"))
+
+    def stops(error: BaseException) -> None:
+        """As the recipe of the second round is written, all else of the first being out of the way."""
+
+        def write(path: Path, text: str) -> None:
+            assert not RunDirectory(path.parent).is_complete("pretrain")
+            raise error
+
+        monkeypatch.setattr(extension, "write_text", write)
+
+    stops(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        searched(asked, tmp_path / "out")
+    monkeypatch.setattr(extension, "write_text", write_text)
+    assert figures(searched(asked, tmp_path / "out")) == alone
+    # One that fails there, and one that fails when it is longer, have lost their weights; run again they are the same.
+    stops(RuntimeError("no such luck"))
+    assert searched(asked, tmp_path / "failed")["candidates"][0]["failed"] == "no such luck"
+    monkeypatch.setattr(extension, "write_text", write_text)
+
+    def fails(model: Any, *, context: Any, **keywords: Any) -> dict[str, Any]:
+        raise ArithmeticError("no number")
+
+    monkeypatch.setattr(running, "losses_of", fails)
+    searched(asked, tmp_path / "failed", retry_failed=True)
+    monkeypatch.setattr(running, "losses_of", losses_of)
+    assert figures(searched(asked, tmp_path / "failed", retry_failed=True)) == alone
+    # A run that is longer than its round, as that was taken out by hand, is no figure of it.
+    SearchFolder(path=tmp_path / "out").record("narrow", number=1).unlink()
+    with pytest.raises(ShearingError, match="trained for 4 steps, not the 2 of round 1"):
+        searched(asked, tmp_path / "out")
+
+
+def test_a_search_that_is_moved_goes_on_where_it_is(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(tiny_inputs, candidates={"narrow": NAMED["narrow"]}, rounds=["1 x 64", "1 x 128"], decay="1 steps")
+    alone = figures(searched(asked, tmp_path / "alone"))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "change", stop)
+    with pytest.raises(KeyboardInterrupt):
+        searched(asked, tmp_path / "out")
+    monkeypatch.setattr(running, "change", change)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert figures(searched(asked, tmp_path / "moved")) == alone
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("beside", [["--plan"], ["--retry-failed"], ["--processes", "2"]])

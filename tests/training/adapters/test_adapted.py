@@ -158,12 +158,13 @@ def test_a_rank_that_does_not_divide_the_outputs() -> None:
 def test_saliences_are_those_of_the_formulas() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=False)
-    texts = [torch.randn(4, 3) for _ in range(3)]
-    losses = [lambda x=x: layer(x).square().mean() for x in texts]
-    gradients = torch.stack([torch.autograd.grad(loss(), layer.weight)[0] for loss in losses])
+    texts = [torch.randn(tokens, 3) for tokens in (4, 1, 7)]
+    losses = [lambda x=x: (layer(x).square().sum(), torch.tensor(len(x))) for x in texts]
+    gradients = torch.stack([torch.autograd.grad(layer(x).square().sum() / len(x), layer.weight)[0] for x in texts])
+    of_all = torch.autograd.grad(layer(torch.cat(texts)).square().sum() / 12, layer.weight)[0]
     expected = {
-        "gradient": gradients.mean(0).abs(),
-        "snip": (gradients.mean(0) * layer.weight).abs(),
+        "gradient": of_all.abs(),
+        "snip": (of_all * layer.weight).abs(),
         "fisher": gradients.square().mean(0),
         "magnitude": layer.weight.abs(),
     }

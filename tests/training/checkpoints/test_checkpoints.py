@@ -222,3 +222,29 @@ def test_random_states_round_trip(tmp_path: Path) -> None:
     drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
     set_random_states(read_state(tmp_path, "random"))
     assert [random.random(), float(np.random.rand()), float(torch.rand(()))] == drawn
+
+
+def test_the_generator_of_a_gpu_goes_along_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight processes of one host are four of each of two when they continue: the sixth has another number there."""
+    on_gpus = [torch.full((4,), index, dtype=torch.uint8) for index in range(6)]
+    here = 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: on_gpus[here if device is None else device])
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: on_gpus)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_rng_state",
+        lambda state, device=None: on_gpus.__setitem__(here if device is None else device, state),
+    )
+    saved = random_states()
+    here = 1
+    set_random_states(saved)
+    assert [int(state[0]) for state in on_gpus] == [0, 5, 2, 3, 4, 5]
+
+    of_an_older_release = {**saved, "cuda": [torch.full((4,), 10 + index, dtype=torch.uint8) for index in range(6)]}
+    set_random_states(of_an_older_release)
+    assert [int(state[0]) for state in on_gpus] == [0, 11, 2, 3, 4, 5]
+    for none in (None, []):  # saved where there was no GPU
+        set_random_states({**saved, "cuda": none})
+    assert [int(state[0]) for state in on_gpus] == [0, 11, 2, 3, 4, 5]

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.device import resolve_device, resolve_precision
+from shearing.training.engines.deepspeed_engine import _join, import_deepspeed
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.fsdp2_engine import Fsdp2Engine, require_fsdp2
 from shearing.training.engines.held_state import fill
@@ -237,3 +240,25 @@ def test_absent_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ShearingError, match="device"):
         resolve_device("cuda")
     assert resolve_device("auto") == CPU
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are loaded in threads, in which torch's current GPU is always the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 3)
+    assert resolve_device("cpu") == CPU
+
+
+def test_deepspeed_is_told_of_the_device_that_the_engine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("deepspeed.comm.is_initialized", lambda: True)
+    for device, accelerator, local_rank in ((CPU, "cpu", "5"), (torch.device("cuda", 0), "cuda", "0")):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setenv("LOCAL_RANK", "5")  # of six tasks of a host, each of which sees one GPU
+        for name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.setenv(name, "6")
+        import_deepspeed(device)
+        _join(MagicMock(), device=device)
+        assert (os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"]) == (accelerator, local_rank)

@@ -89,7 +89,10 @@ MOVING = MovingSchedule(interval=1, decay=0.3, ramp_steps=2, freeze_step=STEPS)
 
 
 def moving_masks(model: nn.Module, *, processes: Processes) -> MovingMasks:
-    """Of the same matrices, half kept by magnitude at first: of four, or of whole rows, which processes may share."""
+    """Of the same matrices, half kept by magnitude at first: of four, or of whole rows, which processes may share.
+
+    Later choices compare magnitudes times factors of the columns in every second one.
+    """
     return MovingMasks(lambda: moving_matrices(model), schedule=MOVING, processes=processes)
 
 
@@ -99,7 +102,8 @@ def moving_matrices(model: nn.Module) -> list[MovingMatrix]:
         if parameter.ndim == 2 and "layers" in name:
             of = parameter.shape[1] if name.split(".")[-2] in ("q_proj", "o_proj", "gate_proj") else 4
             mask = keep_highest(parameter.detach().abs().view(-1, of), kept=of // 2).view(parameter.shape)
-            matrices.append(MovingMatrix(name=f"model.{name}", mask=mask, kept=of // 2, of=of))
+            scale = torch.linspace(0.2, 3.0, parameter.shape[1]) if len(matrices) % 2 else None
+            matrices.append(MovingMatrix(name=f"model.{name}", mask=mask, kept=of // 2, of=of, scale=scale))
     return matrices
 
 

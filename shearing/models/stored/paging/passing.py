@@ -90,12 +90,7 @@ class _StandIn(nn.Module):
         return called
 
 
-def last_states(
-    model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    entering: Callable[[int], None] = lambda _: None,
-) -> Iterator[Tensor]:
+def last_states(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
     """Hidden states [B, S, d] after the final norm of one batch after the other.
 
     Where weights come on demand, batches go through each layer together, as many at a time as have residual streams no
@@ -104,30 +99,25 @@ def last_states(
     Args:
         model: masked or not.
         batches: keywords of the backbone's call for each.
-        entering: called with a batch's number before it enters the model, or each of the layers.
     """
     if not is_on_demand(model):
-        for number, keywords in enumerate(batches):
-            entering(number)
+        for keywords in batches:
             yield backbone(model)(**keywords).last_hidden_state
         return
-    first, room = 0, largest_tensor(model)
+    room = largest_tensor(model)
     group: list[tuple[Tensor, list[Call]]] = []
     for keywords in batches:
         group.append(layer_calls(model, **keywords))
         if (len(group) + 1) * 4 * group[-1][0].numel() > room:
-            yield from _through_layers(model, group, first=first, entering=entering)
-            first, group = first + len(group), []
-    yield from _through_layers(model, group, first=first, entering=entering)
+            yield from _through_layers(model, group)
+            group = []
+    yield from _through_layers(model, group)
 
 
-def _through_layers(
-    model: PreTrainedModel, group: list[tuple[Tensor, list[Call]]], *, first: int, entering: Callable[[int], None]
-) -> Iterator[Tensor]:
+def _through_layers(model: PreTrainedModel, group: list[tuple[Tensor, list[Call]]]) -> Iterator[Tensor]:
     streams, calls = [stream for stream, _ in group], [of_batch for _, of_batch in group]
     for index, layer in enumerate(decoder_layers(model)):
         for number, of_batch in enumerate(calls):
-            entering(first + number)
             call = of_batch[index]
             output = layer(streams[number], *call.arguments, **call.keywords)
             streams[number] = output[0] if isinstance(output, tuple) else output

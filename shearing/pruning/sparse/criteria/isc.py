@@ -25,9 +25,9 @@ class ImprovedSaliency:
     def scores(
         self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
     ) -> Tensor:
-        """w² (H_jj + 1 / [H⁻¹]_jj), in order of what is left of H; see `InverseFactor`."""
+        """w² (H_jj + 1 / [H⁻¹]_jj), in order of what is left of H; see `InverseFactor`. Inputs always zero score 0."""
         assert statistics is not None
         factor = statistics.factor()
         columns = slice(first, first + weight.shape[1])
         saliency = factor.diagonal[columns] + factor.inverse_diagonal(in_order=in_order)[columns].reciprocal()
-        return weight.float().square() * saliency
+        return (weight.float().square() * saliency).masked_fill(factor.dead[columns], 0.0)

@@ -26,7 +26,8 @@ class SparseGPT:
     def scores(
         self, weight: Tensor, *, statistics: InputStatistics | None, first: int = 0, in_order: bool = False
     ) -> Tensor:
-        """w² / [H⁻¹]_jj, in order that of what is left of H; see `InverseFactor`."""
+        """w² / [H⁻¹]_jj, in order that of what is left of H; see `InverseFactor`. Inputs always zero score 0."""
         assert statistics is not None
-        inverse_I = statistics.factor().inverse_diagonal(in_order=in_order)
-        return weight.float().square() / inverse_I[first : first + weight.shape[1]]
+        factor, columns = statistics.factor(), slice(first, first + weight.shape[1])
+        inverse_I = factor.inverse_diagonal(in_order=in_order)[columns]
+        return (weight.float().square() / inverse_I).masked_fill(factor.dead[columns], 0.0)

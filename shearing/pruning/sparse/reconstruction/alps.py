@@ -55,7 +55,8 @@ class Alps:
         normal_II, norms_I = scaled_products(choice.statistics)
         diagonal = normal_II.diagonal()
         diagonal += DAMPING * diagonal.mean()
-        dense_OI = weight.float() * norms_I
+        # An input that is always zero has no norm to compare with: its weights are worth nothing.
+        dense_OI = (weight.float() * norms_I).masked_fill_(choice.statistics.products.diagonal() == 0, 0.0)
         wanted_OI = dense_OI @ normal_II
         sparse_OI, mask = _search(
             dense_OI, choice.mask(weight), wanted_OI=wanted_OI, normal_II=normal_II, choice=choice

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError
+from shearing.files.durable import existing_folder
 from shearing.files.tensors import read_tensors, write_tensors
 from shearing.progress import activity
 from shearing.pruning.calibration.dense_layers import DenseLayer, dense_layers, dense_units
@@ -163,7 +164,7 @@ def build_database(request: Request, *, folder: Path) -> Database:
     folder.mkdir(parents=True, exist_ok=True)
     layers = sorted({matrix.layer for matrix in request.matrices})
     if not all(_path(folder, layer).is_file() for layer in layers):
-        _require_room(request, folder=folder)
+        require_room(request, folder=folder)
         needs = request.criterion.needs | request.reconstruction.needs
         total = dense_units(
             request.matrices, needs=needs, calibration=request.calibration, compute=request.compute
@@ -184,6 +185,44 @@ def build_database(request: Request, *, folder: Path) -> Database:
                 del layer
                 advance(1)
     return Database(folder, request)
+
+
+def database_bytes(*, levels: int, weights: int, stored_bytes: int, changes: bool) -> int:
+    """What `build_database` writes.
+
+    Args:
+        levels: V.
+        weights: of all matrices.
+        stored_bytes: of these, in their own dtype.
+        changes: whether kept weights change; else bits say which are kept.
+    """
+    return levels * stored_bytes if changes else -(-levels // LEVELS_PER_PLANE) * weights
+
+
+def require_room(request: Request, *, folder: Path) -> None:
+    """Check that what `build_database` has still to write fits onto the disk.
+
+    Args:
+        request, folder: see `build_database`; the folder need not be there.
+
+    Raises:
+        ShearingError: it does not.
+    """
+    missing = [matrix for matrix in request.matrices if not _path(folder, matrix.layer).is_file()]
+    needed = database_bytes(
+        levels=len(request.levels),
+        weights=sum(matrix.size for matrix in missing),
+        stored_bytes=request.source.bytes_of(matrix.name for matrix in missing),
+        changes=bool(request.reconstruction.needs),
+    )
+    free = shutil.disk_usage(existing_folder(folder)).free
+    if free < needed:
+        raise ShearingError(
+            "levels",
+            value=f"{len(request.levels)} levels, which take {needed / 1e9:.1f} GB in {folder}",
+            allowed=f"what fits into the {free / 1e9:.1f} GB that are free there",
+            mend="search with fewer levels, choose an output on another disk, or reconstruction: none",
+        )
 
 
 @torch.no_grad()
@@ -223,22 +262,6 @@ def _levels_of(weight: Tensor, *, statistics: InputStatistics | None, request: R
         pruned, _ = prune_matrix(weight.repeat(len(indices), 1), reconstruction=request.reconstruction, choice=choice)
         found |= dict(zip(indices, pruned.to(weight.dtype).chunk(len(indices)), strict=True))
     return {index: tensor.clone() for index, tensor in found.items()}
-
-
-def _require_room(request: Request, *, folder: Path) -> None:
-    missing = [matrix for matrix in request.matrices if not _path(folder, matrix.layer).is_file()]
-    entries = [request.source.entries[matrix.name] for matrix in missing]
-    stored = sum(entry.end - entry.begin for entry in entries)
-    planes = sum(matrix.size for matrix in missing) * -(-len(request.levels) // LEVELS_PER_PLANE)
-    needed = len(request.levels) * stored if request.reconstruction.needs else planes
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ShearingError(
-            "levels",
-            value=f"{len(request.levels)} levels, which take {needed / 1e9:.1f} GB in {folder}",
-            allowed=f"what fits into the {free / 1e9:.1f} GB that are free there",
-            mend="search with fewer levels, choose an output on another disk, or reconstruction: none",
-        )
 
 
 def _path(folder: Path, layer: int) -> Path:

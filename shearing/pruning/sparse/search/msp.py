@@ -16,10 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from shearing.pruning.calibration.text import Calibration
 from shearing.pruning.sparse.allocation.allocator import Allocation, Allocator, Request, patterns_of
 from shearing.pruning.sparse.allocation.sensitivity import Labels, fisher_trace
-from shearing.pruning.sparse.search.database import build_database
+from shearing.pruning.sparse.search.database import build_database, require_room
 from shearing.pruning.sparse.search.evolution import Search, SearchSettings
 from shearing.pruning.sparse.search.fitness import Fitness, FitnessKind, Training
 from shearing.pruning.sparse.search.genome import Genome, Space
+
+LEVELS = "levels"
+"""Folder of the database inside that of the run; nobody reads it once levels are chosen."""
 
 STAGES = (1 / 8, 1 / 2, 1)
 """Share of the text that each stage reads."""
@@ -50,6 +53,8 @@ class Msp:
     def allocate(self, request: Request) -> Allocation:
         """See `Allocator`; interrupted, the same call continues behind the last generation."""
         assert request.calibration is not None
+        folder = request.compute.folder
+        require_room(request, folder=folder / LEVELS)
         units, levels = request.units, list(request.levels)
         space = Space(units, levels, request.budget)
         traces = fisher_trace(
@@ -68,8 +73,7 @@ class Msp:
         for name, rule in self.starts.items():
             patterns = rule.allocate(request).patterns
             starts[name] = tuple(levels.index(patterns[unit.matrices[0].name]) for unit in units)
-        folder = request.compute.folder
-        database = build_database(request, folder=folder / "levels")
+        database = build_database(request, folder=folder / LEVELS)
         search = Search(
             space,
             sensitivity=list(scores.values()),

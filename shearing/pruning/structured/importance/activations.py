@@ -19,7 +19,6 @@ from shearing.models.anatomy import anatomy_of, decoder_layers, head_weight
 from shearing.models.shape import Shape
 from shearing.models.stored.paging.passing import last_states
 from shearing.processes.processes import Processes
-from shearing.pruning.calibration.shares import Share
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.expert_activations import ExpertRecorder
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
@@ -34,9 +33,9 @@ class Activations:
     For a channel c: sqrt(sum over sequences of (mean over positions of |x_c|)^2), in fp32. Heads and intermediate
     units read the inputs of `o_proj` and `down_proj`; a head's score is the L2 norm over its channels, a group's
     over its heads. Hidden dimensions sum it over what attention and MLP of every layer read. Layers and sub-layers
-    score 1 - mean cosine of their input and output (block influence, arXiv 2403.03853). Where both sub-layers of a
-    layer read the same, the output of one is what it reads with what it adds. Experts and their units: see
-    `ExpertRecorder`.
+    score 1 - mean cosine of their input and output, summed over sequences (block influence, arXiv 2403.03853). Where
+    both sub-layers of a layer read the same, the output of one is what it reads with what it adds. Experts and their
+    units: see `ExpertRecorder`.
     """
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
@@ -54,12 +53,8 @@ class Activations:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Activations`."""
-        own = evidence.own
         with ActivationRecorder.listening(model) as recorder:
-            passes = last_states(
-                model, (share.inputs.keywords() for share in own), entering=lambda number: recorder.reads(own[number])
-            )
-            for _ in passes:
+            for _ in last_states(model, (share.inputs.keywords() for share in evidence.own)):
                 advance(1)
         return recorder.scores(Shape.of(model.config), processes=evidence.processes)
 
@@ -70,7 +65,6 @@ class ActivationRecorder:
     def __init__(self, *, device: torch.device) -> None:
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._layer_input = self._mlp_input = torch.empty(0, device=device)
-        self._of_batch = 1.0
 
     @classmethod
     @contextmanager
@@ -83,10 +77,6 @@ class ActivationRecorder:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def reads(self, share: Share) -> None:
-        """What passes from now on is this much of a batch."""
-        self._of_batch = share.of_batch
 
     def scores(self, source: Shape, *, processes: Processes) -> Scores:
         """Scores of everything that all processes recorded; `source` is the model's shape."""
@@ -159,7 +149,7 @@ class ActivationRecorder:
         self._add(key, x_BSC.float().abs().mean(1).square().sum(0))
 
     def _influence(self, key: tuple[str, int], before: Tensor, after: Tensor) -> None:
-        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean() * self._of_batch)
+        self._add(key, (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mean(1).sum(0))
 
     def _input(self, key: tuple[str, int], _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._channels(key, arguments[0])

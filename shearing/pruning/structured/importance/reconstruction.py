@@ -188,18 +188,17 @@ class Reconstruction:
     ) -> Scores:
         """See `Reconstruction`."""
         source, family = Shape.of(model.config), anatomy_of(model)
-        processes, own, layers = evidence.processes, evidence.own, decoder_layers(model)
+        processes, layers = evidence.processes, decoder_layers(model)
         of_units = family.mlp.experts is None
         places = named_places(family, "attention write", "mlp norm", *(["mlp write"] if of_units else []))
         elimination = _Elimination(source, goes=_units_that_go(source, target=evidence.target))
-        streams, calls = first_inputs(model, [share.inputs for share in own])
+        streams, calls = first_inputs(model, [share.inputs for share in evidence.own])
         waiting: _Layer | None = None
         with ActivationRecorder.listening(model) as recorder:
             for index, layer in enumerate(layers):
                 heads = _statistics_for(weight_of(layer, family.attention.write))
                 units = _statistics_for(weight_of(layer, family.mlp.write)) if of_units else None
-                for batch, (share, of_layers) in enumerate(zip(own, calls, strict=True)):
-                    recorder.reads(share)
+                for batch, of_layers in enumerate(calls):
                     seen, after = run_layer(layer, layer, streams[batch], of_layers[index], places=places)
                     # Side by side, both are added to what the next norm reads.
                     written = after if family.parallel else seen["mlp norm"]

@@ -17,10 +17,13 @@ from shearing.errors import ShearingError, named
 from shearing.evaluation.tasks.chosen import chosen_tasks
 from shearing.evaluation.tasks.figures import is_share, written
 from shearing.evaluation.tasks.opening import open_harness
+from shearing.files.refusals import said_of_file
 from shearing.files.result_cache import Cached
+from shearing.files.states import states_of
+from shearing.models.stored.companions import companions
+from shearing.models.stored.stored_model import STORED
 from shearing.processes.processes import Processes
 from shearing.progress import quiet_deepspeed
-from shearing.runs.stages.evaluation.rows import fingerprint_of
 from shearing.runs.stages.evaluation.tasks import Results, task_key
 from shearing.training.device import resolve_device
 
@@ -71,15 +74,13 @@ def ask(
     quiet_deepspeed()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    with Processes.start() as processes:
+    with Processes.start(mendable=said_of_file) as processes:
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         harness = processes.each(lambda: open_harness(chosen, folder=task_folder))
         places = {
             task: Cached.of(
                 "tasks",
-                key=task_key(
-                    task, model=fingerprint_of(folder, None), limit=task_limit, folder=task_folder, precision="stored"
-                ),
+                key=task_key(task, model=_state_of(folder), limit=task_limit, folder=task_folder, precision="stored"),
             )
             for task in chosen
         }
@@ -98,6 +99,14 @@ def ask(
             results |= found
         console.print(_table(results, name=folder.name))
     return results
+
+
+def _state_of(folder: Path) -> str:
+    """Tells a model from others and from another state of it: weights, config, tokenizer and how it generates."""
+    place = folder.resolve()
+    weights = [path for path in place.iterdir() if path.suffix in STORED]
+    beside = [place / name for name in ("config.json", *companions(place)) if not name.endswith(".md")]
+    return " ".join([str(place), *states_of([*weights, *beside], within=place)])
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], *, name: str) -> Table:

@@ -13,13 +13,17 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from shearing.data.corpus.corpus import whole_rows
 from shearing.files.durable import read_json
+from shearing.files.states import states_of
 from shearing.models.attention import requested
 from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape
 from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import runs_before
+from shearing.runs.continuation.family import family_shapes, sorting_cost
+from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
 from shearing.runs.stages.evaluation.recipe import Baseline
@@ -193,20 +197,22 @@ def _spent_on_cut(context: RunContext, *, shape: Shape) -> Spent:
     tokens, source = _tokens_of(prune, context.recipe), Shape.of(context.config)
     refitted = prune.refits(sequence_length=length)
     flops = choosing_flops(context, metric=prune.graded_by, refitted=refitted, target=shape)
-    flops += training_flops(source, teacher=_teacher_of(context), tokens=tokens, sequence_length=length)
-    return Spent(tokens, flops)
+    if prune.rotate != "none":
+        read = whole_rows(prune.calibration_tokens, sequence_length=length) * length
+        flops += forward_flops_per_token(source, sequence_length=length) * read
+    return Spent(tokens, flops + training_flops(context, source, tokens=tokens))
 
 
 def _spent_on_training(context: RunContext, *, shape: Shape) -> Spent:
     """By a run on continued pretraining of a model of a shape."""
-    tokens, length = _tokens_of(context.recipe.pretrain, context.recipe), context.recipe.data.sequence_length
-    flops = training_flops(shape, teacher=_teacher_of(context), tokens=tokens, sequence_length=length)
+    recipe = context.recipe
+    tokens = _tokens_of(recipe.pretrain, recipe)
+    flops = training_flops(context, shape, tokens=tokens)
+    if recipe.family is not None:
+        smallest = list(family_shapes(recipe, source=context.config).values())[-1]
+        cost = sorting_cost(recipe, family=recipe.family, shape=shape, smallest=smallest)
+        flops += flops_of(cost, shape, sequence_length=recipe.data.sequence_length)
     return Spent(tokens, flops)
-
-
-def _teacher_of(context: RunContext) -> Shape | None:
-    """Of the model that reads along in every step; None: none does, as what it says is read from a cache."""
-    return context.teacher_shape if context.recipe.listens_online else None
 
 
 def _baseline(
@@ -242,10 +248,8 @@ def fingerprint_of(source: Path, revision: str | None) -> str:
     """Tells a model from another in the same place: sizes and times of its weight files, or hub name and revision."""
     if not source.is_dir():
         return f"{source}@{revision}"
-    files = [
-        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(source.glob("*.safetensors"))
-    ]
-    return " ".join([str(source), *files])
+    weights = list(source.glob("*.safetensors")) or source.glob("*.bin")  # read where no others are
+    return " ".join([str(source), *states_of(weights, within=source)])
 
 
 def _tokens_of(stage: StageRecipe, recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from shearing.evaluation.tasks.chosen import ChosenTask, chosen_tasks
 from shearing.evaluation.tasks.figures import in_words
 from shearing.evaluation.tasks.opening import open_harness
 from shearing.files.result_cache import Cached
+from shearing.files.states import states_of
 from shearing.models.stored.paging.on_demand import weights_here
 from shearing.processes.processes import Processes
 from shearing.progress import activity
@@ -108,13 +109,14 @@ def task_key(task: ChosenTask, *, model: str, limit: int | None, folder: Path | 
         folder: of tasks; its files count by name, size and time.
         precision: of matrix products.
     """
+    files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
     return {
         "model": model,
         "task": task.name,
         "fewshot": task.fewshot,
         "metric": task.metric,
         "limit": limit,
-        "folder": None if folder is None else _state_of(folder),
+        "folder": None if folder is None else states_of(files, within=folder),
         "precision": precision,
         "lm_eval": version_of("lm_eval"),
     }
@@ -135,9 +137,3 @@ def _read_kept(
             else:
                 results[row.name]["tasks"] |= known
     return missing
-
-
-def _state_of(folder: Path) -> list[str]:
-    """Tells a folder of tasks from another state of it: names, sizes and times of its files."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [f"{path.relative_to(folder)}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]

@@ -21,7 +21,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.stages.evaluation.kept import kept
 from shearing.runs.stages.evaluation.rows import Row, is_shared_out
 
-_REVISION = 2
+_REVISION = 3
 """Raise it when the same settings give other figures."""
 
 
@@ -125,8 +125,15 @@ class _Text:
 
     @property
     def separator(self) -> int:
-        """Token that stands before a document, as in training, and ends one."""
+        """Token that ends a document."""
         return next(iter(self.context.corpus.manifests.values())).separator_id
+
+    @property
+    def front(self) -> list[int]:
+        """What a document is read after, as in training: the token of a row, and the separator where that is seen."""
+        bos = self.context.corpus.bos
+        begin = [] if bos.token is None else [bos.token] * bos.in_row
+        return begin if self.context.document_rules.attention_within else [*begin, self.separator]
 
     @cached_property
     def rows(self) -> Rows:
@@ -171,10 +178,10 @@ def _continued(model: PreTrainedModel, *, text: _Text) -> Continuations | None:
     """What a model writes after the prompts; None where no document is long enough to be one."""
     if not text.prompts:
         return None
-    separator, recipe = torch.tensor([text.separator]), text.context.recipe
+    front, recipe = torch.tensor(text.front, dtype=torch.int64), text.context.recipe
     return continuations(
         model,
-        torch.stack([torch.cat([separator, tokens]) for _, tokens in text.prompts]),
+        torch.stack([torch.cat([front, tokens]) for _, tokens in text.prompts]),
         num_tokens=recipe.evaluation.generation.tokens,
         ends={text.separator, *_ends(model)},
         seed=recipe.seed,

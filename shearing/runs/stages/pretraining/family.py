@@ -120,7 +120,7 @@ def write_family(
             for name, shape in family_shapes(context.recipe, source=context.config_as_cut).items():
                 masks = masking.masks_of(name)
                 assert masks is not None
-                on_host = Masks(**{unit: mask.cpu() for unit, mask in masks.tensors().items()})
+                on_host = masks.to(torch.device("cpu"))
                 weights = state.weights(prefix=PARAMETER_PREFIX)
                 _write_size(config, weights, on_host, shape=shape, start=start, dtype=dtype, to=beside / name)
                 difference = _check(run.model, on_host, small=beside / name, name=name, dtype=dtype)

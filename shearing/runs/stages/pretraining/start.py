@@ -396,8 +396,10 @@ def _saliences(context: RunContext, *, settings: SpeftRecipe, model: PreTrainedM
 
 def _losses(
     context: RunContext, *, model: PreTrainedModel, samples: int, together: bool
-) -> Iterator[Callable[[], Tensor]]:
-    """Mean losses of the run's first training samples, read as the run reads them, computed when called.
+) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Losses of the run's first training samples, read as the run reads them, computed when called.
+
+    Each is the sum over its tokens, and how many of them count.
 
     Args:
         context: of the run.
@@ -413,13 +415,13 @@ def _losses(
         batch = mixture.batch(first_sample=first, num_sequences=size)
         documents = mixture.documents.documents(batch.positions, device=context.device, counted_BT=batch.counted)
 
-        def loss(batch: Batch = batch, documents: Documents | None = documents) -> Tensor:
+        def loss(batch: Batch = batch, documents: Documents | None = documents) -> tuple[Tensor, Tensor]:
             with (
                 attention_within_documents(model, on=mixture.documents.attention_within),
                 torch.autocast(context.device.type, dtype=torch.bfloat16, enabled=context.precision == torch.bfloat16),
             ):
                 losses: Losses = objective(batch.tokens.to(context.device), documents)
-            return losses.total / losses.labels.sum().clamp(min=1)
+            return losses.total, losses.labels.sum()
 
         yield loss
 

@@ -33,7 +33,7 @@ from shearing.pruning.sparse.criteria import criteria
 from shearing.pruning.sparse.patterns import KeptOf, PerRow, pattern_of, runs_on_2_4
 from shearing.pruning.sparse.reconstruction import reconstructions
 from shearing.pruning.sparse.reconstruction.reconstruction import Choice
-from shearing.pruning.sparse.search import database as database_module
+from shearing.pruning.sparse.search import database as database_module, msp as msp_module
 from shearing.pruning.sparse.search.database import build_database
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.fitness import Fitness, Training
@@ -366,6 +366,15 @@ def test_room_is_needed_for_missing_layers_only(tmp_path: Path, monkeypatch: pyt
         else:
             with pytest.raises(ShearingError, match="GB"):
                 build_database(request, folder=tmp_path / "levels")
+
+
+def test_a_search_asks_for_room_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(tmp_path, method=("sparsegpt", "obs"))
+    monkeypatch.setattr(database_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(msp_module, "fisher_trace", lambda *_, **__: 1 / 0)
+    with pytest.raises(ShearingError, match="fewer levels"):
+        Msp(TEXT, SETTINGS).allocate(request)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("of", range(1, 13))

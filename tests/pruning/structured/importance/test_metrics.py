@@ -78,6 +78,17 @@ def test_activations_find_planted_units():
     assert {name: tuple(value.shape) for name, value in scores.items()} == unit_sizes(Shape.of(model.config))
 
 
+def test_activations_are_the_same_however_text_comes_in_batches():
+    model, text = tiny_model("llama"), tiny_ids(sequences=4)
+    text[3] = text[3, 0]  # unlike the others, which a short last batch would give more weight
+    found = [
+        Activations().scores(model, evidence=Evidence(text=[Inputs(part) for part in text.split(size)]))
+        for size in (4, 3, 1)
+    ]
+    for scores in found[1:]:
+        torch.testing.assert_close(scores, found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_magnitude_finds_planted_units():
     model = tiny_model("qwen2", tied=False)
     with torch.no_grad():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -70,6 +72,29 @@ def test_a_plain_loop_ends_where_ours_does(tiny_inputs: Path, tmp_path: Path) ->
     for name, mask in learned["frozen"].items():
         of_model = masks["attention" if name == "layers" else name]
         assert torch.equal(mask.reshape(of_model.shape), of_model), name
+
+
+@pytest.mark.parametrize(("estimator", "moves"), [("hard_concrete", "log_alpha"), ("straight_through", "votes")])
+def test_gradients_of_masks_that_are_not_finite_skip_the_step(estimator: str, moves: str, tiny_inputs: Path) -> None:
+    """Whatever the weights' step did; the first step is a good one, so that there is something to lose."""
+    objective, masking = tasks.masked_objective(tiny_inputs, estimator=estimator)
+    batch = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2)
+    states = [copy.deepcopy(masking.state_dict())]
+    for spoilt in (False, True):
+        masking.draw(step=1)
+        objective(batch.tokens).total.backward()
+        masking.after_backward(step=1)
+        gradient = masking.learner.log_alpha["hidden"].grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+        if spoilt:
+            gradient.flatten()[0] = float("nan")
+        assert bool(masking.update(step=1)) is spoilt
+        states.append(copy.deepcopy(masking.state_dict()))
+    start, before, after = states
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    for name, value in before[moves].items():
+        assert not torch.equal(value, start[moves][name]), name
 
 
 def test_the_loop_that_the_documents_show(tiny_inputs: Path) -> None:

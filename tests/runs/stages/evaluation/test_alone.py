@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from shearing.cli.frame import app
 from shearing.files.durable import read_json
 from shearing.runs.recipe import load_recipe
+from shearing.runs.stages.evaluation import alone
 from tests.cli.test_cli import error_of
 
 
@@ -50,6 +56,36 @@ def test_a_model_is_asked_once_and_its_figures_are_kept(
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert "--tasks = 'letters'" in error_of("eval", *arguments[:2], "letters", "--task-folder", folder)
     assert "--task-folder = " in error_of("eval", *arguments[:3], "--task-folder", tmp_path / "nowhere")
+
+
+def test_a_model_is_asked_again_once_one_of_its_files_changed(
+    tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+
+    def measure(*_: object, **__: object) -> dict[str, Any]:
+        asked.append(None)
+        return {"piqa": {"metric": "acc", "fewshot": 0, "items": 1, "value": 0.5, "stderr": 0.1}}
+
+    def times_asked(place: Path) -> int:
+        alone.ask(place, tasks=["piqa"], console=Console(file=io.StringIO()))
+        return len(asked)
+
+    monkeypatch.setenv("SHEARING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(alone, "open_harness", lambda *_, **__: SimpleNamespace(measure=measure))
+    folder, link = Path(shutil.copytree(tiny_inputs / "model", tmp_path / "model")), tmp_path / "link"
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    assert times_asked(folder) == 1
+    (folder / "README.md").write_text("figures")
+    link.symlink_to(folder)
+    assert times_asked(link) == 1
+    names = ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json")
+    for times, name in enumerate(names, start=2):
+        (folder / name).touch()
+        assert [times_asked(folder), times_asked(folder)] == [times, times], name
+    link.unlink()
+    link.symlink_to(shutil.copytree(folder, tmp_path / "other"))
+    assert times_asked(link) == len(names) + 2
 
 
 def test_a_run_is_named_by_its_folder_and_asked_more(tiny_recipe: Path, tmp_path: Path) -> None:
