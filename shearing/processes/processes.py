@@ -51,7 +51,6 @@ class Processes:
     Args:
         rank: this process's number; 0 is the main one, which alone prints and writes what is not sharded.
         size: number of processes.
-
         mendable: what a user can mend of an error that is none of our own, such as the operating system's about a
             file; None where it is nothing of the kind.
 
@@ -314,8 +313,13 @@ def _require_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
     """
     if shared := [gpu for gpu, processes in Counter(gpus).items() if processes > 1]:
         host, ranks = shared[0][0], [rank for rank, gpu in enumerate(gpus) if gpu == shared[0]]
-        here = len({gpu for gpu in gpus if gpu[0] == host})
-        raise _too_few_gpus("GPUs (of the processes)", value=f"one on {host} for ranks {ranks}", count=here)
+        raise ShearingError(
+            "GPUs (of the processes)",
+            value=f"one on {host} for ranks {ranks}",
+            allowed="a GPU of its own for each process",
+            mend="bind another one to each task (Slurm: --gpus-per-task=1), or let every process see all GPUs of its "
+            f"host; fewer processes (torchrun --nproc-per-node), or {key('device')}=cpu, where there are no more GPUs",
+        )
 
 
 def _too_few_gpus(field: str, *, value: object, count: int) -> ShearingError:

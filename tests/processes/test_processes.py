@@ -281,7 +281,7 @@ def test_what_one_process_says_for_all_has_the_names_that_people_know(tmp_path: 
     codes, outputs = _ends(_see_one_gpu, "GPU-of-all", folder=tmp_path)
     assert codes == [2, 2]
     assert "for ranks [0, 1]" in outputs[1]
-    assert "or set training.device=cpu" in outputs[1]
+    assert "or training.device=cpu, where there are no more GPUs" in outputs[1]
 
 
 def _suspended(ready: Path) -> None:

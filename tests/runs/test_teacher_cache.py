@@ -267,6 +267,68 @@ def test_a_domain_that_is_added_leaves_the_others(cache: Path, tiny_inputs: Path
     assert content(folder) == content(cache)
 
 
+def test_a_domain_is_written_where_another_was_interrupted(
+    cache: Path, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index has the others' pieces as they are by then, not as they were before."""
+    folder = tmp_path / "cache"
+    write(asked(tiny_inputs, folder, rows=13), console=QUIET)
+    pieces, grown = writing.write_piece, folder / "digits" / "piece-00000001.safetensors"
+
+    def interrupted(path: Path, *arguments: Any, **keywords: Any) -> None:
+        pieces(path, *arguments, **keywords)
+        if path == grown:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_piece", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(asked(tiny_inputs, folder), console=QUIET)
+    opened = write(asked(tiny_inputs, folder, domains=["letters"]), console=QUIET)
+    assert opened.rows("digits").tolist()[:20] == list(range(20))
+    assert opened.num_rows("digits") == len(opened.rows("digits"))
+    assert opened.rows("letters").tolist() == TeacherCache.open(cache).rows("letters").tolist()
+    assert verify(folder, console=QUIET) == []
+
+
+def test_rows_of_a_lost_piece_are_asked_for_again(cache: Path, tiny_inputs: Path, tmp_path: Path) -> None:
+    """By whatever adds to its domain: all that commands before asked for, which no single one of them would."""
+    shutil.copytree(cache, folder := tmp_path / "cache")
+    few = asked(tiny_inputs, folder, rows=1)
+    for damage in (_truncate, lambda folder: (folder / "letters" / "piece-00000001.safetensors").unlink()):
+        damage(folder)
+        with pytest.raises(ShearingError, match="letters/piece-00000001") as raised:
+            write(asked(tiny_inputs, folder, domains=["digits"]), console=QUIET)
+        assert "--rows 1 is enough" in raised.value.mend
+        write(few, console=QUIET)
+        assert content(folder) == content(cache)
+    # Of some rows, here and there.
+    recipe = _recipe(tiny_inputs, tmp_path / "run", mixture={"update": "constant"}, cache=tmp_path / "some")
+    some = write(asked(tiny_inputs, tmp_path / "some", recipe=recipe), console=QUIET)
+    whole = write(asked(tiny_inputs, some.path, rows=1), console=QUIET)
+    for path in some.path.rglob("piece*"):
+        path.unlink()
+    again = write(asked(tiny_inputs, some.path, rows=1), console=QUIET)
+    assert {domain: again.rows(domain).tolist() for domain in DOMAINS} == {
+        domain: whole.rows(domain).tolist() for domain in DOMAINS
+    }
+    # An index that does not say which they were.
+    index = json.loads((folder / INDEX_NAME).read_text())
+    for record in index["domains"].values():
+        for piece in record["pieces"]:
+            del piece["spans"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    TeacherCache.open(folder)
+    (folder / "letters" / "piece-00000001.safetensors").unlink()
+    with pytest.raises(ShearingError, match="without 10 rows of letters that earlier commands asked for") as raised:
+        write(few, console=QUIET)
+    assert raised.value.field == "--output"
+    write(asked(tiny_inputs, folder, domains=["letters"]), console=QUIET)
+    write(few, console=QUIET)
+    write(asked(tiny_inputs, folder), console=QUIET)
+    assert content(folder) == content(cache)
+
+
 def _write(request: Asked) -> None:
     write(request, console=QUIET)
 

@@ -28,7 +28,7 @@ from shearing.errors import ShearingError, key
 from shearing.files.checksums import Advance, sha256_of_file
 from shearing.files.durable import read_json
 from shearing.objectives.teacher_cache.form import FORMS, Form, form_of
-from shearing.objectives.teacher_cache.pieces import Piece, damage_of
+from shearing.objectives.teacher_cache.pieces import WRITE_AGAIN, Piece, damage_of
 from shearing.objectives.teacher_cache.said import Said
 
 INDEX_NAME = "cache.json"
@@ -82,12 +82,15 @@ class PieceRecord:
         rows: how many of these it has.
         bytes: size of the file.
         sha256: of the file.
+        spans: which rows they are, see `spans_of`: where the file is lost, nothing else says so. Empty in an index that
+            was written before it had them.
     """
 
     number: int
     rows: int
     bytes: int
     sha256: str
+    spans: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,18 @@ class DomainRecord:
 
     fingerprint: str
     pieces: Sequence[PieceRecord]
+
+
+def spans_of(rows: npt.NDArray[np.int64]) -> str:
+    """Some ascending rows, as first and last of each stretch: `0-12 15-15`."""
+    stretches = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return " ".join(f"{stretch[0]}-{stretch[-1]}" for stretch in stretches)
+
+
+def rows_of_spans(spans: str) -> npt.NDArray[np.int64]:
+    """What `spans_of` was given; none of an empty string."""
+    ends = (map(int, span.split("-")) for span in spans.split())
+    return np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(first, last + 1) for first, last in ends)])
 
 
 def piece_path(folder: Path, *, domain: str, number: int) -> Path:
@@ -134,6 +149,20 @@ def index_of(
     of_domains = {domain: asdict(record) for domain, record in domains.items()}
     head = {"format": FORMAT, "name": name, "rows_per_piece": rows_per_piece}
     return {**head, "conditions": conditions.to_json(), "domains": of_domains}
+
+
+def domains_of(index: Mapping[str, Any]) -> dict[str, DomainRecord]:
+    """The domains that `index_of` was given.
+
+    Raises:
+        KeyError, TypeError: it has none of its form.
+    """
+    return {
+        domain: DomainRecord(
+            fingerprint=record["fingerprint"], pieces=[PieceRecord(**piece) for piece in record["pieces"]]
+        )
+        for domain, record in index["domains"].items()
+    }
 
 
 class TeacherCache:
@@ -183,17 +212,11 @@ class TeacherCache:
         try:
             if values["format"] != FORMAT or values["conditions"]["form"]["name"] not in FORMS:
                 raise ValueError(f"format {values['format']}, form {values['conditions']['form']}")
-            domains = {
-                domain: DomainRecord(
-                    fingerprint=record["fingerprint"], pieces=[PieceRecord(**piece) for piece in record["pieces"]]
-                )
-                for domain, record in values["domains"].items()
-            }
             cache = cls(
                 path,
                 name=values["name"],
                 conditions=Conditions.from_json(values["conditions"]),
-                domains=domains,
+                domains=domains_of(values),
                 rows_per_piece=values["rows_per_piece"],
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -341,7 +364,7 @@ class TeacherCache:
                         str(path),
                         value="other bytes than were written",
                         allowed=f"SHA-256 {piece.sha256}",
-                        mend="remove the file and write the cache again: the same command writes what is missing",
+                        mend=WRITE_AGAIN,
                     )
 
     def _require_whole(self) -> None:
@@ -356,5 +379,5 @@ class TeacherCache:
                         str(path),
                         value=f"{found} bytes",
                         allowed=f"{piece.bytes} bytes, as {INDEX_NAME} says",
-                        mend="remove the file and write the cache again: the same command writes what is missing",
+                        mend=WRITE_AGAIN,
                     )

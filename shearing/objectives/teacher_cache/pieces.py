@@ -23,7 +23,11 @@ from shearing.files.tensors import read_header, write_tensors
 
 _PIECE = "piece"
 _DTYPES = {"I64": np.int64, "U8": np.uint8}
-_MEND = "write the cache again: the same command writes what is missing, so remove this file first"
+WRITE_AGAIN = (
+    "remove the file, if it is there, and repeat shear data teacher for this domain (--rows 1 is enough): all rows "
+    "that the file had are asked for again"
+)
+"""Mends a piece that is lost: the index says which rows it had."""
 
 
 def write_piece(path: Path, rows: npt.NDArray[np.int64], stored: Sequence[bytes], *, mark: str) -> None:
@@ -59,17 +63,18 @@ def mark_of(path: Path) -> str | None:
 def damage_of(path: Path, *, mark: str) -> ShearingError | None:
     """What is wrong with a piece that can be told without reading its rows; None: nothing."""
     if not path.is_file():
-        return ShearingError(str(path), value="missing", allowed="all files of the cache", mend=_MEND)
+        return ShearingError(str(path), value="missing", allowed="all files of the cache", mend=WRITE_AGAIN)
     try:
         entries, metadata = read_header(path)
     except ShearingError as error:
-        return ShearingError(str(path), value=error.value, allowed="a whole file of the cache", mend=_MEND)
+        return ShearingError(str(path), value=error.value, allowed="a whole file of the cache", mend=WRITE_AGAIN)
     if metadata.get(_PIECE) != mark or set(entries) != {"rows", "ends", "checks", "bytes"}:
         return ShearingError(
             str(path),
             value=f"{metadata.get(_PIECE)}",
             allowed=f"{mark}: this piece of this cache",
-            mend="files were exchanged: put them back, or remove them and write the cache again",
+            mend="files were exchanged: put them back, or remove them and repeat shear data teacher for their domains "
+            "(--rows 1 is enough): all rows that they had are asked for again",
         )
     return None
 
@@ -139,5 +144,8 @@ class Piece:
     def damaged(self, row: int) -> ShearingError:
         """What there is to say of a row that is not what was written."""
         return ShearingError(
-            str(self._path), value=f"row {row}: other bytes than were written", allowed="bytes that are", mend=_MEND
+            str(self._path),
+            value=f"row {row}: other bytes than were written",
+            allowed="bytes that are",
+            mend=WRITE_AGAIN,
         )

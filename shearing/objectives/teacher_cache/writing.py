@@ -11,9 +11,8 @@ Shapes: B sequences of a micro-batch, S positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +30,13 @@ from shearing.objectives.teacher_cache.cache import (
     DomainRecord,
     PieceRecord,
     domain_fingerprint,
+    domains_of,
     index_of,
     piece_mark,
     piece_path,
     pieces_in,
+    rows_of_spans,
+    spans_of,
 )
 from shearing.objectives.teacher_cache.observer import Observer
 from shearing.objectives.teacher_cache.pieces import Piece, damage_of, mark_of, write_piece
@@ -121,12 +123,34 @@ def rows_per_piece(sequence_length: int, *, piece_tokens: int) -> int:
 
 
 def with_rows_there(plan: Plan) -> dict[str, Rows]:
-    """Rows of each domain of a plan, and what its pieces in the folder have beside them: what was asked once stays."""
+    """Rows of each domain of a plan, and those asked for before: what was asked once stays.
+
+    These are what pieces in the folder have, and what the index says of pieces that are gone or damaged.
+
+    Raises:
+        ShearingError: the folder holds a cache of something else; or rows are gone, and the index does not say which.
+    """
     grown: dict[str, Rows] = {}
+    index = _index(plan)
     for domain, rows in plan.rows.items():
         numbers = pieces_in(plan.folder, domain=domain)
         written = (plan.part(domain, number, rows=rows).written() for number in numbers)
-        grown[domain] = np.unique(np.concatenate([rows, *(piece.rows for piece in written if piece is not None)]))
+        record = index.get(domain)
+        # Of other text there is nothing to keep.
+        of_text = record is not None and record.fingerprint == domain_fingerprint(plan.corpus.manifests[domain])
+        recorded = record.pieces if record is not None and of_text else ()
+        before = [*(rows_of_spans(piece.spans) for piece in recorded), *(each.rows for each in written if each)]
+        grown[domain] = np.unique(np.concatenate([rows, *before]))
+        for piece in recorded:
+            gone = piece.rows - np.count_nonzero(grown[domain] // plan.rows_per_piece == piece.number)
+            if gone > 0:
+                raise ShearingError(
+                    "output",
+                    value=f"{piece_path(plan.folder, domain=domain, number=piece.number)}, without {gone} rows of "
+                    f"{domain} that earlier commands asked for",
+                    allowed="all rows that the cache had; its index is of a time when it did not say which they were",
+                    mend=f"ask for all rows of {domain}: without --rows and --recipe",
+                )
     return grown
 
 
@@ -137,12 +161,8 @@ def missing_parts(plan: Plan) -> list[Part]:
         plan: see `with_rows_there`, whose rows it has.
 
     Raises:
-        ShearingError: the folder holds a cache of something else.
+        ShearingError: the folder holds pieces of something else.
     """
-    if (index := _index(plan.folder)) is not None:
-        own = {"conditions": plan.conditions.to_json(), "rows_per_piece": plan.rows_per_piece}
-        if (of_index := {name: index.get(name) for name in own}) != own:
-            raise _of_another(plan.folder, found=f"{of_index}", wanted=f"{own}")
     missing = []
     for part in plan.parts():
         if part.path.is_file() and (found := mark_of(part.path)) not in (None, part.mark):
@@ -175,6 +195,7 @@ def write_cache(
         ShearingError: see `teacher`.
         OSError, SafetensorError: a file cannot be written; see `files.full_disk`.
     """
+    others = processes.on_main(lambda: _left_by_another(plan))
     if missing:
         # What the index says would not be so any more.
         processes.on_main(lambda: _set_index_aside(plan.folder))
@@ -182,7 +203,7 @@ def write_cache(
         processes.together(
             lambda: _write_parts(plan, own, teacher=teacher, micro_batch_size=micro_batch_size, advance=advance)
         )
-    parts = plan.parts()
+    parts = plan.parts() + others
     records = processes.together(lambda: {index: _record(parts[index]) for index in _share(len(parts), processes)})
     processes.on_main(lambda: _write_index(plan, parts, {k: v for of_rank in records for k, v in of_rank.items()}))
 
@@ -238,28 +259,57 @@ def _record(part: Part) -> PieceRecord:
         rows=len(part.rows),
         bytes=part.path.stat().st_size,
         sha256=sha256_of_file(part.path),
+        spans=spans_of(part.rows),
     )
 
 
+def _left_by_another(plan: Plan) -> list[Part]:
+    """Pieces of domains that the plan has not, where a call was interrupted that may have changed them."""
+    if (plan.folder / INDEX_NAME).is_file():
+        return []
+    found = []
+    for domain, record in _index(plan).items():
+        for number in () if domain in plan.rows else pieces_in(plan.folder, domain=domain):
+            mark = piece_mark(plan.conditions, domain=domain, fingerprint=record.fingerprint, number=number)
+            path = piece_path(plan.folder, domain=domain, number=number)
+            part = Part(domain=domain, number=number, rows=np.empty(0, dtype=np.int64), path=path, mark=mark)
+            # One that is lost stays in the index as it was, so that the cache says so.
+            if (written := part.written()) is not None:
+                found.append(replace(part, rows=np.array(written.rows)))
+    return found
+
+
 def _write_index(plan: Plan, parts: list[Part], records: Mapping[int, PieceRecord]) -> None:
-    of_domain: dict[str, list[PieceRecord]] = {domain: [] for domain in plan.rows}
+    own = {
+        domain: DomainRecord(fingerprint=domain_fingerprint(plan.corpus.manifests[domain]), pieces=[])
+        for domain in plan.rows
+    }
+    of_domain = {**_index(plan), **own}
+    pieces = {domain: {piece.number: piece for piece in record.pieces} for domain, record in of_domain.items()}
     for index, part in enumerate(parts):
-        of_domain[part.domain].append(records[index])
+        pieces[part.domain][part.number] = records[index]
     domains = {
-        domain: DomainRecord(fingerprint=domain_fingerprint(plan.corpus.manifests[domain]), pieces=pieces)
-        for domain, pieces in of_domain.items()
+        domain: replace(of_domain[domain], pieces=[piece for _, piece in sorted(pieces[domain].items())])
+        for domain in sorted(of_domain)
     }
     content = index_of(plan.conditions, name=plan.name, rows_per_piece=plan.rows_per_piece, domains=domains)
-    others = {} if (earlier := _index(plan.folder)) is None else earlier["domains"]
-    content["domains"] = dict(sorted({**others, **content["domains"]}.items()))
     write_json(plan.folder / INDEX_NAME, content)
     (plan.folder / _EARLIER).unlink(missing_ok=True)
 
 
-def _index(folder: Path) -> dict[str, Any] | None:
-    """The index of a cache, or what it was before pieces were written that it does not have; None: there is none."""
-    there = (folder / name for name in (INDEX_NAME, _EARLIER) if (folder / name).is_file())
-    return next(map(read_json, there), None)
+def _index(plan: Plan) -> dict[str, DomainRecord]:
+    """Domains of the cache in the folder, as its index has them or had them before pieces were written.
+
+    Raises:
+        ShearingError: it is a cache of something else.
+    """
+    there = (plan.folder / name for name in (INDEX_NAME, _EARLIER) if (plan.folder / name).is_file())
+    if (index := next(map(read_json, there), None)) is None:
+        return {}
+    own = {"conditions": plan.conditions.to_json(), "rows_per_piece": plan.rows_per_piece}
+    if (found := {name: index.get(name) for name in own}) != own:
+        raise _of_another(plan.folder, found=f"{found}", wanted=f"{own}")
+    return domains_of(index)
 
 
 def _set_index_aside(folder: Path) -> None:

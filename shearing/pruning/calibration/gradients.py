@@ -71,11 +71,13 @@ def gather_gradients(
         _Pass(source, calibration=calibration, compute=alone, advance=advance).run(names, folder=folder)
 
 
-def gradient_bytes(source: Source, *, matrices: Sequence[Matrix], calibration: Calibration, compute: Compute) -> int:
-    """What `gather_gradients` needs on disk: the result, what every layer reads, and gradients of that."""
+def gradient_bytes(
+    source: Source, *, matrices: Sequence[Matrix], calibration: Calibration, compute: Compute
+) -> tuple[int, int]:
+    """What `gather_gradients` leaves on disk, and needs there until then: what layers read, its gradients."""
     stream: int = calibration.tokens.numel() * source.config.get_text_config(decoder=True).hidden_size
     of_streams = stream * ((num_layers(source) + 1) * compute.dtype.itemsize + 4)
-    return 4 * sum(matrix.size for matrix in matrices) + of_streams
+    return 4 * sum(matrix.size for matrix in matrices), of_streams
 
 
 def read_gradients(name: str, *, layer: int, folder: Path) -> Tensor:

@@ -94,6 +94,39 @@ class Job:
         return f"{100 * float(1 - self.budget):g} % removed in all, {self.levels[0]} to {self.levels[-1]}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Working:
+    """Bytes that are on disk beside models while one of them is made sparse.
+
+    Attributes:
+        gradients: of matrices, first of all, until the end.
+        streams: what these are computed from, until they are there.
+        activations: that are offloaded, after that, until the end.
+        levels: of what a search chooses from; they go before anything of the result is written.
+        num_levels: how many these are.
+    """
+
+    gradients: int = 0
+    streams: int = 0
+    activations: int = 0
+    levels: int = 0
+    num_levels: int = 0
+
+    def most(self, *, models: int = 0) -> int:
+        """What is there at the same time, at most, with so many bytes of models that are written in the end."""
+        return self.gradients + max(self.streams, self.activations + max(self.levels, models))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """All that is there at some time, by what it is of."""
+        parts = {
+            "gradients": self.gradients + self.streams,
+            "activations": self.activations,
+            f"{self.num_levels} levels to choose from": self.levels,
+        }
+        return {what: size for what, size in parts.items() if size}
+
+
 def prepare(
     recipe: SparsifyRecipe,
     *,
@@ -185,26 +218,29 @@ def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -
 
 
 def disk_bytes(job: Job) -> int:
-    """The model, its layers once more until they are put together, and `working_bytes`."""
-    return 2 * job.source.weight_bytes() + working_bytes(job)
+    """What is on disk at the same time, at most; in the end the result, and its layers once more until it is whole."""
+    return working(job).most(models=2 * job.source.weight_bytes())
 
 
-def working_bytes(job: Job) -> int:
-    """What is offloaded, gradients, and what a search chooses from."""
-    size = 0
+def working(job: Job) -> Working:
+    """What it needs on disk beside its models."""
+    activations, gradients, streams, num_levels, levels = 0, 0, 0, 0, 0
     if job.calibration is not None and job.compute.offload == "disk":
         width = job.source.config.get_text_config(decoder=True).hidden_size
-        size += job.calibration.tokens.numel() * width * job.compute.dtype.itemsize
+        activations = job.calibration.tokens.numel() * width * job.compute.dtype.itemsize
     if job.calibration is not None and "gradients" in job.criterion.needs:
-        size += gradient_bytes(job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute)
+        gradients, streams = gradient_bytes(
+            job.source, matrices=job.matrices, calibration=job.calibration, compute=job.compute
+        )
     if job.fitness is not None:
-        size += database_bytes(
-            levels=len(job.levels),
+        num_levels = len(job.levels)
+        levels = database_bytes(
+            levels=num_levels,
             weights=sum(matrix.size for matrix in job.matrices),
             stored_bytes=job.source.bytes_of(matrix.name for matrix in job.matrices),
             changes=bool(job.reconstruction.needs),
         )
-    return size
+    return Working(gradients=gradients, streams=streams, activations=activations, levels=levels, num_levels=num_levels)
 
 
 def gather(job: Job, *, console: Console) -> None:

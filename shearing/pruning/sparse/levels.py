@@ -25,7 +25,7 @@ from shearing.pruning.sparse.allocation.rules.owl import Owl
 from shearing.pruning.sparse.allocation.rules.rank import Rank
 from shearing.pruning.sparse.allocation.rules.redundancy import Redundancy
 from shearing.pruning.sparse.allocation.rules.uniform import Uniform
-from shearing.pruning.sparse.job import Job, gather, no_room, prepare, require_same, working_bytes
+from shearing.pruning.sparse.job import Job, gather, no_room, prepare, require_same, working
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
 from shearing.pruning.sparse.search.evolution import SearchSettings
 from shearing.pruning.sparse.search.fitness import Training
@@ -67,8 +67,9 @@ def allocate(recipe: SparsifyRecipe, *, console: Console | None = None) -> Path:
         if settings.is_file():
             require_same(read_json(settings), job.settings, where=partial)
         else:
-            if shutil.disk_usage(partial).free < working_bytes(job):
-                raise no_room(partial, what=f"{working_bytes(job) / 1e9:.2f} GB: {room}")
+            needed = working(job).most()
+            if shutil.disk_usage(partial).free < needed:
+                raise no_room(partial, what=f"{needed / 1e9:.2f} GB: {room}")
             write_json(settings, job.settings)
         started = time.monotonic()
         gather(job, console=console)

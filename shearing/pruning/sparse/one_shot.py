@@ -159,7 +159,7 @@ def _continue_or_begin(partial: Path, job: Job) -> None:
 
 
 def _no_room(partial: Path, *, job: Job) -> ShearingError:
-    searched = "" if job.fitness is None else f", and at {len(job.levels)} levels, of which a search chooses"
+    searched = "" if job.fitness is None else f", or before it {len(job.levels)} levels, of which a search chooses"
     return no_room(partial, what=f"{disk_bytes(job) / 1e9:.2f} GB: the model, and its layers once more{searched}")
 
 

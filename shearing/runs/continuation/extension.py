@@ -103,10 +103,10 @@ def change(run: RunDirectory, *, decay: Duration | None = None, overrides: Seque
     """Have a run go on from its newest checkpoint with other keys, where it is, finished or not.
 
     Weights, moments, samples and domain weights go on where they are; a run that was moved goes on in the folder that
-    is named. What was trained stays as it was; which keys
-    changed, and at which step, is in pretrain/changes.json and on the page about the run. What a finished run has
-    made is kept under names with its step. Masks that had come to rest (`ast`) move again where the run is longer by
-    then, from weights of 0 where they had dropped some: what was set aside is gone.
+    is named. What was trained stays as it was; which keys changed, and at which step, is in pretrain/changes.json and
+    on the page about the run. What a finished run has made is kept under names with its step. Masks that had come to
+    rest (`ast`) move again where the run is longer by then, from weights of 0 where they had dropped some: what was
+    set aside is gone.
 
     Args:
         run: with checkpoints of continued pretraining.
@@ -367,7 +367,8 @@ def _put_together(run: RunDirectory, recipe: Recipe, *, checkpoint: Path, to: Pa
         # What was chosen before the first step cannot be chosen again: the weights are others now.
         chosen = [path for path in (run.family_masks, run.salient, run.input_norms) if path.is_file()]
         for path in (*run.pretrain.glob("*.json*"), *chosen):
-            if not path.name.startswith(run.complete("pretrain").stem):
+            # Of changes the file may name one that was killed before it was made.
+            if path != run.changes and not path.name.startswith(run.complete("pretrain").stem):
                 shutil.copyfile(path, new.pretrain / path.name)
         if changes:
             write_changes(new, changes)

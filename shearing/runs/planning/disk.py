@@ -13,10 +13,9 @@ from shearing.errors import named
 from shearing.models.families.axes import count
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.pruning.sparse.criteria.facts import CRITERIA
-from shearing.pruning.sparse.job import levels_of
+from shearing.pruning.sparse.job import Working, levels_of
 from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.search.database import database_bytes
-from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.continuation.cascade import cascade_of
 from shearing.runs.continuation.moved import CASCADE
 from shearing.runs.names import ONE_SHOT_NAMES
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _BYTES_OF_WEIGHT = 4
+_BYTES_OF_STORED_WEIGHT = 2
 SEQLEN = 2048
 """Tokens of a sequence of one-shot calibration, where the recipe does not say; models that can read less read less."""
 
@@ -99,22 +99,25 @@ def run_bytes(
     # Before training there is nothing else; what goes after mask learning is there beside what that leaves.
     rotated = rotated_bytes(recipe, source=source)
     total, on_the_way = 0, rotated + refitted_bytes(recipe, source=source)
-    for stage, settings in recipe.training_stages.items():
-        parameters = source.num_parameters() if stage == "prune" else final
-        moving = 0 if stage == "prune" else moving_weights(recipe, shape=target or source)
-        length = recipe.data.sequence_length
-        total += checkpoint_bytes(settings, sequence_length=length, parameters=parameters, moving=moving)
-        # prune/ ends in its weights; the moments that are carried, compact/ and model/ are of the target's size.
-        models = 1 if isinstance(settings, PruneRecipe) else 4 if recipe.pretrain.carries else 2
-        total += parameters * _BYTES_OF_WEIGHT * models
-        if stage == "prune":
-            on_the_way = max(on_the_way, rotated + total)
+    length = recipe.data.sequence_length
+    if recipe.prune is not None:
+        learned = source.num_parameters()
+        total += checkpoint_bytes(recipe.prune, sequence_length=length, parameters=learned)
+        total += learned * _BYTES_OF_WEIGHT  # prune/ ends in its weights
+        on_the_way = max(on_the_way, rotated + total)
+        total += final * _BYTES_OF_WEIGHT * (3 if recipe.pretrain.carries else 1)  # carried moments, and compact/
+    if recipe.sparsify is not None:
+        sparse = final * _sparse_weight_bytes(recipe)
+        # The model, and its layers once more until it is whole; nothing of what trains it is there yet.
+        working = working_of(recipe, shape=target or source)
+        on_the_way = max(on_the_way, total + working.most(models=2 * sparse))
+        total += sparse
+    moving = moving_weights(recipe, shape=target or source)
+    total += checkpoint_bytes(recipe.pretrain, sequence_length=length, parameters=final, moving=moving)
+    total += final * _BYTES_OF_WEIGHT  # model/
     total += sum(shape.num_parameters() * _BYTES_OF_WEIGHT for shape in family)
     if recipe.target is not None and recipe.target.vocab_size is not None:
         total += final * _BYTES_OF_WEIGHT
-    if recipe.sparsify is not None:
-        total += 2 * final * _BYTES_OF_WEIGHT  # the model, and its layers once more until it is whole
-        total += sum(spooled_bytes(recipe, shape=target or source).values())
     if processes > 1 and recipe.prune is not None and recipe.evaluation.baselines:
         total += final * _BYTES_OF_WEIGHT
     return max(total, on_the_way)
@@ -146,11 +149,8 @@ def cascade_bytes(recipe: Recipe, *, source: PretrainedConfig, processes: int = 
     return total
 
 
-def spooled_bytes(recipe: Recipe, *, shape: Shape) -> dict[str, int]:
-    """Bytes that one-shot sparsity has on disk beside its models while it is at work, by what they are of.
-
-    Of a criterion that needs gradients, these, what every layer reads, and gradients of it; activations that are
-    offloaded to disk; of a search, every matrix at every level.
+def working_of(recipe: Recipe, *, shape: Shape) -> Working:
+    """What one-shot sparsity has on disk beside its models while it is at work, as `sparse.job.working` of the run.
 
     Args:
         recipe: of the run.
@@ -159,25 +159,37 @@ def spooled_bytes(recipe: Recipe, *, shape: Shape) -> dict[str, int]:
     Raises:
         ShearingError: see `levels_of`.
     """
-    sparsify, found = recipe.sparsify, dict[str, int]()
+    sparsify = recipe.sparsify
     if sparsify is None:
-        return found
+        return Working()
     stream = _BYTES_OF_WEIGHT * sparsify.samples * (sparsify.seqlen or SEQLEN) * shape.hidden_size
     weights = shape.num_hidden_layers * sum(shape.layer_parameters())
-    if "gradients" in CRITERIA[sparsify.criterion].needs:
-        found["gradients"] = _BYTES_OF_WEIGHT * weights + stream * (shape.num_hidden_layers + 2)
-    if sparsify.needs_text and sparsify.offload == "disk":
-        found["activations"] = stream
+    by_gradients = "gradients" in CRITERIA[sparsify.criterion].needs
+    num_levels, levels = 0, 0
     if sparsify.allocation == "msp":
         with named(ONE_SHOT_NAMES):
-            levels = len(levels_of(sparsify))
-        found[f"{levels} levels to choose from"] = database_bytes(
-            levels=levels,
+            num_levels = len(levels_of(sparsify))
+        levels = database_bytes(
+            levels=num_levels,
             weights=weights,
-            stored_bytes=_BYTES_OF_WEIGHT * weights,
+            stored_bytes=_sparse_weight_bytes(recipe) * weights,
             changes=bool(RECONSTRUCTIONS[sparsify.resolved_reconstruction].needs),
         )
-    return found
+    return Working(
+        gradients=_BYTES_OF_WEIGHT * weights if by_gradients else 0,
+        streams=stream * (shape.num_hidden_layers + 2) if by_gradients else 0,
+        activations=stream if sparsify.needs_text and sparsify.offload == "disk" else 0,
+        levels=levels,
+        num_levels=num_levels,
+    )
+
+
+def _sparse_weight_bytes(recipe: Recipe) -> int:
+    """Of a weight of what is made sparse, which keeps its dtype: fp32 of what was cut, else the source's.
+
+    A source in fp32 needs more. It is refused by one-shot sparsity itself, which comes first where nothing is cut.
+    """
+    return _BYTES_OF_WEIGHT if "compact" in recipe.stages else _BYTES_OF_STORED_WEIGHT
 
 
 def bytes_in(folder: Path) -> int:

@@ -15,10 +15,12 @@ from typing import Literal
 
 import torch
 
+from shearing.data.corpus.corpus import whole_rows
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import DistillRecipe
 from shearing.pruning.structured.importance.metric import Cost
+from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.runs.planning.memory import Memory
 
 _NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions"
@@ -192,6 +194,14 @@ def forward_flops_per_token(shape: Shape, *, sequence_length: int) -> float:
     # Scores and weighted values: 2 products of 2 FLOPs for each of the S / 2 positions a token sees on average.
     width = shape.num_attention_heads * shape.head_dim
     return 2.0 * multiplied + 2.0 * shape.num_hidden_layers * width * sequence_length
+
+
+def rotation_flops(source: Shape, *, prune: PruneRecipe, sequence_length: int) -> float:
+    """FLOPs of finding the basis that a source is rotated into: a forward pass over the calibration text, if any."""
+    if prune.rotate == "none":
+        return 0.0
+    tokens = whole_rows(prune.calibration_tokens, sequence_length=sequence_length) * sequence_length
+    return forward_flops_per_token(source, sequence_length=sequence_length) * tokens
 
 
 def teacher_flops_per_token(shape: Shape | None, *, distill: DistillRecipe | None, sequence_length: int) -> float:

@@ -24,7 +24,7 @@ from shearing.pruning.structured.refitting.linear import refit_cost
 from shearing.runs.continuation.family import importance_of, sorting_cost
 from shearing.runs.planning.capacity import copies, is_shared_out, judged, loaded, measured, one_layer, weighed
 from shearing.runs.planning.disk import SEQLEN
-from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
+from shearing.runs.planning.hardware import flops_of, forward_flops_per_token, rotation_flops
 from shearing.runs.planning.memory import BF16, CHECKPOINT_BYTES_PER_PARAMETER, FP32
 from shearing.runs.planning.plan import RunPlan, num_domains, reads_reference
 from shearing.runs.planning.step.stage_plan import StagePlan
@@ -127,14 +127,13 @@ def _phases(recipe: Recipe, *, made: RunPlan) -> Iterator[Phase]:
 
 def _rotation(recipe: Recipe, *, made: RunPlan) -> Phase:
     """All find the basis, and the main process writes the source in it, a tensor at a time."""
-    length, alone = recipe.data.sequence_length, made.hardware.processes == 1
-    tokens = whole_rows(recipe.pruning.prune.calibration_tokens, sequence_length=length) * length
+    alone = made.hardware.processes == 1
     return Phase(
         what="prune: rotate",
         processes=made.hardware.processes,
         memory=loaded(made.source, recipe=recipe, made=made) if alone else one_layer(made.source),
         disk=2 * made.source.num_parameters() + made.rotated,
-        flops=forward_flops_per_token(made.source, sequence_length=length) * tokens,
+        flops=rotation_flops(made.source, prune=recipe.pruning.prune, sequence_length=recipe.data.sequence_length),
     )
 
 
@@ -158,7 +157,7 @@ def _one_shot(recipe: Recipe, *, settings: OneShotRecipe, shape: Shape, made: Ru
         processes=1,
         memory=copies_of_layer * matrices + (waiting if settings.offload == "none" else 0),
         host=waiting if settings.offload == "cpu" else 0,
-        disk=written + sum(made.spooled.values()),
+        disk=written + sum(made.working.parts.values()),
         flops=None if settings.allocation_reads_text else passes * tokens * of_layers,
     )
 

@@ -23,13 +23,14 @@ from shearing.objectives.recipe import DistillRecipe
 from shearing.objectives.registry import DIVERGENCES
 from shearing.objectives.teacher import teacher_precision
 from shearing.pruning.rotation.tied import config_as_cut
+from shearing.pruning.sparse.job import Working
 from shearing.pruning.structured.granularities import SIZE_OF, granularities_of
 from shearing.pruning.structured.rounding import every_granularity
 from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, TEACHER_NAMES
 from shearing.runs.planning.advice import advice_for, least_changes
-from shearing.runs.planning.disk import checkpoint_bytes, moving_weights, refitted_bytes, rotated_bytes, spooled_bytes
+from shearing.runs.planning.disk import checkpoint_bytes, moving_weights, refitted_bytes, rotated_bytes, working_of
 from shearing.runs.planning.hardware import (
     Hardware,
     forward_flops_per_token,
@@ -66,7 +67,7 @@ class RunPlan:
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
         one_shot: weights are zeroed in between, which no other figure here is of.
-        spooled: bytes of disk that this needs beside its models, by what they are of.
+        working: bytes of disk that this needs beside its models while it is at work.
         rotated: bytes of disk that the source in another basis takes until mask learning is complete.
         refitted: bytes of disk that refitted layers take until training begins; at most.
         stages: the training stages in order.
@@ -88,7 +89,7 @@ class RunPlan:
     within_documents: bool
     adapters: bool
     one_shot: bool
-    spooled: Mapping[str, int]
+    working: Working
     rotated: int
     refitted: int
     stages: Sequence[StagePlan]
@@ -197,7 +198,7 @@ def _plan(
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
-        spooled=spooled_bytes(recipe, shape=target or source),
+        working=working_of(recipe, shape=target or source),
         rotated=rotated_bytes(recipe, source=source),
         refitted=refitted_bytes(recipe, source=source),
         stages=planned,

@@ -135,9 +135,9 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if any(not stage.held(plan.choice).traced for stage in plan.stages):
         yield "memory: by arithmetic; what this model computes depends on numbers, so it cannot be traced without them"
     if plan.one_shot:
-        parts = ", ".join(f"{_size(count)} of {what}" for what, count in plan.spooled.items())
-        spooled = f", and spools {parts}" if parts else ""
-        yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{spooled}"
+        parts = ", ".join(f"{_size(count)} of {what}" for what, count in plan.working.parts.items())
+        kept = f", and keeps {parts} meanwhile" if parts else ""
+        yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{kept}"
     if plan.family:
         models = 4 * sum(shape.num_parameters() for shape in plan.family.values())
         yield (

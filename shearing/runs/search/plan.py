@@ -18,7 +18,7 @@ from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import METRICS, metric_of
 from shearing.pruning.structured.refitting.linear import refit_cost
-from shearing.runs.planning.hardware import flops_of, teacher_flops_per_token, training_flops_per_token
+from shearing.runs.planning.hardware import flops_of, rotation_flops, teacher_flops_per_token, training_flops_per_token
 from shearing.runs.race.recipes import warmup_from_nothing
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import Stage
@@ -309,10 +309,10 @@ def mistakes(recipe: Recipe) -> list[ShearingError]:
 
 
 def _choosing(recipe: Recipe, *, source: Shape, target: Shape) -> float:
-    """FLOPs of a candidate's scores and of its refit."""
+    """FLOPs of a candidate's scores, of its rotation and of its refit."""
     prune, length = recipe.pruning.prune, recipe.data.sequence_length
     rows = whole_rows(prune.calibration_tokens, sequence_length=length)
-    flops = 0.0
+    flops = rotation_flops(source, prune=prune, sequence_length=length)
     if (name := prune.graded_by) is not None:
         text = (Inputs(torch.empty(rows, length, dtype=torch.int64, device="meta"), None),)
         evidence = Evidence(text=text if METRICS[name].reads_text else (), target=target, seed=recipe.seed)

@@ -81,7 +81,7 @@ def saliences(
         for name, gradient in zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True):
             sums[name] += gradient.float().square() if kind == "fisher" else gradient
     for name, total in sums.items():
-        total.div_(count).abs_()
+        total.div_(max(1, int(count))).abs_()
         if kind == "snip":
             total.mul_(weights[name].detach().abs())
     return sums

@@ -129,15 +129,16 @@ class DeepSpeedEngine:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             on_gpu=self.device.type == "cuda",
         )
-        buffers = self._place(model, config=config, deepspeed=deepspeed, places=places)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._parameters = dict(model.named_parameters())
-        self._optimizer = adamw(trained, optimization=self._optimization)
-        # What it has for ZeRO-1 in bf16 prints how much memory there is before and after each thing it makes.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self._optimizer, config=config, dist_init_required=False
-            )
+        with _told_of_gpu(self.device):
+            buffers = self._place(model, config=config, deepspeed=deepspeed, places=places)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._parameters = dict(model.named_parameters())
+            self._optimizer = adamw(trained, optimization=self._optimization)
+            # What it has for ZeRO-1 in bf16 prints how much memory there is before and after each thing it makes.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=self._optimizer, config=config, dist_init_required=False
+                )
         for name, buffer in buffers.items():
             # Casting a model casts its rotary frequencies too, which costs long sequences their positions.
             module, _, own_name = name.rpartition(".")
@@ -433,10 +434,20 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+@contextlib.contextmanager
+def _told_of_gpu(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes the GPU of the number LOCAL_RANK, which is another where each process sees its own alone."""
+    launchers = os.environ["LOCAL_RANK"]
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = launchers
+
+
 def _join(processes: Processes, *, device: torch.device) -> None:
     """What DeepSpeed expects of its surroundings: a process group, also of one, and the launcher's variables."""
-    if device.type == "cuda":
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's GPU; the launcher's number may be another's
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("RANK", str(processes.rank))
     os.environ.setdefault("WORLD_SIZE", str(processes.size))

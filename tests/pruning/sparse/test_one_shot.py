@@ -30,10 +30,11 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
 from shearing.files import tensors as tensor_files
 from shearing.files.tensors import read_header
+from shearing.models.loading import load_config
 from shearing.models.stored import saving
 from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.sparse import levels, one_shot
-from shearing.pruning.sparse.job import disk_bytes, prepare
+from shearing.pruning.sparse.job import Working, disk_bytes, prepare
 from shearing.pruning.sparse.levels import allocate
 from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
@@ -422,26 +423,47 @@ SEARCHED = {
 }
 
 
-@pytest.mark.parametrize("models", [False, True], ids=["levels", "models too"])
+@pytest.mark.parametrize("num_levels", [4, 2], ids=["levels", "models"])
 def test_room_for_a_search_is_wanted_before_anything_is_computed(
-    models: bool, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_levels: int, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(tiny_inputs, tmp_path / "sparse", **SEARCHED)
+    """For its levels or for the models, whichever take more: the former go before a layer of the latter is written."""
+    some = {"levels": ["1:4", "3:4"]} if num_levels == 2 else {}
+    recipe = recipe_of(tiny_inputs, tmp_path / "sparse", **SEARCHED, **some)
     job = prepare(recipe, folder=tmp_path / "elsewhere")
-    matrices = sum(matrix.size for matrix in job.matrices)
-    assert len(job.levels) == 4
-    assert disk_bytes(job) == 2 * job.source.weight_bytes() + 4 * 4 * matrices
-    free = (disk_bytes(job) if models else 4 * 4 * matrices) - 1
+    levels_bytes, models_bytes = num_levels * 4 * sum(m.size for m in job.matrices), 2 * job.source.weight_bytes()
+    assert len(job.levels) == num_levels
+    assert (levels_bytes > models_bytes) == (num_levels == 4)
+    assert disk_bytes(job) == max(levels_bytes, models_bytes)
+    free = disk_bytes(job) - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     for place in (one_shot, levels):
         monkeypatch.setattr(place, "gather", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(msp, "fisher_trace", lambda *_, **__: 1 / 0)
-    with pytest.raises(ShearingError, match="at 4 levels, of which a search chooses") as caught:
+    with pytest.raises(ShearingError, match=f"or before it {num_levels} levels, of which a search chooses") as caught:
         sparsify(recipe, console=Console(quiet=True))
     assert caught.value.field == "output"
-    if not models:
-        with pytest.raises(ShearingError, match="until levels are chosen"):
-            allocate(recipe.model_copy(update={"output": tmp_path / "a.json"}), console=Console(quiet=True))
+    free = levels_bytes - 1
+    with pytest.raises(ShearingError, match="until levels are chosen"):
+        allocate(recipe.model_copy(update={"output": tmp_path / "a.json"}), console=Console(quiet=True))
+    free = disk_bytes(job)
+    with pytest.raises(ZeroDivisionError):
+        sparsify(recipe, console=Console(quiet=True))
+
+
+def test_what_gradients_are_computed_from_is_gone_before_models_are_written(tiny_inputs: Path, tmp_path: Path) -> None:
+    def needed(**changes: Any) -> int:
+        recipe = recipe_of(tiny_inputs, tmp_path / "sparse", criterion="gblm", samples=2, seqlen=8, **changes)
+        job = prepare(recipe, folder=tmp_path / "elsewhere")
+        kept = 4 * sum(matrix.size for matrix in job.matrices)
+        return disk_bytes(job) - kept - 2 * job.source.weight_bytes()
+
+    hidden = load_config(str(tiny_inputs / "model")).hidden_size
+    assert needed(offload="cpu") == 0
+    assert needed(offload="disk") == 4 * 2 * 8 * hidden
+    alone = Working(gradients=3, streams=50, activations=5, levels=20, num_levels=4)
+    assert [alone.most(models=size) for size in (0, 30, 60)] == [3 + 50, 3 + 50, 3 + 5 + 60]
+    assert alone.parts == {"gradients": 53, "activations": 5, "4 levels to choose from": 20}
 
 
 def test_levels_go_once_they_are_chosen(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

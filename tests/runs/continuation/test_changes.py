@@ -183,6 +183,8 @@ def test_a_kill_in_between_leaves_one_run_or_the_other(own: RunDirectory, monkey
         with pytest.raises(KeyboardInterrupt):
             change(own, overrides=["pretrain.duration=9"])
     assert changes_of(own) == []
+    elsewhere = extend(own, to=own.path.with_name("elsewhere"), overrides=["pretrain.duration=12"])
+    assert changes_of(elsewhere.directory) == []
     shutil.copytree(own.path, own.path.with_name("again"))
     run(load_recipe(own.recipe), stages=["pretrain"])  # the run that it was is whole again
     report(own)

@@ -12,7 +12,16 @@ from rich.console import Console
 
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape, resolve_target
-from shearing.runs.planning.disk import bytes_free, bytes_in, checkpoint_bytes, refitted_bytes, rotated_bytes, run_bytes
+from shearing.pruning.sparse.job import Working
+from shearing.runs.planning.disk import (
+    bytes_free,
+    bytes_in,
+    checkpoint_bytes,
+    refitted_bytes,
+    rotated_bytes,
+    run_bytes,
+    working_of,
+)
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.plan import plan
 from shearing.runs.planning.plan_tables import render
@@ -61,43 +70,57 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     sparse = ["sparsify={criterion: magnitude, pattern: '2:4'}"]
     plain, recipe = load_recipe(tiny_recipe), load_recipe(tiny_recipe, overrides=sparse)
     source, target = _shapes(recipe)
+    size = target.num_parameters()
     more = run_bytes(recipe, source=source, target=target) - run_bytes(plain, source=source, target=target)
-    assert more == 2 * 4 * target.num_parameters()
-    spools = load_recipe(tiny_recipe, overrides=["sparsify={criterion: gblm, pattern: '2:4', samples: 3, seqlen: 8}"])
-    spooled = run_bytes(spools, source=source, target=target) - run_bytes(recipe, source=source, target=target)
+    # The sparse model; its layers are gone before checkpoints come.
+    assert more == 4 * size
     layers = target.num_hidden_layers
+    matrices, stream = layers * sum(target.layer_parameters()), 4 * 3 * 8 * target.hidden_size
+    text = "samples: 3, seqlen: 8"
+    gblm = load_recipe(tiny_recipe, overrides=[f"sparsify={{criterion: gblm, pattern: '2:4', {text}}}"])
     # Gradients of the layers, and of 3 x 8 tokens what every layer reads and the last one writes, and gradients of one.
-    assert spooled == 4 * (layers * sum(target.layer_parameters()) + 3 * 8 * target.hidden_size * (layers + 2))
+    assert working_of(gblm, shape=target) == Working(gradients=4 * matrices, streams=stream * (layers + 2))
     # A search: every matrix at every level, 31 of them unless told otherwise; a bit of each weight where none changes.
-    searched = [
-        load_recipe(
-            tiny_recipe,
-            overrides=[
-                f"sparsify={{criterion: {criterion}, sparsity: 0.5, allocation: {rule}, samples: 3, seqlen: 8}}"
-            ],
-        )
-        for criterion in ("sparsegpt", "wanda")
-        for rule in ("msp", "uniform")
-    ]
-    obs, obs_alone, kept, kept_alone = (run_bytes(each, source=source, target=target) for each in searched)
-    matrices = layers * sum(target.layer_parameters())
-    assert (obs - obs_alone, kept - kept_alone) == (31 * 4 * matrices, 4 * matrices)
-    made = plan(searched[0], hardware=Hardware.of(processes=1, gpu=None, gigabytes=80, mfu=0.4))
-    assert made.spooled == {"31 levels to choose from": 31 * 4 * matrices}
+    obs, kept = (
+        load_recipe(tiny_recipe, overrides=[f"sparsify={{criterion: {each}, sparsity: 0.5, allocation: msp, {text}}}"])
+        for each in ("sparsegpt", "wanda")
+    )
+    assert working_of(obs, shape=target) == Working(levels=31 * 4 * matrices, num_levels=31)
+    assert working_of(kept, shape=target) == Working(levels=4 * matrices, num_levels=31)
+    # What levels are chosen from is there beside what mask learning and the cut leave, and nothing else.
+    before = (12 * 3 + 4) * source.num_parameters() + 4 * 3 * size
+    after = before + 4 * size + (12 * 3 + 4) * size
+    assert run_bytes(obs, source=source, target=target) == before + 31 * 4 * matrices > after
+    assert run_bytes(kept, source=source, target=target) == after
+    made = plan(obs, hardware=Hardware.of(processes=1, gpu=None, gigabytes=80, mfu=0.4))
+    assert made.working == working_of(obs, shape=target)
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(render(made))
-    assert re.search("writes two models, and spools .* of 31 levels to choose from", console.export_text())
-    offloaded = [
-        f"sparsify={{criterion: wanda, pattern: '2:4', samples: 3, seqlen: 8, offload: {each}}}"
-        for each in ("disk", "cpu")
-    ]
+    assert re.search("writes two models, and keeps .* of 31 levels to choose from meanwhile", console.export_text())
     on_disk, in_memory = (
-        run_bytes(load_recipe(tiny_recipe, overrides=[each]), source=source, target=target) for each in offloaded
+        load_recipe(tiny_recipe, overrides=[f"sparsify={{criterion: wanda, pattern: '2:4', {text}, offload: {each}}}"])
+        for each in ("disk", "cpu")
     )
-    assert on_disk - in_memory == 4 * 3 * 8 * target.hidden_size
+    assert working_of(on_disk, shape=target) == Working(activations=stream)
+    assert working_of(in_memory, shape=target) == Working()
     budget = load_recipe(tiny_recipe, overrides=["target={parameters: 10000}", "prune.estimator=hard_concrete"])
     expected = (12 * 3 + 4) * source.num_parameters() + (12 * 3 + 4 * 4) * 10_000
     assert run_bytes(budget, source=source, target=None) == expected
+
+
+def test_a_run_that_cuts_nothing_is_counted_in_the_dtype_of_its_source(tiny_recipe: Path) -> None:
+    """Two bytes of a weight, until it is trained in fp32; neither moments nor a cut model are there."""
+    straight = ["prune=null", "target=null", "pretrain.optimizer=fresh"]
+    searched = "sparsify={criterion: sparsegpt, sparsity: 0.5, allocation: msp, samples: 3, seqlen: 8}"
+    few = [searched, "sparsify.levels=['1:4','3:4']"]
+    source, _ = _shapes(load_recipe(tiny_recipe))
+    alone, many, two = (load_recipe(tiny_recipe, overrides=[*straight, *each]) for each in ([], [searched], few))
+    size, matrices = source.num_parameters(), source.num_hidden_layers * sum(source.layer_parameters())
+    trained = (12 * 3 + 4) * size
+    assert run_bytes(alone, source=source, target=None) == trained
+    assert run_bytes(two, source=source, target=None) == 2 * size + trained
+    assert run_bytes(many, source=source, target=None) == max(31 * 2 * matrices, 2 * size + trained)
+    assert working_of(many, shape=source) == Working(levels=31 * 2 * matrices, num_levels=31)
 
 
 def test_what_is_there_for_a_while_is_counted_where_it_is_the_most(tiny_recipe: Path) -> None:

@@ -18,7 +18,7 @@ from shearing.processes.processes import Processes
 from shearing.training.checkpoints.fingerprints import add_fingerprints
 from shearing.training.checkpoints.pieces import ShardedState
 from shearing.training.device import resolve_device, resolve_precision
-from shearing.training.engines.deepspeed_engine import _join, import_deepspeed
+from shearing.training.engines.deepspeed_engine import _join, _told_of_gpu, import_deepspeed
 from shearing.training.engines.engine import Engine
 from shearing.training.engines.fsdp2_engine import Fsdp2Engine, require_fsdp2
 from shearing.training.engines.held_state import fill
@@ -261,4 +261,6 @@ def test_deepspeed_is_told_of_the_device_that_the_engine_has(monkeypatch: pytest
             monkeypatch.setenv(name, "6")
         import_deepspeed(device)
         _join(MagicMock(), device=device)
-        assert (os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"]) == (accelerator, local_rank)
+        with _told_of_gpu(device):
+            assert (os.environ["DS_ACCELERATOR"], os.environ["LOCAL_RANK"]) == (accelerator, local_rank)
+        assert os.environ["LOCAL_RANK"] == "5"

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shearing.data.corpus.corpus import whole_rows
 from shearing.files.durable import read_json
 from shearing.files.states import states_of
 from shearing.models.attention import requested
@@ -23,7 +22,7 @@ from shearing.pruning.sparse.stored.manifest import read_manifest
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import runs_before
 from shearing.runs.continuation.family import family_shapes, sorting_cost
-from shearing.runs.planning.hardware import flops_of, forward_flops_per_token
+from shearing.runs.planning.hardware import flops_of, rotation_flops
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.choices import Learned, Source, choosing_flops, made_from, training_flops
 from shearing.runs.stages.evaluation.recipe import Baseline
@@ -197,9 +196,7 @@ def _spent_on_cut(context: RunContext, *, shape: Shape) -> Spent:
     tokens, source = _tokens_of(prune, context.recipe), Shape.of(context.config)
     refitted = prune.refits(sequence_length=length)
     flops = choosing_flops(context, metric=prune.graded_by, refitted=refitted, target=shape)
-    if prune.rotate != "none":
-        read = whole_rows(prune.calibration_tokens, sequence_length=length) * length
-        flops += forward_flops_per_token(source, sequence_length=length) * read
+    flops += rotation_flops(source, prune=prune, sequence_length=length)
     return Spent(tokens, flops + training_flops(context, source, tokens=tokens))
 
 
