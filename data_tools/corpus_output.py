@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,12 +102,17 @@ def standing(output: Path) -> dict[str, str]:
     return {name: sha256_of_file(output / name / MANIFEST_NAME) for name in domains_of(output)}
 
 
-def newcomers(output: Path, *, known: Mapping[str, str]) -> list[str]:
-    """Names of the domains in the folder that are not as they were `known`, see `standing`; sorted."""
-    return [name for name, digest in standing(output).items() if known.get(name) != digest]
+def newcomers(output: Path, *, known: Callable[[], Mapping[str, str]]) -> list[str]:
+    """Names of the domains in the folder that are not as they were `known`, see `standing`; sorted.
+
+    What is known is asked for last, as a domain that is published meanwhile may be one of it.
+    """
+    there = standing(output)
+    before = known()
+    return [name for name, digest in there.items() if before.get(name) != digest]
 
 
-def require_no_newcomers(output: Path, *, known: Mapping[str, str]) -> None:
+def require_no_newcomers(output: Path, *, known: Callable[[], Mapping[str, str]]) -> None:
     """Check that no domain has come since it was decided what is held out: its texts may be on the other side.
 
     Raises:

@@ -179,7 +179,7 @@ def _adopted(
         _write_domains(wanted, output=output, sizes=sizes, inputs=inputs, tokenizer=tokenizer, console=console)
         write_json(chosen_by, chosen)
     with publishing(output), named(COMPONENT_NAMES):
-        require_no_newcomers(output, known=known)
+        require_no_newcomers(output, known=lambda: known)
         for name in wanted:
             _partial(output, name).rename(output / name)
         flush_folder(output)

@@ -42,7 +42,7 @@ class Decision:
 
     def newcomers(self) -> list[str]:
         """Domains of the corpus that were not there, or not the same, and that it has not made."""
-        return newcomers(self.output, known=self._known())
+        return newcomers(self.output, known=self._known)
 
     def holds(self) -> bool:
         """Whether it was decided, and beside the domains that are there."""
@@ -54,7 +54,7 @@ class Decision:
         Raises:
             ShearingError: other domains have come.
         """
-        require_no_newcomers(self.output, known=self._known())
+        require_no_newcomers(self.output, known=self._known)
 
     def write(self, places: Mapping[str, Places], *, known: Mapping[str, str]) -> None:
         """Decide, in place of what was decided before.
@@ -89,6 +89,7 @@ class Decision:
             publish(partial, final)
 
     def _known(self) -> dict[str, str]:
+        """Asked for after what is `standing`: a domain's mark is there before it is, and others publish meanwhile."""
         path = self.folder / _KNOWN
         known = read_json(path)["domains"] if path.is_file() else {}  # none of earlier versions
         # By name and not by a listing, which on a shared disk may be older than what it lists.

@@ -15,6 +15,7 @@ import zstandard
 from typer.testing import CliRunner
 
 from data_tools.preparation import steps
+from data_tools.preparation.decision import Decision
 from data_tools.preparation.recipe import load_preparation
 from data_tools.preparation.work_folder import PREFIX
 from shearing.cli.frame import app
@@ -22,6 +23,7 @@ from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.format import HELD_OUT, SPLITS, text_hash
 from shearing.data.recipe import PUBLISHED_HELDOUT_TOKENS
 from shearing.errors import ShearingError
+from shearing.files.checksums import sha256_of_file
 from shearing.runs.recipe import load_recipe
 from tests.data_tools.conftest import all_texts, content, distinct_texts, texts_of, write_lines
 from tests.repository import ROOT
@@ -524,3 +526,23 @@ def test_a_domain_that_was_deleted_is_no_longer_of_the_corpus(prepared: Prepared
     assert prepared({"a": str(a)}).domains == ["a"]
     assert Corpus.open(corpus.path).domains == ["a"]
     assert prepared({"a": str(a), "b": str(b)}).domains == ["a", "b"]
+
+
+def test_a_domain_that_is_published_while_one_looks_is_no_newcomer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, folder = tmp_path / "corpus", tmp_path / "places"
+    (output / "late").mkdir(parents=True)
+    folder.mkdir()
+    listings = iter([[], ["late"]])  # another process of the command publishes it between two looks
+
+    def looked_at(_: Path) -> list[str]:
+        found = next(listings)
+        if not found:
+            (output / "late" / "manifest.json").write_text("{}")
+            (folder / "late.sha256").write_text(sha256_of_file(output / "late" / "manifest.json"))
+        return found
+
+    monkeypatch.setattr("data_tools.corpus_output.domains_of", looked_at)
+    monkeypatch.setattr("data_tools.preparation.decision.domains_of", looked_at)
+    assert Decision(folder, output).newcomers() == []
