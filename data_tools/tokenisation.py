@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -87,12 +88,12 @@ def domain_table(corpus: Corpus) -> Table:
 
     Where some tokens do not count in a loss, also which share of them does.
     """
-    table = Table("domain")
-    for heading in ("documents", "training tokens", "validation", "test", "bytes/token", "duplicates"):
-        table.add_column(heading, justify="right")
-    if not corpus.all_count:
-        table.add_column("tokens that count", justify="right")
-    table.add_column("left out")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")  # all of it in 80 columns
+    table.add_column("domain", overflow="fold")
+    headings = ["documents", "training tokens", "validation", "test", "bytes a token", "duplicates"]
+    for heading in headings + ([] if corpus.all_count else ["tokens that count"]):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("left out", overflow="fold")
     for name, manifest in corpus.manifests.items():
         table.add_row(
             name,
@@ -104,6 +105,17 @@ def domain_table(corpus: Corpus) -> Table:
             ", ".join(f"{count:,} {reason}" for reason, count in manifest.left_out.items()) or "–",
         )
     return table
+
+
+def next_steps(corpus: Corpus, *, already: bool = False) -> str:
+    """That a corpus is whole, and what can be done with it.
+
+    Args:
+        already: nothing had to be done for that.
+    """
+    path = shlex.quote(str(corpus.path))
+    whole = "complete already" if already else "complete"
+    return f"{path} is {whole}; look into it: shear data inspect {path}; train on it: data.corpus={path}"
 
 
 def _counted(manifest: DomainManifest) -> float:

@@ -48,7 +48,7 @@ def learn(
         optimizer.zero_grad()
         masking.update(step=step)  # the masks' own optimiser
         losses.append(float(loss.detach()))
-    masking.settle(step=len(losses))  # without noise, at exactly the target: what the cut computes
+    masking.settle()  # without noise, at exactly the target: what the cut computes
     return losses
 
 

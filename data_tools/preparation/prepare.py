@@ -28,7 +28,7 @@ from data_tools.preparation.forms import Form
 from data_tools.preparation.recipe import DomainSources, PreparationRecipe
 from data_tools.preparation.sources import Input, find_inputs
 from data_tools.preparation.work_folder import PLAN_NAME, PREFIX, Task, WorkFolder, plan_tasks
-from data_tools.tokenisation import domain_table
+from data_tools.tokenisation import domain_table, next_steps
 from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
@@ -110,11 +110,12 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
     tokenizer_json = tokenizer.backend.to_str()
-    if all(complete.values()) and not _is_indexed(recipe.output, names=inputs):
+    made = not all(complete.values())
+    if not made and not _is_indexed(recipe.output, names=inputs):
         # What wrote the domains did not come to the index, or it is gone, or a domain that it names is.
         with full_disk_said(lambda: _no_room(recipe.output)), alone_in(recipe.output), publishing(recipe.output):
             write_index(recipe.output, tokenizer_fingerprint=fingerprint, tokenizer_json=tokenizer_json)
-    elif not all(complete.values()):
+    elif made:
         make_corpus_folder(recipe.output)
         with full_disk_said(lambda: _no_room(recipe.output)), alone_in(recipe.output):
             job = _plan(
@@ -135,7 +136,7 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
     console.print(domain_table(corpus))
     for far in (f"{name}: {each}" for name in inputs for each in far_from_asked(corpus.manifests[name])):
         console.print(far, style="yellow", soft_wrap=True, highlight=False)
-    console.print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
+    console.print(next_steps(corpus, already=not made), soft_wrap=True, highlight=False)
     if others := [path.name for path in recipe.output.glob(f"{PREFIX}*")]:
         console.print(
             f"unfinished preparations with other files or settings: {', '.join(others)} in the same folder; "
@@ -304,12 +305,11 @@ def _run(job: _Job, *, console: Console) -> bool:
     threads = job.threads(workers=workers)
     stages = _stages(job, threads=threads)
     finished = [rank for rank in range(len(job.tasks)) if work.is_complete(rank)]
-    size = sum(task.bytes for task in job.tasks)
-    console.print(
-        f"{len(job.domains)} domains, {sum(len(task.inputs) for task in job.tasks)} files, {_bytes(size)}, "
-        f"{len(job.tasks)} tasks" + (f", {len(finished)} finished before" if finished else ""),
-        highlight=False,
-    )
+    counts = {"domain": len(job.domains), "file": sum(len(task.inputs) for task in job.tasks), "task": len(job.tasks)}
+    domains, files, tasks = (f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+    size = _bytes(sum(task.bytes for task in job.tasks))
+    before = f", {len(finished)} finished before" if finished else ""
+    console.print(f"{domains}, {files}, {size}, {tasks}{before}", highlight=False)
     if recipe.executor == "slurm":
         jobs = executors.submit_to_slurm(
             stages, work=work, workers=recipe.workers, settings=recipe.slurm, name=f"prepare-{recipe.output.name}"

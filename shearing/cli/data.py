@@ -107,7 +107,7 @@ def adopt(
 ) -> None:
     """Use sets that are tokenised already, of datatrove, nanotron or `datasets`, where they lie."""
     from data_tools.adoption.adoption import adopt as adopt_sets
-    from data_tools.tokenisation import domain_table
+    from data_tools.tokenisation import domain_table, next_steps
 
     pairs = [item.partition("=") for item in domain]
     for item, (name, _, path) in zip(domain, pairs, strict=True):
@@ -132,7 +132,7 @@ def adopt(
         console=console,
     )
     Console().print(domain_table(corpus))
-    Console().print(f"corpus {corpus.path}", soft_wrap=True, highlight=False)
+    Console().print(next_steps(corpus), soft_wrap=True, highlight=False)
 
 
 @data.command()

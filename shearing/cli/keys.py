@@ -24,6 +24,7 @@ def with_keys(
     *,
     without: Iterable[str] = (),
     short: Mapping[str, str] | None = None,
+    alone: bool = False,
 ) -> Callable[[Command], Command]:
     """Gives a command an option for each of these keys, before the keyword-only parameters that it declares itself.
 
@@ -34,10 +35,11 @@ def with_keys(
         panels: heading in the help -> names of keys; None: where the command's own options are.
         without: names in `panels` that this command does not have.
         short: name of a key -> an option of one letter, as `-o`.
+        alone: no file says keys too, so those that have no default are said to be required.
     """
     left_out, letters = set(without), short or {}
     generated = [
-        _parameter(name, recipe.model_fields[name], panel=panel, letter=letters.get(name))
+        _parameter(name, recipe.model_fields[name], panel=panel, letter=letters.get(name), alone=alone)
         for panel, names in panels.items()
         for name in names
         if name not in left_out
@@ -55,13 +57,15 @@ def with_keys(
     return give
 
 
-def _parameter(name: str, field: FieldInfo, *, panel: str | None, letter: str | None) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, *, panel: str | None, letter: str | None, alone: bool) -> inspect.Parameter:
     aliases = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else [name]
     options = [f"--{str(alias).replace('_', '-')}" for alias in aliases]
     taken = _taken(field.annotation)
     text = described(field)
     if not field.is_required() and isinstance(field.default, (str, float, int)) and field.default is not False:
         text += f" Unset: {field.default}."
+    if alone and field.is_required():
+        text += " Required."
     if typing.get_origin(taken) is list:
         text += " May be repeated."
     option = typer.Option(*filter(None, [letter]), *options, help=text, rich_help_panel=panel)

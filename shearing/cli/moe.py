@@ -19,7 +19,7 @@ PANELS = {
 
 
 @app.command()
-@with_keys(MoeRecipe, PANELS, short={"output": "-o"})
+@with_keys(MoeRecipe, PANELS, short={"output": "-o"}, alone=True)
 def moe(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub name of a dense model.")],
     **options: Any,
@@ -32,4 +32,5 @@ def moe(
         recipe = moe_recipe_of({"model": model, **given})
         from shearing.pruning.experts.make import make_experts
 
-        make_experts(recipe)
+        written = make_experts(recipe)
+    typer.echo(f"to train it on: model.source={written} in a recipe with neither target nor prune (docs/moe.md)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +132,9 @@ def extend(
     else:
         made = begin(run, to=new_dir, decay=length, step=step, overrides=given, onward=onward)
     of = "" if new_dir is None else f", from {run_dir}"
-    typer.echo(f"{made.directory.path}: step {made.step} of {made.total_steps} of pretrain{of}; it goes on by")
+    typer.echo(
+        f"{made.directory.path}: step {made.step} of {made.total_steps} of pretrain{of}; it goes on by its own recipe"
+    )
     typer.echo(f"shear run {made.directory.recipe}")
 
 
@@ -147,13 +150,14 @@ def plan(
 ) -> None:
     """Say what the run will take: memory for each way to share it out, FLOPs, time, disk. Loads no weights."""
     resolved = load(recipe, overrides)
+    from shearing.runs.continuation.moved import as_it_lies
     from shearing.runs.planning.hardware import Hardware
     from shearing.runs.planning.phases import phases
     from shearing.runs.planning.plan import plans
     from shearing.runs.planning.plan_tables import render, render_phases, render_totals
 
     hardware = Hardware.of(processes=gpus, gpu=gpu, gigabytes=memory, mfu=mfu)
-    console, runs = Console(), plans(resolved, hardware=hardware)
+    console, runs = Console(), plans(as_it_lies(resolved), hardware=hardware)
     for number, (each, made) in enumerate(runs, start=1):
         if len(runs) > 1:
             console.rule(f"[bold]cascade: {each.name}")
@@ -272,14 +276,26 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """
     resolved = load(recipe, overrides)
     from shearing.runs.context import RunContext
+    from shearing.runs.continuation.cascade import cascade_of
+    from shearing.runs.continuation.moved import as_it_lies
+    from shearing.runs.continuation.same_run import require_same_run
     from shearing.runs.planning.preflight import survey
     from shearing.runs.planning.summary import render
 
-    found, errors = survey(RunContext(resolved), starts=False)
+    here = as_it_lies(resolved)
+    found, errors = survey(RunContext(here), starts=False)
+    try:
+        for each in cascade_of(here):
+            require_same_run(each, directory=RunDirectory(each.run_dir))
+    except ShearingError as error:
+        errors.append(error)
     if found is not None:
         Console().print(render(found))
-    if errors:
+    if errors or found is None:
         raise CombinedShearingError(errors)
+    doubtful = " but what is said above" if found.doubts or found.notes else ""
+    command = shlex.join(["shear", "run" if found.uniform else "prune", str(recipe), *(overrides or ())])
+    typer.echo(f"nothing wrong{doubtful}: {command}")
 
 
 @config.command()

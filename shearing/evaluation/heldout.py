@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shearing.data.corpus.corpus import Corpus
+from shearing.data.corpus.corpus import Corpus, whole_rows
 from shearing.data.corpus.format import HeldOutSplit
 from shearing.data.documents import DocumentRules, Documents, Inputs
 from shearing.errors import ShearingError
@@ -83,7 +83,7 @@ def heldout_loss(
         split: validation where something is chosen by what is found, test where a result is judged.
         tokens_per_domain: held-out tokens read per domain, in whole rows; fewer where the domain has fewer.
         sequence_length: tokens of context at the end of a row (S).
-        micro_batch_size: rows per forward pass (B).
+        micro_batch_size: rows per forward pass (B), at most: fewer where that leaves processes without any.
         precision: dtype of autocast; None or float32: the dtype of the parameters.
         tokenizer: the model's tokenizer, for bits per byte.
         progress: called with the number of tokens just evaluated by all processes, on each of them behind equally many
@@ -120,7 +120,9 @@ def heldout_loss(
         settings={
             "sequence_length": sequence_length,
             "tokens": tokens_per_domain,
-            "micro_batch_size": micro_batch_size,
+            "micro_batch_size": min(
+                micro_batch_size, -(-whole_rows(tokens_per_domain, sequence_length=sequence_length) // processes.size)
+            ),
         },
         every=objective is not None,
     )

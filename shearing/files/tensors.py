@@ -33,6 +33,11 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRITE_AGAIN = (
+    "fetch or write it again; of a run's compact/, remove that folder, and the command that needed it makes it again"
+)
+"""What to do about a damaged file."""
+
 _METADATA = "__metadata__"
 
 
@@ -72,7 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError(f"{missing} bytes are missing at its end")
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise ShearingError(
-            str(path), value=str(error), allowed="a whole safetensors file", mend="fetch or write it again"
+            str(path), value=str(error), allowed="a whole safetensors file", mend=WRITE_AGAIN
         ) from error
     return entries, metadata
 

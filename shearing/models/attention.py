@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 
@@ -65,7 +66,16 @@ def needs_mask(config: PretrainedConfig, *, kernel: str, sequence_length: int) -
 
 
 def drop_attention_mask(model: PreTrainedModel, *, sequence_length: int) -> None:
-    """Makes `model` attend without mask tensors, where its kernel and `sequence_length` tokens allow it."""
+    """Makes `model` attend without mask tensors, where its kernel and `sequence_length` tokens allow it.
+
+    For training and scores of whole rows alone: every token attends to all before it, so an `attention_mask` is
+    ignored, padding counts as text, and rows are not to be longer. Keys and values of a cache are heeded by single
+    tokens that follow them; several at once are refused under sdpa. `model.set_attn_implementation` takes it back.
+
+    Args:
+        model: changed in place.
+        sequence_length: of the longest row.
+    """
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -73,11 +83,29 @@ def drop_attention_mask(model: PreTrainedModel, *, sequence_length: int) -> None
     if kernel.startswith(PREFIX) or needs_mask(model.config, kernel=kernel, sequence_length=sequence_length):
         return
     if kernel == "sdpa":
-        AttentionInterface.register(PREFIX + kernel, ALL_ATTENTION_FUNCTIONS[kernel])
+        AttentionInterface.register(PREFIX + kernel, _causal(ALL_ATTENTION_FUNCTIONS[kernel]))
         model.set_attn_implementation(PREFIX + kernel)
     else:
         AttentionInterface.register(CAUSAL_FLASH, flash_attention)
         model.set_attn_implementation(CAUSAL_FLASH)
+
+
+@functools.cache  # one object for all models, as compiled layers are made anew for another
+def _causal(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' function of a kernel that takes the first query to be of the first key."""
+
+    def causal(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **keywords: Any) -> Any:
+        if 1 < query.shape[2] != key.shape[2]:
+            raise ShearingError(
+                "past_key_values",
+                value=f"{key.shape[2]} keys for {query.shape[2]} tokens",
+                allowed="whole rows, or one token at a time: without a mask the kernel cannot tell where these are",
+                mend="call the model without a cache, or undo `drop_attention_mask` by "
+                'model.set_attn_implementation("sdpa")',
+            )
+        return attend(module, query, key, *rest, **keywords)
+
+    return causal
 
 
 def keep_attention_within_documents(model: PreTrainedModel) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shearing.errors import ShearingError
 from shearing.models.anatomy import Head, anatomy_of, backbone, head_of
 from shearing.models.families.axes import Unit
 from shearing.models.families.experts.masked import MaskedExperts, MaskedRouter
@@ -228,9 +229,10 @@ class MaskedNorm(nn.Module):
     """A norm over an axis some of whose entries are pruned: it computes what it would without them.
 
     Shares its parameters with the original. `alive`, a scalar tensor on the device, is the number of entries that are
-    not pruned, or None for the full width. `inside` [width] is one for those and zero for the others; it may be None
-    where the others are zero already and no mean is taken from them. A norm that takes the mean has `inside` wherever
-    it has `alive`, and reads zeros where `inside` is zero. `scale`, a scalar tensor, scales what comes out.
+    not pruned, at least 1, or None for the full width. `inside` [width] is one for those and zero for the others; it
+    may be None where the others are zero already and no mean is taken from them. A norm that takes the mean has
+    `inside` wherever it has `alive`, and reads zeros where `inside` is zero. `scale`, a scalar tensor, scales what
+    comes out.
     """
 
     bias: Tensor | None
@@ -316,6 +318,9 @@ class MaskedModel(nn.Module):
     Attributes:
         model: the model.
         masks: those of `set_masks`.
+
+    Raises:
+        ShearingError: the model is masked already, or its family is not known.
     """
 
     model: PreTrainedModel
@@ -324,8 +329,16 @@ class MaskedModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         family = anatomy_of(model)
+        if isinstance(model.get_submodule(family.embedding), MaskedEmbedding):
+            raise ShearingError(
+                "model",
+                value=f"a {type(model).__name__} that is masked already",
+                allowed="a plain model: masks are put into its layers once",
+                mend="take the first masks off it, by `MaskedModel.release` or `Masking.cut`, or load the model anew",
+            )
         shape = Shape.of(model.config)
         self.model = model
+        self._released = False
         self.masks = Masks()
         self._head_dim = shape.head_dim
         self._hidden_size = shape.hidden_size  # not read from a weight, whose shape is 0 while it is sharded
@@ -376,7 +389,17 @@ class MaskedModel(nn.Module):
         """Masks for the following forward passes and their backward passes; None: the dense model.
 
         The tensors may require gradients. No value is read on the host.
+
+        Raises:
+            ShearingError: the masks were taken off the model, which goes on without any.
         """
+        if self._released:
+            raise ShearingError(
+                "masks",
+                value="of a model that they were taken off",
+                allowed="masks until `MaskedModel.release` or `Masking.cut`",
+                mend="cut when training is done; to go on, make new masks on the model",
+            )
         self.masks = masks = masks or Masks()
         hidden = masks.hidden
         self._embedding.hidden = hidden
@@ -401,7 +424,8 @@ class MaskedModel(nn.Module):
             for unit, norm in attention.inside:
                 values = attention.write.columns if unit == "query_heads" else groups
                 norm.inside = None if values is None else (values > 0).to(torch.float32)
-                norm.alive = None if norm.inside is None else norm.inside.sum()
+                # Of none, what goes in is 0, and so comes out; divided by 0 it would be NaN.
+                norm.alive = None if norm.inside is None else norm.inside.sum().clamp(min=1)
 
     def _mask_write(
         self, of: _SubLayer, sublayer: Tensor | None, *, columns: Tensor | None, hidden: Tensor | None, layer: int
@@ -423,9 +447,11 @@ class MaskedModel(nn.Module):
         return head_of(self.model)
 
     def release(self) -> PreTrainedModel:
-        """Puts the original modules back and returns the model."""
-        for name, original in self._originals.items():
-            self.model.set_submodule(name, original)
+        """Puts the original modules back and returns the model; there are no masks in it afterwards."""
+        if not self._released:  # others may have masked it by now
+            for name, original in self._originals.items():
+                self.model.set_submodule(name, original)
+        self._released = True
         return self.model
 
 

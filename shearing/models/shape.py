@@ -14,7 +14,7 @@ from shearing.errors import ShearingError, key
 from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.families.axes import Parameter, Unit, count
-from shearing.models.recipe import Sizes
+from shearing.models.recipe import Sizes, TargetRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -192,8 +192,15 @@ def resolve_target(target: Sizes, *, source: PretrainedConfig) -> Shape:
 
     Raises:
         ShearingError: a size exceeds the source's, the heads do not divide, or the exported config would be
-            refused; the nearest valid sizes are listed.
+            refused; the nearest valid sizes are listed. Or the target is a number of parameters.
     """
+    if isinstance(target, TargetRecipe) and target.parameters is not None:
+        raise ShearingError(
+            "parameters",
+            value=target.parameters,
+            allowed=f"null where a shape is asked for: which sizes make up so many {key('parameters')} is learned",
+            mend="name sizes, as hidden_size: 480; for masks, `shearing.pruning.structured.shape_or_budget` takes both",
+        )
     have = Shape.of(source)
     wanted = {name: getattr(target, name) for name in (*SIZE_NAMES, EXPERTS)}
     _require_experts(wanted[EXPERTS], have=have)

@@ -50,6 +50,8 @@ def train(task: Task, *, console: Console, measure_end: bool = False) -> Trained
                 if run.stopping and (not run.ends or run.unfinished):
                     raise _stopped(run, by=run.stopping)
             run.end()
+            if late := callbacks.stop.after_last_step():
+                raise _stopped(run, by=late)
         except StopAsked as asked:  # in what is measured behind a step that is saved
             raise _stopped(run, by=asked.signal) from None
     return callbacks.trained()

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +47,16 @@ class MetricsLog:
         if size < num_bytes:
             logger.warning("%s is shorter than when the checkpoint was written: lines are missing from it", path)
         os.truncate(path, min(num_bytes, size))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         flush_folder(path.parent)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The lines that are there; what is left of one that was cut off is passed over."""
+        with self._path.open(encoding="utf-8") as file:
+            for line in file:
+                with suppress(ValueError):
+                    yield json.loads(line)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; figures that are not finite become null."""
@@ -67,7 +75,7 @@ class MetricsLog:
 
 @dataclass
 class StageTotals:
-    """Figures of one process's share of a stage, for the summary; seconds are wall time."""
+    """Figures of a stage, for the summary, over all starts of it; seconds are wall time, without checkpoints."""
 
     seconds: float = 0.0
     heldout_seconds: float = 0.0
@@ -87,7 +95,7 @@ class StageTotals:
         self.data_wait += record["data_wait"]
         self.tokens += tokens
         self.skipped = record["skipped"]
-        self.losses.append(record["loss"])
+        self.losses.append(math.nan if record["loss"] is None else record["loss"])
         self.peak_memory = max(self.peak_memory, record["max_memory"])
         self.mfu = record["mfu"]
 
@@ -219,7 +227,7 @@ def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Map
 
     Args:
         name: the stage.
-        totals: of this process (after a resume: since then).
+        totals: of the stage.
         console: where to write.
         rows: further rows of the table.
     """
@@ -229,7 +237,10 @@ def print_summary(name: str, totals: StageTotals, *, console: Console, rows: Map
         tenth = max(1, len(totals.losses) // 10)
         table.add_row("loss, first and last tenth", f"{_mean(totals.losses[:tenth])} → {_mean(totals.losses[-tenth:])}")
         table.add_row("tokens", f"{totals.tokens:,} at {totals.tokens / max(totals.seconds, 1e-9):,.0f} tokens/s")
-        table.add_row("time", f"{clock(wall)}, of which {_share(totals.heldout_seconds, wall)} held-out losses")
+        table.add_row(
+            "time, without checkpoints",
+            f"{clock(wall)}, of which {_share(totals.heldout_seconds, wall)} held-out losses",
+        )
         table.add_row("waited for data", _share(totals.data_wait, wall))
         table.add_row("skipped steps", str(totals.skipped))
         if totals.mfu is not None:

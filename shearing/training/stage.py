@@ -202,7 +202,7 @@ class Trained:
     """What `train` leaves.
 
     Attributes:
-        totals: figures of this process's part of the stage.
+        totals: figures of the stage.
         checkpoint: folder of the last checkpoint, that of the final step.
         heldout: loss of each domain at the end, in nats, under the final masks; None unless asked for.
         mixture_rule: state of the rule that updated the domain weights.

@@ -30,9 +30,9 @@ class Callback:
     """Something that goes on around the steps of a stage; every hook does nothing unless overridden.
 
     Hooks are called on all processes, of one callback after the other in their order: those that every stage has (see
-    `callbacks.standard`), with the task's own before stop requests and checkpoints. So a hook may exchange something
-    with the other processes, a checkpoint holds what the step's hooks left, and a run that is killed and continued is
-    the uninterrupted one, as long as what a callback does depends on the step and on its state alone.
+    `callbacks.standard`), with the task's own before what may end the run, and checkpoints last. So a hook may exchange
+    something with the other processes, a checkpoint holds what the step's hooks left, and a run that is killed and
+    continued is the uninterrupted one, as long as what a callback does depends on the step and on its state alone.
 
     A hook that measures may be left by `StopAsked` between two batches. Those after a step are called again, from that
     one on, where the run continues: what they change is changed behind the measurement.
@@ -277,11 +277,7 @@ class Run:
         self.unfinished = None
 
     def report(self) -> None:
-        """Have what the steps so far left on the device read and written; all processes call it together.
-
-        Raises:
-            ShearingError: too many steps in a row were not finite.
-        """
+        """Have what the steps so far left on the device read and written; all processes call it together."""
         for callback in self.callbacks:
             callback.report(self)
 

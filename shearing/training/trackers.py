@@ -87,7 +87,8 @@ class Trackers:
             first_step: the first step that will be logged.
 
         Raises:
-            ShearingError: a tracker does not start: its package or its account is missing.
+            ShearingError: a tracker does not start where the run begins: its package or its account is missing. Where
+                the run continues, that is said, and the run goes on without it.
         """
         if not names or (dist.is_initialized() and dist.get_rank() != 0):
             return cls({})
@@ -116,6 +117,9 @@ class Trackers:
                 if begins:
                     tracker.store_init_configuration({key: _plain(value) for key, value in configuration.items()})
             except Exception as error:  # each has classes of its own
+                if not begins:
+                    logger.warning("%s does not start, metrics.jsonl has what it lacks of this run: %s", name, error)
+                    continue
                 opened.close()
                 raise ShearingError(
                     "trackers",

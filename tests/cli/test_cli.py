@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,32 @@ def test_config_check_sums_up_the_run(tiny_recipe: Path) -> None:
     for word in ("letters", "digits", "prune", "pretrain", "disk", "192", "128"):
         assert word in result.stdout
     assert not load_recipe(tiny_recipe).run_dir.exists()
+    said = shear("config", "check", tiny_recipe, "name=a run", "target.hidden_size=20").stdout
+    assert said.endswith(
+        f"nothing wrong but what is said above: shear run {tiny_recipe} 'name=a run' target.hidden_size=20\n"
+    )
+    assert shear("config", "check", tiny_recipe, "target.hidden_size=32").stdout.endswith(
+        f"\nnothing wrong: shear run {tiny_recipe} target.hidden_size=32\n"
+    )
+
+
+def test_config_check_looks_whose_run_is_in_the_folder(tiny_recipe: Path) -> None:
+    recipe = load_recipe(tiny_recipe)
+    run = RunDirectory(recipe.run_dir)
+    run.prune.mkdir(parents=True)
+    run.recipe.write_text(recipe.to_yaml())
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    assert shear("config", "check", tiny_recipe).exit_code == 0
+    refused = shear("config", "check", tiny_recipe, "seed=7")
+    assert refused.exit_code == 2
+    assert "seed was 0 and is 7" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_no_heading_of_a_plan_is_cut_off(tiny_recipe: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(tiny_recipe)], env={"COLUMNS": "80"})
+    assert "…" not in result.stdout
+    assert " weights gradients optimizer activations total fits when" in result.stdout
 
 
 def test_config_check_looks_at_all_stages(tiny_recipe: Path) -> None:
@@ -223,7 +250,10 @@ def test_tokens_of_another_tokenizer_are_refused(tiny_recipe: Path, tmp_path: Pa
 
 def test_a_full_disk_is_foreseen(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 0))  # type: ignore[attr-defined]
-    assert "of free disk; there are 0.0 GB" in error_of("run", tiny_recipe)
+    said = error_of("run", tiny_recipe)
+    assert re.search(r"allowed: [1-9][.0-9]* MB of free disk; there are 0 MB", said)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
+    assert "allowed: a folder on a disk\n" in error_of("run", tiny_recipe)
 
 
 def test_an_absent_gpu_is_refused(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,9 @@ def test_a_key_that_is_left_out_is_no_option() -> None:
 
     parameters = typer.main.get_params_from_function(command)
     assert list(parameters) == ["path", "samples", "flag"]
+
+
+def test_help_says_what_has_to_be_given() -> None:
+    required = [name for name, option in _options("moe").items() if "Required." in str(option.help)]
+    assert required == ["output", "calibration"]
+    assert not [name for name, option in _options("sparsify").items() if "Required." in str(option.help)]

@@ -1,4 +1,7 @@
-"""A gradient that is not finite on one process is a step that none of them does, whatever the engine."""
+"""A gradient that is not finite on one process is a step that none of them does, whatever the engine.
+
+And one of which a process holds nothing is a step that it does.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 
 from shearing.objectives.language_model import LanguageModelLoss
 from shearing.processes.processes import Processes
+from shearing.training.adapters.spp import add_factors
 from shearing.training.checkpoints.pieces import MOMENTS, WEIGHT, ShardedState
 from tests.distributed.harness import spawn
 from tests.models.tiny import tiny_ids, tiny_model
@@ -70,3 +74,29 @@ def test_no_process_does_a_step_that_is_not_finite_on_one(tmp_path: Path) -> Non
     there = importlib.util.find_spec("deepspeed") is not None
     cases = [case for case in CASES if there or not case[0].startswith("zero")]
     spawn(poison, tmp_path / "states", cases, size=PROCESSES, folder=tmp_path / "out")
+
+
+def train_one_row(folder: Path) -> None:
+    """What every process runs: under FSDP2 the last process has no row of what alone is trained."""
+    with Processes.start(device="cpu") as processes:
+        model = tiny_model(num_hidden_layers=1)
+        add_factors(model, rank=1, targets=["q_proj"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("spp_inputs"))
+        engine = make_engine("fsdp2", processes=processes, precision=torch.float32)
+        objective = engine.prepare(LanguageModelLoss(model, chunk_tokens=64))
+        objective.train()
+        own = tiny_ids(sequences=SEQUENCES, length=LENGTH).tensor_split(processes.size)[processes.rank]
+        for step in range(2):
+            engine.backward(objective(own).total / (SEQUENCES * (LENGTH - 1)), last=True)
+            assert not bool(engine.step(step=step))
+        engine.stage().write_into(folder)
+        processes.barrier()
+        assert ShardedState(folder).step == 2
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_process_without_a_row_of_what_is_trained_counts_steps_as_the_others(tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
+    spawn(train_one_row, tmp_path / "states", size=PROCESSES, folder=tmp_path / "out")

@@ -57,6 +57,22 @@ def _continue(inputs: Path, folder: Path) -> None:
         assert found == {step: number for step, number in whole.items() if step >= CONTINUED}
 
 
+def _begin_alone(inputs: Path, folder: Path) -> None:
+    """What every process runs: of a run of one, its last steps."""
+    with Processes.start(device="cpu") as processes:
+        everyone = processes.gather(_drawn(inputs, folder, processes))
+        assert len({numbers[CONTINUED] for numbers in everyone}) == processes.size
+
+
 @pytest.mark.slow
 def test_random_numbers_go_on_where_they_were(tiny_inputs: Path, tmp_path: Path) -> None:
     spawn(_continue, tiny_inputs, tmp_path / "stage", size=2, folder=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_processes_that_a_run_did_not_have_before_draw_numbers_of_their_own(tiny_inputs: Path, tmp_path: Path) -> None:
+    _drawn(tiny_inputs, tmp_path / "stage", Processes())
+    for later in (tmp_path / "stage" / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > CONTINUED:
+            shutil.rmtree(later)
+    spawn(_begin_alone, tiny_inputs, tmp_path / "stage", size=2, folder=tmp_path / "out")

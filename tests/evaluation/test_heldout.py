@@ -209,9 +209,9 @@ def test_progress_counts_every_token(model: LlamaForCausalLM, corpus: Any) -> No
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("size", "micro_batch_size", "passes"), [(2, 1, 3), (3, 1, 2), (2, 4, 1), (3, 4, 1)])
 def test_processes_with_shared_weights_read_equally_often_and_count_each_row_once(
-    size: int, model: LlamaForCausalLM, corpus: Any, monkeypatch: pytest.MonkeyPatch
+    size: int, micro_batch_size: int, passes: int, model: LlamaForCausalLM, corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each of them alone, in turn: what it would add to the sum over processes.
     monkeypatch.setattr(Processes, "sum", lambda _, values: values)
@@ -230,10 +230,11 @@ def test_processes_with_shared_weights_read_equally_often_and_count_each_row_onc
             seen.append((tokens, len(read)))
 
         changes = {"processes": Processes(rank=rank, size=size), "objective": objective, "progress": progress}
-        parts.append(measure(model, corpus, micro_batch_size=1, tokenizer=byte_level(), **changes))
+        parts.append(measure(model, corpus, micro_batch_size=micro_batch_size, tokenizer=byte_level(), **changes))
         calls.append(len(read))
+        assert max(map(len, read)) <= -(-5 // size)  # no process has more than its share
         told.append(seen)
-    assert calls == [2 * -(-5 // size)] * size
+    assert calls == [2 * passes] * size
     assert all(each == told[0] for each in told)
     for domain, loss in whole.items():
         assert {part[domain].tokens for part in parts} == {loss.tokens}

@@ -9,6 +9,7 @@ import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch.nn import functional as F
 
+from shearing.errors import ShearingError
 from shearing.models.anatomy import anatomy_of
 from shearing.models.attention import drop_attention_mask
 from tests.models.tiny import CONFIGS, tiny_ids, tiny_model
@@ -50,6 +51,17 @@ def test_flash_attention_is_found_and_not_told_of_positions(family, monkeypatch)
     model.config._attn_implementation = "flash_attention_2"
     drop_attention_mask(model, sequence_length=16)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def test_several_tokens_behind_a_cache_are_refused_and_single_ones_see_it():
+    model, ids = tiny_model(), tiny_ids(length=16)
+    expected = model(ids).logits
+    drop_attention_mask(model, sequence_length=16)
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    with pytest.raises(ShearingError, match="16 keys for 8 tokens"):
+        model(ids[:, 8:], past_key_values=cache)
+    cache = model(ids[:, :15], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 15:], past_key_values=cache).logits, expected[:, 15:])
 
 
 def test_the_change_is_not_saved(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shearing.errors import ShearingError
 from shearing.models import masked as masked_module
 from shearing.models.attention import drop_attention_mask
 from shearing.models.families.norms import LAYER
@@ -144,6 +145,45 @@ def test_gradients_reach_every_mask_and_survive_activation_checkpointing():
     for name in gradients[0]:
         assert gradients[0][name].abs().sum() > 0, name
         torch.testing.assert_close(gradients[0][name], gradients[1][name])
+
+
+@pytest.mark.parametrize("granularity", ["query_heads", "kv_groups"])
+@pytest.mark.parametrize("family", ["olmo2", "olmo3"])
+def test_a_layer_without_heads_writes_nothing_where_norms_go_over_all_of_them(family: str, granularity: str) -> None:
+    model, ids = tiny_model(family), tiny_ids()
+    source, layer = Shape.of(model.config), 1
+    sizes = {"kv_groups": [source.num_key_value_heads]}
+    sizes["query_heads"] = [*sizes["kv_groups"], source.query_heads_per_group]
+    mask = torch.ones(source.num_hidden_layers, *sizes[granularity])
+    mask[layer] = 0.0
+    mask.requires_grad_()
+    wrapped = MaskedModel(model)
+    wrapped.set_masks(Masks(**{granularity: mask}))
+    logits = model(input_ids=ids).logits
+    logits.square().mean().backward()
+    assert mask.grad is not None
+    assert mask.grad.isfinite().all()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    dense = wrapped.release()
+    with torch.no_grad():
+        dense.get_submodule(f"model.layers.{layer}.self_attn.o_proj").weight.zero_()
+        torch.testing.assert_close(logits, dense(input_ids=ids).logits)
+
+
+def test_masks_are_put_into_a_model_once_and_act_until_they_are_taken_off() -> None:
+    model = tiny_model()
+    first = MaskedModel(model)
+    with pytest.raises(ShearingError, match="masked already") as raised:
+        MaskedModel(model)
+    assert raised.value.field == "model"
+    first.release()
+    second = MaskedModel(model)
+    with pytest.raises(ShearingError, match="taken off"):
+        first.set_masks(None)
+    first.release()
+    with pytest.raises(ShearingError, match="masked already"):
+        MaskedModel(model)
+    second.release()
 
 
 @pytest.mark.slow

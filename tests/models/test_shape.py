@@ -33,6 +33,12 @@ def test_sizes_left_out_are_the_sources():
     assert shape.sizes() == {**Shape.of(config).sizes(), "intermediate_size": 16}
 
 
+def test_a_number_of_parameters_is_no_shape():
+    with pytest.raises(ShearingError, match="shape_or_budget") as raised:
+        resolve_target(TargetRecipe(parameters=15_000, uniform=True), source=CONFIGS["llama"]())
+    assert raised.value.field == "parameters"
+
+
 def test_heads_follow_groups():
     assert resolve_target(TargetRecipe(num_key_value_heads=1), source=CONFIGS["llama"]()).num_attention_heads == 2
     mha = CONFIGS["llama-mha"]()

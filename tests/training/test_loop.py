@@ -219,17 +219,20 @@ def test_non_finite_steps_are_skipped_and_counted(
 def test_many_non_finite_steps_stop_the_run_with_a_checkpoint(
     tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = _recipe(tiny_inputs, tmp_path / "run", training={"max_skipped_steps": 2})
+    sections = {"prune": {"duration": "8 steps"}, "mixture": {"interval": "4 steps"}}
+    recipe = _recipe(tiny_inputs, tmp_path / "run", training={"max_skipped_steps": 2}, **sections)
     with monkeypatch.context() as patch:
-        _poison(patch, bad=lambda call: call >= 4)
+        _poison(patch, bad=lambda call: call in range(4, 8))
         with pytest.raises(ShearingError, match="max_skipped_steps"):
             _prune(recipe)
     kept = tmp_path / "run" / "prune" / "checkpoints" / "step-00000004"
+    assert _lines(tmp_path / "run")[-1]["event"] == "mixture"  # the whole of the step was done
     assert all(
         bool(weight.isfinite().all()) for weight in load_file(kept / "shard-00000-of-00001.safetensors").values()
     )
     assert "continuing prune from step 4" in _prune(recipe)
-    assert [line["skipped"] for line in _lines(tmp_path / "run") if "event" not in line] == [0, 0, 1, 2, 2, 2]
+    skipped = [line["skipped"] for line in _lines(tmp_path / "run") if "event" not in line]
+    assert skipped == [0, 0, 1, 2, 2, 2, 2, 2]
 
 
 def test_full_disk_is_a_clear_error_and_the_run_continues_later(

@@ -155,6 +155,19 @@ def test_a_tracker_that_does_not_start_is_an_error(
         open_trackers("mlflow", folder=tmp_path)
 
 
+def test_a_tracker_that_does_not_start_again_does_not_stop_the_run(
+    remembering: type[Remembering], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_trackers("wandb", folder=tmp_path).close()
+    monkeypatch.setattr(remembering, "fails", frozenset({"start"}))
+    trackers = open_trackers("wandb", folder=tmp_path, first_step=5)
+    trackers.log(RECORD)
+    trackers.close()
+    assert not remembering.made[-1].lines
+    said = "wandb does not start, metrics.jsonl has what it lacks of this run: no start"
+    assert said in [record.getMessage() for record in caplog.records]
+
+
 def test_only_the_main_process_has_trackers(
     remembering: type[Remembering], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from shearing.data.corpus.format import made_again
 from shearing.data.corpus.tokens import Ids
 from shearing.errors import ShearingError
 from shearing.files.durable import write_json
@@ -65,7 +66,7 @@ class Adopted:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise forbidden(path, error=error) or ShearingError(
-                str(path), value=str(error), allowed="the index of an adopted domain", mend="adopt the domain again"
+                str(path), value=str(error), allowed="the index of an adopted domain", mend=made_again(folder)
             ) from error
 
     def write(self, folder: Path) -> None:

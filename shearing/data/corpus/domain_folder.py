@@ -81,7 +81,10 @@ def make_corpus_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ShearingError(
-            str(path), value=str(error), allowed="a folder that can be written", mend="choose another output"
+            "output",
+            value=str(path),
+            allowed=f"a folder that can be written, there or not ({error.strerror or error})",
+            mend="choose another output",
         ) from error
 
 

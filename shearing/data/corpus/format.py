@@ -27,6 +27,9 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+# What a preparation leaves that was interrupted: domains, or its work.
+_BEGUN = (f"*/{MANIFEST_NAME}", ".preparing-*", ".partial-*")
+
 # Texts on which tokenizers that share a vocabulary still differ: digits, runs of spaces, case, accents, symbols.
 PROBES = (
     "In 1887, 12345 people paid $3.50 each; it's 100% true.",
@@ -152,7 +155,7 @@ class DomainManifest:
                 str(path),
                 value=str(error),
                 allowed="the manifest of a prepared domain",
-                mend="prepare the domain again",
+                mend=made_again(folder),
             ) from error
 
     def to_json(self) -> dict[str, Any]:
@@ -189,6 +192,16 @@ class DomainManifest:
         return sum(part.bytes for part in self.parts.values())
 
 
+def made_again(domain: Path) -> str:
+    """How a domain whose folder is damaged is mended: what has a manifest is never replaced, as runs may depend on it.
+
+    Args:
+        domain: its folder.
+    """
+    command = "type the command that made it (shear data prepare, say) again"
+    return f"remove {domain}, then {command}" if domain.is_dir() else command
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """What `corpus.json` of the corpus at `path` says.
 
@@ -201,11 +214,16 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((path / INDEX_NAME).read_text())
     except FileNotFoundError as error:
+        if begun := any(found for pattern in _BEGUN for found in path.glob(pattern)):
+            mend = f"run the preparation again, it continues where it was: {prepare}"
+        else:
+            mend = f"prepare it: shear data prepare --domain NAME={path} --tokenizer MODEL -o CORPUS"
         raise ShearingError(
             "corpus",
-            value=f"{path} without {INDEX_NAME}",
-            allowed="a corpus whose preparation was finished",
-            mend=f"run the preparation again, it continues where it was: {prepare}",
+            value=str(path),
+            allowed=("a corpus whose preparation was finished" if begun else "a prepared corpus")
+            + f"; there is no {INDEX_NAME} in this folder",
+            mend=mend,
         ) from error
     except (OSError, ValueError) as error:
         raise forbidden(path / INDEX_NAME, error=error) or ShearingError(

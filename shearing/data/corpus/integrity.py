@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, ranges_path
 from shearing.data.corpus.counted import counted_path
-from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
+from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest, made_again
 from shearing.data.corpus.tokens import FlatTokens, Tokens
 from shearing.errors import ShearingError
 from shearing.files.mapped_arrays import map_array
@@ -33,12 +33,15 @@ SAMPLED_ENDS = 4
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what the manifest says."""
+    """One file that is not what the manifest says.
+
+    Without a `mend` the file is a domain's own, and the domain has to be made again.
+    """
 
     file: str
     found: str
     expected: str
-    mend: str = "the file is damaged: prepare the domain again"
+    mend: str | None = None
 
     @classmethod
     def of(cls, error: ShearingError) -> Damage:
@@ -58,7 +61,8 @@ class Damage:
 
     def error(self) -> ShearingError:
         """The same for a user who wanted to do something else."""
-        return ShearingError(self.file, value=self.found, allowed=self.expected, mend=self.mend)
+        mend = f"the file is damaged: {made_again(Path(self.file).parent)}" if self.mend is None else self.mend
+        return ShearingError(self.file, value=self.found, allowed=self.expected, mend=mend)
 
 
 def open_tokens(folder: Path, *, part: str, manifest: DomainManifest) -> Tokens:
@@ -87,7 +91,7 @@ def quick_damages(folder: Path, *, manifest: DomainManifest) -> Iterator[Damage]
             str(folder / MANIFEST_NAME),
             f"the manifest of domain {manifest.domain}",
             f"that of {folder.name}",
-            mend=f"files of two domains were exchanged: put them back, or prepare {folder.name} again",
+            mend=f"files of two domains were exchanged: put them back, or {made_again(folder)}",
         )
         return
     adopted = Adopted.read(folder)
@@ -193,7 +197,7 @@ def _array_or_damage(path: Path, *, dtype: type[Any], size: int, sha256: str) ->
             str(path),
             "other content than when it was written",
             f"a file with SHA-256 {sha256}",
-            mend="the file is damaged, or was exchanged with another domain's: prepare the domain again",
+            mend=f"the file is damaged, or was exchanged with another domain's: {made_again(path.parent)}",
         )
     return array
 
@@ -241,12 +245,7 @@ def _separator_damage(
     except (IndexError, ValueError):
         if adopted is None:
             raise
-        yield Damage(
-            str(file),
-            "ranges that lie outside of their files",
-            "ranges inside of them",
-            mend="the file is damaged: adopt the domain again",
-        )
+        yield Damage(str(file), "ranges that lie outside of their files", "ranges inside of them")
         return
     for index, position, token in zip(chosen, last_tokens, found, strict=True):
         if token != manifest.separator_id:
@@ -255,7 +254,7 @@ def _separator_damage(
                 f"no separator where document {index} ends, at token {position + 1}",
                 f"token {manifest.separator_id} there",
                 mend="tokens and document ends are of different texts: the file was damaged or exchanged with "
-                "another's; prepare the domain again",
+                f"another's; {made_again(folder)}",
             )
             return
 

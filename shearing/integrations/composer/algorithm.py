@@ -29,7 +29,7 @@ class LearnMasks(Algorithm):
     def __init__(self, masking: Masking, *, log_interval: int = 10) -> None:
         super().__init__()
         self.masking, self.log_interval = masking, log_interval
-        self._rows, self._done = 0, 0
+        self._rows, self._done, self._ended = 0, 0, False
 
     def match(self, event: Event, state: State) -> bool:
         """Whether anything is to be done at an event."""
@@ -55,6 +55,7 @@ class LearnMasks(Algorithm):
             ShearingError: fp16, whose losses are scaled, or FSDP.
         """
         del logger
+        self._ended = False
         if state.precision == Precision.AMP_FP16:
             raise ShearingError(
                 "precision",
@@ -76,8 +77,14 @@ class LearnMasks(Algorithm):
         self._rows = len(state.batch["input_ids"])
 
     def start_attempt(self, state: State, logger: Logger) -> None:
-        """Forget the masks' gradients of an attempt that ran out of memory."""
-        del state, logger
+        """Forget the masks' gradients of an attempt that ran out of memory.
+
+        Raises:
+            ShearingError: micro-batches that do not fit `mask_draws`.
+        """
+        del logger
+        size = min(int(state.device_train_microbatch_size or self._rows), self._rows)
+        self.masking.require_shares(sequences=self._rows * dist.get_world_size(), micro_batch_size=size)
         self._done = 0
         for parameter in self.masking.learner.parameters():
             parameter.grad = None
@@ -103,9 +110,14 @@ class LearnMasks(Algorithm):
             logger.log_metrics({f"masks/{name}": float(value) for name, value in figures.items()})
 
     def settle(self, state: State, logger: Logger) -> None:
-        """Masks without noise, of the size of this step."""
+        """Masks without noise, of the size of this step; after the fit, what the cut computes."""
         del logger
-        self.masking.settle(step=_step(state))
+        self.masking.settle(step=None if self._ended else _step(state))
+
+    def end(self, state: State, logger: Logger) -> None:
+        """What the cut computes, also where the fit ends before masks have reached the target."""
+        self._ended = True
+        self.settle(state, logger)
 
 
 def _step(state: State) -> int:
@@ -121,5 +133,5 @@ _DOES = {
     Event.AFTER_TRAIN_BATCH: LearnMasks.step,
     Event.BATCH_END: LearnMasks.log,
     Event.EVAL_START: LearnMasks.settle,
-    Event.FIT_END: LearnMasks.settle,
+    Event.FIT_END: LearnMasks.end,
 }

@@ -43,7 +43,8 @@ class LearnMasks(TrainerCallback):
         """Take up the masks of the checkpoint that is continued; they act without noise until the first step.
 
         Raises:
-            ShearingError: a way to train that has not been shown to be right, or a checkpoint without masks.
+            ShearingError: a way to train that has not been shown to be right, micro-batches that do not fit
+                `mask_draws`, or a checkpoint without masks.
         """
         one = "one process without it: `shear run` trains on many, with DeepSpeed"
         for name, found, allowed in (
@@ -64,6 +65,8 @@ class LearnMasks(TrainerCallback):
         ):
             if found:
                 raise ShearingError(name, value=getattr(args, name), allowed=allowed, mend="change TrainingArguments")
+        size, batch = _sequences(args)
+        self.masking.require_shares(sequences=batch, micro_batch_size=size)
         if state.global_step:
             self._take_up(args, state)
         self.masking.settle(step=state.global_step)
@@ -71,8 +74,13 @@ class LearnMasks(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Masks of the first micro-batch."""
+        """Masks of the first micro-batch, whose gradients are the first of the step.
+
+        What an attempt that ran out of memory has left is forgotten (`auto_find_batch_size`).
+        """
         self._done = 0
+        for parameter in self.masking.learner.parameters():
+            parameter.grad = None
         self._draw(args, state)
 
     def on_substep_end(
@@ -118,8 +126,8 @@ class LearnMasks(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Masks without noise: what the cut computes."""
-        self.masking.settle(step=state.global_step)
+        """Masks without noise: what the cut computes, also where training ends before masks have reached the target."""
+        self.masking.settle()
 
     def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
         path, beside = _places(args, state)
@@ -141,9 +149,13 @@ class LearnMasks(TrainerCallback):
             _write(self.masking.state_dict(), _places(args, state)[1])
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        size = args.per_device_train_batch_size
-        of = size * args.gradient_accumulation_steps
-        self.masking.draw(step=state.global_step, sequence=self._done * size, of=of)
+        size, batch = _sequences(args)
+        self.masking.draw(step=state.global_step, sequence=self._done * size, of=batch)
+
+
+def _sequences(args: TrainingArguments) -> tuple[int, int]:
+    """Of a micro-batch and of a step. Where the trainer finds smaller ones, only their number counts, which stays."""
+    return args.per_device_train_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def _places(args: TrainingArguments, state: TrainerState) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from shearing.errors import ShearingError, key
 from shearing.files.permissions import forbidden
+from shearing.files.tensors import WRITE_AGAIN
 from shearing.models.anatomy import anatomy_of
 from shearing.models.stored.expert_files import parts_of
 from shearing.models.stored.saving import INDEX, WEIGHTS
@@ -175,7 +176,7 @@ def _read_headers(
                     dtypes[name] = str(described.get_dtype())
     except (OSError, SafetensorError) as error:
         raise forbidden(folder / file, error=error) or ShearingError(
-            str(folder / file), value=str(error), allowed="a whole safetensors file", mend="fetch or write it again"
+            str(folder / file), value=str(error), allowed="a whole safetensors file", mend=WRITE_AGAIN
         ) from error
     return places, shapes, dtypes
 

@@ -40,6 +40,7 @@ def write_model(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    use_cache: bool | None = None,
 ) -> None:
     """Write config.json and the weights, each once where they are tied, under the names that transformers reads.
 
@@ -51,6 +52,7 @@ def write_model(
         weights: all of them by the model's names, in any order; None: those of the model.
         dtype: of the weights in the files; as they are if None.
         shard_bytes: a file has at most as many, unless a single tensor has more.
+        use_cache: what config.json says of it; None: what the model's config does.
 
     Raises:
         ShearingError: a weight is too large for the dtype.
@@ -78,7 +80,7 @@ def write_model(
             folder / INDEX,
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))},
         )
-    write_json(folder / "config.json", _config_content(model, dtype=dtype or model.dtype))
+    write_json(folder / "config.json", _config_content(model, dtype=dtype or model.dtype, use_cache=use_cache))
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, like: str, revision: str | None = None) -> None:
@@ -90,14 +92,21 @@ def save_model(model: PreTrainedModel, folder: Path, *, like: str, revision: str
         model: on any device; it stays as it is.
         folder: made if it is not there.
         like: folder or hub name of the model it was made of, whose tokenizer, chat templates, licence and the like go
-            with it.
+            with it; and whether a reader keeps keys and values, which a model to train is loaded without.
         revision: of a hub name.
 
     Raises:
         OSError: see `write_model`; or files of a hub name are not here and cannot be downloaded.
     """
-    write_model(model, folder)
-    copy_companions(folder_of(like, revision=revision), to=folder)
+    beside = folder_of(like, revision=revision)
+    write_model(model, folder, use_cache=_use_cache(beside))
+    copy_companions(beside, to=folder)
+
+
+def _use_cache(folder: Path) -> bool:
+    """What the config.json of a folder says of it; configs leave out what is transformers' default."""
+    path = folder / "config.json"
+    return not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("use_cache", True) is not False
 
 
 @torch.no_grad()
@@ -107,8 +116,10 @@ def round_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
-def _config_content(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
+def _config_content(model: PreTrainedModel, *, dtype: torch.dtype, use_cache: bool | None) -> dict[str, Any]:
     config = copy.deepcopy(model.config)
+    if use_cache is not None:
+        config.use_cache = use_cache
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     return dict(sorted(in_both_spellings(json.loads(config.to_json_string(use_diff=True))).items()))

@@ -127,7 +127,7 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
     errors = [layer.error for layer in layers]
     said = f"{recipe.experts} experts of {layers[0].groups.shape[1]} units, {recipe.active} active"
     missing = f"what is missing of an MLP's output: {min(errors):.0%} to {max(errors):.0%} of its norm"
-    console.print(f"{recipe.output}: {said}; {missing}", soft_wrap=True, highlight=False)
+    console.print(f"{recipe.output} is written: {said}; {missing}", soft_wrap=True, highlight=False)
     return recipe.output
 
 

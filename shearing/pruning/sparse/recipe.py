@@ -142,6 +142,11 @@ class AllocationKeys(Section):
         """Whether choosing levels needs calibration text."""
         return not isinstance(self.allocation, Path) and ALLOCATIONS[self.allocation].reads_text
 
+    @property
+    def allocation_reads_loss(self) -> bool:
+        """Whether levels go by losses, for which the model is loaded whole."""
+        return not isinstance(self.allocation, Path) and ALLOCATIONS[self.allocation].reads_loss
+
 
 class _Folders(Section):
     """First, so that the reference of keys begins with them."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shearing.pruning.structured.learner import MaskLearner
     from shearing.pruning.structured.mask_settings import MaskSettings
     from shearing.pruning.structured.masking import Masking
-    from shearing.pruning.structured.parameter_budget import ParameterBudget
+    from shearing.pruning.structured.parameter_budget import ParameterBudget, shape_or_budget
     from shearing.pruning.structured.recipe import PruneRecipe
     from shearing.pruning.structured.refitting.linear import Refitted, refit
     from shearing.pruning.structured.refitting.recipe import BlockRefitRecipe
@@ -40,6 +40,7 @@ __all__ = [
     "granularities_of",
     "metric_of",
     "refit",
+    "shape_or_budget",
     "with_biases",
 ]
 
@@ -65,6 +66,7 @@ __getattr__ = late(
         "granularities_of": "granularities",
         "metric_of": "importance.registry",
         "refit": "refitting.linear",
+        "shape_or_budget": "parameter_budget",
         "with_biases": "importance.inputs.mean_bias",
     },
 )

@@ -10,15 +10,19 @@ import heapq
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from shearing.errors import ShearingError, key
 from shearing.models.families.axes import Unit, count
-from shearing.models.shape import EXPERT_ALIGNMENT, Shape
+from shearing.models.recipe import TargetRecipe, target_contradictions
+from shearing.models.shape import EXPERT_ALIGNMENT, Shape, export_error, resolve_target
 from shearing.pruning.structured.granularities import SIZE_OF, Granularity
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONSTRAINT = "total_parameters"
 
@@ -39,6 +43,28 @@ class ParameterBudget:
     uniform: bool
     accepts: Callable[[Shape], bool]
     multiple_of: int = 1
+
+
+def shape_or_budget(target: TargetRecipe, *, source: PretrainedConfig) -> Shape | ParameterBudget:
+    """What masks are to reach: the shape that sizes by name make, or a number of parameters.
+
+    Args:
+        target: sizes by name, those left out being the source's; or `parameters`.
+        source: config of the source model.
+
+    Raises:
+        ShearingError: both or neither of them, or what goes with the other alone; see `resolve_target`.
+    """
+    for error in target_contradictions(target):
+        raise error
+    if target.parameters is None:
+        return resolve_target(target, source=source)
+    return ParameterBudget(
+        parameters=target.parameters,
+        uniform=target.uniform,
+        multiple_of=target.multiple_of,
+        accepts=lambda shape: export_error(shape, source=source, own=True) is None,
+    )
 
 
 def count_parameters(alive: Mapping[str, Tensor], *, source: Shape) -> Tensor:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shearing.errors import ShearingError
 from shearing.pruning.structured import hard_concrete
 from shearing.pruning.structured.granularities import Granularity
+from shearing.pruning.structured.importance.registry import complete_metrics
 from shearing.pruning.structured.mask_settings import BAND, MaskSettings
 from shearing.pruning.structured.rounding import alternating, ranks
 
@@ -53,7 +55,18 @@ def graded_start(
         shares: by granularity, expected share alive of each row at the first step.
         final: by granularity, that of the target.
         settings: how much of a row is in doubt.
+
+    Raises:
+        ShearingError: there are no scores of a granularity.
     """
+    if missing := [g.name for g in granularities if g.name not in scores]:
+        raise ShearingError(
+            "scores",
+            value=f"of {', '.join(sorted(scores)) or 'nothing'}",
+            allowed=f"scores of all that is masked, also of {', '.join(missing)}",
+            mend="take a metric that scores everything: "
+            f"{', '.join(complete_metrics())}; or the rest from one of them: {{**scores_of_it, **scores}}",
+        )
     reachable = _reachable(scores, granularities=granularities)
     return Start(
         {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,8 +239,9 @@ def _choose(run: RunDirectory, way: _Way, *, step: int | None) -> tuple[int, Pat
     for at, checkpoint in reversed(wanted.items()):
         recipe = way.recipe(step=at)
         _require_past(before, recipe, way=way)
-        old, new = before.learning_rates("pretrain"), recipe.learning_rates("pretrain")
-        same_past = way.onward or all(old.at(done) == new.at(done) for done in range(settled or -new.first_step, at))
+        old, new = (_rates_of(each) for each in (before, recipe))
+        first = settled or -recipe.learning_rates("pretrain").first_step
+        same_past = way.onward or all(old(done) == new(done) for done in range(first, at))
         longer = _total(recipe) > at >= settled
         whole = longer and same_past and damage_of(checkpoint) is None
         if whole and (way.onward or _is_beginning(checkpoint, at, before, recipe, settled=settled)):
@@ -248,6 +249,14 @@ def _choose(run: RunDirectory, way: _Way, *, step: int | None) -> tuple[int, Pat
         if way.onward and damage_of(checkpoint) is None:
             break  # what came after an older one would be trained anew
     raise _no_checkpoint(run, before, steps=list(found), step=step, way=way)
+
+
+def _rates_of(recipe: Recipe) -> Callable[[int], tuple[float, ...]]:
+    """What a step does by the schedule: its learning rate, and how far it listens to the teacher if that goes by it."""
+    rates = recipe.learning_rates("pretrain")
+    if recipe.distill is None or recipe.distill.schedule != "learning_rate":
+        return lambda step: (rates.at(step),)
+    return lambda step: (rates.at(step), rates.height_at(step))
 
 
 def _is_beginning(checkpoint: Path, at: int, before: Recipe, recipe: Recipe, *, settled: int) -> bool:
@@ -297,15 +306,7 @@ def _no_checkpoint(
     there = f"the checkpoints of continued pretraining are of steps {', '.join(map(str, steps)) or '(none)'}"
     stable, stay = before.learning_rates("pretrain").stable_steps, _masks_stay_from(before)
     if way.onward:
-        last = max(steps, default=0)
-        return ShearingError(
-            "RUN_DIR" if step is None else "--from",
-            value=str(run.path) if step is None else step,
-            allowed=f"a run with an undamaged checkpoint before step {_total(way.recipe(step=last))}, its end; {there}",
-            mend=f"say how long it is to be: pretrain.duration='{last + _total(before)} steps', say"
-            if steps
-            else "change the keys in its recipe: what has not begun takes them as they are",
-        )
+        return _no_onward(run, before, steps=steps, step=step, way=way)
     return ShearingError(
         "RUN_DIR" if step is None else "--from",
         value=str(run.path) if step is None else step,
@@ -323,6 +324,34 @@ def _no_checkpoint(
         + "add --onward to go on from the newest with other rates from there on; to have such a checkpoint, train "
         "with pretrain.schedule wsd or constant, and keep checkpoints with pretrain.keep_every"
         + ("" if stay is None else ", from before masks stay"),
+    )
+
+
+def _no_onward(
+    run: RunDirectory, before: Recipe, *, steps: Sequence[int], step: int | None, way: _Way
+) -> ShearingError:
+    """That there is none to go on from with other keys, and why."""
+    last = max(steps, default=0)
+    from_step = last if step is None else step
+    end = _total(way.recipe(step=from_step))
+    if not steps:
+        allowed = "a run with checkpoints of continued pretraining"
+        mend = "change the keys in its recipe: what has not begun takes them as they are"
+    elif end <= from_step and from_step in steps:
+        newest = "its newest checkpoint" if from_step == last else "that checkpoint"
+        allowed = f"a run that trains on behind {newest}: it is of step {from_step}, and pretraining ends at step {end}"
+        mend = f"give a longer duration: pretrain.duration='{from_step + _total(before)} steps', say"
+    else:
+        settled = changed_until(run)
+        allowed = "an undamaged checkpoint" if step is not None else "a run with an undamaged checkpoint"
+        allowed += f", of step {settled} or later" if settled else ""
+        allowed += f"; those of continued pretraining are of steps {', '.join(map(str, steps))}"
+        mend = "start a run of its own" if step is None else "name another, or leave --from out, for the newest"
+    return ShearingError(
+        "RUN_DIR" if step is None else "--from",
+        value=str(run.path) if step is None else step,
+        allowed=allowed,
+        mend=mend,
     )
 
 

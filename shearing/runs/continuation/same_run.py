@@ -11,12 +11,13 @@ from shearing.errors import ShearingError
 from shearing.models.loading import load_config
 from shearing.models.stored.saving import DTYPES
 from shearing.models.stored.stored_model import dtype_of_weights
-from shearing.runs.continuation.changes import onward_keys
+from shearing.runs.continuation.changes import changes_of, onward_keys
 from shearing.runs.continuation.moved import place_in_cascade
 from shearing.runs.recipe import Recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.neutral import is_neutral, neutral_keys
 from shearing.settings.reading import read_recipe_file
+from shearing.training.checkpoints.checkpoints import checkpoints_in
 
 AT_THE_END = {"model.save_dtype": "--dtype", "target.vocab_size": "--vocab-size"}
 """Neutral keys that pretraining heeds when it ends, and never again -> the option of `shear export` for the same."""
@@ -102,12 +103,24 @@ def _way_to(key: str, *, recipe: Recipe, directory: RunDirectory) -> str:
 
 def _mend(changed: list[str], *, recipe: Recipe, directory: RunDirectory) -> str:
     """What to do: keys that only matter from here on may change from here on."""
+    if changes_of(directory):
+        path, own = (shlex.quote(str(each)) for each in (directory.path, directory.recipe))
+        return (
+            f"choose another run_dir, or continue that run, which was extended, by its own recipe: shear run {own}; "
+            f"to change more of it: shear extend {path} KEY=VALUE"
+        )
     mend = "choose another run_dir, or take those values back to continue that run"
-    if not set(changed) <= onward_keys(recipe) or not any(directory.checkpoints("pretrain").glob("step-*")):
+    newest = max(checkpoints_in(directory.checkpoints("pretrain")), default=0)
+    if not set(changed) <= onward_keys(recipe) or not newest:
         return mend
-    now = recipe.flat()
-    said = shlex.join(f"{key}={json.dumps(now[key]).strip(chr(34))}" for key in changed)
-    return f"{mend}; to go on with the new ones from its newest checkpoint: shear extend {directory.path} {said}"
+    values = {key: json.dumps(recipe.flat()[key]).strip(chr(34)) for key in changed}
+    steps = recipe.pretrain.total_steps(sequence_length=recipe.data.sequence_length)
+    if steps <= newest:
+        if changed == ["pretrain.duration"]:
+            return mend
+        values["pretrain.duration"] = f"{2 * newest} steps"  # from the last step there is nothing to go on to
+    said = shlex.join([str(directory.path), *(f"{key}={value}" for key, value in values.items())])
+    return f"{mend}; to go on with the new ones from its newest checkpoint: shear extend {said}"
 
 
 def _is_used(key: str, *, directory: RunDirectory, one_schedule: bool) -> bool:

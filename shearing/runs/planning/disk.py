@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from shearing.runs.continuation.moved import CASCADE
 from shearing.runs.names import ONE_SHOT_NAMES
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from shearing.runs.recipe import Recipe
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.run_directory import RunDirectory, Stage
 from shearing.training.recipe import StageRecipe
 
 if TYPE_CHECKING:
@@ -83,9 +83,15 @@ def rotated_bytes(recipe: Recipe, *, source: Shape) -> int:
 
 
 def run_bytes(
-    recipe: Recipe, *, source: Shape, target: Shape | None, family: Iterable[Shape] = (), processes: int = 1
+    recipe: Recipe,
+    *,
+    source: Shape,
+    target: Shape | None,
+    family: Iterable[Shape] = (),
+    processes: int = 1,
+    complete: Collection[Stage] = (),
 ) -> int:
-    """Bytes that a run has at most at the same time.
+    """Bytes that a run has at most at the same time, from now on.
 
     Args:
         recipe: of the run.
@@ -93,12 +99,14 @@ def run_bytes(
         target: what that is cut to; None where a budget leaves it open, or no units are pruned.
         family: shapes of the smaller sizes that are cut out of the final model.
         processes: of the run; several cut each baseline into files.
+        complete: stages that have been: what they had only while they were at work is not wanted again.
     """
     budget = None if recipe.target is None else recipe.target.parameters
     final = (source if target is None else target).num_parameters() if budget is None else budget
     # Before training there is nothing else; what goes after mask learning is there beside what that leaves.
-    rotated = rotated_bytes(recipe, source=source)
-    total, on_the_way = 0, rotated + refitted_bytes(recipe, source=source)
+    learns = "prune" not in complete
+    rotated = rotated_bytes(recipe, source=source) if learns else 0
+    total, on_the_way = 0, rotated + (refitted_bytes(recipe, source=source) if learns else 0)
     length = recipe.data.sequence_length
     if recipe.prune is not None:
         learned = source.num_parameters()
@@ -108,9 +116,10 @@ def run_bytes(
         total += final * _BYTES_OF_WEIGHT * (3 if recipe.pretrain.carries else 1)  # carried moments, and compact/
     if recipe.sparsify is not None:
         sparse = final * _sparse_weight_bytes(recipe)
-        # The model, and its layers once more until it is whole; nothing of what trains it is there yet.
-        working = working_of(recipe, shape=target or source)
-        on_the_way = max(on_the_way, total + working.most(models=2 * sparse))
+        if "sparsify" not in complete:
+            # The model, and its layers once more until it is whole; nothing of what trains it is there yet.
+            working = working_of(recipe, shape=target or source)
+            on_the_way = max(on_the_way, total + working.most(models=2 * sparse))
         total += sparse
     moving = moving_weights(recipe, shape=target or source)
     total += checkpoint_bytes(recipe.pretrain, sequence_length=length, parameters=final, moving=moving)
@@ -142,7 +151,8 @@ def cascade_bytes(recipe: Recipe, *, source: PretrainedConfig, processes: int = 
             target = resolve_target(each.target, source=source)
         directory = RunDirectory(each.run_dir)
         if not directory.is_complete("pretrain"):
-            wanted = run_bytes(each, source=Shape.of(source), target=target, processes=processes)
+            complete = [stage for stage in each.stages if directory.is_complete(stage)]
+            wanted = run_bytes(each, source=Shape.of(source), target=target, processes=processes, complete=complete)
             total += max(0, wanted - bytes_in(each.run_dir) + bytes_in(each.run_dir / CASCADE))
         if target is not None:
             source = config_for(source, shape=target, attention_layers=range(target.num_hidden_layers))

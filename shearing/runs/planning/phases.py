@@ -250,6 +250,9 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
         return
     settings, length = recipe.training_stages[stage.stage], recipe.data.sequence_length
     memory = stage.held(made.choice)
+    checkpoints = stage.steps // max(1, settings.in_steps(settings.checkpoint_interval, sequence_length=length))
+    if stage.seconds is not None and settings.checkpoint_minutes is not None:
+        checkpoints = max(checkpoints, int(stage.seconds / (60 * settings.checkpoint_minutes)))
     yield Phase(
         what=f"{stage.stage}: a step",
         processes=made.hardware.processes,
@@ -270,7 +273,7 @@ def _training(recipe: Recipe, *, stage: StagePlan, made: RunPlan) -> Iterator[Ph
         memory=memory.total,
         host=memory.host + memory.staging,
         disk=CHECKPOINT_BYTES_PER_PARAMETER * stage.shape.num_parameters() + FP32 * stage.workload.moving,
-        times=stage.steps // max(1, settings.in_steps(settings.checkpoint_interval, sequence_length=length)),
+        times=checkpoints,
     )
 
 

@@ -67,6 +67,7 @@ class RunPlan:
         within_documents: tokens attend to their own document alone; FLOPs are counted as if to their whole row.
         adapters: only they are trained in the end; figures are those of training all weights.
         one_shot: weights are zeroed in between, which no other figure here is of.
+        one_shot_whole: that loads the model whole, as levels that go by losses need.
         working: bytes of disk that this needs beside its models while it is at work.
         rotated: bytes of disk that the source in another basis takes until mask learning is complete.
         refitted: bytes of disk that refitted layers take until training begins; at most.
@@ -89,6 +90,7 @@ class RunPlan:
     within_documents: bool
     adapters: bool
     one_shot: bool
+    one_shot_whole: bool
     working: Working
     rotated: int
     refitted: int
@@ -198,6 +200,7 @@ def _plan(
         within_documents=recipe.data.attention == "documents",
         adapters=recipe.pretrain.adapters is not None,
         one_shot=recipe.sparsify is not None,
+        one_shot_whole=recipe.sparsify is not None and recipe.sparsify.allocation_reads_loss,
         working=working_of(recipe, shape=target or source),
         rotated=rotated_bytes(recipe, source=source),
         refitted=refitted_bytes(recipe, source=source),
@@ -230,7 +233,7 @@ def heldout_shares(recipe: Recipe) -> dict[TrainingStage, float | None]:
     for stage, settings in recipe.training_stages.items():
         length = recipe.data.sequence_length
         steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
-        tokens = _heldout_tokens(recipe, stage=stage, steps=steps)
+        tokens = _heldout_tokens(recipe, stage=stage)
         shares[stage] = None if tokens is None or not steps else tokens / (3 * steps * per_step)
     return shares
 
@@ -327,7 +330,7 @@ def _stage_plan(
             mend=f"plan for {nearest}, or set another {stage}.batch_size",
         )
     flops = training_flops_per_token(shape, sequence_length=length) * steps * per_step
-    heldout = _heldout_tokens(recipe, stage=stage, steps=steps)
+    heldout = _heldout_tokens(recipe, stage=stage)
     forward = forward_flops_per_token(shape, sequence_length=length)
     heldout_flops = None if heldout is None else forward * heldout
     teacher = None if listening is None else listening.shape
@@ -373,28 +376,41 @@ def _stage_plan(
     )
 
 
-def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage, steps: int) -> int | None:
+def _heldout_tokens(recipe: Recipe, *, stage: TrainingStage) -> int | None:
     """Tokens read for held-out losses: at each update of the mixture or every now and then, of pruning also at the end,
     and of the first stage for the reference.
 
     None where nothing says how many domains there are.
     """
-    mixture, length = recipe.mixture, recipe.data.sequence_length
-    domains, settings = num_domains(recipe), recipe.training_stages[stage]
+    length, domains = recipe.data.sequence_length, num_domains(recipe)
     if domains is None:
         return None
-    updates = 0
-    if mixture.update != "constant":
-        interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
-        every = max(1, recipe.training_stages[stage].in_steps(interval, sequence_length=length))
-        updates = max(0, steps - PREFETCHED_STEPS - 1) // every if mixture.losses == "heldout" else 0
-    each = {recipe.heldout_tokens(domains=domains): updates + int(stage == "prune")}
+    each = {recipe.heldout_tokens(domains=domains): heldout_updates(recipe, stage=stage) + int(stage == "prune")}
     looked_at = recipe.validation_tokens(stage, domains=domains)
-    if looked_at is not None and settings.validation_interval is not None:
-        every = max(1, settings.in_steps(settings.validation_interval, sequence_length=length))
-        each[looked_at] = each.get(looked_at, 0) + steps // every
+    if looked_at is not None:
+        each[looked_at] = each.get(looked_at, 0) + validations(recipe, stage=stage)
     rows = sum(readings * whole_rows(tokens, sequence_length=length) for tokens, readings in each.items())
     return domains * rows * length + _reference_tokens(recipe, stage=stage)
+
+
+def heldout_updates(recipe: Recipe, *, stage: TrainingStage) -> int:
+    """How often a stage reads held-out losses for an update of the domain weights."""
+    mixture, settings, length = recipe.mixture, recipe.training_stages[stage], recipe.data.sequence_length
+    if mixture.update == "constant" or mixture.losses != "heldout":
+        return 0
+    interval = mixture.interval if stage == "prune" else mixture.pretrain_interval
+    every = max(1, settings.in_steps(interval, sequence_length=length))
+    return max(0, settings.total_steps(sequence_length=length) - PREFETCHED_STEPS - 1) // every
+
+
+def validations(recipe: Recipe, *, stage: TrainingStage) -> int:
+    """How often a stage reads validation losses that nothing follows."""
+    settings, length = recipe.training_stages[stage], recipe.data.sequence_length
+    if settings.validation_interval is None or recipe.validation_tokens(stage, domains=1) is None:
+        return 0
+    every = max(1, settings.in_steps(settings.validation_interval, sequence_length=length))
+    # Of pruning the end is measured anyway.
+    return max(0, settings.total_steps(sequence_length=length) - int(stage == "prune")) // every
 
 
 def reads_reference(recipe: Recipe, *, stage: TrainingStage) -> bool:

@@ -137,7 +137,8 @@ def _notes(plan: RunPlan) -> Iterator[str]:
     if plan.one_shot:
         parts = ", ".join(f"{_size(count)} of {what}" for what, count in plan.working.parts.items())
         kept = f", and keeps {parts} meanwhile" if parts else ""
-        yield f"sparsify: not in these figures; it holds one layer at a time on one GPU, writes two models{kept}"
+        held = "the model" if plan.one_shot_whole else "one layer at a time"
+        yield f"sparsify: not in these figures; it holds {held} on one GPU, writes two models{kept}"
     if plan.family:
         models = 4 * sum(shape.num_parameters() for shape in plan.family.values())
         yield (
@@ -163,10 +164,11 @@ def _memory(plan: RunPlan, *, unit: str) -> Table:
     table = _table(
         "stage", "engine", "weights", "gradients", "optimizer", "activations", *teacher, "total", "fits", "when"
     )
+    table.collapse_padding = True  # all of it in 80 columns
     engines = {stage.stage: _engines(stage) for stage in plan.stages}
     host = any(memory.host for of_stage in engines.values() for memory in of_stage.values())
     if host:
-        table.add_column("in host memory", justify="right")
+        table.add_column("in host memory", justify="right", overflow="fold")
     choice = plan.choice
     own = "FSDP2" if choice.layerwise is not None else f"ZeRO-{choice.zero_stage}" if choice.zero_stage else "torch"
     for name, of_stage in engines.items():
@@ -207,5 +209,5 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         words = column in ("model", "shape", "stage", "engine", "fits", "when", "phase")
-        table.add_column(column, justify="left" if words else "right")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table

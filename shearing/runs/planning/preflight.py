@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from shearing.data.corpus.format import read_index
 from shearing.data.mixture.rules.update import largest_weights, rule_of
 from shearing.errors import CombinedShearingError, ShearingError, key, named
+from shearing.files.durable import existing_folder
 from shearing.models.loading import require_weights
 from shearing.models.shape import Shape
 from shearing.objectives.recipe import require_domains
@@ -151,7 +153,14 @@ def survey(
     if recipe.cascade is not None:
         disk = cascade_bytes(recipe, source=config, processes=context.processes.size)
     else:
-        disk = run_bytes(recipe, source=source, target=target, family=sizes.values(), processes=context.processes.size)
+        disk = run_bytes(
+            recipe,
+            source=source,
+            target=target,
+            family=sizes.values(),
+            processes=context.processes.size,
+            complete=[stage for stage in recipe.stages if context.directory.is_complete(stage)],
+        )
         disk = max(0, disk - bytes_in(recipe.run_dir))
     largest = largest_weights(rule_of(recipe.mixture, prior=weights), prior=weights) if weights else {}
     plan = Plan(
@@ -163,6 +172,7 @@ def survey(
         teacher=None if recipe.distill is None else teacher_in_words(context),
         uniform=recipe.target is None or target is not None or recipe.target.uniform,
         tokens={} if corpus is None else {name: each.train.tokens for name, each in corpus.manifests.items()},
+        no_text=not recipe.data.corpus.is_dir(),
         weights=weights,
         largest=largest,
         training=list(training_plans(recipe, corpus=corpus, weights=weights, largest=largest)),
@@ -241,6 +251,13 @@ def require_room(context: RunContext) -> None:
 
 def _require_free(recipe: Recipe, *, needed: int, free: int) -> None:
     if needed > free:
+        if not shutil.disk_usage(there := existing_folder(recipe.run_dir)).total:
+            raise ShearingError(
+                "run_dir",
+                value=str(recipe.run_dir),
+                allowed="a folder on a disk",
+                mend=f"no files can be made in {there}, which is on none: choose another {key('run_dir')}",
+            )
         raise ShearingError(
             "run_dir",
             value=str(recipe.run_dir),

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.models.shape import Shape
-from shearing.runs.planning.plan import heldout_shares, num_domains
-from shearing.runs.recipe import Recipe
+from shearing.runs.planning.plan import heldout_shares, heldout_updates, num_domains, reads_reference, validations
+from shearing.runs.recipe import Recipe, TrainingStage
 from shearing.runs.run_directory import Stage
 
 WORTHWHILE_PASSES = 4
@@ -57,7 +57,8 @@ class Plan:
         zeros: in words, what stays zero in training; None for a dense model.
         teacher: in words, what is listened to; None: nothing.
         uniform: whether the result fits an ordinary config.
-        tokens: training tokens of each domain; of none where the text is not there.
+        tokens: training tokens of each domain; of none where the text is not there, or cannot be used.
+        no_text: whether there is no folder of a corpus yet.
         weights: initial weight of each domain.
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
@@ -74,6 +75,7 @@ class Plan:
     teacher: str | None
     uniform: bool
     tokens: Mapping[str, int]
+    no_text: bool
     weights: Mapping[str, float]
     largest: Mapping[str, float]
     training: Sequence[TrainingPlan]
@@ -93,16 +95,10 @@ def training_plans(
         corpus: None where it is not there: nothing is known of passes over domains.
         weights, largest: see `Plan`.
     """
-    length, mixture = recipe.data.sequence_length, recipe.mixture
+    length = recipe.data.sequence_length
     domains = num_domains(recipe) if corpus is None else len(corpus.domains)
     shares = heldout_shares(recipe)
     for stage, settings in recipe.training_stages.items():
-        interval = "interval" if stage == "prune" else "pretrain_interval"
-        lower = (
-            f"mixture.losses=training (no held-out updates), a longer mixture.{interval} (now "
-            f"{getattr(mixture, interval)}), or a smaller mixture.heldout_tokens (now "
-            f"{recipe.heldout_tokens(domains=domains or 1):,})"
-        )
         steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
         rows = steps * per_step // length
         passes, most_passes = (
@@ -116,10 +112,24 @@ def training_plans(
             steps=steps,
             tokens_per_step=per_step,
             heldout_share=shares[stage],
-            lower=lower,
+            lower=_lower(recipe, stage=stage, domains=domains or 1),
             passes=passes,
             most_passes=most_passes,
         )
+
+
+def _lower(recipe: Recipe, *, stage: TrainingStage, domains: int) -> str:
+    """The keys that make held-out losses of a stage cost less, of those that it reads."""
+    ways, mixture, interval = [], recipe.mixture, "interval" if stage == "prune" else "pretrain_interval"
+    updates = heldout_updates(recipe, stage=stage)
+    if updates:
+        ways.append("mixture.losses=training (no held-out updates)")
+        ways.append(f"a longer mixture.{interval} (now {getattr(mixture, interval)})")
+    if updates or stage == "prune" or reads_reference(recipe, stage=stage):
+        ways.append(f"a smaller mixture.heldout_tokens (now {recipe.heldout_tokens(domains=domains):,})")
+    if validations(recipe, stage=stage):
+        ways.append(f"a longer {stage}.validation_interval (now {recipe.training_stages[stage].validation_interval})")
+    return ", ".join([*ways[:-1], f"or {ways[-1]}"]) if len(ways) > 1 else "".join(ways)
 
 
 def render(plan: Plan) -> RenderableType:
@@ -142,9 +152,11 @@ def render(plan: Plan) -> RenderableType:
     disk = Text(f"disk: at most {gigabytes(plan.disk)} of {gigabytes(plan.free)} free")
     zeros: list[RenderableType] = [] if plan.zeros is None else [Text(f"zeros: {plan.zeros}; training keeps them"), ""]
     teacher: list[RenderableType] = [] if plan.teacher is None else [Text(f"teacher: {plan.teacher}"), ""]
-    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan))] if plan.tokens else [NO_TEXT]
+    domains: list[RenderableType] = [_domains(plan), *map(Text, _repeats(plan)), ""] if plan.tokens else []
+    if plan.no_text:
+        domains = [NO_TEXT, ""]
     costly = list(map(Text, _costly(plan)))
-    parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, *costly, "", *domains, "", disk]
+    parts: list[RenderableType] = [shapes, "", *zeros, *teacher, stages, *costly, "", *domains, disk]
     parts += [Text(f"doubtful: {doubt}") for doubt in plan.doubts]
     parts += map(Text, plan.notes)
     if not plan.uniform:
@@ -218,5 +230,5 @@ def written_as(architecture: str, *, instead_of: str) -> str:
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.1f} GB"
+    """A number of bytes for people; in MB where tenths of a GB would not tell it from another."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

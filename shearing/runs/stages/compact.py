@@ -81,7 +81,7 @@ def compact(context: RunContext) -> dict[str, Any]:
     flush_folder(run.path)
     run.mark_complete("compact", {"parameters": target.num_parameters()})
     context.console.print(
-        f"Cut {source.num_parameters() / 1e6:.1f} M to {target.num_parameters() / 1e6:.1f} M parameters "
+        f"Cut {source.num_parameters():,} to {target.num_parameters():,} parameters "
         f"({', '.join(f'{name} {size}' for name, size in target.sizes().items())}); "
         f"logits equal the masked model's to {difference:.1e}: {run.compact}"
     )

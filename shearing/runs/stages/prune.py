@@ -30,7 +30,7 @@ from shearing.models.cutting import cut_config, moments_in_turn
 from shearing.models.loading import skeleton
 from shearing.models.masked import MaskedModel
 from shearing.models.recipe import ModelRecipe
-from shearing.models.shape import Shape, export_error, resolve_target
+from shearing.models.shape import Shape, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.processes.stop import stopping_at_once
 from shearing.progress import activity
@@ -43,7 +43,7 @@ from shearing.pruning.structured.learner import OPEN, MaskLearner
 from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.pruning.structured.masking.removal import Removal
-from shearing.pruning.structured.parameter_budget import ParameterBudget
+from shearing.pruning.structured.parameter_budget import shape_or_budget
 from shearing.pruning.structured.refitting.linear import Refitted, refit
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
@@ -132,7 +132,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     )
     task = replace(task, callbacks=(*task.callbacks, _Remove(refitted)))
 
-    seed_random(recipe.seed)
+    seed_random(recipe.seed + processes.rank)  # dropout is of each process's own rows
     trained = train(task, console=context.console, measure_end=True)
     gc.collect()  # an engine that refers to itself would be there until Python comes to it
     return processes.on_main(
@@ -372,7 +372,7 @@ def _masking(
         masking = Masking.of(
             model,
             settings,
-            target=_target(context, model=model),
+            target=shape_or_budget(recipe.pruning.target, source=model.config),
             tokens_per_step=settings.tokens_per_step(sequence_length=recipe.data.sequence_length),
             seed=recipe.seed,
             scores=scores,
@@ -388,18 +388,6 @@ def _masking(
         device=context.device,
     )
     return removal, removal
-
-
-def _target(context: RunContext, *, model: PreTrainedModel) -> Shape | ParameterBudget:
-    wanted = context.recipe.pruning.target
-    if wanted.parameters is None:
-        return resolve_target(wanted, source=model.config)
-    return ParameterBudget(
-        parameters=wanted.parameters,
-        uniform=wanted.uniform,
-        multiple_of=wanted.multiple_of,
-        accepts=lambda shape: export_error(shape, source=model.config, own=True) is None,
-    )
 
 
 def _by_figure(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

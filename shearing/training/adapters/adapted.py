@@ -130,6 +130,11 @@ class _Product(torch.autograd.Function):
 _product: Callable[..., Tensor] = _Product.apply
 
 
+def beside_weight(values: Tensor, base: nn.Linear) -> Tensor:
+    """Values of a change, where its layer's weight is; as they are beside one that has no place yet."""
+    return values if base.weight.is_meta else values.to(base.weight.device)
+
+
 def linear_layers(model: nn.Module, *, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Linear layers by name whose names end so.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shearing.files.tensors import read_header, read_tensors, write_tensors
-from shearing.training.adapters.adapted import AdaptedLinear, linear_layers, put_in_place
+from shearing.training.adapters.adapted import AdaptedLinear, beside_weight, linear_layers, put_in_place
 from shearing.training.adapters.recipe import SalienceName, UnitName
 
 
@@ -34,8 +34,8 @@ class DeltaLinear(AdaptedLinear):
 
     def __init__(self, base: nn.Linear, *, chosen: Tensor) -> None:
         super().__init__(base)
-        self.register_buffer("chosen", chosen, persistent=False)
-        self.speft_deltas = nn.Parameter(torch.zeros(len(chosen)))
+        self.register_buffer("chosen", beside_weight(chosen, base), persistent=False)
+        self.speft_deltas = nn.Parameter(beside_weight(torch.zeros(len(chosen)), base))
 
     @property
     @override

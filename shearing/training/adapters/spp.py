@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from shearing.errors import ShearingError, key
-from shearing.training.adapters.adapted import AdaptedLinear, linear_layers, put_in_place
+from shearing.training.adapters.adapted import AdaptedLinear, beside_weight, linear_layers, put_in_place
 
 
 class ScaledLinear(AdaptedLinear):
@@ -39,8 +39,9 @@ class ScaledLinear(AdaptedLinear):
     def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(base, dropout=dropout)
         bound = 1 / math.sqrt(base.in_features)
-        self.spp_inputs = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound))
-        self.spp_outputs = nn.Parameter(torch.zeros(base.out_features))
+        # Drawn on the CPU: the same numbers wherever the model is.
+        inputs, outputs = torch.empty(rank, base.in_features).uniform_(-bound, bound), torch.zeros(base.out_features)
+        self.spp_inputs, self.spp_outputs = (nn.Parameter(beside_weight(each, base)) for each in (inputs, outputs))
         self._scale = scale
 
     @property

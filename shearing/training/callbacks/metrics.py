@@ -54,6 +54,8 @@ class Metrics(Callback):
         """Open metrics.jsonl and the trackers, on the main process."""
         if self._task.processes.is_main:
             self._file = MetricsLog(self._task.folder / "metrics.jsonl", num_bytes=self._num_bytes)
+            for line in self._file.read():  # of earlier starts
+                self.totals.add(line, tokens=self._tokens_per_step())
             self._trackers = self._task.open_trackers(run.step + 1)
 
     @override

@@ -9,13 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from typing_extensions import override
 
 from shearing.files.durable import read_json
 from shearing.processes.processes import Question
 from shearing.training.checkpoints.checkpoints import FINGERPRINTS, Checkpoints
 from shearing.training.checkpoints.fingerprints import Fingerprints
-from shearing.training.checkpoints.state import on_host, random_states, read_state, set_random_states, write_state
+from shearing.training.checkpoints.state import (
+    on_host,
+    random_states,
+    read_state,
+    seed_random,
+    set_random_states,
+    write_state,
+)
 from shearing.training.engines.held_state import StagedShard
 from shearing.training.task import Callback, Run, StepResult, Task, Unfinished
 
@@ -173,10 +181,13 @@ class SaveCheckpoints(Callback):
                 callback.load_state_dict(state)
             elif callback.name in others:
                 callback.load_state_dict(others[callback.name])
-        # Of more processes than wrote it, those to come begin where others were.
+        # Of more processes than wrote it, those to come draw a seed of their own where others were.
         # A checkpoint of a version that kept the main process's alone has no list.
         states = state["random"] if isinstance(state["random"], list) else [state["random"]]
-        set_random_states(states[task.processes.rank % len(states)])
+        rank = task.processes.rank
+        set_random_states(states[rank % len(states)])
+        if rank >= len(states):
+            seed_random(int(torch.randint(2**31, ())) + rank)
         if (left := state.get("unfinished")) is not None:
             self.unfinished = Unfinished(**left)
         step: int = state["step"]

@@ -23,11 +23,11 @@ class StandardCallbacks:
 
     objective: ObjectiveSteps
     metrics: Metrics
-    non_finite: NonFiniteGuard
     mixture: MixtureUpdates
     validation: Validation
     held_out: HeldOutAtEnd
     stop: StopRequests
+    non_finite: NonFiniteGuard
     checkpoints: SaveCheckpoints
 
     @classmethod
@@ -37,11 +37,11 @@ class StandardCallbacks:
         return cls(
             objective=ObjectiveSteps(task),
             metrics=Metrics(task),
-            non_finite=NonFiniteGuard(most=task.schedule.max_skipped_steps, save=checkpoints.save),
             mixture=MixtureUpdates(task),
             validation=Validation(task.validation, ends=not measure_end),
             held_out=HeldOutAtEnd(wanted=measure_end),
             stop=StopRequests(task.processes),
+            non_finite=NonFiniteGuard(most=task.schedule.max_skipped_steps, save=checkpoints.save),
             checkpoints=checkpoints,
         )
 
@@ -50,12 +50,12 @@ class StandardCallbacks:
         return (
             self.objective,
             self.metrics,
-            self.non_finite,
             self.mixture,
             self.validation,
             self.held_out,
             *others,
             self.stop,
+            self.non_finite,
             self.checkpoints,
         )
 

@@ -45,13 +45,21 @@ class StopRequests(Callback):
     def after_step(self, run: Run, result: StepResult) -> None:
         """Before checkpoints: the step's is written if the run stops; several stop a step after the signal."""
         if run.ends:
-            self._question.answer()  # the run is over anyway, and nothing may be left under way
+            self._question.answer()  # see `after_last_step`; nothing may be left under way
             return
         number = self._ask()
         if number and run.stopping is None:
             run.stopping = signal.Signals(number).name
         if run.stopping:
             self._question.answer()
+
+    def after_last_step(self) -> str | None:
+        """The signal that came too late for any step to hear of it, once the last one is saved; all processes call it.
+
+        What stays to be done, such as writing the model, is begun again by the same command.
+        """
+        number = max(self._ask(), self._question.answer())
+        return signal.Signals(number).name if number else None
 
     def heed(self) -> None:
         """Between two batches of a measurement; all processes call it equally often, and hear a batch later.

@@ -154,14 +154,20 @@ class Checkpoints:
         Damaged ones are reported and passed over; the step they are of will be computed again, and they go behind it.
         """
         processes = self._processes
-        for folder in processes.on_main(self._newest_first):
+        folders = processes.on_main(self._newest_first)
+        for number, folder in enumerate(folders, start=1):
             found = processes.together(partial(damage_of, folder, share=(processes.rank, processes.size)))
             damage = next((said for said in found if said is not None), None)
             if damage is None:
                 return folder
             self._damaged.add(folder)
             if processes.is_main:
-                logger.warning("checkpoint %s is damaged (%s): going back to the one before it", folder, damage)
+                follows = (
+                    "going back to the one before it"
+                    if number < len(folders)
+                    else "no undamaged checkpoint is left, so the stage starts again from its first step"
+                )
+                logger.warning("checkpoint %s is damaged (%s): %s", folder, damage, follows)
         return None
 
     def _clear(self) -> None:

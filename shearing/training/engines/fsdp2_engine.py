@@ -135,7 +135,8 @@ class Fsdp2Engine:
         cut_up(model, passing=False)  # the backward pass begins with what is outside of layers
         self._held = {name: self._held_of(parameter) for name, parameter in model.named_parameters()}
         self._trained = [held for held in self._held.values() if held.cut.requires_grad]
-        trained = [held.own for held in self._trained if held.own.numel()]
+        # AdamW counts steps by a parameter: where this process has no row of any, by an empty one.
+        trained = [held.own for held in self._trained if held.own.numel()] or [self._trained[0].own]
         self._optimizer = adamw(trained, optimization=self._optimization)
         fill_from_files(self._pieces(), by_name, processes=self._processes)
         start_state(self._optimizer)

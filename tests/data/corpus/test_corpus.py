@@ -230,6 +230,15 @@ def test_writer_arguments(tmp_path: Path) -> None:
         writer(tmp_path / "file")
 
 
+def test_a_folder_of_raw_text_is_no_interrupted_corpus(tmp_path: Path) -> None:
+    (tmp_path / "prose").mkdir()
+    with pytest.raises(ShearingError, match=rf"^corpus = '{tmp_path}'(.|\n)*prepare --domain NAME={tmp_path} .* -o"):
+        Corpus.open(tmp_path)
+    (tmp_path / ".preparing-0").mkdir()
+    with pytest.raises(ShearingError, match=rf"^corpus = '{tmp_path}'(.|\n)*continues where it was"):
+        Corpus.open(tmp_path)
+
+
 def test_tokenizer_fingerprint_notices_vocabulary_and_splitting() -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast

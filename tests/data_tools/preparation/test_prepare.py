@@ -319,6 +319,14 @@ def test_command_with_options_and_with_a_recipe(letters: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "1 empty" in result.output
+    assert "\n2 domains, 2 files, " in f"\n{result.output}"
+    output = tmp_path / "one"
+    following = f"look into it: shear data inspect {output}; train on it: data.corpus={output}\n"
+    assert result.output.endswith(f"{output} is complete; {following}")
+    result = CliRunner().invoke(app, [*command, "-o", str(output)], env={"COLUMNS": "80"})
+    assert result.output.endswith(f"{output} is complete already; {following}")
+    for heading in ("documents", "training", "validation", "test", "bytes", "duplicates", "left out"):
+        assert f" {heading}" in result.output
     recipe = tmp_path / "texts.yaml"
     recipe.write_text(
         json.dumps(
@@ -520,12 +528,36 @@ def test_a_domain_that_was_deleted_is_no_longer_of_the_corpus(prepared: Prepared
     under_way = corpus.path / f"{PREFIX}other"
     under_way.mkdir()
     (under_way / "plan.json").write_text('{"domains": ["b"]}')
-    with pytest.raises(ShearingError, match="prepare the domain again"):
+    with pytest.raises(ShearingError, match="type the command that made it"):
         prepared({"a": str(a)})
     shutil.rmtree(under_way)
     assert prepared({"a": str(a)}).domains == ["a"]
     assert Corpus.open(corpus.path).domains == ["a"]
     assert prepared({"a": str(a), "b": str(b)}).domains == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["a file is gone", "the manifest is cut off"])
+def test_a_damaged_domain_is_whole_again_as_the_error_says(prepared: Prepared, tmp_path: Path, damage: str) -> None:
+    texts = {name: str(write_lines(tmp_path / f"{name}.jsonl", [f"{name}{text}" for text in TEXTS])) for name in "ab"}
+    corpus = prepared(texts)
+    folder = corpus.path / "b"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if damage == "a file is gone":
+        (folder / "train.bin").unlink()
+    else:
+        (folder / "manifest.json").write_bytes(before["manifest.json"][:10])
+    with pytest.raises(ShearingError, match=f"remove {folder}, then type the command that made it"):
+        prepared(texts)
+    shutil.rmtree(folder)
+    assert prepared(texts).domains == ["a", "b"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_is_no_folder_for_a_corpus(prepared: Prepared, tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "corpus").touch()
+    with pytest.raises(ShearingError, match=rf"^output = '{tmp_path}/corpus'\n.*\(File exists\)"):
+        prepared({"a": str(lines)})
 
 
 def test_a_domain_that_is_published_while_one_looks_is_no_newcomer(

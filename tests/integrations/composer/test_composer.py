@@ -162,3 +162,18 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None
     state.precision, state.fsdp_enabled = Precision.FP32, True
     with pytest.raises(ShearingError, match="fsdp"):
         algorithm.check(state, logger)
+    state.batch, state.device_train_microbatch_size = {"input_ids": torch.zeros(4, 8)}, 4
+    algorithm.start_batch(state, logger)
+    with pytest.raises(ShearingError, match="each a multiple of the micro-batch of 4"):
+        algorithm.start_attempt(state, logger)
+    state.device_train_microbatch_size = 2
+    algorithm.start_attempt(state, logger)
+
+
+def test_a_fit_that_ends_early_leaves_the_masks_that_are_cut(tiny_inputs: Path) -> None:
+    _, masking = tasks.masked_objective(tiny_inputs)
+    algorithm, nothing = LearnMasks(masking), None
+    algorithm.end(nothing, nothing)
+    algorithm.settle(nothing, nothing)  # of evaluators behind the fit
+    for name, mask in masking.learner.final_masks().tensors().items():
+        assert torch.equal(masking.model.masks.tensors()[name], mask), name

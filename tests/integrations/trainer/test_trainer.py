@@ -61,15 +61,18 @@ def _trainer(
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=tasks.STEPS,
         per_device_train_batch_size=tasks.MICRO_BATCH,
-        gradient_accumulation_steps=tasks.SEQUENCES // tasks.MICRO_BATCH,
         max_grad_norm=tasks.CLIPPING,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        **{"save_strategy": "no", **settings},
+        **{
+            "max_steps": tasks.STEPS,
+            "gradient_accumulation_steps": tasks.SEQUENCES // tasks.MICRO_BATCH,
+            "save_strategy": "no",
+            **settings,
+        },
     )
     learn = LearnMasks(masking)
     trainer = Trainer(
@@ -229,6 +232,30 @@ def test_what_is_measured_before_the_first_step_is_without_noise(tiny_inputs: Pa
             assert torch.equal(weights[name], weight), name
 
 
+def test_what_a_failed_attempt_leaves_is_forgotten(tiny_inputs: Path, tmp_path: Path) -> None:
+    """As under `auto_find_batch_size`, which begins training anew with gradients of the step that had no room."""
+    ends = []
+    for failed in (False, True):
+        trainer, learn = _trainer(tiny_inputs, tmp_path, max_steps=1)
+        if failed:
+            for parameter in learn.masking.learner.parameters():
+                parameter.grad = torch.full_like(parameter, 100.0)
+        trainer.train()
+        ends.append({name: value.clone() for name, value in learn.masking.state_dict()["log_alpha"].items()})
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value), name
+
+
+def test_a_run_that_ends_early_leaves_the_masks_that_are_cut(tiny_inputs: Path, tmp_path: Path) -> None:
+    tokens_BT = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2).tokens
+    trainer, learn = _trainer(tiny_inputs, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.model.eval()
+    with torch.no_grad():
+        left = trainer.model(input_ids=tokens_BT).logits
+        torch.testing.assert_close(left, learn.masking.cut()(input_ids=tokens_BT).logits)
+
+
 def test_one_worker_deals_the_sequence_and_two_are_refused(tiny_inputs: Path) -> None:
     mixture = tasks.mixture_of(tiny_inputs)
     rows = MixtureRows(mixture)
@@ -251,6 +278,9 @@ def test_what_is_not_right_is_refused(tiny_inputs: Path, tmp_path: Path) -> None
     trainer.args.fp16, trainer.args.deepspeed = False, {}
     with pytest.raises(ShearingError, match="shear run"):
         learn.on_train_begin(trainer.args, trainer.state, trainer.control)
+    with pytest.raises(ShearingError, match="batch of 2 sequences") as raised:
+        _trainer(tiny_inputs, tmp_path, gradient_accumulation_steps=1)[0].train()
+    assert raised.value.field == "mask_draws"
     best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "evaluated": []}
     with pytest.raises(ShearingError, match="the least pruned") as raised:
         _trainer(tiny_inputs, tmp_path, **best)[0].train()

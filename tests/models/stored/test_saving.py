@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shearing.errors import ShearingError
+from shearing.models.loading import load_source
 from shearing.models.stored.saving import save_model, write_model
 from tests.models.tiny import CONFIGS, tiny_model
 
@@ -42,6 +44,17 @@ def test_a_model_like_another_has_its_tokenizer(tiny_inputs: Path, tmp_path: Pat
     assert (tmp_path / "small" / tokenizer).read_bytes() == (tiny_inputs / "model" / tokenizer).read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_reader_keeps_keys_and_values_as_the_source_says(tiny_inputs: Path, tmp_path: Path, said: bool) -> None:
+    shutil.copytree(tiny_inputs / "model", source := tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "use_cache": said}))
+    model = load_source(str(source))
+    save_model(model, tmp_path / "small", like=str(source))
+    assert model.config.use_cache is False
+    assert AutoConfig.from_pretrained(tmp_path / "small").use_cache is said
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -115,7 +115,8 @@ def test_the_command_writes_a_model_that_any_reader_opens(tiny_inputs: Path, tmp
     arguments += ["--calibration", str(tiny_inputs / "corpus"), "--samples", "4", "--seqlen", "16"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    assert "6 experts of 8 units, 6 active" in result.output
+    assert f"{output} is written: 6 experts of 8 units, 6 active" in result.output
+    assert f"model.source={output}" in result.output
     mixture = AutoModelForCausalLM.from_pretrained(output)
     dense = AutoModelForCausalLM.from_pretrained(tiny_inputs / "model")
     assert type(mixture).__name__ == "MixtralForCausalLM"

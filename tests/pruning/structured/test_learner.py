@@ -375,6 +375,12 @@ def test_resuming_is_exact(estimator):
     assert not torch.equal(whole.log_alpha["hidden"], learner(scores=scores, estimator=estimator).log_alpha["hidden"])
 
 
+def test_scores_that_lack_what_is_masked_are_refused():
+    scores = {name: random_scores(SOURCE, seed=0)[name] for name in ("query_heads", "intermediate")}
+    with pytest.raises(ShearingError, match="also of layers, kv_groups, hidden"):
+        learner(scores=scores)
+
+
 def test_sizes_that_no_granularity_can_shrink_are_refused():
     with pytest.raises(ShearingError, match="hidden_size"):
         learner(granularities=["layers", "kv_groups", "query_heads", "intermediate"])

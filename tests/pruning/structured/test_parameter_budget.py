@@ -8,10 +8,16 @@ import pytest
 import torch
 
 from shearing.errors import ShearingError
-from shearing.models.shape import Shape, export_error
+from shearing.models.recipe import TargetRecipe
+from shearing.models.shape import Shape, export_error, resolve_target
 from shearing.pruning.structured.granularities import granularities_of, smallest_shape
 from shearing.pruning.structured.importance.chance import random_scores
-from shearing.pruning.structured.parameter_budget import ParameterBudget, round_to_budget, uniform_shape
+from shearing.pruning.structured.parameter_budget import (
+    ParameterBudget,
+    round_to_budget,
+    shape_or_budget,
+    uniform_shape,
+)
 from tests.models.tiny import CONFIGS, tiny_model
 
 SOURCE = dataclasses.replace(
@@ -29,6 +35,19 @@ def uniform(granularities: list[str], *, parameters: int, seed: int = 0, source:
     )
     budget = ParameterBudget(parameters, uniform=True, accepts=accepts or (lambda shape: True))
     return uniform_shape(masks, source=source, budget=budget)
+
+
+def test_a_target_is_a_shape_or_a_budget():
+    config = CONFIGS["llama"]()
+    sizes = TargetRecipe(hidden_size=24)
+    assert shape_or_budget(sizes, source=config) == resolve_target(sizes, source=config)
+    found = shape_or_budget(TargetRecipe(parameters=15_000, uniform=True, multiple_of=4), source=config)
+    assert isinstance(found, ParameterBudget)
+    assert (found.parameters, found.uniform, found.multiple_of) == (15_000, True, 4)
+    assert found.accepts(Shape.of(config))
+    assert not found.accepts(dataclasses.replace(Shape.of(config), num_attention_heads=5))
+    with pytest.raises(ShearingError, match="either a budget or sizes"):
+        shape_or_budget(TargetRecipe(parameters=15_000, hidden_size=24), source=config)
 
 
 @pytest.mark.parametrize("granularities", [["kv_groups"], ["layers", "kv_groups"], ["sublayers", "kv_groups"]])

@@ -12,7 +12,9 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
+from shearing.cli import app
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
@@ -194,6 +196,10 @@ def test_a_cascade_may_be_moved(tiny_inputs: Path, tmp_path: Path) -> None:
     for way in ("evaluated", "continued"):
         done.path.rename(here.path)
         trained = models()
+        there = [str(here.recipe), f"run_dir={here.path}"]
+        for command in (["plan"], ["config", "check"]):
+            said = CliRunner().invoke(app, [*command, *there], env={"COLUMNS": "120"})
+            assert said.exit_code == 0, said.output
         if way == "evaluated":
             here.evaluation.unlink()
             run(load_recipe(here.recipe, overrides=[f"run_dir={here.path}"]), stages=["evaluate"])

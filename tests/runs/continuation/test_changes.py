@@ -163,7 +163,10 @@ def test_it_ends_in_a_decay_where_it_is(own: RunDirectory) -> None:
         (["pretrain.batch_size=4"], r"^pretrain\.batch_size = '4 sequences'\n  allowed: 2 sequences"),
         (["model.source=other"], r"^model\.source"),
         (["mixture.update=constant", "pretrain.lora={}"], r"mixture\.update = 'constant'(.|\n)*pretrain\.lora"),
-        (["pretrain.learning_rate=3e-4"], r"before step 7, its end(.|\n)*pretrain\.duration='14 steps'"),
+        (
+            ["pretrain.learning_rate=3e-4"],
+            r"newest checkpoint: it is of step 7, and(.|\n)*pretrain\.duration='14 steps'",
+        ),
         (["run_dir=elsewhere", "pretrain.duration=9"], "run_dir"),
     ],
 )
@@ -224,14 +227,35 @@ def test_no_step_is_computed_again_with_other_keys(own: RunDirectory) -> None:
         run(load_recipe(own.recipe), stages=["pretrain"])
 
 
+def test_a_damaged_checkpoint_is_said_to_be_one(own: RunDirectory) -> None:
+    for checkpoint in checkpoints_in(own.checkpoints("pretrain")).values():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(
+        ShearingError, match=r"undamaged checkpoint; those of continued pretraining are of steps 6, 7\n"
+    ):
+        change(own, overrides=["pretrain.duration=9"])
+
+
 def test_the_run_says_what_changed(own: RunDirectory) -> None:
+    first = load_recipe(own.recipe)
     ours = load_recipe(own.recipe, overrides=["pretrain.duration=9"])
     with pytest.raises(ShearingError, match=rf"shear extend {own.path} 'pretrain\.duration=9 steps'"):
         run(ours, stages=["pretrain"])
+    with pytest.raises(ShearingError, match=r"learning_rate=0\.0003 'pretrain\.duration=14 steps'$"):
+        run(load_recipe(own.recipe, overrides=["pretrain.learning_rate=3e-4"]), stages=["pretrain"])
+    with pytest.raises(ShearingError, match=r"to continue that run$"):
+        run(load_recipe(own.recipe, overrides=["pretrain.duration=6"]), stages=["pretrain"])
     said = CliRunner().invoke(app, ["extend", str(own.path), "pretrain.duration=9"])
-    assert said.stdout == f"{own.path}: step 7 of 9 of pretrain; it goes on by\nshear run {own.path}/recipe.yaml\n"
+    assert (
+        said.stdout
+        == f"{own.path}: step 7 of 9 of pretrain; it goes on by its own recipe\nshear run {own.path}/recipe.yaml\n"
+    )
     report(own)
     assert "pretrain.duration from 7 steps to 9 steps" in own.report.read_text()
+    with pytest.raises(
+        ShearingError, match=rf"by its own recipe: shear run {own.recipe}; to change more of it: shear extend"
+    ):
+        run(first, stages=["pretrain"])
     run(ours, stages=["pretrain"])
     asked = CliRunner().invoke(app, ["extend", str(own.path), "--from", "6"])
     assert "--from" in asked.output

@@ -175,6 +175,20 @@ def test_a_weight_that_falls_with_the_length_of_the_run_is_refused(trained: RunD
             assert extend(old, to=tmp_path / "new", decay=Duration(steps=4)).step == 8
 
 
+def test_a_weight_that_follows_the_height_of_another_schedule_is_refused(trained: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "old")
+    old = RunDirectory(tmp_path / "old")
+    data = load_recipe(old.recipe).model_dump()
+    data["pretrain"] |= {"schedule": "cosine", "final_learning_rate": 1.0}  # a rate that no length changes
+    for schedule in ("learning_rate", "constant"):
+        old.recipe.write_text(Recipe.model_validate(data | {"distill": {"schedule": schedule}}).to_yaml())
+        if schedule == "learning_rate":
+            with pytest.raises(ShearingError, match="RUN_DIR"):
+                extend(old, to=tmp_path / "new", overrides=["pretrain.duration=20"])
+        else:
+            assert extend(old, to=tmp_path / "new", overrides=["pretrain.duration=20"]).step > 3
+
+
 def test_folders_that_cannot_be_are_refused(trained: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ShearingError, match="NEW_DIR"):
         extend(trained, to=trained.path, decay=Duration(steps=1))
@@ -198,7 +212,8 @@ def test_the_command_says_how_it_goes_on(trained: RunDirectory, tmp_path: Path) 
     said = CliRunner().invoke(app, ["extend", str(trained.path), str(new), "name=branch", "--decay", "2 steps"])
     assert said.exit_code == 0
     assert said.stdout == (
-        f"{new}: step 8 of 10 of pretrain, from {trained.path}; it goes on by\nshear run {new}/recipe.yaml\n"
+        f"{new}: step 8 of 10 of pretrain, from {trained.path}; it goes on by its own recipe\n"
+        f"shear run {new}/recipe.yaml\n"
     )
     assert load_recipe(new / "recipe.yaml").name == "branch"
 

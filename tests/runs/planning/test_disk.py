@@ -96,7 +96,10 @@ def test_a_budget_and_one_shot_sparsity_are_counted(tiny_recipe: Path) -> None:
     assert made.working == working_of(obs, shape=target)
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(render(made))
-    assert re.search("writes two models, and keeps .* of 31 levels to choose from meanwhile", console.export_text())
+    said = "it holds the model on one GPU, writes two models, and keeps .* of 31 levels to choose from meanwhile"
+    assert re.search(said, console.export_text())
+    # Once it is complete, only what is still to come is wanted.
+    assert run_bytes(obs, source=source, target=target, complete=["prune", "compact", "sparsify"]) == after
     on_disk, in_memory = (
         load_recipe(tiny_recipe, overrides=[f"sparsify={{criterion: wanda, pattern: '2:4', {text}, offload: {each}}}"])
         for each in ("disk", "cpu")

@@ -339,6 +339,10 @@ def test_phases_are_those_of_the_run(llama: str) -> None:
     # Embedding, head, final norm and a layer: no process loads more where weights are shared out, or kept in bf16.
     assert found["prune: load"].memory == 4 * (2 * 32000 * 4096 + 4096 + 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     assert found["prune: a checkpoint"].disk == 12 * 6_738_415_616
+    # Every tenth of the steps, or every half an hour.
+    hours = {stage.stage: (stage.seconds or 0) / 3600 for stage in made.stages}
+    assert found["prune: a checkpoint"].times == max(10, int(2 * hours["prune"]))
+    assert found["pretrain: a checkpoint"].times == int(2 * hours["pretrain"]) > 10
     assert found["prune: refit"].disk == made.refitted == 4 * 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     rotated = overridden(recipe, overrides=["prune.rotate=pca"])
     first, *rest = phases(rotated, made=planned(rotated))

@@ -91,6 +91,18 @@ def test_what_held_out_losses_cost_is_said_with_what_makes_it_less(tiny_recipe: 
     )
     assert plan.training[1].heldout_share == 0
     assert "held-out losses add" not in said
+    # What counts there is the measurement of the end, and in pretraining looks that nothing follows.
+    _, plan, _ = plan_of(
+        tiny_recipe,
+        "mixture.update=constant",
+        "mixture.heldout_tokens=64",
+        "prune.validation_interval=null",
+        "pretrain.validation_interval=1 step",
+    )
+    assert [stage.lower for stage in plan.training] == [
+        "a smaller mixture.heldout_tokens (now 64)",
+        "a longer pretrain.validation_interval (now 1 steps)",
+    ]
 
 
 def test_what_is_not_for_a_family_is_said_before_a_run_starts(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch):
@@ -159,6 +171,10 @@ def test_what_is_known_without_text_is_said_beside_the_one_error(tiny_recipe: Pa
     assert f"{plan.target.num_parameters():,}" in result.stdout
     assert "text: not known" in result.stdout
     assert "error: data.corpus" in result.stderr
+    (tiny_recipe.parent / "prose").mkdir()
+    there = shear("config", "check", tiny_recipe, f"data.corpus={tiny_recipe.parent / 'prose'}")
+    assert "error: data.corpus" in there.stderr
+    assert "text: not known" not in there.stdout
     # What is wrong besides comes first, and nothing is planned on it.
     plan, errors = survey(RunContext(load_recipe(tiny_recipe, overrides=[absent, "target.hidden_size=4096"])))
     assert plan is None

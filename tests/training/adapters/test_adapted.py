@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from shearing.errors import ShearingError
 from shearing.training.adapters.adapted import adapted_layers, merge_in_place
 from shearing.training.adapters.layers import adapters_by_layer, weakened
-from shearing.training.adapters.speft import add_deltas, choose, saliences
-from shearing.training.adapters.spp import add_factors
+from shearing.training.adapters.speft import DeltaLinear, add_deltas, choose, saliences
+from shearing.training.adapters.spp import ScaledLinear, add_factors
 from tests.models.tiny import tiny_ids, tiny_model
 from tests.training.adapters.test_lora import FAMILIES, sparse_model, train
 
@@ -27,6 +28,15 @@ def adapt(model: PreTrainedModel, masks: dict[str, Tensor], kind: str, *, dropou
         chosen_in = {name: model.get_parameter(name) for name in masks if name.split(".")[-2] in TARGETS}
         scores = saliences(chosen_in, losses=(), kind="magnitude")  # type: ignore[arg-type]
         add_deltas(model, chosen=choose(scores, kept=masks.get, share=0.1))
+
+
+def test_changes_are_where_the_weight_is() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as on a GPU, which need not be there
+        base = nn.Linear(6, 8, bias=False, device="meta")
+        base.weight = nn.Parameter(torch.empty(8, 6, device="cuda"))
+        layers = ScaledLinear(base, rank=2, scale=2.0), DeltaLinear(base, chosen=torch.arange(3))
+    for layer in layers:
+        assert {each.device.type for each in (*layer.parameters(), *layer.buffers())} == {"cuda"}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

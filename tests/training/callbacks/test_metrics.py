@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from shearing.training.callbacks.metrics import Metrics
 from shearing.training.task import StepResult
+from shearing.training.trackers import Trackers
 
 
 class _Others:
@@ -73,3 +77,27 @@ def test_the_largest_loss_is_a_mean_over_the_labels_of_its_process() -> None:
     assert unlike["loss_max"] == pytest.approx(3.0)
     without = _line([_of_process([60.0, 0.0], [30, 0], of=30), _of_process([0.0, 0.0], [0, 0], of=30)])
     assert without["loss_max"] == pytest.approx(2.0)
+
+
+def test_totals_are_of_all_starts_of_a_stage(tmp_path: Path) -> None:
+    line = {"seconds": 2.0, "data_wait": 0.5, "skipped": 1, "loss": 3.0, "max_memory": 7, "mfu": None}
+    lines = [line, {"event": "mixture", "seconds": 4.0}, {**line, "loss": None}]
+    earlier = "".join(f"{json.dumps(each)}\n" for each in lines)
+    (tmp_path / "metrics.jsonl").write_text(f"{earlier}{json.dumps(line)}\n")  # the last is computed again
+    task: Any = SimpleNamespace(
+        processes=SimpleNamespace(is_main=True),
+        folder=tmp_path,
+        open_trackers=lambda _: Trackers({}),
+        schedule=SimpleNamespace(sequences_per_step=2),
+        mixture=SimpleNamespace(sequence_length=16),
+    )
+    metrics = Metrics(task)
+    metrics.load_state_dict({"skipped": 1, "metrics_bytes": len(earlier)})
+    run: Any = SimpleNamespace(step=2, display=SimpleNamespace(show=lambda _: None))
+    metrics.start(run)
+    metrics.log(run, {**line, "loss": 2.0})
+    metrics.close()
+    found = metrics.totals
+    assert (found.seconds, found.heldout_seconds, found.data_wait) == (6.0, 4.0, 1.5)
+    assert (found.tokens, found.skipped, found.peak_memory) == (96, 1, 7)
+    assert found.losses == pytest.approx([3.0, math.nan, 2.0], nan_ok=True)

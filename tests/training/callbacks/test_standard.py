@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -301,7 +303,7 @@ def test_skipped_steps_in_a_row_are_counted_over_reports_and_resumes(tiny_inputs
     saved: list[Run] = []
     guard = NonFiniteGuard(most=3, save=saved.append)
     task = tasks.tiny_task(tiny_inputs, tmp_path)
-    run: Any = type("AnyRun", (), {"task": task, "step": 9})()
+    run: Any = type("AnyRun", (), {"task": task, "step": 9, "ends": False})()
     for skipped in (0, 1, 2, 2, 3):  # two in a row, a good one, one more
         guard.log(run, {"skipped": skipped})
     guard.log(run, {"event": "mixture"})
@@ -311,10 +313,40 @@ def test_skipped_steps_in_a_row_are_counted_over_reports_and_resumes(tiny_inputs
     later.load_state_dict({"skipped": 3, "skipped_in_row": 1})
     for skipped in (4, 5, 5):
         later.log(run, {"skipped": skipped})
-    with pytest.raises(ShearingError, match="not finite in 3 steps in a row"):
-        later.report(run)
+    later.report(run)
+    assert saved == []  # the step is not over
+    result: Any = None
+    with pytest.raises(ShearingError, match=r"not finite in 3 steps in a row[\s\S]*tries the steps that follow"):
+        later.after_step(run, result)
     assert saved == [run]
     assert later.state_dict() == {"skipped_in_row": 0}
+    later.after_step(run, result)
+    # Behind the last step the last checkpoint is there already, and nothing follows.
+    for skipped in (6, 7, 8):
+        later.log(run, {"skipped": skipped})
+    later.report(run)
+    run.ends = True
+    later.after_step(run, result)
+    with pytest.raises(ShearingError, match=r"not finite in 3 steps in a row[\s\S]*ends the stage"):
+        later.end(run)
+    assert saved == [run]
+
+
+def test_a_signal_behind_the_last_step_is_heard(tiny_inputs: Path, tmp_path: Path) -> None:
+    class Late(Listener):
+        def end(self, run: Run) -> None:
+            super().end(run)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    _train(tiny_inputs, whole)
+    with pytest.raises(Interrupted):
+        _train(tiny_inputs, stopped, Late())
+    again = Listener()
+    _train(tiny_inputs, stopped, again)
+    assert again.heard == [("open", -1), ("start", tasks.STEPS), ("end", tasks.STEPS), ("close", -1)]
+    assert _lines(stopped) == _lines(whole)
+    assert _state(stopped) == _state(whole)
 
 
 def test_losses_on_the_way_are_of_the_size_of_their_step(

@@ -126,8 +126,19 @@ def test_damage_falls_back_with_a_warning(tmp_path: Path, damage: str, caplog: p
     with caplog.at_level(logging.WARNING):
         assert _value(checkpoints.newest()) == 1
     assert "step-00000002 is damaged" in caplog.text
+    assert "going back to the one before it" in caplog.text
     checkpoints.save(step=2, write=_write(22))
     assert _value(checkpoints.newest()) == 22
+
+
+def test_that_no_checkpoint_is_left_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2):
+        (checkpoints.save(step=step, write=_write(step)) / "manifest.json").unlink()
+    assert checkpoints.newest() is None
+    said = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+    assert said[0] == "going back to the one before it"
+    assert said[1] == "no undamaged checkpoint is left, so the stage starts again from its first step"
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])

@@ -53,6 +53,7 @@ class Activations:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Activations`."""
+        evidence.require_text()
         with ActivationRecorder.listening(model) as recorder:
             for _ in last_states(model, (share.inputs.keywords() for share in evidence.own)):
                 advance(1)

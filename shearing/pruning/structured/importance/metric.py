@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError, key
 from shearing.models.shape import Shape
 from shearing.processes.processes import Processes
 from shearing.pruning.calibration.shares import Share, shares_of
@@ -53,6 +54,20 @@ class Evidence:
     def text_tokens(self) -> int:
         """Tokens of the text."""
         return sum(batch.tokens.numel() for batch in self.text)
+
+    def require_text(self) -> None:
+        """Check that there is text, on this process or another.
+
+        Raises:
+            ShearingError: there is none.
+        """
+        if not self.text_tokens:
+            raise ShearingError(
+                "calibration_tokens",
+                value="no text",
+                allowed="calibration text for a metric that reads some (`MetricFacts.reads_text`)",
+                mend=f"give it some, as `Evidence(text=…)` or by {key('calibration_tokens')}; or choose magnitude",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +113,8 @@ class Metric(Protocol):
             model: plain model, on any device, whole or with weights that come on demand; left as it is.
             evidence: what else there is to go by.
             advance: for progress, see `units_of_work`.
+
+        Raises:
+            ShearingError: there is no text, or no label in it, for a metric that reads some.
         """
         ...

@@ -187,6 +187,7 @@ class Reconstruction:
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """See `Reconstruction`."""
+        evidence.require_text()
         source, family = Shape.of(model.config), anatomy_of(model)
         processes, layers = evidence.processes, decoder_layers(model)
         of_units = family.mlp.experts is None

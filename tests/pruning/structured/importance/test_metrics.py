@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shearing.data.documents import Inputs
+from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.activations import Activations
@@ -45,6 +46,15 @@ def test_every_metric_scores_every_unit_of_every_family(name: str, family: str) 
     _, selection = select({**rest, **scores}, source=source, target=target)
     assert selection.shape(source) == target
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, facts in METRICS.items() if facts.reads_text])
+def test_a_metric_that_reads_text_scores_nothing_without_any(name: str) -> None:
+    model = tiny_model()
+    target = dataclasses.replace(Shape.of(model.config), num_hidden_layers=2)
+    with pytest.raises(ShearingError) as raised:
+        metric_of(name).scores(model, evidence=Evidence(target=target))
+    assert raised.value.field == "calibration_tokens"
 
 
 def test_recipes_take_the_names_of_the_registry() -> None:

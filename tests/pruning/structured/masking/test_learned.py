@@ -13,8 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from shearing.errors import ShearingError
 from shearing.models.loading import load_source
 from shearing.models.shape import Shape
+from shearing.pruning.structured.masking import Masking
 from shearing.pruning.structured.recipe import PruneRecipe
 from shearing.training.loop import train
 from tests.repository import ROOT
@@ -81,7 +83,7 @@ def test_gradients_of_masks_that_are_not_finite_skip_the_step(estimator: str, mo
     batch = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2)
     states = [copy.deepcopy(masking.state_dict())]
     for spoilt in (False, True):
-        masking.draw(step=1)
+        masking.draw(step=1, of=tasks.SEQUENCES)
         objective(batch.tokens).total.backward()
         masking.after_backward(step=1)
         gradient = masking.learner.log_alpha["hidden"].grad
@@ -95,6 +97,45 @@ def test_gradients_of_masks_that_are_not_finite_skip_the_step(estimator: str, mo
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     for name, value in before[moves].items():
         assert not torch.equal(value, start[moves][name]), name
+
+
+@pytest.mark.parametrize("way", ["staged", "gradual"])
+def test_ways_that_learn_no_masks_are_refused_and_named(way: str, tiny_inputs: Path) -> None:
+    model = load_source(str(tiny_inputs / "model"), device=tasks.CPU, dtype=torch.float32)
+    stage = PruneRecipe.model_validate({"duration": "6 steps", "batch_size": "2 sequences", "masks": way})
+    target = dataclasses.replace(Shape.of(model.config), hidden_size=16)
+    with pytest.raises(ShearingError, match=rf"{way.title()}Removal\(MaskedModel\(model\)") as raised:
+        Masking.of(model, stage, target=target, tokens_per_step=32)
+    assert raised.value.field == "masks"
+
+
+def test_shares_that_micro_batches_do_not_fit_are_refused(tiny_inputs: Path) -> None:
+    _, masking = tasks.masked_objective(tiny_inputs)
+    assert masking.draws == 2
+    with pytest.raises(ShearingError, match=r"which is said to have 1 \(`of`\)"):
+        masking.draw(step=0)
+    masking.require_shares(sequences=4, micro_batch_size=2)
+    for sequences, size in ((3, 1), (4, 4), (12, 4)):
+        with pytest.raises(ShearingError, match=f"micro-batch of {size}"):
+            masking.require_shares(sequences=sequences, micro_batch_size=size)
+    dataclasses.replace(masking, draws=1).require_shares(sequences=3, micro_batch_size=2)
+
+
+def test_a_loop_that_ends_early_settles_on_what_is_cut(tiny_inputs: Path) -> None:
+    objective, masking = tasks.masked_objective(tiny_inputs)
+    batch = tasks.mixture_of(tiny_inputs).batch(first_sample=0, num_sequences=2)
+    losses = []
+    for step in (1, None):
+        masking.settle(step=step)
+        losses.append(objective(batch.tokens).total.detach())
+    labels = batch.tokens[:, 1:].numel()
+    cut = masking.cut()(input_ids=batch.tokens, labels=batch.tokens).loss.detach() * labels
+    assert abs(losses[0] - cut) > 1e-2
+    torch.testing.assert_close(losses[1], cut)
+    with pytest.raises(ShearingError, match="taken off"):
+        masking.draw(step=0, of=2)
+    with pytest.raises(ShearingError, match="taken off"):
+        masking.settle()
 
 
 def test_the_loop_that_the_documents_show(tiny_inputs: Path) -> None:

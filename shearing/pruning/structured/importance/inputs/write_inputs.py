@@ -104,6 +104,7 @@ class WriteInputMetric(ABC):
         self, model: PreTrainedModel, *, evidence: Evidence, advance: Callable[[int], None] = lambda _: None
     ) -> Scores:
         """A head's score is the mean over its channels, a group's the mean over its heads."""
+        evidence.require_text()
         source, family = Shape.of(model.config), anatomy_of(model)
         text = [share.inputs for share in evidence.own]
         found = write_inputs(model, text, needs=self._needs, advance=advance, processes=evidence.processes)
