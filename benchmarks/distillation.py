@@ -40,7 +40,7 @@ from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
 from shearing.runs.planning.hardware import forward_flops_per_token, training_flops_per_token
-from shearing.runs.race.summary import paired
+from shearing.runs.race.results.summary import paired
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.stages.compact import compact
 from shearing.runs.stages.pretrain import pretrain

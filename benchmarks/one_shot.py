@@ -25,12 +25,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import threading
@@ -45,6 +43,20 @@ import torch
 import transformers
 from distillation import quick_inputs
 from kept import require_settings
+from one_shot_rows import (
+    DENSE,
+    ORDERINGS,
+    PATTERNS,
+    SHARED_OUT,
+    SPARSEGPT,
+    WANDA,
+    Cell,
+    best_of,
+    markdown_of,
+    mean_of,
+    orderings,
+    shared_out,
+)
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,80 +74,10 @@ from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.reconstruction.facts import RECONSTRUCTIONS
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import read_manifest
-from shearing.runs.race.summary import paired
 
 # The server imports everything once; each measurement is a fork of it that has computed nothing yet.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["shearing.pruning.sparse.one_shot", "shearing.evaluation.heldout", "transformers"])
-
-PATTERNS: dict[str, dict[str, Any]] = {
-    "50%": {"sparsity": 0.5},
-    "60%": {"sparsity": 0.6},
-    "2:4": {"pattern": "2:4"},
-    "4:8": {"pattern": "4:8"},
-    "62.5% of N:8": {"sparsity": 0.625, "levels": [f"{kept}:8" for kept in range(1, 9)]},
-}
-SHARED_OUT = "62.5% of N:8"
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One sparse model.
-
-    Attributes:
-        criterion, reconstruction, allocation: as recipes say them; `dense` is the model as it is.
-        pattern: a name in `PATTERNS`.
-        seed: draws the calibration text.
-    """
-
-    criterion: str
-    reconstruction: str
-    pattern: str
-    seed: int = 0
-    allocation: str = "uniform"
-
-    @property
-    def method(self) -> str:
-        """What tables call it."""
-        if self.criterion == DENSE:
-            return DENSE
-        shared = [] if self.allocation == "uniform" else [self.allocation]
-        return " + ".join([self.criterion, *shared, *([] if self.reconstruction == "none" else [self.reconstruction])])
-
-
-@dataclass(frozen=True)
-class Ordering:
-    """Two methods of which one was published to be better at a pattern.
-
-    Attributes:
-        better, worse: criterion and reconstruction.
-        patterns: where.
-        source: of the claim.
-    """
-
-    better: tuple[str, str]
-    worse: tuple[str, str]
-    patterns: tuple[str, ...]
-    source: str
-
-
-WANDA, SPARSEGPT = ("wanda", "none"), ("sparsegpt", "obs")
-# Weights compete as in the codes released with a method (recipe key `group`, unset). DSnoT refines every matrix here;
-# its code leaves those of MLPs as they are unless told otherwise.
-ORDERINGS = (
-    Ordering(WANDA, ("magnitude", "none"), ("50%", "2:4", "4:8"), "2306.11695"),
-    Ordering(SPARSEGPT, WANDA, ("2:4",), "2306.11695"),
-    Ordering(WANDA, SPARSEGPT, ("50%",), "2306.11695, Llama-2"),
-    Ordering(("wanda", "dsnot"), WANDA, ("60%",), "2310.08915"),
-    Ordering(("magnitude", "dsnot"), ("magnitude", "none"), ("60%",), "2310.08915"),
-    Ordering(("wanda", "admm_gradual"), SPARSEGPT, ("50%", "2:4"), "2401.02938"),
-    Ordering(("ria", "none"), WANDA, ("50%", "2:4"), "RIA, Llama-3-8B"),
-    Ordering(("gblm", "none"), WANDA, ("50%", "2:4"), "2311.04902"),
-    Ordering(("isc", "obs"), SPARSEGPT, ("50%",), "2310.09499"),
-    Ordering(("sparsegpt", "closed_form"), SPARSEGPT, ("50%", "2:4"), "2410.15567"),
-    Ordering(("wanda", "alps"), SPARSEGPT, ("60%", "2:4"), "2406.07831"),
-)
 
 
 @dataclass(frozen=True)
@@ -212,7 +154,7 @@ class Bench:
             shutil.rmtree(self.output / "sparse", ignore_errors=True)
             row = _in_process(measure, self.recipe_of(cell), cell, self.model, self.corpora, self.sizes)
             write_json(path, {**asdict(cell), **row})
-            said = f"validation {_mean(row['validation']):.4f}, {row.get('seconds', 0.0):.1f} s"
+            said = f"validation {mean_of(row['validation']):.4f}, {row.get('seconds', 0.0):.1f} s"
             self.console.print(f"{cell.method} {cell.pattern}, draw {cell.seed}: {said}", soft_wrap=True)
         return read_json(path)
 
@@ -249,7 +191,7 @@ class Bench:
             for pair in (ordering.better, ordering.worse)
         ]
         for of_grid in self.sizes.grid:
-            ranked = sorted((c for c in grid if c.pattern == of_grid), key=lambda c: _mean(grid[c]["validation"]))
+            ranked = sorted((c for c in grid if c.pattern == of_grid), key=lambda c: mean_of(grid[c]["validation"]))
             for best in ranked[: self.sizes.best]:
                 cells += [
                     Cell(best.criterion, best.reconstruction, pattern, seed)
@@ -320,110 +262,6 @@ def _losses(folder: Path, corpora: Mapping[str, Path], sizes: Sizes) -> dict[str
         "losses": of("inside", split="test"),
         "outside": of("outside", split="test") if "outside" in corpora else {},
     }
-
-
-def _mean(losses: Mapping[str, float]) -> float:
-    return statistics.mean(losses.values())
-
-
-def held(difference: float, *, error: float) -> str:
-    """Whether what was published to be better is: yes and no are twice the standard error from 0."""
-    if abs(difference) < 2 * error:
-        return "undecided"
-    return "yes" if difference < 0 else "no"
-
-
-def _error_over_domains(better: Mapping[int, Mapping[str, float]], worse: Mapping[int, Mapping[str, float]]) -> float:
-    """Standard error over domains of the difference, mean over the draws that both have: what other text would say."""
-    draws = better.keys() & worse.keys()
-    by_domain = [
-        statistics.mean(better[draw][domain] - worse[draw][domain] for draw in draws) for domain in better[min(draws)]
-    ]
-    return statistics.stdev(by_domain) / len(by_domain) ** 0.5 if len(by_domain) > 1 else 0.0
-
-
-def _by_draw(
-    rows: Mapping[Cell, Mapping[str, Any]], method: tuple[str, str], pattern: str
-) -> dict[int, Mapping[str, float]]:
-    """Test losses of a method by domain, by draw of the calibration text."""
-    return {
-        cell.seed: row["losses"]
-        for cell, row in rows.items()
-        if (cell.criterion, cell.reconstruction) == method and (cell.pattern, cell.allocation) == (pattern, "uniform")
-    }
-
-
-def orderings(rows: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each published ordering, at each pattern, whether test text agrees, and the paired difference in nats."""
-    found = []
-    for ordering in ORDERINGS:
-        for pattern in ordering.patterns:
-            better, worse = (_by_draw(rows, method, pattern) for method in (ordering.better, ordering.worse))
-            difference = paired(*({seed: _mean(losses) for seed, losses in of.items()} for of in (better, worse)))
-            if difference is not None:
-                error = math.hypot(difference["spread"] or 0.0, _error_over_domains(better, worse))
-                found.append(
-                    {
-                        "better": " + ".join(ordering.better),
-                        "worse": " + ".join(ordering.worse),
-                        "pattern": pattern,
-                        "source": ordering.source,
-                        "holds": held(difference["mean"], error=error),
-                        "difference": difference,
-                        "error": round(error, 4),
-                    }
-                )
-    return found
-
-
-def best_of(rows: Mapping[Cell, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each pattern the method of lowest validation loss in the first draw, and what test text says of it."""
-    best = {}
-    for pattern in PATTERNS:
-        of_pattern = [cell for cell in rows if (cell.pattern, cell.seed, cell.allocation) == (pattern, 0, "uniform")]
-        if of_pattern and pattern != SHARED_OUT:
-            first = min(of_pattern, key=lambda cell: _mean(rows[cell]["validation"]))
-            row = rows[first]
-            best[pattern] = {
-                "method": first.method,
-                "validation": round(_mean(row["validation"]), 4),
-                "test": round(_mean(row["losses"]), 4),
-                "outside": round(_mean(row["outside"]), 4) if row["outside"] else None,
-            }
-    return best
-
-
-def shared_out(rows: Mapping[Cell, Mapping[str, Any]]) -> dict[str, float]:
-    """Mean test loss over draws by allocation."""
-    losses: dict[str, list[float]] = {}
-    for cell, row in rows.items():
-        losses.setdefault(cell.allocation, []).append(_mean(row["losses"]))
-    return {name: round(statistics.mean(each), 4) for name, each in losses.items()}
-
-
-def markdown_of(rows: Mapping[Cell, Mapping[str, Any]], *, pattern: str) -> str:
-    """Criterion x reconstruction of the first draw: loss of test text and of other domains; seconds and memory."""
-    cells = {(c.criterion, c.reconstruction): row for c, row in rows.items() if (c.pattern, c.seed) == (pattern, 0)}
-    ways = [way for way in RECONSTRUCTIONS if any(key[1] == way for key in cells)]
-    best = min(cells, key=lambda key: _mean(cells[key]["validation"]), default=None)
-
-    def cell(criterion: str, way: str) -> str:
-        if (criterion, way) not in cells:
-            return "–"
-        row = cells[criterion, way]
-        text = f"{_mean(row['losses']):.3f}" + (f" / {_mean(row['outside']):.3f}" if row["outside"] else "")
-        return f"**{text}**" if (criterion, way) == best else text
-
-    def last(name: str, figure: Callable[[Mapping[str, Any]], float]) -> list[str]:
-        of_ways = [[figure(row) for key, row in cells.items() if key[1] == way] for way in ways]
-        return [name, *(f"{statistics.median(each):,.0f}" for each in of_ways)]
-
-    lines = [[pattern, *ways], ["---", *["---:"] * len(ways)]]
-    lines += [[name, *(cell(name, way) for way in ways)] for name in CRITERIA if any(key[0] == name for key in cells)]
-    lines.append(last("seconds", lambda row: row["seconds"]))
-    lines.append(last("of them pruning itself", lambda row: row["metric_seconds"]))
-    lines.append(last("peak MB above start", lambda row: row["peak_memory_above_start"] / 1e6))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def memory_by_depth(bench: Bench) -> dict[str, Any]:
@@ -568,7 +406,7 @@ def run(arguments: argparse.Namespace, *, sizes: Sizes, console: Console) -> dic
         write_text(bench.output / f"{pattern}.md", table)
         console.print(table, soft_wrap=True)
     result: dict[str, Any] = {
-        "dense": {kind: round(_mean(dense[kind]), 4) for kind in ("validation", "losses", "outside") if dense[kind]},
+        "dense": {kind: round(mean_of(dense[kind]), 4) for kind in ("validation", "losses", "outside") if dense[kind]},
         "best": best_of(rows),
         "orderings": orderings(rows),
         "msp_over_best_rival": None,

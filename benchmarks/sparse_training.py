@@ -47,7 +47,7 @@ from shearing.files.tensors import read_header
 from shearing.models.loading import load_config, load_source
 from shearing.models.shape import Shape
 from shearing.pruning.sparse.stored.check import differences
-from shearing.runs.race.summary import paired
+from shearing.runs.race.results.summary import paired
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.run import run as run_stages

@@ -31,8 +31,8 @@ from shearing.data.corpus.writer import CorpusWriter
 from shearing.files.durable import write_json, write_text
 from shearing.runs.race.methods import LEARNED, METHODS, START
 from shearing.runs.race.race import compare
+from shearing.runs.race.results.tables import markdown_tables
 from shearing.runs.race.rows import Equal, RaceSettings, Refit
-from shearing.runs.race.tables import markdown_tables
 from shearing.runs.recipe import Recipe, load_recipe
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shearing.data.corpus.bos import Bos
-from shearing.data.corpus.domain_folder import domains_of
+from shearing.data.corpus.domain_folder import LEFT_OUT, domains_of
 from shearing.data.corpus.format import MANIFEST_NAME, DomainManifest
 from shearing.errors import ShearingError
 from shearing.files.checksums import sha256_of_file
@@ -60,6 +60,25 @@ def require_begun_alike(output: Path, *, bos: Bos, field: str, mend: str) -> Non
                 allowed=f"as in the domains that are there: {found}",
                 mend=f"choose another output, or {mend.format(found.mode)}",
             )
+
+
+def require_nothing_skipped(name: str, *, left_out: Mapping[str, int], mend: str) -> None:
+    """Check that an earlier start of a command left out nothing of a domain that this one is to stop at.
+
+    Args:
+        left_out: documents, by reason; those that are left out whatever bad_input is are not looked at.
+        mend: what else than leaving it out again would help.
+
+    Raises:
+        ShearingError: it did.
+    """
+    if bad := {reason: count for reason, count in left_out.items() if reason not in ("empty", *LEFT_OUT.values())}:
+        raise ShearingError(
+            f"domain {name}",
+            value=", ".join(f"{count} {reason}" for reason, count in bad.items()),
+            allowed="no bad input, as bad_input is stop now and was skip when its files were read",
+            mend=f"choose bad_input=skip again, or {mend}",
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -28,6 +29,12 @@ def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that none of them is left alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage, of which a run makes several, has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 DOMAINS = {"letters": "abcdefgh", "digits": "0123456789"}

@@ -37,7 +37,13 @@ from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.adopted import Adopted, AdoptedFile, AdoptedTokens, Separators, ranges_path
 from shearing.data.corpus.bos import Bos
 from shearing.data.corpus.corpus import Corpus
-from shearing.data.corpus.domain_folder import earlier_texts, is_complete, make_corpus_folder, write_index
+from shearing.data.corpus.domain_folder import (
+    earlier_texts,
+    is_complete,
+    make_corpus_folder,
+    require_divided_as_before,
+    write_index,
+)
 from shearing.data.corpus.format import (
     MANIFEST_NAME,
     SPLITS,
@@ -214,6 +220,7 @@ def _write_domains(
         console.print(f"{name}: {_EXPLAINED[each.separators]}", soft_wrap=True)
     documents = {name: Documents(hashes=each.hashes, tokens=each.lengths + 1) for name, each in read.items()}
     sides = choose_splits(documents, sizes=sizes, seed=SPLIT_SEED, earlier=earlier_texts(output, besides=wanted))
+    require_divided_as_before(output, domains=documents, places=sides, inputs=inputs)
     for name, found in wanted.items():
         _write_domain(
             output,

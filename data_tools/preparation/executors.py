@@ -42,12 +42,14 @@ def require_none_queued(work: WorkFolder) -> None:
     for folder in sorted(work.path.parent.glob(f"{PREFIX}*")):
         if queued := _queued(WorkFolder(folder)):
             which = "this preparation" if folder == work.path else f"another preparation ({folder})"
-            raise ShearingError(
-                "executor",
-                value=f"jobs {', '.join(queued)} of {which} are in the queue",
-                allowed="one preparation at a time",
-                mend=f"wait for them (squeue -j {','.join(queued)}), or end them: scancel {' '.join(queued)}",
-            )
+            value, end = f"jobs {', '.join(queued)} of {which} are in the queue", f"scancel {' '.join(queued)}"
+            if failure := WorkFolder(folder).first_failure():
+                # Those that wait for a task that failed may wait for ever.
+                value += f", and a task of it has failed: {failure.field} = {failure.value}"
+                mend = f"end them: {end}; the command that submitted them, typed again, then says more"
+            else:
+                mend = f"wait for them (squeue -j {','.join(queued)}), or end them: {end}"
+            raise ShearingError("executor", value=value, allowed="one preparation at a time", mend=mend)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def submit_to_slurm(
             job_name=f"{name}-{stage.name}",
             qos=settings.qos,
             env_command=settings.setup or activate,
-            sbatch_args={"account": settings.account} if settings.account else {},
+            # Jobs that wait for one that failed end, instead of staying in the queue.
+            sbatch_args={"kill-on-invalid-dep": "yes"} | ({"account": settings.account} if settings.account else {}),
             depends=previous,
             logging_dir=str(work.logs(stage.name)),
             with_srun=settings.srun,

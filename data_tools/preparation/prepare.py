@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from data_tools.corpus_output import alone_in, publishing, require_begun_alike, require_tokenizer
+from data_tools.corpus_output import (
+    alone_in,
+    publishing,
+    require_begun_alike,
+    require_nothing_skipped,
+    require_tokenizer,
+)
 from data_tools.preparation.decision import Decision
 from data_tools.preparation.forms import Form
 from data_tools.preparation.recipe import DomainSources, PreparationRecipe
@@ -33,7 +39,7 @@ from data_tools.tokenizer import NamedTokenizer, load_tokenizer
 from shearing.data.corpus.bos import resolve_bos
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.corpus.domain_folder import DomainSettings, domains_of, is_complete, make_corpus_folder, write_index
-from shearing.data.corpus.format import FORMAT, INDEX_NAME
+from shearing.data.corpus.format import FORMAT, INDEX_NAME, DomainManifest
 from shearing.data.corpus.splits import far_from_asked
 from shearing.data.texts.chat import ChatTemplate
 from shearing.errors import ShearingError, named
@@ -107,6 +113,10 @@ def prepare(recipe: PreparationRecipe, *, console: Console | None = None) -> Cor
         name: _identity(recipe, settings=settings, inputs=each.inputs, form=forms[name]) for name, each in found.items()
     }
     complete = {name: is_complete(recipe.output / name, inputs=inputs[name]) for name in inputs}
+    if recipe.bad_input == "stop":
+        for folder in (recipe.output / name for name, is_there in complete.items() if is_there):
+            left_out = DomainManifest.read(folder).left_out
+            require_nothing_skipped(folder.name, left_out=left_out, mend="prepare it into another output")
     key = hashlib.sha256(json.dumps([inputs, recipe.task_bytes]).encode()).hexdigest()[:16]
     work = WorkFolder((recipe.output / f"{PREFIX}{key}").absolute())
     tokenizer_json = tokenizer.backend.to_str()
@@ -297,7 +307,12 @@ def _run(job: _Job, *, console: Console) -> bool:
 
     recipe, work = job.recipe, job.work
     executors.require_none_queued(work)
+    # Nobody was there to be told what befell jobs of a cluster. It is told once: then they are submitted again.
+    untold = work.first_failure() if work.jobs.is_file() else None
     shutil.rmtree(work.failures, ignore_errors=True)
+    work.jobs.unlink(missing_ok=True)
+    if untold is not None:
+        raise untold
     if work.places.exists() and (new := Decision(work.places, recipe.output).newcomers()):
         console.print(f"{', '.join(new)} came meanwhile: it is decided anew what is held out", highlight=False)
         shutil.rmtree(work.logs(steps.DECIDE), ignore_errors=True)  # which says that it is done
@@ -330,7 +345,7 @@ def _print_jobs(jobs: Mapping[str, str], *, work: WorkFolder, console: Console) 
     numbers = ",".join(jobs.values())
     console.print(
         f"watch:  squeue -j {numbers}\nlogs:   {work.path / 'logs'}\n"
-        "ended:  type the same command again: it shows the corpus, or submits what is missing",
+        "ended:  type the same command again: it shows the corpus, or says what went wrong, or submits what is missing",
         soft_wrap=True,
         highlight=False,
     )

@@ -24,7 +24,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.base import BaseReader
 
-from data_tools.corpus_output import publishing, standing
+from data_tools.corpus_output import publishing, require_nothing_skipped, standing
 from data_tools.preparation.decision import Decision
 from data_tools.preparation.forms import Form
 from data_tools.preparation.reading import OTHERWISE, SourceStream, open_source, texts_of
@@ -36,6 +36,7 @@ from shearing.data.corpus.domain_folder import (
     decide_places,
     earlier_texts,
     is_complete,
+    require_divided_as_before,
     write_domain_folder,
     write_index,
 )
@@ -291,7 +292,10 @@ class DecidePlaces(_Single):
         clusters = self._clusters(shards)
         domains = {}
         for name, each in shards.items():
-            self._require_policy(name, each)
+            if assembly.policy == "stop":
+                for shard in each:
+                    mend = f"delete {self.work.path} and start from the beginning"
+                    require_nothing_skipped(name, left_out=shard.left_out, mend=mend)
             domains[name] = Documents.of_shards(each, clusters=clusters.get(name))
             if not len(domains[name].hashes):
                 left_out = sum((sum(shard.left_out.values()) for shard in each), start=0)
@@ -309,19 +313,8 @@ class DecidePlaces(_Single):
             remove_duplicates=assembly.remove_duplicates,
             remove_near_duplicates=assembly.near_duplicates == "remove",
         )
+        require_divided_as_before(assembly.output, domains=domains, places=places, inputs=assembly.inputs)
         decision.write(places, known=known)
-
-    def _require_policy(self, name: str, shards: Sequence[Shard]) -> None:
-        """Shards of an earlier start of the command may have left out what this one is to stop at."""
-        for shard in shards:
-            bad = {reason: count for reason, count in shard.left_out.items() if reason != "empty"}
-            if bad and self.assembly.policy == "stop":
-                raise ShearingError(
-                    f"domain {name}",
-                    value=", ".join(f"{count} {reason}" for reason, count in bad.items()),
-                    allowed="no bad input, as bad_input is stop now and was skip when these files were read",
-                    mend=f"choose bad_input=skip again, or delete {self.work.path} and start from the beginning",
-                )
 
     def _clusters(self, shards: Mapping[str, Sequence[Shard]]) -> dict[str, npt.NDArray[np.int64]]:
         if self.assembly.near_duplicates == "ignore":

@@ -224,8 +224,14 @@ def skeleton(
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with said_of_config(config.name_or_path or config.model_type), init_empty_weights(include_buffers=False):
+    # Drawing numbers for weights that are not there would be most of the time.
+    with (
+        said_of_config(config.name_or_path or config.model_type),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=requested(attn_implementation)
         )

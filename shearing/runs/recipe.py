@@ -148,7 +148,9 @@ class Recipe(Section):
             return self.evaluation.tokens_per_domain
         most = min(
             self._read_between(stage, mixture.interval if stage == "prune" else mixture.pretrain_interval, share=0.1)
-            for stage in self.training_stages
+            for stage, settings in self.training_stages.items()
+            # Of no steps there is no update that would have to be paid for.
+            if settings.total_steps(sequence_length=self.data.sequence_length)
         )
         return max(self.data.sequence_length, min(PUBLISHED_HELDOUT_TOKENS, most // domains))
 
@@ -268,10 +270,15 @@ class BatchSplit:
 def split_batch(recipe: Recipe, *, stage: TrainingStage, num_processes: int) -> BatchSplit:
     """How `num_processes` share a stage's global batch; a process with less than one micro-batch takes a smaller one.
 
+    Of a stage without steps, in which nothing is dealt, each takes a micro-batch.
+
     Raises:
         ShearingError: they cannot share it equally.
     """
     settings = recipe.training_stages[stage]
+    if not settings.total_steps(sequence_length=recipe.data.sequence_length):
+        size = settings.micro_batch_size
+        return BatchSplit(sequences=size, micro_batch_size=size, accumulation=1)
     batch = settings.batch_size.in_sequences(sequence_length=recipe.data.sequence_length)
     if batch % num_processes:
         fitting = [count for count in range(1, batch + 1) if batch % count == 0]
@@ -467,15 +474,27 @@ def _section_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             allowed="false with distill.hidden, which listens to layers where a compiled one cannot be heard",
             mend="set training.compile=false, or leave distill.hidden out",
         )
-    rotates = recipe.prune is not None and recipe.prune.rotate != "none"
-    if rotates and recipe.distill is not None and recipe.distill.hidden is not None:
+    if recipe.prune is not None and recipe.prune.rotate != "none":
+        yield from _rotation_contradictions(recipe, recipe.prune)
+    yield from _adapter_contradictions(recipe)
+
+
+def _rotation_contradictions(recipe: Recipe, prune: PruneRecipe) -> Iterator[ShearingError]:
+    """What is of dimensions of the residual stream as they were before it is rotated."""
+    if recipe.distill is not None and recipe.distill.hidden is not None:
         yield ShearingError(
             "prune.rotate",
             value="pca",
             allowed="none with distill.hidden, which compares the residual stream with the teacher's by dimension",
             mend="set prune.rotate=none, or leave distill.hidden out",
         )
-    yield from _adapter_contradictions(recipe)
+    if prune.moments_of is not None:
+        yield ShearingError(
+            "prune.moments_of",
+            value=str(prune.moments_of),
+            allowed=f"null with prune.rotate={prune.rotate}: moments are of the weights in the basis of their training",
+            mend="set prune.moments_of=null, or prune.rotate=none",
+        )
 
 
 def _adapter_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
@@ -506,18 +525,21 @@ def _adapter_contradictions(recipe: Recipe) -> Iterator[ShearingError]:
             mend="add pretrain.lora and set training.engine=torch, or set pretrain.ist=null",
         )
     one_shot = recipe.sparsify
-    unstructured = (
-        one_shot is not None
-        and one_shot.pattern is None
-        and one_shot.levels is None
-        and not isinstance(one_shot.allocation, Path)
-    )
-    if pretrain.ast is not None and unstructured:
+    if pretrain.ast is None or one_shot is None or isinstance(one_shot.allocation, Path):
+        return
+    if one_shot.levels is None and one_shot.pattern is None:
         yield ShearingError(
             "pretrain.ast",
             value="a section",
             allowed="masks of N:M: one-shot sparsity without sparsify.pattern is unstructured",
             mend="set sparsify.pattern=2:4 and sparsify.sparsity=null, or pretrain.ast=null",
+        )
+    if unstructured := [level for level in one_shot.levels or () if ":" not in level]:
+        yield ShearingError(
+            "pretrain.ast",
+            value="a section",
+            allowed=f"masks of N:M, and sparsify.levels has {', '.join(unstructured[:3])}",
+            mend='set sparsify.levels to N:M alone, as ["1:4","2:4","3:4"], or pretrain.ast=null',
         )
 
 
@@ -557,7 +579,9 @@ def _stage_contradictions(stage: StageRecipe, *, name: TrainingStage, recipe: Re
     ):
         if duration is not None and 0 in (duration.steps, duration.tokens, duration.fraction):
             yield ShearingError(field, value=str(duration), allowed="more than 0", mend="write a longer interval")
-    if isinstance(stage, PruneRecipe) and steps and length(stage.sparsity_warmup) + length(stage.freeze) > steps:
+    if not isinstance(stage, PruneRecipe) or stage.masks != "learned":
+        return
+    if 0 < steps < length(stage.sparsity_warmup) + length(stage.freeze):
         yield ShearingError(
             f"{name}.sparsity_warmup",
             value=str(stage.sparsity_warmup),

@@ -52,7 +52,8 @@ def start(task: Task, *, callbacks: StandardCallbacks, console: Console) -> Iter
             engine.keep_zeros(task.kept())
         prefetcher = Prefetcher(
             task.mixture,
-            sequences_per_step=schedule.sequences_per_step,
+            # Of no steps nothing is taken: then the batch need not be one that the processes can share.
+            sequences_per_step=schedule.sequences_per_step if schedule.total_steps else processes.size,
             rank=processes.rank,
             world_size=processes.size,
             depth=PREFETCHED_STEPS,

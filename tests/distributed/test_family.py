@@ -25,6 +25,7 @@ def _recipe(inputs: Path, run_dir: Path, **settings: Any) -> Recipe:
     data = runs.recipe(inputs, run_dir=run_dir, steps=6, checkpoint_interval=6, **settings).model_dump(mode="json")
     data["target"] |= {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
     data["prune"] |= {"duration": "0 steps", "mask_draws": 1, "freeze": "100%", "initial_masks": "activations"}
+    data["prune"]["batch_size"] = "3 sequences"  # of which none is dealt
     data["family"] = {"sizes": SIZES, "draws": 2, "calibration_tokens": 64}
     data["model"]["save_dtype"] = "fp32"
     return Recipe.model_validate(data)

@@ -29,7 +29,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import cascade_of
 from shearing.runs.planning.hardware import Hardware, forward_flops_per_token
 from shearing.runs.planning.plan import plan
-from shearing.runs.planning.preflight import preflight
+from shearing.runs.planning.preflight import preflight, survey
 from shearing.runs.planning.rows import rows_read
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages import training_task
@@ -529,6 +529,14 @@ def test_a_cascade_reads_the_rows_of_all_its_runs(tiny_inputs: Path, tmp_path: P
     before, last = cascade_of(cascade)
     assert before.seed != last.seed
     preflight(_quiet(before))
+    # One that lacks rows of the last is refused before the first.
+    few = write(asked(tiny_inputs, tmp_path / "few", recipe=before), console=QUIET)
+    lacking = Recipe.model_validate({**data, "distill": {**data["distill"], "cache": str(few.path)}})
+    _, errors = survey(_quiet(lacking), starts=False)
+    assert [error.field for error in errors] == ["distill.cache"]
+    with pytest.raises(ShearingError, match="rows of"):
+        run(lacking, console=QUIET)
+    assert not before.run_dir.exists()
     shutil.copytree(tiny_inputs / "model", last.model.source)  # what it starts from is there by then
     preflight(_quiet(last))
 

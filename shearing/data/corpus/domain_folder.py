@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,7 +34,7 @@ from shearing.data.corpus.splits import Documents, Earlier, SplitSizes, choose_s
 from shearing.data.corpus.stored_split import StoredSplit
 from shearing.errors import ShearingError
 from shearing.files.checksums import sha256_of_file
-from shearing.files.durable import write_json, write_text
+from shearing.files.durable import read_json, write_json, write_text
 
 # Enough to write at the disk's speed, little beside what else is in memory.
 TOKENS_PER_WRITE = 1 << 22
@@ -49,6 +51,9 @@ class Place(IntEnum):
 
 
 Places = npt.NDArray[np.uint8]
+_DIVIDED = "divided"
+"""In the index, for each domain: of which inputs it is, and a digest of its splits. Indices of earlier versions have
+none."""
 LEFT_OUT = {Place.DUPLICATE: "duplicate", Place.NEAR_DUPLICATE: "near_duplicate"}
 
 
@@ -160,6 +165,40 @@ def decide_places(
     return places
 
 
+def require_divided_as_before(
+    path: Path, *, domains: Mapping[str, Documents], places: Mapping[str, Places], inputs: Mapping[str, str]
+) -> None:
+    """Check that domains which the index names are divided as they were, where they are made again.
+
+    What was a text to judge by would else be trained on by whoever goes on with the corpus.
+
+    Args:
+        path: folder of the corpus.
+        domains: the documents of each domain that is made.
+        places: where they go.
+        inputs: as for their manifests; a domain of others is another one.
+
+    Raises:
+        ShearingError: one is divided otherwise.
+    """
+    try:
+        before = read_json(path / INDEX_NAME).get(_DIVIDED, {})
+    except (OSError, ValueError):  # none yet, or a damaged one, which is written anew
+        return
+    for name, each in domains.items():
+        if name not in before or before[name]["inputs"] != inputs[name]:
+            continue
+        checksums = (_array_sha256(each.hashes[places[name] == Place[split.upper()]]) for split in SPLITS)
+        if before[name]["splits"] != _digest(checksums):
+            raise ShearingError(
+                str(path / name),
+                value="made again, but divided otherwise than it was",
+                allowed=f"the splits that {INDEX_NAME} tells of, as runs may depend on them; near-duplicates in "
+                "domains that are kept are not found again",
+                mend="prepare all domains together into a new folder",
+            )
+
+
 def _place_near_duplicates(domains: Mapping[str, Documents], *, places: Mapping[str, Places]) -> None:
     clusters = [each.clusters for each in domains.values() if each.clusters is not None]
     every = np.concatenate([np.empty(0, np.int64), *clusters])
@@ -256,8 +295,9 @@ def write_index(path: Path, *, tokenizer_fingerprint: str, tokenizer_json: str |
     names = domains_of(path)
     if not names:
         raise ShearingError(str(path), value="no domain", allowed="at least one", mend="prepare a domain")
+    manifests = {name: DomainManifest.read(path / name) for name in names}
     for name in names:  # before anything is written: they could be read with the tokenizer that is there
-        if DomainManifest.read(path / name).tokenizer_fingerprint != tokenizer_fingerprint:
+        if manifests[name].tokenizer_fingerprint != tokenizer_fingerprint:
             raise ShearingError(
                 str(path / name),
                 value="made with another tokenizer",
@@ -266,9 +306,29 @@ def write_index(path: Path, *, tokenizer_fingerprint: str, tokenizer_json: str |
             )
     if tokenizer_json is not None:
         write_text(path / TOKENIZER_NAME, tokenizer_json)
-    index = {"format": FORMAT, "domains": names, "tokenizer_fingerprint": tokenizer_fingerprint}
+    index = {
+        "format": FORMAT,
+        "domains": names,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        _DIVIDED: {
+            name: {"inputs": each.inputs, "splits": _digest(part.hashes_sha256 for part in each.parts.values())}
+            for name, each in manifests.items()
+        },
+    }
     write_json(path / INDEX_NAME, index)
     return Corpus.open(path, tokenizer_fingerprint=tokenizer_fingerprint)
+
+
+def _digest(checksums: Iterable[str]) -> str:
+    """Of the checksums of a domain's hashes, split by split: which text is where, and in which order."""
+    return hashlib.sha256(json.dumps(list(checksums)).encode()).hexdigest()[:32]
+
+
+def _array_sha256(values: npt.NDArray[Any]) -> str:
+    """SHA-256 of the .npy file that an array would be."""
+    digest = hashlib.sha256()
+    np.save(SimpleNamespace(write=digest.update), values)
+    return digest.hexdigest()
 
 
 class _SplitWriter:

@@ -6,6 +6,9 @@ domain the groups with the lowest keys are validation text until the wanted size
 is over a quarter of the domain and over twice the size is passed over for those behind it. What is held out in one
 domain is held out in all of them. Domains that were prepared earlier stand: their texts stay where they are. What a
 seed holds out for validation does not depend on how much it holds out for the test.
+
+What a domain holds out by its own keys does not depend on what others hold out of it, which comes on top: so one that
+is lost and made again beside the others, with whom it was first made or after whom, is what it was.
 """
 
 from __future__ import annotations
@@ -160,7 +163,7 @@ def choose_splits(
     Args:
         sizes: of each domain's held-out splits; reached by whole groups, so more is held out: at most as much again,
             or up to a quarter of the domain more. Only where other groups do not suffice it may be less, or, where
-            there are none, a larger one. Texts that other domains hold out come on top.
+            there are none, a larger one. Texts that other domains hold out, earlier ones too, come on top.
         seed: another one chooses other documents.
         earlier: texts that have their side already.
 
@@ -192,7 +195,7 @@ def choose_splits(
                     barred=barred,
                     forced=forced[split],
                     leave=len(waiting),
-                    leave_small=sum(each != "train" for each in waiting),
+                    leave_small=len(later),
                 )
             )
         chosen[split] = np.setdiff1d(_union(parts), barred, assume_unique=True)
@@ -292,33 +295,33 @@ def _lowest(
     the domain are passed over while there are others.
 
     Args:
-        leave: groups that stay.
-        leave_small: of these, for splits that should hold no such group either: all but training.
+        barred: groups that go elsewhere.
+        forced: groups that are held out anyway: they count as if they were not, or less would be chosen beside a domain
+            that holds out what this one did before it.
+        leave: groups that stay, of those that go nowhere anyway.
+        leave_small: of those that are not large, wherever they go: splits to come want such too.
     """
     total = int(tokens.sum())
     large = max(2 * target, total // 4)
-    is_forced, is_barred = _is_among(keys, forced), _is_among(keys, barred)
-    target -= int(tokens[is_forced].sum())
-    free = ~(is_forced | is_barred)
-    if target <= 0 or not free.any():
+    is_barred = _is_among(keys, barred)
+    if is_barred.all():
         return np.empty(0, np.uint64)
     # Keys are as good as random: those below a share of their range hold about that share of the tokens. Only they are
     # sorted, and where they are too few, four times as many.
     looked_at = min(1.0, 1.5 * (target + int(tokens[is_barred].sum())) / total)
     while True:
-        looked = free & (keys <= np.uint64(int(looked_at * (2**64 - 1)))) if looked_at < 1 else free
+        looked = keys <= np.uint64(int(looked_at * (2**64 - 1))) if looked_at < 1 else np.ones(len(keys), np.bool_)
         groups, inverse = np.unique(keys[looked], return_inverse=True)
         sizes = np.bincount(inverse.reshape(-1), weights=tokens[looked]).astype(np.int64)
         order = np.argsort(sizes > large, kind="stable")  # by keys, and then the large ones
-        small = int((sizes <= large).sum())
+        order = order[~_is_among(groups, barred)[order]]
         count = int(np.searchsorted(np.cumsum(sizes[order]), target)) + 1
-        if looked_at >= 1:
-            most = len(groups) - leave
-            if leave_small < small < len(groups):
-                most = min(most, small - leave_small)
-            return groups[order[: max(0, min(count, most))]]
-        if count <= small - leave:
-            return groups[order[:count]]
+        own = np.cumsum(~_is_among(groups[order], forced))
+        most = int(np.searchsorted(own, own[-1:].sum() - leave, side="right"))
+        small = int((sizes[order] <= large).sum())
+        most = min(most, max(1, min(small, int((sizes <= large).sum()) - leave_small)))
+        if looked_at >= 1 or count <= min(most, small):
+            return groups[order[: min(count, most)]]
         looked_at = min(1.0, 4 * looked_at)
 
 

@@ -19,6 +19,7 @@ from shearing.data.corpus.domain_folder import (
     earlier_texts,
     is_complete,
     make_corpus_folder,
+    require_divided_as_before,
     write_domain_folder,
     write_index,
 )
@@ -190,12 +191,9 @@ class DomainWriter:
 
     def _publish(self, shard: Shard) -> None:
         settings = self._corpus.settings
-        places = decide_places(
-            {self._name: Documents.of_shards([shard])},
-            sizes=settings.sizes,
-            seed=settings.split_seed,
-            earlier=earlier_texts(self._corpus.path),
-        )
+        path, domains = self._corpus.path, {self._name: Documents.of_shards([shard])}
+        places = decide_places(domains, sizes=settings.sizes, seed=settings.split_seed, earlier=earlier_texts(path))
+        require_divided_as_before(path, domains=domains, places=places, inputs={self._name: self._inputs})
         folder = self._folder / "domain"
         folder.mkdir()
         self.manifest = write_domain_folder(

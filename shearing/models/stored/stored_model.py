@@ -142,7 +142,8 @@ def open_source(name: str, *, revision: str | None, converted: Path) -> Source:
     source = _opened(folder, config, original=folder)
     if not needed <= source.files.keys():
         if not (converted / "config.json").is_file():
-            _convert(name, revision=revision, folder=folder, converted=converted)
+            dtype = dtype_of_weights(str(folder), config=config)
+            _convert(name, revision=revision, dtype=dtype, folder=folder, converted=converted)
         source = _opened(converted, config, original=folder)
     return source
 
@@ -241,8 +242,9 @@ def dtype_of_weights(name: str, *, config: PretrainedConfig) -> torch.dtype:
         fp32, bf16 or fp16; fp32 for weights of more.
     """
     elements: Counter[torch.dtype | None] = Counter()
-    for path in sorted(Path(name).glob("model*.safetensors")):
-        for entry in read_header(path)[0].values():
+    folder = Path(name)
+    for file in headers.weight_files(folder, source=name) if folder.is_dir() and headers.is_whole(folder) else ():
+        for entry in read_header(folder / file)[0].values():
             elements[DTYPES.get(entry.dtype)] += math.prod(entry.shape)
     said = elements.most_common(1)[0][0] if elements else getattr(config, "dtype", None)
     return said if said in (torch.bfloat16, torch.float16) else torch.float32
@@ -283,10 +285,9 @@ def _identity(folder: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _convert(name: str, *, revision: str | None, folder: Path, converted: Path) -> None:
+def _convert(name: str, *, revision: str | None, dtype: torch.dtype, folder: Path, converted: Path) -> None:
     beside = converted.with_name(f".{converted.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    dtype = getattr(load_config(name, revision=revision), "dtype", None) or torch.float32
     model = load_source(name, revision=revision, dtype=dtype)
     try:
         write_model(model, beside)

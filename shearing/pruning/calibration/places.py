@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -11,6 +12,9 @@ from shearing.models.anatomy import anatomy_of
 from shearing.models.families import Family
 from shearing.models.stored.expert_files import name_in_files
 from shearing.models.stored.stored_model import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,17 @@ def matrices_of(source: Source) -> list[Matrix]:
     if source.structure is not None:
         shapes = {linear: source.entries[linear.name].shape for linear in source.structure.linears}
         return [Matrix(linear.name, linear.block, *shape) for linear, shape in shapes.items()]
-    family = anatomy_of(source.config)
+    return matrices_in(source.config, shapes={name: entry.shape for name, entry in source.entries.items()})
+
+
+def matrices_in(config: PretrainedConfig, *, shapes: Mapping[str, tuple[int, ...]]) -> list[Matrix]:
+    """As `matrices_of`, of a model of a declared family whose files have tensors of these names and shapes."""
+    family = anatomy_of(config)
     found = []
-    for layer in range(source.config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers):
         for place in places_of(family):
             for member in place.members:
                 name = name_in_files(family, f"{family.layers}.{layer}.{member}.weight")
-                rows, columns = source.entries[name].shape
+                rows, columns = shapes[name]
                 found.append(Matrix(name, layer, rows, columns))
     return found

@@ -16,13 +16,11 @@ class Share:
     Attributes:
         batch: the batch's number.
         inputs: the rows.
-        of_batch: how much of the batch they are; 1.0 on one process.
         numbers: of the rows in the whole text.
     """
 
     batch: int
     inputs: Inputs
-    of_batch: float
     numbers: range
 
 
@@ -39,13 +37,26 @@ def shares_of(text: Sequence[Inputs], *, processes: Processes) -> list[Share]:
         begin, stop = max(first - before, 0), min(end - before, rows)
         if begin < stop:
             numbers = range(before + begin, before + stop)
-            shares.append(Share(number, batch.part(begin, stop), (stop - begin) / rows, numbers))
+            shares.append(Share(number, batch.part(begin, stop), numbers))
         before += rows
     return shares
 
 
-def rows_of_batch(batch: Inputs, *, processes: Processes) -> Inputs | None:
-    """Rows for the process that calls this, of one batch that all of them work on; None: it has none."""
-    rows = batch.tokens.shape[0]
-    first, end = (rows * (processes.rank + k) // processes.size for k in (0, 1))
-    return batch.part(first, end) if first < end else None
+def steps_of(text: Sequence[Inputs], *, rows: int) -> list[list[Inputs]]:
+    """The text in steps of so many rows, the last of which may have fewer: which rows are in one is not up to batches.
+
+    A step comes in the pieces that the batches have of it, so none is larger than a batch.
+    """
+    steps: list[list[Inputs]] = []
+    missing = 0  # rows of the last step
+    for batch in text:
+        first, count = 0, batch.tokens.shape[0]
+        while first < count:
+            if not missing:
+                steps.append([])
+                missing = rows
+            end = min(count, first + missing)
+            steps[-1].append(batch.part(first, end))
+            missing -= end - first
+            first = end
+    return steps

@@ -132,7 +132,7 @@ def load_calibration(
     """
     where, rules = ", ".join(map(str, paths)), documents or DocumentRules()
     if len(paths) == 1 and paths[0].is_dir():
-        corpus = corpus or _opened(paths[0], tokenizer=tokenizer, vocab_size=vocab_size, bos=bos)
+        corpus = corpus or _opened(paths[0], vocab_size=vocab_size, tokenizer=tokenizer, bos=bos)
         return _of_corpus(corpus, samples=samples + more, seqlen=seqlen, seed=seed, rules=rules, source=where)
     begin = begin_tokens(tokenizer)
     begun = resolve_bos(bos, front=begin.front, named=begin.named)
@@ -151,6 +151,27 @@ def load_calibration(
     return found
 
 
+def require_text(
+    paths: Sequence[Path], *, vocab_size: int, samples: int, seqlen: int, corpus: Corpus | None = None
+) -> None:
+    """Check what can be of calibration text before the tokenizer is there and any text is read.
+
+    Args:
+        paths, vocab_size, samples, seqlen, corpus: see `load_calibration`; `samples` with those that are `more`.
+
+    Raises:
+        ShearingError: no such text, no corpus of this vocabulary, or one of too little text.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        _rows_of(corpus or _opened(paths[0], vocab_size=vocab_size), samples=samples, seqlen=seqlen)
+        return
+    try:
+        for path in paths:
+            path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(path, error=error) from error
+
+
 def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, device: torch.device) -> Iterator[Inputs]:
     """Inputs [B, S] of the first samples of a mixture, in its order.
 
@@ -165,7 +186,7 @@ def first_samples(mixture: Mixture, *, samples: int, micro_batch_size: int, devi
         yield Inputs(batch.tokens[:, :-1].to(device), documents)
 
 
-def _opened(path: Path, *, tokenizer: Any, vocab_size: int, bos: BosChoice) -> Corpus:
+def _opened(path: Path, *, vocab_size: int, tokenizer: Any = None, bos: BosChoice = "auto") -> Corpus:
     if not (path / INDEX_NAME).is_file():
         raise ShearingError(
             "calibration",
@@ -173,20 +194,20 @@ def _opened(path: Path, *, tokenizer: Any, vocab_size: int, bos: BosChoice) -> C
             allowed="the folder of a prepared corpus, or files of text",
             mend=f"give the folder that holds {INDEX_NAME}, or the files themselves",
         )
+    fingerprint = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
     with named({"corpus": "calibration"}):
-        corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
-    begin = begin_tokens(tokenizer)
-    require_bos(corpus.bos, choice=bos, front=begin.front, named=begin.named, corpus=str(path))
+        corpus = Corpus.open(path, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint)
+    if tokenizer is not None:
+        begin = begin_tokens(tokenizer)
+        require_bos(corpus.bos, choice=bos, front=begin.front, named=begin.named, corpus=str(path))
     return corpus
 
 
 def _of_corpus(
     corpus: Corpus, *, samples: int, seqlen: int, seed: int, rules: DocumentRules, source: str
 ) -> Calibration:
-    lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
-    rows = {name: (tokens - 1 + corpus.bos.in_row) // seqlen for name, tokens in lengths.items()}
+    rows = _rows_of(corpus, samples=samples, seqlen=seqlen)
     long_enough = [name for name, count in rows.items() if count > 0]
-    _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(corpus.path))
     weights = {name: float(rows[name]) for name in long_enough}
     chosen = corpus.only(long_enough)
     mixture = Mixture(chosen, seed=seed, sequence_length=seqlen, weights=weights, documents=rules)
@@ -197,6 +218,14 @@ def _of_corpus(
         if left_out is not None and (rules.needs_positions or not chosen.all_count):
             counted = pad(~left_out[:, :-1], (1, 0), value=True)  # the first token of a row is no label
     return Calibration(whole.tokens.contiguous(), source, positions, counted)
+
+
+def _rows_of(corpus: Corpus, *, samples: int, seqlen: int) -> dict[str, int]:
+    """Rows of each domain's training text, which have to be `samples` in all."""
+    lengths = {name: manifest.train.tokens for name, manifest in corpus.manifests.items()}
+    rows = {name: (tokens - 1 + corpus.bos.in_row) // seqlen for name, tokens in lengths.items()}
+    _require_enough(sum(rows.values()), samples=samples, seqlen=seqlen, where=str(corpus.path))
+    return rows
 
 
 class _Stream:
@@ -254,12 +283,7 @@ def _documents_of(
                     break
                 (further if is_full else stream).add(front, plain.encode([document.text])[0].ids, behind)
         except OSError as error:
-            raise ShearingError(
-                "calibration",
-                value=str(path),
-                allowed="the folder of a prepared corpus, or files of text",
-                mend=error.strerror or "check the path",
-            ) from error
+            raise _unreadable(path, error=error) from error
     return stream, further
 
 
@@ -281,6 +305,15 @@ def _drawn(
             positions = pad(positions + (positions == torch.arange(positions.shape[1])), (1, 0))
     counted = None if positions is None or rules.heeding(bos).loss_across else positions != 0
     return Calibration(tokens, source, positions if rules.attention_within else None, counted)
+
+
+def _unreadable(path: Path, *, error: OSError) -> ShearingError:
+    return ShearingError(
+        "calibration",
+        value=str(path),
+        allowed="the folder of a prepared corpus, or files of text",
+        mend=error.strerror or "check the path",
+    )
 
 
 def _require_enough(rows: int, *, samples: int, seqlen: int, where: str) -> None:

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Q
 
 from shearing.data.documents import Inputs
 from shearing.errors import ShearingError, key
-from shearing.files.durable import flush_folder, flush_tree, read_json, require_new, require_writable, write_json
+from shearing.files.durable import flush_folder, flush_tree, require_new, require_writable, write_json
 from shearing.files.full_disk import full_disk_said, no_room_for_model
 from shearing.models.anatomy import anatomy_of, decoder_layers
 from shearing.models.loading import load_config, load_source
-from shearing.models.stored.companions import copy_companions, folder_of
-from shearing.models.stored.spellings import in_both_spellings
+from shearing.models.stored.companions import folder_of
+from shearing.models.stored.saving import save_model
 from shearing.models.stored.stored_model import dtype_of_weights
 from shearing.models.tokenizer import open_tokenizer
 from shearing.pruning.calibration.places import named_places, weight_of
@@ -38,6 +38,7 @@ from shearing.pruning.calibration.text import load_calibration
 from shearing.pruning.calibration.walk import first_inputs, run_layer
 from shearing.pruning.experts.recipe import MoeRecipe
 from shearing.pruning.experts.split import at_random, by_coactivation, outputs_of, router_of, strength_of
+from shearing.pruning.sparse.stored.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -124,6 +125,9 @@ def make_experts(recipe: MoeRecipe, *, console: Console | None = None) -> Path:
     mixture: Any = mixture_of(dense, config=config, layers=layers)
     dtype = dtype_of_weights(recipe.model, config=source)  # the dense model's own config says fp32, as it was loaded
     _write(mixture.to(dtype), recipe=recipe, layers=layers)
+    if (folder_of(recipe.model, revision=recipe.revision) / MANIFEST).is_file():
+        lost = f"masks of {recipe.model} are not kept: training of the mixture changes its zeros as all other weights"
+        console.print(lost, style="yellow", soft_wrap=True, highlight=False)
     errors = [layer.error for layer in layers]
     said = f"{recipe.experts} experts of {layers[0].groups.shape[1]} units, {recipe.active} active"
     missing = f"what is missing of an MLP's output: {min(errors):.0%} to {max(errors):.0%} of its norm"
@@ -248,10 +252,7 @@ def _write(mixture: PreTrainedModel, *, recipe: MoeRecipe, layers: list[Experts]
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with full_disk_said(lambda: no_room_for_model(output, field="output")):
-            # transformers' own writing: experts that it holds in one tensor have names of their own in files.
-            mixture.save_pretrained(beside)
-            write_json(beside / "config.json", in_both_spellings(read_json(beside / "config.json")))
-            copy_companions(folder_of(recipe.model, revision=recipe.revision), to=beside)
+            save_model(mixture, beside, like=recipe.model, revision=recipe.revision)
             write_json(beside / SUMMARY, _summary(recipe, layers=layers))
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

@@ -10,22 +10,24 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.data.documents import DocumentRules
-from shearing.errors import ShearingError
+from shearing.errors import ShearingError, key, named
 from shearing.files.durable import existing_folder
 from shearing.files.full_disk import full_disk_said
+from shearing.models.loading import skeleton
+from shearing.models.stored.headers import shapes_in_files
 from shearing.models.stored.stored_model import Source, dtype_of, open_any
 from shearing.models.tokenizer import load_tokenizer
 from shearing.pruning.calibration.gradients import gather_gradients, gradient_bytes
-from shearing.pruning.calibration.places import Matrix, matrices_of
+from shearing.pruning.calibration.places import Matrix, matrices_in, matrices_of
 from shearing.pruning.calibration.stored_walk import Compute
-from shearing.pruning.calibration.text import Calibration, load_calibration
+from shearing.pruning.calibration.text import Calibration, load_calibration, require_text
 from shearing.pruning.sparse.allocation.allocator import require_fit, units_of
 from shearing.pruning.sparse.allocation.facts import ALLOCATIONS
 from shearing.pruning.sparse.allocation.file import StoredAllocation, read_allocation
@@ -40,6 +42,9 @@ from shearing.pruning.sparse.reconstruction.reconstruction import Reconstruction
 from shearing.pruning.sparse.search.database import database_bytes
 from shearing.settings.neutral import neutral_keys
 from shearing.training.device import resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DEFAULT_SEQLEN = 2048
 CHUNK_TOKENS = 8192
@@ -153,29 +158,9 @@ def prepare(
             recipe.model, revision=recipe.revision, converted=folder / "source", towers=recipe.include_towers
         )
     matrices = _selected(_matrices(source, recipe=recipe), recipe=recipe)
-    criterion = criteria()[recipe.criterion]
-    reconstruction = reconstructions()[recipe.resolved_reconstruction]
-    allocation = None
-    if isinstance(recipe.allocation, Path):
-        allocation = read_allocation(recipe.allocation, source=source)
-        levels = sorted(set(allocation.patterns.values()), key=lambda level: level.density)
-        asked = budget = recipe.budget or allocation.budget
-        if recipe.pattern is not None:
-            _require_like(levels, pattern=recipe.pattern)
-        require_fit(allocation.patterns, matrices=matrices, budget=budget)
-        if recipe.hardware is not None and (others := [level for level in levels if not runs_on_2_4(level)]):
-            raise _not_on_hardware(recipe, others, mend="allocate again with hardware: 2:4")
-    else:
-        levels = levels_of(recipe)
-        assert recipe.budget is not None
-        asked = budget = recipe.budget
-        if len(levels) > 1:
-            budget = nearest_budget(units_of(matrices, unit=recipe.unit), levels=levels, budget=asked)
-    for level in levels:
-        require_valid(criterion, reconstruction=reconstruction, pattern=level)
-        for matrix in matrices if allocation is None else ():
-            level.check(rows=matrix.rows, columns=matrix.columns, name=matrix.name)
-    seqlen = _seqlen(recipe, source=source)
+    allocation = read_allocation(recipe.allocation, source=source) if isinstance(recipe.allocation, Path) else None
+    levels, asked, budget = _levels(recipe, allocation=allocation, matrices=matrices)
+    seqlen = _seqlen(recipe, config=source.config)
     calibration, fitness = _texts(
         recipe, source=source, seqlen=seqlen, tokenizer=tokenizer, corpus=corpus, documents=documents
     )
@@ -190,14 +175,52 @@ def prepare(
         asked=asked,
         budget=budget,
         allocation=allocation,
-        criterion=criterion,
-        reconstruction=reconstruction,
+        criterion=criteria()[recipe.criterion],
+        reconstruction=reconstructions()[recipe.resolved_reconstruction],
         calibration=calibration,
         fitness=fitness,
         compute=Compute(device, dtype, chunk, recipe.offload, folder),
         seqlen=seqlen,
         settings=_settings(recipe, source=source, calibration=calibration, allocation=allocation, seqlen=seqlen),
     )
+
+
+def require_possible(recipe: SparsifyRecipe, *, config: PretrainedConfig, sizes_known: bool) -> list[Pattern]:
+    """Check what can be of a recipe before there is the model, of which no weights are needed for it.
+
+    Args:
+        recipe: what to do, with a model of a declared family.
+        config: of the model.
+        sizes_known: whether it is of these sizes; otherwise its modules have names as here, and sizes of their own.
+
+    Returns:
+        Levels that matrices may get, sparsest first.
+
+    Raises:
+        ShearingError: see `prepare`; but for whose an allocation file is, and what is in calibration text.
+    """
+    _seqlen(recipe, config=config)
+    matrices = _selected(matrices_in(config, shapes=shapes_in_files(skeleton(config))), recipe=recipe)
+    allocation = read_allocation(recipe.allocation, source=None) if isinstance(recipe.allocation, Path) else None
+    return _levels(recipe, allocation=allocation, matrices=matrices if sizes_known else None)[0]
+
+
+def require_calibration(recipe: SparsifyRecipe, *, config: PretrainedConfig, corpus: Corpus | None = None) -> None:
+    """Check what can be of calibration text before the model is there: see `require_text`.
+
+    Args:
+        recipe: what to do.
+        config: of the model.
+        corpus: the calibration's, where it is open already; see `load_calibration`.
+    """
+    if recipe.needs_text:
+        require_text(
+            recipe.calibration or [],
+            vocab_size=config.get_text_config(decoder=True).vocab_size,
+            samples=recipe.samples + _fitness_samples(recipe),
+            seqlen=_seqlen(recipe, config=config),
+            corpus=corpus,
+        )
 
 
 def require_same(earlier: dict[str, Any], now: dict[str, Any], *, where: Path) -> None:
@@ -301,6 +324,39 @@ def levels_of(recipe: OneShotRecipe) -> list[Pattern]:
     return levels
 
 
+def _levels(
+    recipe: SparsifyRecipe, *, allocation: StoredAllocation | None, matrices: Sequence[Matrix] | None
+) -> tuple[list[Pattern], Fraction, Fraction]:
+    """Levels, sparsest first, the share to keep that was asked for, and the nearest that they can be mixed to.
+
+    Args:
+        allocation: levels that were chosen earlier, or None.
+        matrices: what is pruned; None where their sizes are not known yet, which then cannot be at odds with levels.
+    """
+    if allocation is not None:
+        levels = sorted(set(allocation.patterns.values()), key=lambda level: level.density)
+        asked = budget = recipe.budget or allocation.budget
+        if recipe.pattern is not None:
+            _require_like(levels, pattern=recipe.pattern)
+        if matrices is not None:
+            require_fit(allocation.patterns, matrices=matrices, budget=budget)
+        if recipe.hardware is not None and (others := [level for level in levels if not runs_on_2_4(level)]):
+            raise _not_on_hardware(recipe, others, mend="allocate again with hardware: 2:4")
+    else:
+        levels = levels_of(recipe)
+        assert recipe.budget is not None
+        asked = budget = recipe.budget
+        if len(levels) > 1 and matrices is not None:
+            budget = nearest_budget(units_of(matrices, unit=recipe.unit), levels=levels, budget=asked)
+    criterion, reconstruction = criteria()[recipe.criterion], reconstructions()[recipe.resolved_reconstruction]
+    for level in levels:
+        require_valid(criterion, reconstruction=reconstruction, pattern=level)
+        for matrix in (matrices or ()) if allocation is None else ():
+            with named({} if recipe.levels is None else {"pattern": "levels"}):
+                level.check(rows=matrix.rows, columns=matrix.columns, name=matrix.name)
+    return levels, asked, budget
+
+
 def _require_like(levels: Sequence[Pattern], *, pattern: str) -> None:
     if others := [str(level) for level in levels if not is_like(str(level), pattern)]:
         raise ShearingError(
@@ -331,7 +387,7 @@ def _texts(
 ) -> tuple[Calibration | None, Calibration | None]:
     if not recipe.needs_text:
         return None, None
-    more = recipe.search.fitness_samples if recipe.allocation == "msp" else 0
+    more = _fitness_samples(recipe)
     text = load_calibration(
         recipe.calibration or [],
         tokenizer=tokenizer or load_tokenizer(str(source.folder)),
@@ -349,6 +405,10 @@ def _texts(
     if "gradients" not in CRITERIA[recipe.criterion].needs and recipe.allocation not in of_losses:
         text = dataclasses.replace(text, counted=None)  # it changes nothing, so it is none of the settings
     return text.part(slice(recipe.samples)), text.part(slice(recipe.samples, None)) if more else None
+
+
+def _fitness_samples(recipe: SparsifyRecipe) -> int:
+    return recipe.search.fitness_samples if recipe.allocation == "msp" else 0
 
 
 def _settings(
@@ -462,14 +522,14 @@ def _selected(matrices: Sequence[Matrix], *, recipe: SparsifyRecipe) -> list[Mat
     return [modules[name] for name in chosen]
 
 
-def _seqlen(recipe: SparsifyRecipe, *, source: Source) -> int:
-    text = source.config.get_text_config(decoder=True)
+def _seqlen(recipe: SparsifyRecipe, *, config: PretrainedConfig) -> int:
+    text = config.get_text_config(decoder=True)
     longest: int = getattr(text, "max_position_embeddings", None) or recipe.seqlen or DEFAULT_SEQLEN
     if recipe.seqlen is not None and recipe.seqlen > longest:
         raise ShearingError(
             "seqlen",
             value=recipe.seqlen,
             allowed=f"at most {longest}, what the model can read (max_position_embeddings)",
-            mend=f"set seqlen to {min(longest, DEFAULT_SEQLEN)}",
+            mend=f"set {key('seqlen')}={min(longest, DEFAULT_SEQLEN)}",
         )
     return recipe.seqlen or min(longest, DEFAULT_SEQLEN)

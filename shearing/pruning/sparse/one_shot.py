@@ -28,7 +28,7 @@ from shearing.pruning.sparse.levels import choose_levels
 from shearing.pruning.sparse.patterns import CUMULATIVE_TOLERANCE, Cumulative, pattern_of
 from shearing.pruning.sparse.prune_layers import Method, prune_layers, units_of_work
 from shearing.pruning.sparse.recipe import COMPONENT_NAMES, SparsifyRecipe
-from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
+from shearing.pruning.sparse.stored.manifest import MANIFEST, in_short, read_manifest
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from shearing.pruning.sparse.stored.write import Done, write_output
 from shearing.settings.quantities import format_parameters
@@ -177,7 +177,7 @@ def _evaluate(recipe: SparsifyRecipe, job: Job, *, corpus: Corpus, console: Cons
     declared = job.source.structure is None
     models = {
         "dense": Stored(recipe.model, recipe.revision, declared=declared),
-        f"{recipe.criterion} {job.pattern_name}": Stored(str(recipe.output), declared=declared),
+        in_short(read_manifest(recipe.output)): Stored(str(recipe.output), declared=declared),
     }
     tokens = corpus.heldout_tokens(split="test", sequence_length=job.seqlen, tokens_per_domain=recipe.evaluate_tokens)
     total = len(models) * tokens

@@ -6,14 +6,16 @@ Optimiser state goes on from run to run with the weights that stay, and the teac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearing.errors import ShearingError
+from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.recipe import SOURCE
-from shearing.runs.continuation.moved import CASCADE, recipe_in
-from shearing.runs.continuation.recipe import on_the_way
+from shearing.runs.continuation.moved import CASCADE, folder_of_last, recipe_in
+from shearing.runs.continuation.recipe import CascadeRecipe, on_the_way
 from shearing.runs.recipe import Recipe, validated
 from shearing.runs.run_directory import RunDirectory
 from shearing.settings.reading import Places
@@ -58,6 +60,39 @@ def runs_before(recipe: Recipe) -> list[Recipe]:
         return []
     found = recipe_in(before)
     return [*runs_before(found), found]
+
+
+def first_source(recipe: Recipe) -> ModelRecipe:
+    """The model that a run's cascade began with; of a run without one, its own source.
+
+    Raises:
+        ShearingError: see `runs_before`.
+    """
+    return next(iter(runs_before(recipe)), recipe).model
+
+
+def as_one(runs: Sequence[Recipe]) -> Recipe:
+    """The recipe whose runs these are, see `cascade_of`; the last as it is, where they are of no one cascade.
+
+    Args:
+        runs: in order, as `runs_before` has them, and the one that they led to.
+    """
+    *before, last = runs
+    if not before or len({folder_of_last(each.run_dir.resolve()) for each in runs}) > 1:
+        return last
+    first = before[0]
+    made: dict[str, Any] = {
+        "model": last.model.model_copy(update={"source": first.model.source, "revision": first.model.revision}),
+        "cascade": CascadeRecipe(
+            targets={each.run_dir.name: each.pruning.target for each in before}, duration=first.pretrain.duration
+        ),
+    }
+    settings = first.pruning.prune
+    made["prune"] = last.pruning.prune.model_copy(update={"rotate": settings.rotate, "moments_of": settings.moments_of})
+    if last.distill is not None and first.distill is not None:
+        teacher = {"teacher": first.distill.teacher, "revision": first.distill.revision}
+        made["distill"] = last.distill.model_copy(update=teacher)
+    return last.model_copy(update=made)
 
 
 def require_shrinking(recipe: Recipe, *, source: PretrainedConfig) -> None:

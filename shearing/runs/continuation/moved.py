@@ -42,11 +42,12 @@ def place_in_cascade(path: str, *, was: Path, now: Path) -> str:
         path: of it.
         was, now: folder of the run, the last or one on the way, then and today.
     """
-    earlier, today = (_of_last(folder) / CASCADE for folder in (was, now))
+    earlier, today = (folder_of_last(folder) / CASCADE for folder in (was, now))
     return str(today / Path(path).relative_to(earlier)) if Path(path).is_relative_to(earlier) else path
 
 
-def _of_last(folder: Path) -> Path:
+def folder_of_last(folder: Path) -> Path:
+    """Folder of a cascade's last run, of that of any of its runs; of a run without a cascade, its own."""
     return folder.parent.parent if folder.parent.name == CASCADE else folder
 
 

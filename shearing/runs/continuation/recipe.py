@@ -69,6 +69,13 @@ def cascade_contradictions(cascade: CascadeRecipe, *, target: TargetRecipe) -> I
                 allowed="null: the vocabulary is cut in the end, as the last target says",
                 mend="give it to the last target",
             )
+        if each.parameters is not None and not each.uniform:
+            yield ShearingError(
+                f"targets.{name}.uniform",
+                value=False,
+                allowed="true with a budget: the next run is cut from an ordinary model, with one size for all layers",
+                mend=f"set uniform=true in {name}, or give it sizes by name",
+            )
     named = {**cascade.targets, "the last": target}
     for (before_name, before), (name, after) in pairwise(named.items()):
         pairs = {size: (getattr(before, size), getattr(after, size)) for size in SIZES}

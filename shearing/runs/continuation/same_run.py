@@ -11,6 +11,7 @@ from shearing.errors import ShearingError
 from shearing.models.loading import load_config
 from shearing.models.stored.saving import DTYPES
 from shearing.models.stored.stored_model import dtype_of_weights
+from shearing.runs.continuation.cascade import first_source
 from shearing.runs.continuation.changes import changes_of, onward_keys
 from shearing.runs.continuation.moved import place_in_cascade
 from shearing.runs.recipe import Recipe, overridden
@@ -95,8 +96,9 @@ def _way_to(key: str, *, recipe: Recipe, directory: RunDirectory) -> str:
     if value is None:
         return f"{directory.model} has all tokens"
     if value == "source":
-        config = load_config(recipe.model.source, revision=recipe.model.revision)
-        stored = dtype_of_weights(recipe.model.source, config=config)
+        first = first_source(recipe)
+        config = load_config(first.source, revision=first.revision)
+        stored = dtype_of_weights(first.source, config=config)
         value = next(name for name, dtype in DTYPES.items() if dtype == stored)
     return f"to have it: shear export {shlex.quote(str(directory.path))} -o NEW_DIR {AT_THE_END[key]} {value}"
 

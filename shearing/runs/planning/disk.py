@@ -42,13 +42,13 @@ def checkpoint_bytes(settings: StageRecipe, *, sequence_length: int, parameters:
         parameters: of the model that is trained.
         moving: those of them whose masks move: what is dropped of them is set aside.
     """
+    steps = settings.total_steps(sequence_length=sequence_length)
     forever = int(settings.schedule == "wsd")  # that before the decay
     if settings.keep_every is not None:
-        every = settings.in_steps(settings.keep_every, sequence_length=sequence_length)
-        forever += settings.total_steps(sequence_length=sequence_length) // max(1, every)
-    # One more than is kept: it is whole beside the others before the oldest goes.
+        forever += steps // max(1, settings.in_steps(settings.keep_every, sequence_length=sequence_length))
     of_one = CHECKPOINT_BYTES_PER_PARAMETER * parameters + _BYTES_OF_WEIGHT * moving
-    return of_one * (settings.keep_last + 1 + forever)
+    # One more than is kept: it is whole beside the others before the oldest goes. A step has one; so have no steps.
+    return of_one * min(settings.keep_last + 1 + forever, max(1, steps))
 
 
 def moving_weights(recipe: Recipe, *, shape: Shape) -> int:

@@ -319,7 +319,8 @@ def _stage_plan(
     )
     length = recipe.data.sequence_length
     steps, per_step = settings.total_steps(sequence_length=length), settings.tokens_per_step(sequence_length=length)
-    sequences = per_step // length
+    # Where nothing is dealt nothing has to be shared: then what a process reads at once.
+    sequences = per_step // length if steps else settings.micro_batch_size * hardware.processes
     if sequences % hardware.processes:
         fitting = [count for count in range(1, sequences + 1) if sequences % count == 0]
         nearest = min(fitting, key=lambda count: abs(count - hardware.processes))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
+
+from rich.console import Console
 
 from shearing.data.corpus.format import read_index
 from shearing.data.mixture.rules.update import largest_weights, rule_of
@@ -16,7 +19,7 @@ from shearing.models.shape import Shape
 from shearing.objectives.recipe import require_domains
 from shearing.pruning.structured.refitting.blocks import require_dense
 from shearing.runs.context import RunContext
-from shearing.runs.continuation.cascade import require_shrinking, runs_before
+from shearing.runs.continuation.cascade import cascade_of, runs_before
 from shearing.runs.continuation.family import family_shapes
 from shearing.runs.names import COMPONENT_NAMES, DISTILL_NAMES
 from shearing.runs.planning.capacity import Capacity, Devices, capacity
@@ -25,11 +28,12 @@ from shearing.runs.planning.checks.pruning import (
     odd_sizes,
     require_baselines,
     require_metric,
+    require_moments,
     require_reference,
     require_rotation,
     require_vocabulary,
     said_of_architecture,
-    target_of,
+    targets_of,
 )
 from shearing.runs.planning.checks.settings import (
     require_context,
@@ -38,9 +42,16 @@ from shearing.runs.planning.checks.settings import (
     require_tasks,
     require_uncompiled,
 )
-from shearing.runs.planning.checks.sparsity import require_adapters, require_moving, zeros_of
+from shearing.runs.planning.checks.sparsity import (
+    require_adapters,
+    require_calibration_text,
+    require_moving,
+    zeros_lost,
+    zeros_of,
+)
 from shearing.runs.planning.checks.teacher import require_cached, require_teacher, teacher_in_words
 from shearing.runs.planning.disk import bytes_free, bytes_in, cascade_bytes, run_bytes
+from shearing.runs.planning.plan import reads_reference
 from shearing.runs.planning.summary import Plan, gigabytes, training_plans
 from shearing.runs.recipe import Recipe, split_batch
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -115,24 +126,28 @@ def survey(
         return None, wrong.errors
     config = context.config_as_cut
     missing.attempt(lambda: require_weights(recipe.model.source, revision=recipe.model.revision))
-    if "evaluate" in stages and (before := attempt(lambda: runs_before(recipe))):
+    if "prune" in stages:
+        missing.attempt(lambda: require_moments(recipe, config=config))
+    if _reads_first(recipe, stages=stages) and (before := attempt(lambda: runs_before(recipe))):
         missing.attempt(lambda: _require_first(before[0]))
     attempt(lambda: require_teacher(context))
     attempt(lambda: require_context(recipe, config=config))
     source = Shape.of(config)
-    target = None if recipe.prune is None else attempt(lambda: target_of(recipe.pruning, config=config))
-    attempt(lambda: require_shrinking(recipe, source=config))
+    targets = attempt(lambda: targets_of(recipe, config=config)) or [None]
+    target = targets[-1]
     family = attempt(lambda: family_shapes(recipe, source=config)) if target is not None or not recipe.prune else None
     attempt(lambda: require_metric(recipe, source=source))
-    attempt(lambda: require_rotation(recipe, source=stored, target=target))
+    attempt(lambda: require_rotation(recipe, source=stored, target=targets[0]))
     attempt(lambda: require_uncompiled(recipe, source=source))
     attempt(lambda: require_dense(source, blocks=None if recipe.prune is None else recipe.prune.block_refit))
     attempt(lambda: require_vocabulary(recipe))
     attempt(lambda: require_baselines(recipe, source=source))
     zeros = attempt(lambda: zeros_of(recipe, config=config, target=target))
-    attempt(lambda: require_adapters(recipe, config=config))
+    lost = (attempt(lambda: list(zeros_lost(recipe))) if "prune" in stages else None) or []
+    attempt(lambda: require_adapters(recipe, config=config, target=target))
     attempt(lambda: require_moving(recipe, source=source))
     corpus = missing.attempt(lambda: context.corpus)
+    attempt(lambda: require_calibration_text(recipe, config=config, corpus=corpus))
     weights: dict[str, float] = {}
     doubts: list[str] = []
     if corpus is None:
@@ -144,7 +159,7 @@ def survey(
         if recipe.distill is not None:
             attempt(named(DISTILL_NAMES)(partial(require_domains, recipe.distill, domains=list(corpus.domains))))
             if set(recipe.training_stages) & set(stages):
-                attempt(lambda: require_cached(context))
+                attempt(lambda: _require_cached(context))
         doubts = attempt(lambda: require_reference(recipe, corpus=corpus)) or []
     if wrong.errors:
         return None, [*wrong.errors, *missing.errors]
@@ -177,7 +192,7 @@ def survey(
         largest=largest,
         training=list(training_plans(recipe, corpus=corpus, weights=weights, largest=largest)),
         doubts=[*doubts, *doubts_of(recipe, source=stored, target=target), *odd_sizes(recipe, source=source)],
-        notes=[*gpus.notes, *said_of_architecture(target, config=config)],
+        notes=[*gpus.notes, *said_of_architecture(target, config=config), *lost],
         disk=disk,
         free=bytes_free(recipe.run_dir),
     )
@@ -212,10 +227,20 @@ def _attempt_settings(
     for stage in recipe.training_stages:
         if stage in stages:
             attempt(partial(split_batch, recipe, stage=stage, num_processes=context.processes.size))
-    if starts:
+    # The masks of a cascade's last run alone would be of a model that is not there.
+    if starts or recipe.cascade is not None:
         attempt(lambda: require_exportable(recipe, stages=stages))
     if "evaluate" in stages:
         attempt(lambda: require_tasks(recipe, last=starts and len(stages) > 1))
+
+
+def _reads_first(recipe: Recipe, *, stages: Sequence[Stage]) -> bool:
+    """Whether stages of a cascade's run read the model that it began with, whatever they listen to."""
+    return (
+        "evaluate" in stages
+        or ("prune" in stages and reads_reference(recipe, stage="prune"))
+        or ("pretrain" in stages and recipe.model.save_dtype == "source")
+    )
 
 
 def _require_first(first: Recipe) -> None:
@@ -230,23 +255,45 @@ def _require_first(first: Recipe) -> None:
         raise ShearingError(
             f"{RunDirectory(first.run_dir).recipe} ({key('model.source')})",
             value=error.value,
-            allowed=f"the model that this cascade began with, for its evaluation: {error.allowed}",
+            allowed="the model that this cascade began with, for its evaluation, its reference losses and the dtype of "
+            f"its result: {error.allowed}",
             mend=f"put it there again, or say in that file where it is now ({error.mend})",
         ) from None
 
 
-def require_room(context: RunContext) -> None:
-    """Check that what the runs of a cascade have still to write fits on the disk, before the first of them.
+def require_cascade(context: RunContext) -> None:
+    """Check of the runs of a cascade what is known before their sources are there: targets, vocabulary, cache, disk.
 
     Args:
-        context: of the cascade, whose targets shrink.
+        context: of the cascade.
 
     Raises:
-        ShearingError: it does not fit, or a target is none that its source can become.
+        ShearingError: all that was found, together.
+    """
+    recipe, config, wrong = context.recipe, context.config_as_cut, _Findings()
+    targets = wrong.attempt(lambda: targets_of(recipe, config=config))
+    wrong.attempt(lambda: require_vocabulary(recipe))
+    wrong.attempt(lambda: _require_cached(context))
+    if targets is not None:
+        needed = cascade_bytes(recipe, source=config, processes=context.processes.size)
+        wrong.attempt(lambda: _require_free(recipe, needed=needed, free=bytes_free(recipe.run_dir)))
+    if wrong.errors:
+        raise _together(wrong.errors)
+
+
+def _require_cached(context: RunContext) -> None:
+    """As `require_cached`; of all runs of a cascade, which read text as the first source does.
+
+    Raises:
+        ShearingError: rows are missing.
     """
     recipe = context.recipe
-    needed = cascade_bytes(recipe, source=context.config_as_cut, processes=context.processes.size)
-    _require_free(recipe, needed=needed, free=bytes_free(recipe.run_dir))
+    if recipe.cascade is None:
+        require_cached(context)
+        return
+    for each in cascade_of(recipe):
+        here = each.model_copy(update={"model": recipe.model})
+        require_cached(replace(context, recipe=here, console=Console(quiet=True)))
 
 
 def _require_free(recipe: Recipe, *, needed: int, free: int) -> None:

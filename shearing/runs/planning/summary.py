@@ -63,7 +63,7 @@ class Plan:
         largest: largest weight that the update rule can give each.
         training: the training stages in order.
         doubts: what keys say against each other, a sentence each.
-        notes: what is to be said of the GPUs, a sentence each.
+        notes: what is to be said of the GPUs, the result and a sparse source, as a run starts too, a sentence each.
         disk, free: bytes that the rest of the run needs at most, and bytes that there are.
     """
 

@@ -27,10 +27,11 @@ from shearing.runs.race.records import (
     require_same_race,
     settings_of,
 )
+from shearing.runs.race.results.picture import draw_race
+from shearing.runs.race.results.summary import summarise
+from shearing.runs.race.results.tables import markdown_tables, plan_table, rich_tables
 from shearing.runs.race.rows import RaceSettings, Row
 from shearing.runs.race.running import keep_model, run_row
-from shearing.runs.race.summary import summarise
-from shearing.runs.race.tables import markdown_tables, plan_table, rich_tables
 from shearing.runs.recipe import Recipe
 
 OF_THE_FOLDER = ("run_dir", "folder", "--output")
@@ -76,7 +77,11 @@ def compare(settings: RaceSettings, *, console: Console | None = None, only_plan
         race.print_plan()
         race.run()
     console.print(rich_tables(race.results()))
-    console.print(f"rows: {settings.output / 'rows'}; tables: {race.folder.tables}", soft_wrap=True, highlight=False)
+    console.print(
+        f"rows: {settings.output / 'rows'}; tables: {race.folder.tables}; picture: {race.folder.picture}",
+        soft_wrap=True,
+        highlight=False,
+    )
     return race.results()
 
 
@@ -111,7 +116,7 @@ class _Race:
         return {key: value for key, value in found.items() if not (common and key == "seed")}
 
     def run(self) -> None:
-        """Every row that is missing, in order; the tables are written after each."""
+        """Every row that is missing, in order; the tables are written after each, the picture in the end."""
         missing = [row for row in self._plan.rows if row not in self._records]
         for index, row in enumerate(missing):
             left = self._seconds_of(missing[index:])
@@ -129,6 +134,7 @@ class _Race:
                 shutil.rmtree(self.folder.cut(row), ignore_errors=True)
             self._write_tables()
         self._write_tables()
+        draw_race(self.results(), path=self.folder.picture)
         for emptied in ("work", "cuts"):
             shutil.rmtree(self.folder.path / emptied, ignore_errors=True)
 

@@ -56,6 +56,11 @@ class RaceFolder:
         """The tables (markdown)."""
         return self.path / "results.md"
 
+    @property
+    def picture(self) -> Path:
+        """Loss of every contender (SVG)."""
+        return self.path / "results.svg"
+
     def row(self, row: Row) -> Path:
         """File of a finished row (JSON)."""
         return self.path / "rows" / f"{row.name}.json"

@@ -21,6 +21,7 @@ from shearing.evaluation.verdict import verdict
 from shearing.files.durable import read_json, write_text
 from shearing.pruning.sparse.stored.manifest import MANIFEST
 from shearing.pruning.structured.granularities import SIZE_OF
+from shearing.pruning.structured.masking.facts import MASKINGS
 from shearing.runs.continuation.changes import Change, changes_of
 from shearing.runs.report.charts import SMALL, line_chart
 from shearing.runs.report.judged import judged
@@ -106,7 +107,7 @@ def _content(run: RunDirectory) -> dict[str, Any]:
     recipe = run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None
     summary, cut = _read(run.prune / "summary.json"), _read(run.compact / "shape.json")
     stages = read_stages({name: run.metrics(stage) for name, stage in _training_stages(recipe).items()})
-    marks, kind = _stage_marks(stages), _kind_of_losses(stages)
+    marks, kind, at_once = _stage_marks(stages), _kind_of_losses(stages), summary.get("steps") == 0
     domains = list(dict.fromkeys(keys_of(stages, "weights") + keys_of(stages, "losses", updates=True)))
     domains = list(dict.fromkeys([*domains, *keys_of(stages, "validation", updates=True)]))
     table: ComparisonTable | None = comparison_table(evaluation) if evaluation.get("models") else None
@@ -118,7 +119,7 @@ def _content(run: RunDirectory) -> dict[str, Any]:
         "table": table,
         "judged": judged(evaluation),
         "environment": _environment(evaluation),
-        "progress": _progress(stages),
+        "progress": _progress(stages, at_once=at_once),
         "changes": [
             (f"after step {each.step:,} of continued pretraining", _in_words(each)) for each in changes_of(run)
         ],
@@ -132,6 +133,8 @@ def _content(run: RunDirectory) -> dict[str, Any]:
         "violations": _violation_panels(stages[:1]),
         "multipliers": _multiplier_panels(stages[:1]),
         "learns_masks": len(stages) > 1,
+        "at_once": at_once,
+        "pruning": stages[0].name,
         "map": _map(run),
         "zeros": _zeros(run),
         "summary": _summary_table(summary, cut),
@@ -187,25 +190,27 @@ def _parsed(recipe: str | None) -> dict[str, Any]:
 
 
 def _training_stages(recipe: str | None) -> dict[str, Literal["prune", "pretrain"]]:
-    """Name and stage of what trains; a recipe that cannot be read is taken for one with all stages."""
+    """Name and stage of what trains; a recipe that cannot be read is taken for one that learns masks and trains on."""
     pretraining: dict[str, Literal["prune", "pretrain"]] = {"continued pretraining": "pretrain"}
-    content = _parsed(recipe)
-    if content.get("prune", True) is None:
+    prune = _parsed(recipe).get("prune", {})
+    if prune is None:
         return pretraining
-    return {"mask learning": "prune", **pretraining}
+    masks = str(prune.get("masks")) if isinstance(prune, dict) else "learned"
+    other = MASKINGS.get(masks) if masks != "learned" else None
+    return {"mask learning" if other is None else other.title: "prune", **pretraining}
 
 
 def _read(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _progress(stages: Sequence[StageMetrics]) -> list[tuple[str, str]]:
-    """Name of each stage and how far it has come, in words."""
+def _progress(stages: Sequence[StageMetrics], *, at_once: bool) -> list[tuple[str, str]]:
+    """Name of each stage and how far it has come, in words; `at_once`: the first had no steps to come."""
     lines = []
     start = 0.0
     for stage in stages:
         if not stage.steps:
-            lines.append((stage.name, "no steps yet"))
+            lines.append((stage.name, "no steps: cut at once" if at_once and stage is stages[0] else "no steps yet"))
             continue
         last = stage.steps[-1]
         text = f"{last.get('step', len(stage.steps)):,} steps, {format_tokens(stage.last_tokens - start)} tokens"

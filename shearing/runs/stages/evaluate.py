@@ -10,7 +10,6 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,8 +21,10 @@ from shearing.evaluation.speed import measure_speed
 from shearing.evaluation.table import comparison_table
 from shearing.evaluation.verdict import verdict
 from shearing.files.durable import read_json, write_json
+from shearing.models.stored.companions import folder_of
 from shearing.models.stored.paging.on_demand import weights_by_name
 from shearing.progress import activity
+from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME
 from shearing.pruning.sparse.stored.trained import masks_beside
 from shearing.runs.context import RunContext
 from shearing.runs.names import COMPONENT_NAMES
@@ -72,7 +73,7 @@ def evaluate(context: RunContext) -> dict[str, Any]:
 def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Held-out losses and sizes, by the names of rows; each kept in the run's folder as soon as it is measured."""
     recipe, run, console = context.recipe, context.directory, context.console
-    sparse = any(masks_beside(folder) for folder in (Path(recipe.model.source), run.sparse, run.model))
+    sparse = context.processes.on_main(lambda: _is_any_sparse(context))
     earlier = context.processes.on_main(lambda: _earlier_results(run, settings=_settings(context)))
     results = {
         row.name: {**earlier[row.name], **_facts(row)}
@@ -122,6 +123,12 @@ def _measure_losses(context: RunContext, rows: list[Row]) -> dict[str, dict[str,
             mean = results[row.name]["mean"]["loss"]
             console.print(f"{row.label}: mean held-out loss {'not finite' if mean is None else f'{mean:.3f}'}")
     return results
+
+
+def _is_any_sparse(context: RunContext) -> bool:
+    model, run = context.recipe.model, context.directory
+    source = folder_of(model.source, revision=model.revision, also=[EARLIER_NAME, FILE_NAME])
+    return any(masks_beside(folder) for folder in (source, run.sparse, run.model))
 
 
 def _finish(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from shearing.data.mixture.sampler import Mixture
-from shearing.errors import ShearingError, named
+from shearing.errors import named
 from shearing.files.durable import finite_or_none, flush_folder, write_json
 from shearing.files.full_disk import full_disk_said
 from shearing.files.tensors import write_in_turn, write_tensors
@@ -46,19 +46,21 @@ from shearing.pruning.structured.masking.removal import Removal
 from shearing.pruning.structured.parameter_budget import shape_or_budget
 from shearing.pruning.structured.refitting.linear import Refitted, refit
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import first_source
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.run_directory import RunDirectory
+from shearing.runs.planning.checks.pruning import last_checkpoint, no_moments
 from shearing.runs.stages.choices import START_SCORES, evidence_for, keep_scores, kept_scores, refit_from_files
 from shearing.runs.stages.heldout import REFERENCE
 from shearing.runs.stages.source_model import (
     holds_all_in_fp32,
     load_source_model,
     load_to_train,
+    model_to_read,
     reference_losses,
     source_to_read,
 )
 from shearing.runs.stages.training_task import task_of
-from shearing.training.checkpoints.checkpoints import checkpoints_in, damage_of, no_space
+from shearing.training.checkpoints.checkpoints import damage_of, no_space
 from shearing.training.checkpoints.pieces import WEIGHT, ShardedState, write_moments
 from shearing.training.checkpoints.state import seed_random
 from shearing.training.loop import train
@@ -103,7 +105,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     mixture = context.initial_mixture()
     refitted = run.prune / REFITTED
     processes.on_main(lambda: _make_folder(run.prune, without=refitted))
-    moments = None if recipe.pruning.prune.moments_of is None else processes.each(lambda: _moments(context))
+    moments = processes.each(lambda: _moments(context))
     said = full_disk_said(lambda: no_space(run.prune))
     source = recipe.model
     if recipe.pruning.prune.rotate != "none":
@@ -114,7 +116,7 @@ def prune(context: RunContext) -> dict[str, Any]:
     reference = reference_losses(
         context,
         stage="prune",
-        source=lambda: source_to_read(context, whole=lambda: model, model=source),
+        source=lambda: _aimed_at(context, whole=model, source=source),
         path=run.prune / REFERENCE,
     )
     path = _initial_scores(context, whole=model, source=source)
@@ -144,6 +146,14 @@ def _make_folder(folder: Path, *, without: Path) -> None:
     """The folder of the stage, without what a refit that was interrupted has left."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(without, ignore_errors=True)
+
+
+def _aimed_at(context: RunContext, *, whole: PreTrainedModel, source: ModelRecipe) -> PreTrainedModel:
+    """The model whose own losses may be the reference: the source, of a later run of a cascade the first one."""
+    first = first_source(context.recipe)
+    if first == context.recipe.model:
+        return source_to_read(context, whole=lambda: whole, model=source)
+    return model_to_read(context, source=first.source, revision=first.revision)
 
 
 class _Remove(Callback):
@@ -233,25 +243,16 @@ def _learned(summary: Mapping[str, Any], *, name: str) -> str:
     )
 
 
-def _moments(context: RunContext) -> ShardedState:
-    """The optimiser's state at the end of the run that has trained the source.
+def _moments(context: RunContext) -> ShardedState | None:
+    """The optimiser's state at the end of the run that has trained the source; None: it starts from nothing.
 
     Raises:
         ShearingError: that run has not ended, or its last checkpoint is damaged.
     """
-    folder = context.recipe.pruning.prune.moments_of
-    assert folder is not None
-    run = RunDirectory(folder)
-    found = checkpoints_in(run.checkpoints("pretrain"))
-    last = found[max(found)] if found and run.is_complete("pretrain") else None
-    damage = None if last is None else damage_of(last)
-    if last is None or damage is not None:
-        raise ShearingError(
-            "prune.moments_of",
-            value=str(folder) if damage is None else f"{last}, which is damaged: {damage}",
-            allowed="the folder of a run whose pretrain is complete, with its last checkpoint",
-            mend="run that one to its end, or set prune.moments_of=null",
-        )
+    if (last := last_checkpoint(context.recipe)) is None:
+        return None
+    if (damage := damage_of(last)) is not None:
+        raise no_moments(f"{last}, which is damaged: {damage}")
     return ShardedState(last)
 
 

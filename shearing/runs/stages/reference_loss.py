@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from shearing.models.shape import Shape, resolve_target
 from shearing.progress import activity
 from shearing.pruning.rotation.tied import config_as_cut
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import first_source
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.recipe import Recipe
 from shearing.runs.stages.heldout import measure_heldout, steering_tokens, tokens_of_all
@@ -141,7 +143,9 @@ def source(context: RunContext, *, output: Path) -> dict[str, float]:
     Raises:
         ShearingError: the source or the corpus cannot be used.
     """
-    recipe, corpus, console = context.recipe, context.corpus, context.console
+    recipe = context.recipe.model_copy(update={"model": first_source(context.recipe)})
+    context = replace(context, recipe=recipe)
+    corpus, console = context.corpus, context.console
     model, tokens = load_source_model(context), steering_tokens(context)
     total = tokens_of_all(context, tokens=tokens)
     with activity("held-out losses of the source", total=total, console=console) as advance:

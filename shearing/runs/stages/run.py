@@ -21,11 +21,11 @@ from shearing.processes.processes import Processes
 from shearing.processes.stop import StoppedAtOnce, stopping_at_once
 from shearing.progress import quiet_deepspeed, reset_max_memory
 from shearing.runs.context import RunContext
-from shearing.runs.continuation.cascade import cascade_of, require_shrinking
+from shearing.runs.continuation.cascade import cascade_of
 from shearing.runs.continuation.moved import as_it_lies
 from shearing.runs.continuation.same_run import as_made, require_same_run
 from shearing.runs.names import COMPONENT_NAMES
-from shearing.runs.planning.preflight import preflight, require_room, require_settings
+from shearing.runs.planning.preflight import preflight, require_cascade, require_settings
 from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Recipe
 from shearing.runs.run_directory import RunDirectory, Stage
@@ -66,9 +66,7 @@ def run(recipe: Recipe, *, stages: Sequence[Stage] | None = None, console: Conso
         *before, last = (RunContext(each, console=console, processes=processes) for each in cascade_of(recipe))
         if before and stages is None:
             context = RunContext(recipe, console=console, processes=processes)
-            require_shrinking(recipe, source=context.config_as_cut)
-            processes.on_main(partial(_require_runs, [*before, last]))
-            processes.on_main(partial(require_room, context))
+            processes.on_main(partial(_require_runs, context, runs=[*before, last]))
             for each in before:
                 console.rule(f"[bold]cascade: {each.recipe.name}")
                 _run(each, stages=[stage for stage in each.recipe.stages if stage != "evaluate"])
@@ -111,12 +109,18 @@ def report(directory: RunDirectory) -> None:
     _report(directory)
 
 
-def _require_runs(runs: Sequence[RunContext]) -> None:
+def _require_runs(context: RunContext, *, runs: Sequence[RunContext]) -> None:
     """Check of the runs of a cascade what can be before the first of them; each checks the rest as it begins.
 
+    Args:
+        context: of the cascade.
+        runs: of which it is.
+
     Raises:
-        ShearingError: a folder holds another run, or the last could not be judged.
+        ShearingError: a run cannot be made of what it is to start from, a folder holds another, or the last could not
+            be judged.
     """
+    require_cascade(context)
     for each in runs:
         require_same_run(each.recipe, directory=each.directory)
     require_settings(runs[-1], stages=runs[-1].recipe.stages)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import assume, given, strategies as st
 
 from shearing.data.corpus.domain_folder import Place, decide_places
 from shearing.data.corpus.format import HELD_OUT, SPLITS
-from shearing.data.corpus.splits import Documents, Earlier, SplitSize, SplitSizes, choose_splits, split_keys
+from shearing.data.corpus.splits import Documents, Earlier, Sides, SplitSize, SplitSizes, choose_splits, split_keys
 from shearing.errors import ShearingError
 
 HALF = 1 << 63
@@ -151,6 +152,41 @@ def test_earlier_domains_stand(first: list[int], second: list[int], seeds: tuple
     later = sides({"b": second}, sizes=tenths(), seed=seeds[1], earlier=known)["b"]
     every = of_all({"a": earlier, "b": later})
     assert sum(map(len, every)) == len(set.union(*every))
+
+
+@given(
+    domains=st.fixed_dictionaries({"a": contents, "b": contents, "c": contents}),
+    together=st.integers(1, 3),
+    lost=st.sampled_from("abc"),
+    sizes=sizes,
+    seed=st.integers(0, 9),
+    long=st.integers(1, 100),
+)
+def test_a_domain_made_again_beside_the_others_is_what_it_was(
+    domains: dict[str, list[int]], together: int, lost: str, sizes: SplitSizes, seed: int, long: int
+) -> None:
+    """Whichever of them were made in one preparation, the rest in a later one."""
+    every = {name: documents(numbers) for name, numbers in domains.items()}
+    for each in every.values():
+        each.tokens[each.hashes % 5 == 0] *= long
+
+    def beside(names: Iterable[str]) -> Earlier:
+        found = {
+            split: [every[name].hashes[chosen[name] == place] for name in names] for place, split in enumerate(SPLITS)
+        }
+        return Earlier(**{split: np.concatenate([np.empty(0, np.uint64), *each]) for split, each in found.items()})
+
+    chosen: dict[str, Sides] = {}
+    try:
+        for names in ("abc"[:together], "abc"[together:]):
+            chosen |= choose_splits(
+                {name: every[name] for name in names}, sizes=sizes, seed=seed, earlier=beside(chosen)
+            )
+    except ShearingError:
+        assume(False)
+    others = beside([name for name in domains if name != lost])
+    again = choose_splits({lost: every[lost]}, sizes=sizes, seed=seed, earlier=others)
+    assert np.array_equal(again[lost], chosen[lost])
 
 
 @given(

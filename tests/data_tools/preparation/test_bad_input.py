@@ -78,6 +78,18 @@ def test_what_was_skipped_is_not_taken_for_good_when_it_is_to_stop(prepared: Pre
         prepared(domains)
 
 
+def test_a_domain_in_which_bad_input_was_skipped_is_not_kept_when_it_is_to_stop(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(b"[1]", b'{"text": " "}', LINES[0]))
+    domains = {"a": str(tmp_path / "a.jsonl")}
+    left_out = {"duplicate": 1, "empty": 1, "no_text": 1}
+    assert prepared(domains, bad_input="skip", duplicates="remove").manifests["a"].left_out == left_out
+    with pytest.raises(ShearingError, match=r"domain a = '1 no_text'\n.*\n.*bad_input=skip again, or"):
+        prepared(domains, duplicates="remove")
+    assert prepared(domains, bad_input="skip", duplicates="remove").domains == ["a"]
+
+
 def test_rows_of_tables(prepared: Prepared, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from data_tools.preparation.prepare import prepare
 from data_tools.preparation.recipe import load_preparation
+from data_tools.preparation.work_folder import WorkFolder
 from shearing.cli.frame import app
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError
@@ -102,6 +103,34 @@ def test_jobs_in_the_queue_are_not_submitted_again(
     for executor in ("slurm", "local"):  # they will write into the folder, and know of nothing that is decided here
         with pytest.raises(ShearingError, match="7 of another preparation"):
             prepared({"b": texts["a"]}, **keys | {"executor": executor})
+
+
+def test_why_a_job_of_a_cluster_failed_is_told_once(
+    prepared: Prepared, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in (("sbatch", "echo Submitted batch job 7"), ("squeue", f"cat {tmp_path}/queue")):
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    keys = {"executor": "slurm", "slurm": {"partition": "cpu"}}
+    (tmp_path / "queue").touch()
+    for _ in range(2):
+        with pytest.raises(AssertionError):  # submitted
+            prepared(texts, **keys)
+        (folder,) = (tmp_path / "corpus").glob(".preparing-*")
+        launched = folder / "logs" / "decide" / "launch_script.slurm"
+        assert "#SBATCH --kill-on-invalid-dep=yes\n" in launched.read_text()
+        with pytest.raises(ShearingError), WorkFolder(folder).noting_failure("tokenise", 0):
+            raise ShearingError("a.jsonl:2", value="no JSON", allowed="JSON", mend="correct it")
+        (tmp_path / "queue").write_text("8 PENDING\n")
+        with pytest.raises(ShearingError, match=r"a\.jsonl:2 = no JSON[^$]*end them: scancel 7"):
+            prepared(texts, **keys)
+        (tmp_path / "queue").write_text("")
+        with pytest.raises(ShearingError, match=r"^a\.jsonl:2 = 'no JSON'\n.*\n.*correct it$"):
+            prepared(texts, **keys)
+    assert prepared(texts).domains == ["a"]
 
 
 def test_ray_that_is_not_installed(prepared: Prepared, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from shearing.cli.frame import app
@@ -22,6 +23,8 @@ from shearing.pruning.experts import make
 from shearing.pruning.experts.make import find_experts, make_experts, mixture_config, mixture_of
 from shearing.pruning.experts.recipe import MoeRecipe
 from shearing.pruning.experts.split import SPREAD, by_coactivation
+from shearing.pruning.sparse.one_shot import sparsify
+from shearing.pruning.sparse.recipe import SparsifyRecipe
 from tests.models.tiny import tiny_ids, tiny_model
 
 
@@ -184,11 +187,22 @@ def test_a_model_of_the_hub_keeps_the_dtype_of_its_weights(
     assert {entry.dtype for entry in entries.values()} == {"BF16"}
 
 
+def test_that_masks_are_lost_is_said(tiny_inputs: Path, tmp_path: Path) -> None:
+    source = tiny_inputs / "model"
+    one_shot = {"model": str(source), "output": tmp_path / "sparse", "criterion": "magnitude", "pattern": "2:4"}
+    sparsify(SparsifyRecipe.model_validate({**one_shot, "device": "cpu"}), console=Console(quiet=True))
+    told = {"experts": 6, "samples": 4, "seqlen": 16, "calibration": [tiny_inputs / "corpus"]}
+    for model in (source, tmp_path / "sparse"):
+        console = Console(record=True, file=io.StringIO())
+        make_experts(recipe(model=str(model), output=tmp_path / f"{model.name} mixed", **told), console=console)
+        assert (f"masks of {model} are not kept" in console.export_text()) == (model != source)
+
+
 def test_a_full_disk_is_said_of_the_output(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr("shearing.models.stored.saving.write_model", full)
     settings = recipe(
         model=str(tiny_inputs / "model"),
         output=tmp_path / "out",

@@ -40,7 +40,7 @@ from shearing.pruning.sparse.one_shot import sparsify
 from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.search import msp
 from shearing.pruning.sparse.stored.check import differences
-from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.pruning.sparse.stored.manifest import in_short, read_manifest
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, pack, read_masks, unpack
 from shearing.pruning.sparse.stored.pruned_layers import PrunedLayers
 from shearing.pruning.sparse.stored.trained import masks_beside, write_trained
@@ -534,6 +534,21 @@ def test_what_is_complete_is_left_alone(copied: Path, tiny_inputs: Path) -> None
         sparse(tiny_inputs, copied, samples=13)
 
 
+@pytest.mark.parametrize(
+    ("settings", "heading"),
+    [
+        ({}, "magnitude, depth, 50 %"),  # of 31 levels
+        ({"levels": ["row 0.25", "row 0.5", "row 0.75"]}, "magnitude mixed row 0.75, row 0.5, row 0.25"),
+    ],
+)
+def test_the_heading_of_a_column_is_short(
+    settings: dict[str, Any], heading: str, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    shared_out = {"criterion": "magnitude", "pattern": None, "sparsity": 0.5, "allocation": "depth"}
+    output = sparse(tiny_inputs, tmp_path / "sparse", **shared_out, **settings)
+    assert in_short(read_manifest(output)) == heading
+
+
 def test_evaluation_puts_dense_beside_sparse(copied: Path, tiny_inputs: Path) -> None:
     console = Console(record=True, width=120, file=io.StringIO())
     sparsify(recipe_of(tiny_inputs, copied, evaluate=tiny_inputs / "corpus", evaluate_tokens=64), console=console)
@@ -541,6 +556,7 @@ def test_evaluation_puts_dense_beside_sparse(copied: Path, tiny_inputs: Path) ->
     for heading in ("dense", "wanda 2:4", "share not zero", "MB not zero", "perplexity", "letters", "16 tokens"):
         assert heading in text
     evaluation = json.loads((copied / "evaluation.json").read_text())
+    assert list(evaluation["models"]) == ["dense", "wanda 2:4"]
     dense, pruned = evaluation["models"].values()
     assert dense["nonzero"] == dense["parameters"] > pruned["nonzero"]
     assert pruned["nonzero_bytes"] == 4 * pruned["nonzero"]

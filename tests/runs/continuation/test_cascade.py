@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from shearing.cli import app
@@ -19,8 +20,9 @@ from shearing.errors import ShearingError
 from shearing.models.shape import Shape, config_for, resolve_target
 from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.runs.context import RunContext
-from shearing.runs.continuation.cascade import cascade_of, require_shrinking
+from shearing.runs.continuation.cascade import as_one, cascade_of, require_shrinking
 from shearing.runs.continuation.extension import change
+from shearing.runs.continuation.same_run import as_made
 from shearing.runs.export.export import export
 from shearing.runs.planning import preflight
 from shearing.runs.planning.disk import cascade_bytes, run_bytes
@@ -71,6 +73,16 @@ def test_a_list_of_targets_is_a_cascade(tiny_inputs: Path, tmp_path: Path) -> No
     alone = Recipe.model_validate(data_of(tiny_inputs, tmp_path, cascade={}) | {"cascade": None})
     assert alone.cascade is None
     assert cascade_of(alone) == [alone]
+
+
+def test_runs_of_a_cascade_are_one_recipe_again(tiny_inputs: Path, tmp_path: Path) -> None:
+    data = data_of(tiny_inputs, tmp_path / "run", {"num_hidden_layers": 3}, FIRST, cascade={"duration": "3 steps"})
+    recipe = Recipe.model_validate(data)
+    *before, last = cascade_of(recipe)
+    assert as_one([*before, last]) == recipe
+    # What goes on from a model on the way, but is no run of that cascade, stays what it is.
+    other = last.model_copy(update={"run_dir": tmp_path / "other"})
+    assert as_one([*before, other]) == other
 
 
 def test_disk_is_wanted_for_all_runs_before_the_first(
@@ -219,6 +231,106 @@ def test_a_cascade_may_be_moved(tiny_inputs: Path, tmp_path: Path) -> None:
     assert here.read_complete("pretrain")["steps"] == 5
 
 
+def test_what_comes_of_a_cascade_is_of_its_first_source(tiny_inputs: Path, tmp_path: Path) -> None:
+    source = tmp_path / "first"
+    shutil.copytree(tiny_inputs / "model", source)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", FIRST, model={"source": str(source)}))
+    for each in (runs := cascade_of(recipe)):
+        run(each, stages=("prune", "compact", "pretrain"))
+    before, last = (RunDirectory(each.run_dir) for each in runs)
+    for folder, dtype in ((before.model, torch.float32), (last.model, torch.bfloat16)):
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {dtype}
+    # The losses that all runs aim at are those of one model, on one text.
+    aims = [json.loads((each.prune / "reference.json").read_text()) for each in (before, last)]
+    assert aims[0] == pytest.approx(aims[1], rel=1e-5)
+    made = export(str(last.path), output=tmp_path / "exported", console=Console(quiet=True))
+    assert made.dtype == "bf16"
+    card = (made.folder / "README.md").read_text()
+    shapes = {
+        name: Shape.of(AutoConfig.from_pretrained(of)) for name, of in (("source", source), ("step-1", before.model))
+    }
+    for part in (
+        "in bf16, made of `first` with shearing.",
+        *(f"| {name} | {shape.num_parameters():,} |" for name, shape in shapes.items()),
+        "A cascade: by way of step-1",
+        "Of step-1:\n\n- Units: ",
+        "- Continued pretraining: 96 tokens in 3 steps",
+        "- Continued pretraining: 128 tokens in 4 steps",
+        "- Continued pretraining of all together: 224 tokens.",
+    ):
+        assert part in card, part
+    tokens = card.partition("| domain |")[2].partition("##")[0]
+    assert (
+        sum(int(row.split("|")[2]) for row in tokens.splitlines() if row.startswith("| ") and "tokens" not in row)
+        == 224
+    )
+    again = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert again["model"]["source"] == "first"
+    assert again["cascade"] == {"targets": {"step-1": FIRST}, "duration": "3 steps"}
+    assert again["target"]["hidden_size"] == 16
+    assert "moments_of" not in again["prune"]
+    # A result that was written otherwise is told how to have the dtype of the first.
+    last.recipe.write_text(last.recipe.read_text().replace("save_dtype: source", "save_dtype: fp32"))
+    _, said = as_made(runs[1], directory=last)
+    assert [line.rsplit(" ", 2)[1:] for line in said] == [["--dtype", "bf16"]]
+    # Which is said before the run begins where the first is gone.
+    shutil.rmtree(source)
+    with pytest.raises(ShearingError, match=r"step-1/recipe\.yaml \(model\.source\) = '.*first'"):
+        run(runs[1].model_copy(update={"distill": None}), stages=("pretrain",))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "prune", "says"),
+    [
+        ({"num_hidden_layers": 3}, {"hidden_size": 16, "vocab_size": 8}, {}, "target.vocab_size = 'the tokenizer"),
+        (
+            {"num_hidden_layers": 3},
+            {"hidden_size": 16},
+            {"granularities": ["layers"]},
+            "prune.granularities = ['layers']",
+        ),
+        (
+            {"hidden_size": 16},
+            {"num_hidden_layers": 2},
+            {"granularities": ["layers"]},
+            "step-1 (prune.granularities) = ",
+        ),
+        ({"num_hidden_layers": 3}, {"parameters": 10, "uniform": True}, {}, "target.parameters = 10"),
+        ({"num_hidden_layers": 3}, {"parameters": "10K"}, {}, "target.uniform = False"),
+        # What a size leaves out is as in the model before: a group is left, of which a head is one.
+        ({"num_key_value_heads": 1}, {"num_attention_heads": 1}, {}, None),
+    ],
+)
+def test_what_a_later_run_cannot_is_said_before_the_first(
+    tiny_inputs: Path,
+    tmp_path: Path,
+    first: dict[str, Any],
+    last: dict[str, Any],
+    prune: dict[str, Any],
+    says: str | None,
+) -> None:
+    data = data_of(
+        tiny_inputs,
+        tmp_path / "run",
+        target=[first, last],
+        prune={"duration": "6 steps", "estimator": "hard_concrete", **prune},
+    )
+    recipe = Recipe.model_validate(data)
+    found, errors = survey(RunContext(recipe), starts=False)
+    if says is None:
+        assert errors == []
+        assert found is not None
+        assert found.target is not None
+        assert found.target.num_key_value_heads == 1
+        return
+    assert any(says in str(error) for error in errors)
+    with pytest.raises(ShearingError) as caught:
+        run(recipe)
+    assert says in str(caught.value)
+    assert not (tmp_path / "run" / "cascade").exists()
+
+
 def test_what_the_last_run_cannot_is_said_before_the_first(tiny_inputs: Path, tmp_path: Path) -> None:
     data = data_of(tiny_inputs, tmp_path / "run", FIRST)
     unknown = data | {"evaluation": data["evaluation"] | {"tasks": ["no_such_task"]}}
@@ -252,6 +364,7 @@ def test_what_the_last_run_cannot_is_said_before_the_first(tiny_inputs: Path, tm
         # Of the four steps of the last run three are left to those before it.
         ([FIRST], {"pretrain": {"warmup": "4 steps"}}, "cascade.duration = '75%, 3 steps of pretrain'"),
         ([FIRST], {"pretrain": {"warmup": "4 steps"}}, "pretrain.warmup = '4 steps' is right: at most the stage's 3"),
+        ([{"parameters": "20K"}], {"prune": {"duration": "6 steps"}}, "cascade.targets.step-1.uniform = False"),
         ([{"parameters": "20K", "uniform": True}], {}, "cascade.targets.step-1 (prune.duration) = '0 steps'"),
     ],
 )

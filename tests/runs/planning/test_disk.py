@@ -25,7 +25,7 @@ from shearing.runs.planning.disk import (
 from shearing.runs.planning.hardware import Hardware
 from shearing.runs.planning.plan import plan
 from shearing.runs.planning.plan_tables import render
-from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.recipe import Recipe, load_recipe, overridden
 
 
 def _shapes(recipe: Recipe) -> tuple[Shape, Shape]:
@@ -39,13 +39,14 @@ def _shapes(recipe: Recipe) -> tuple[Shape, Shape]:
     [
         ([], 2 + 1),
         (["pretrain.keep_last=5"], 5 + 1),
-        # Four steps: those of 2 and 4 stay for good.
-        (["pretrain.keep_every=2 steps"], 2 + 1 + 2),
+        # Eight steps: those of 4 and 8 stay for good.
+        (["pretrain.keep_every=4 steps"], 2 + 1 + 2),
         (["pretrain.keep_every=50%", "pretrain.keep_last=1"], 1 + 1 + 2),
+        (["pretrain.keep_last=20"], 8),
     ],
 )
 def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: list[str], checkpoints: int) -> None:
-    recipe = load_recipe(tiny_recipe, overrides=overrides)
+    recipe = load_recipe(tiny_recipe, overrides=["pretrain.duration=8 steps", *overrides])
     source, target = _shapes(recipe)
     sizes = source.num_parameters(), target.num_parameters()
     length = recipe.data.sequence_length
@@ -54,6 +55,8 @@ def test_checkpoints_that_can_be_there_at_once(tiny_recipe: Path, overrides: lis
     # Of mask learning three checkpoints and its weights; of the target the kept moments, compact/ and model/.
     expected = (12 * 3 + 4) * sizes[0] + (12 * checkpoints + 4 * 4) * sizes[1]
     assert run_bytes(recipe, source=source, target=target) == expected
+    at_once = overridden(recipe, overrides=["prune.duration=0 steps"])
+    assert expected - run_bytes(at_once, source=source, target=target) == 12 * 2 * sizes[0], "one, of the start"
     of_two = run_bytes(recipe, source=source, target=target, processes=2)
     assert of_two - expected == 4 * target.num_parameters(), "the baseline that is measured is in files"
 

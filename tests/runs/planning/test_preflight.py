@@ -10,13 +10,16 @@ from rich.console import Console
 
 from shearing.data.corpus.corpus import Corpus
 from shearing.errors import ShearingError, key
+from shearing.models.loading import load_config
 from shearing.models.shape import Shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.reconstruction import Reconstruction
 from shearing.runs.context import RunContext
+from shearing.runs.planning.checks.pruning import require_moments
 from shearing.runs.planning.preflight import preflight, survey
 from shearing.runs.planning.summary import Plan, render
 from shearing.runs.recipe import Recipe, load_recipe
+from shearing.runs.stages.run import run
 from tests.cli.test_cli import shear
 
 
@@ -155,6 +158,28 @@ def test_losses_of_other_labels_are_refused_and_of_another_attention_doubtful(
     assert refused.value.field == "mixture.reference"
     assert refused.value.value == f"{file}, measured with loss_across_documents True"
     assert refused.value.mend.startswith("set mixture.reference to source")
+
+
+def test_moments_of_another_model_are_refused_before_anything_is_measured(tiny_recipe: Path) -> None:
+    straight = ["prune=null", "target=null", "pretrain.duration=1 step"]
+    adapted = "pretrain.lora={rank: 2, targets: [q_proj]}"
+    sources = {}
+    for name, more in (("whole", []), ("adapted", [adapted])):
+        made = load_recipe(tiny_recipe, overrides=[*straight, *more, f"run_dir={tiny_recipe.parent / name}"])
+        before = run(made, stages=["pretrain"])
+        sources[name] = [f"prune.moments_of={before.path}", f"model.source={before.model}"]
+    recipe, _, _ = plan_of(tiny_recipe, *sources["whole"])
+    with pytest.raises(ShearingError) as refused:
+        plan_of(tiny_recipe, *sources["adapted"])
+    assert refused.value.field == "prune.moments_of"
+    assert "q_proj" in str(refused.value.value)
+    assert "set prune.moments_of=null" in refused.value.mend
+    config = load_config(recipe.model.source)
+    config.intermediate_size = 40
+    with pytest.raises(ShearingError, match=r"of shape \[32, 48\]'\n.*of shape \[32, 40\]"):
+        require_moments(recipe, config=config)
+    with pytest.raises(ShearingError, match=r"prune\.moments_of = .*absent'\n.*whose pretrain is complete"):
+        plan_of(tiny_recipe, f"prune.moments_of={tiny_recipe.parent / 'absent'}")
 
 
 def test_what_is_known_without_text_is_said_beside_the_one_error(tiny_recipe: Path) -> None:

@@ -19,9 +19,9 @@ from shearing.runs.race.flops import FlopCount, Flops, steps_within
 from shearing.runs.race.methods import Contender
 from shearing.runs.race.plan import Budget, RacePlan
 from shearing.runs.race.records import RaceFolder, settings_of
+from shearing.runs.race.results.summary import paired, summarise
+from shearing.runs.race.results.tables import markdown_tables
 from shearing.runs.race.rows import Row, Steps
-from shearing.runs.race.summary import paired, summarise
-from shearing.runs.race.tables import markdown_tables
 from shearing.runs.recipe import Recipe, load_recipe
 from tests.conftest import tiny_recipe_data
 from tests.models.tiny import tiny_model

@@ -16,6 +16,9 @@ from shearing.errors import ShearingError
 from shearing.files.durable import read_json
 from shearing.models.shape import Shape
 from shearing.runs.context import RunContext
+from shearing.runs.launch import require_equal_shares
+from shearing.runs.planning.hardware import Hardware
+from shearing.runs.planning.plan import plan
 from shearing.runs.stages.choices import Source
 from shearing.runs.stages.evaluation.recipe import Baseline
 
@@ -39,7 +42,10 @@ def test_what_is_cut_at_once_is_the_refitted_baseline(tiny_recipe: Path) -> None
     lines = [json.loads(line) for line in run.metrics("pretrain").read_text().splitlines()]
     steps = [line for line in lines if "event" not in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert (run.path / "report.html").is_file()
+    page = run.report.read_text()
+    assert "<dt>mask learning</dt><dd>no steps: cut at once</dd>" in page
+    assert "units were cut at once" in page
+    assert "learned yet" not in page
     models = read_json(run.evaluation)["models"]
     assert models["compact"]["label"] == "chosen by reconstruction, refitted"
     assert models["final"]["label"] == "chosen by reconstruction, refitted, pretrained"
@@ -69,6 +75,31 @@ def test_moments_of_no_step_are_a_fresh_optimiser(tiny_recipe: Path) -> None:
 def test_what_no_steps_cannot_do_is_said(tiny_recipe: Path, override: str, said: str) -> None:
     with pytest.raises(ShearingError, match=said):
         shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, override])
+
+
+def test_no_steps_do_not_say_how_much_text_updates_read(tiny_recipe: Path) -> None:
+    long = ["mixture.heldout_tokens=auto", "pretrain.duration=400 steps", "mixture.pretrain_interval=100 steps"]
+    at_once = shearing.load_recipe(tiny_recipe, overrides=[*long, AT_ONCE])
+    alone = shearing.load_recipe(tiny_recipe, overrides=[*long, "prune=null", "target=null"])
+    # A token that is read takes a third of one of a step: a tenth of 100 steps of 32 tokens, for two domains.
+    assert at_once.heldout_tokens(domains=2) == alone.heldout_tokens(domains=2) == 3 * 10 * 32 // 2
+
+
+def test_a_batch_that_is_never_dealt_need_not_be_shared(tiny_recipe: Path) -> None:
+    pretrain = ["pretrain.batch_size=3 sequences", "pretrain.micro_batch_size=1"]
+    recipe = shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, *pretrain])
+    require_equal_shares(recipe, num_processes=3)
+    with pytest.raises(ShearingError, match=r"prune\.batch_size = '2 sequences'"):
+        require_equal_shares(shearing.load_recipe(tiny_recipe, overrides=pretrain), num_processes=3)
+    made = plan(recipe, hardware=Hardware.of(processes=3, gpu=None, gigabytes=80, mfu=0.4))
+    assert [stage.workload.micro_batch_size for stage in made.stages] == [2, 1]
+
+
+def test_moments_do_not_go_into_another_basis(tiny_recipe: Path) -> None:
+    with pytest.raises(
+        ShearingError, match=r"prune\.moments_of = 'before'\n.*the basis of their training\n.*prune\.rotate=none"
+    ):
+        shearing.load_recipe(tiny_recipe, overrides=[AT_ONCE, "prune.rotate=pca", "prune.moments_of=before"])
 
 
 def test_what_a_refit_has_found_is_said(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from shearing.errors import ShearingError
-from shearing.runs.recipe import load_recipe
+from shearing.runs.context import RunContext
+from shearing.runs.planning.preflight import preflight
+from shearing.runs.recipe import load_recipe, overridden
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages.run import run
 from shearing.training.metrics import TIMING_FIELDS
@@ -47,7 +49,9 @@ def test_a_whole_run_ends_at_exactly_the_target(way: str, tiny_recipe: Path) -> 
     rows = json.loads(directory.evaluation.read_text())["models"]
     labels = [row["label"] for row in (rows.values() if isinstance(rows, dict) else rows)]
     assert f"{way} masks, pretrained" in labels
-    assert directory.report.is_file()
+    assert f"<dt>{way} masks</dt><dd>6 steps" in (page := directory.report.read_text())
+    assert f"Sizes at the end of {way} masks." in page
+    assert "<dt>mask learning" not in page
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -66,6 +70,19 @@ def test_stopped_and_continued_is_the_same_run(
     for name in ("masks", "model", "moments"):
         written = [(each.prune / f"{name}.safetensors").read_bytes() for each in (whole, continued)]
         assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_keys_of_learned_masks_are_not_looked_at(way: str, tiny_recipe: Path) -> None:
+    """Neither refused nor doubtful, as they are where masks are learned."""
+    keys = ["prune.estimator=hard_concrete", "prune.mask_learning_rate=1e-3", "prune.initial_masks=open"]
+    recipe = load_recipe(tiny_recipe, overrides=[*COMMON, *keys, f"prune.masks={way}"])
+    learned = overridden(recipe, overrides=["prune.masks=learned"])
+    doubts = [preflight(RunContext(each), stages=["prune"]).doubts for each in (learned, recipe)]
+    assert len(doubts[0]) == 2 + len(doubts[1])
+    overridden(recipe, overrides=["prune.sparsity_warmup=6 steps"])
+    with pytest.raises(ShearingError, match=r"prune\.sparsity_warmup"):
+        overridden(learned, overrides=["prune.sparsity_warmup=6 steps"])
 
 
 @pytest.mark.parametrize(

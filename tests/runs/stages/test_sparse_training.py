@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -24,6 +25,8 @@ from shearing.files.durable import read_json
 from shearing.models.loading import load_config
 from shearing.models.shape import Shape
 from shearing.pruning.calibration.text import load_calibration
+from shearing.pruning.sparse.levels import allocate
+from shearing.pruning.sparse.recipe import SparsifyRecipe
 from shearing.pruning.sparse.stored.check import differences
 from shearing.pruning.sparse.stored.manifest import MANIFEST, read_manifest
 from shearing.pruning.sparse.stored.masks import FILE_NAME, read_masks
@@ -31,6 +34,7 @@ from shearing.runs.context import RunContext
 from shearing.runs.continuation.extension import extend
 from shearing.runs.planning.disk import moving_weights
 from shearing.runs.planning.memory import CHECKPOINT_BYTES_PER_PARAMETER
+from shearing.runs.planning.preflight import preflight, survey
 from shearing.runs.recipe import Recipe, load_recipe
 from shearing.runs.run_directory import RunDirectory
 from shearing.runs.stages import source_model
@@ -41,6 +45,11 @@ from shearing.training.checkpoints.pieces import ShardedState
 from tests.conftest import tiny_recipe_data
 
 ONE_SHOT = {"criterion": "wanda", "pattern": "2:4", "samples": 12, "seqlen": 16}
+SHARED_OUT: dict[str, Any] = {"criterion": "magnitude", "sparsity": 0.5, "allocation": "depth"}
+CUT: dict[str, Any] = {
+    "target": {"hidden_size": 16, "intermediate_size": 24},
+    "prune": {"duration": "0 steps", "batch_size": "2 sequences", "calibration_tokens": 64},
+}
 STEPS, SEQUENCES, LENGTH = 5, 4, 16
 
 
@@ -415,6 +424,23 @@ def test_masks_of_another_model_are_refused_before_training(
     assert not (tmp_path / "run" / "pretrain" / "checkpoints").exists()
 
 
+def test_what_becomes_of_zeros_is_said_before_training(
+    trained: RunDirectory, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    """Where units go, masks do not stay, which is said; a family would leave its sizes without any."""
+    sections: dict[str, Any] = {"source": trained.sparse, "evaluation": {"baselines": []}, **CUT}
+    family = {"family": {"sizes": {"small": {"num_hidden_layers": 1}}}}
+    said = (
+        f"zeros: {trained.sparse / FILE_NAME} is left behind by prune, and what is 0 in the source is trained like all "
+    )
+    for more, advice in (({}, "else; the section sparsify zeroes"), (family, "else"), ({"sparsify": ONE_SHOT}, "else")):
+        plan = preflight(RunContext(Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", **sections, **more))))
+        assert [each for each in plan.notes if each.startswith(said + advice)]
+    found = errors_of(data_of(tiny_inputs, tmp_path / "run", source=trained.sparse, **family))
+    assert f"model.source = '{trained.sparse} with {FILE_NAME}'" in found
+    assert "set family=null" in found
+
+
 def test_adapters_without_peft_are_refused(tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     said = errors_of(data_of(tiny_inputs, tmp_path / "run", pretrain={"lora": {}}))
@@ -432,12 +458,18 @@ def test_adapters_without_peft_are_refused(tiny_inputs: Path, tmp_path: Path, mo
         ({"sparsify": {**ONE_SHOT, "seqlen": 4096}}, ("sparsify.seqlen = 4096", "at most 64")),
         ({"sparsify": {**ONE_SHOT, "samples": 10**6}}, ("sparsify.samples = 1000000",)),
         (
+            {"sparsify": {"criterion": "magnitude", "allocation": "/nope.json"}},
+            ('sparsify.allocation = "/nope.json (', "check the path"),
+        ),
+        (
             {"pretrain": {"lora": {}}, "training": {"engine": "deepspeed"}},
             ("pretrain.lora", "set training.engine=torch"),
         ),
         ({"pretrain": {"lora": {"targets": ["query"]}}}, ("pretrain.lora.targets = ['query']", "q_proj")),
         ({"pretrain": {"spp": {"targets": ["query"]}}}, ("pretrain.spp.targets = ['query']", "q_proj")),
         ({"pretrain": {"spp": {"rank": 5}}}, ("pretrain.spp.rank = 5", "1, 2, 4, 8, 16", "pretrain.spp.rank=4")),
+        # Of the source every matrix has a multiple of 16 outputs, of the target of 8.
+        ({**CUT, "pretrain": {"spp": {}}}, ("pretrain.spp.rank = 16", "1, 2, 4, 8", "pretrain.spp.rank=8")),
         ({"pretrain": {"spp": {}, "lora": {}}}, ("pretrain.spp = 'a section'", "pretrain.lora is there too")),
         ({"pretrain": {"spp": {}}, "training": {"engine": "deepspeed"}}, ("pretrain.spp", "torch or fsdp2")),
         ({"pretrain": {"ist": {}}}, ("pretrain.ist", "with one of pretrain.lora, pretrain.spp, pretrain.speft")),
@@ -445,6 +477,10 @@ def test_adapters_without_peft_are_refused(tiny_inputs: Path, tmp_path: Path, mo
         (
             {"sparsify": {"criterion": "magnitude", "sparsity": 0.5}, "pretrain": {"ast": {}}},
             ("pretrain.ast", "masks of N:M", "sparsify.pattern=2:4"),
+        ),
+        (
+            {"sparsify": {**SHARED_OUT, "levels": ["row 0.25", "row 0.75"]}, "pretrain": {"ast": {}}},
+            ("pretrain.ast", "masks of N:M, and sparsify.levels has row 0.25, row 0.75"),
         ),
     ],
 )
@@ -456,13 +492,72 @@ def test_what_cannot_be_is_said_by_its_key(
         assert part in found
 
 
-def test_a_pattern_that_will_not_fit_what_is_cut_is_said_before_anything_is_cut(
-    tiny_inputs: Path, tmp_path: Path
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({**ONE_SHOT, "pattern": "16:32"}, "sparsify.pattern = '16:32 (16 kept of 32)'"),
+        ({**SHARED_OUT, "levels": ["1:7", "6:7"]}, "sparsify.levels = '1:7 (1 kept of 7)'"),
+        ({**SHARED_OUT, "levels": ["1:4", "row 0.75"]}, "sparsify.levels = '1:4 and row 0.75'"),
+        ({"criterion": "magnitude", "allocation": "/nope.json"}, "what is cut is yet to be"),
+        ({"criterion": "magnitude", "pattern": "4:8", "hardware": "2:4"}, "sparsify.hardware = '2:4'"),
+        ({**ONE_SHOT, "include": ["*.nope"]}, "sparsify.include = '*.nope'"),
+        ({**ONE_SHOT, "calibration": ["/nope.txt"]}, "sparsify.calibration = '/nope.txt'"),
+        ({**ONE_SHOT, "samples": 10**6}, "sparsify.samples = 1000000"),
+        ({**SHARED_OUT, "criterion": "sparsegpt", "group": "cumulative", "samples": 12}, "sparsify.group = 'cumul"),
+    ],
+)
+def test_what_will_not_go_with_what_is_cut_is_said_before_anything_is_cut(
+    section: dict[str, Any], said: str, sized: bool, tiny_inputs: Path, tmp_path: Path
 ) -> None:
-    data = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run")
-    data |= {"sparsify": {**ONE_SHOT, "pattern": "16:32"}}
-    assert "sparsify.pattern = '16:32 (16 kept of 32)'" in errors_of(data)
-    assert not (tmp_path / "run").exists()
+    data = tiny_recipe_data(tiny_inputs, run_dir=tmp_path / "run") | {"sparsify": section}
+    if not sized:
+        data["target"] = {"parameters": 20_000, "uniform": True}
+        data["prune"]["estimator"] = "hard_concrete"
+    _, errors = survey(RunContext(Recipe.model_validate(data)))
+    of_sizes = "kept of" in said  # which a budget leaves open
+    assert any(said in str(error) for error in errors) == (sized or not of_sizes), errors
+    assert len(errors) == (1 if sized or not of_sizes else 0)
+
+
+def test_what_a_stage_has_read_may_be_gone_when_it_is_complete(tiny_inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcd" * 200)
+    own = {**ONE_SHOT, "calibration": [str(tmp_path / "a.txt")]}
+    recipe = Recipe.model_validate(data_of(tiny_inputs, tmp_path / "run", sparsify=own))
+    run(recipe, stages=["sparsify"])
+    (tmp_path / "a.txt").unlink()
+    assert survey(RunContext(recipe), stages=["pretrain"])[1] == []
+
+
+def test_masks_of_an_allocation_file_have_to_be_of_groups_to_move(tiny_inputs: Path, tmp_path: Path) -> None:
+    own = {"model": str(tiny_inputs / "model"), "output": tmp_path / "allocation.json", "device": "cpu"}
+    file = allocate(SparsifyRecipe.model_validate({**SHARED_OUT, **own}))
+    section = {"criterion": "magnitude", "allocation": str(file)}
+    data = data_of(tiny_inputs, tmp_path / "run", sparsify=section, pretrain={"ast": {}})
+    [error] = survey(RunContext(Recipe.model_validate(data)))[1]
+    assert error.field == "pretrain.ast"
+    assert "allocation.json has" in error.allowed
+
+
+def test_a_sparse_source_of_the_hub_is_one(
+    trained: RunDirectory, tiny_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    shutil.copytree(trained.sparse, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    data = data_of(tiny_inputs, tmp_path / "run", model={"source": "owner/name"}, evaluation={"speed": False})
+    recipe = Recipe.model_validate(data)
+    plan, errors = survey(RunContext(recipe))
+    assert not errors
+    assert plan is not None
+    assert plan.zeros is not None
+    assert FILE_NAME in plan.zeros
+    run(recipe, stages=["evaluate"])
+    [source] = read_json(RunDirectory(recipe.run_dir).evaluation)["models"].values()
+    assert source["nonzero"] < source["parameters"]
 
 
 @pytest.mark.parametrize("sections", [{"sparsify": ONE_SHOT}, {}, {"pretrain": {"lora": {"rank": 2}}}])

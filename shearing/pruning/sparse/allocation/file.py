@@ -84,8 +84,8 @@ def write_allocation(
     return StoredAllocation(dict(patterns), content)
 
 
-def read_allocation(path: Path, *, source: Source) -> StoredAllocation:
-    """Read an allocation for a model.
+def read_allocation(path: Path, *, source: Source | None) -> StoredAllocation:
+    """Read an allocation for a model; None: whichever it is of.
 
     Raises:
         ShearingError: no such file, not one of ours, or the allocation of another model.
@@ -104,7 +104,7 @@ def read_allocation(path: Path, *, source: Source) -> StoredAllocation:
             allowed=f"{', '.join(ALLOCATIONS)}, or an {FILE_NAME} that `shear allocate` has written",
             mend="check the path, or run `shear allocate` again",
         ) from error
-    if of_model != source.fingerprint:
+    if source is not None and of_model != source.fingerprint:
         raise ShearingError(
             "allocation",
             value=f"{path}, made for {content['model']}",

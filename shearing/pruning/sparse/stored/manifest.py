@@ -13,6 +13,8 @@ from shearing.files.durable import read_json
 
 MANIFEST = "sparsity.json"
 FORMAT = 1
+SHOWN_LEVELS = 4
+"""More of them are not named one by one."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -49,6 +51,14 @@ def read_description(path: Path, *, version: int, of: str, mend: str, again: str
     if said.get("format") != version:
         raise ShearingError(str(path), value=f"format {said.get('format')}", allowed=f"format {version}", mend=again)
     return said
+
+
+def in_short(manifest: Mapping[str, Any]) -> str:
+    """What was done to a model, for the heading of a column: 'magnitude 2:4', or 'magnitude, depth, 50 %'."""
+    criterion, pattern = manifest["criterion"], manifest["pattern"]
+    if pattern.count(",") < SHOWN_LEVELS:
+        return f"{criterion} {pattern}"
+    return f"{criterion}, {manifest['allocation']}, {100 * manifest['budget']['reached']['sparsity']:.3g} %"
 
 
 def file_entries(

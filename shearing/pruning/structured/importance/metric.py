@@ -18,7 +18,7 @@ from shearing.data.documents import Inputs
 from shearing.errors import ShearingError, key
 from shearing.models.shape import Shape
 from shearing.processes.processes import Processes
-from shearing.pruning.calibration.shares import Share, shares_of
+from shearing.pruning.calibration.shares import Share, shares_of, steps_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +27,9 @@ Scores = dict[str, Tensor]
 """Granularity -> scores: layers, attention, mlp [L]; kv_groups [L, K]; query_heads [L, K, G]; intermediate [L, m]
 or [L, E, m]; experts [L, E]; hidden [d]; of the units of a row the higher are kept."""
 
+STEP_SEQUENCES = 4
+"""What a step of a metric that goes in steps takes of the text, however many sequences are in a batch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -34,7 +37,8 @@ class Evidence:
 
     Attributes:
         text: all of it, tokens [B, S], on the model's device; empty for metrics that read none. The documents are those
-            of rows of S + 1 tokens: whether a label of these S - 1 counts is in `documents.left_out[:, :-1]`.
+            of rows of S + 1 tokens: whether a label of these S - 1 counts is in `documents.left_out[:, :-1]`. B
+            decides what is in memory; scores do not depend on it, but for rounding.
         target: shape to reach; None where there is only a number of parameters.
         seed: of whatever is drawn.
         processes: those that score together, each on its share of the text; all have the same evidence.
@@ -49,6 +53,11 @@ class Evidence:
     def own(self) -> list[Share]:
         """What this process reads."""
         return shares_of(self.text, processes=self.processes)
+
+    @cached_property
+    def steps(self) -> list[list[Inputs]]:
+        """All of the text by steps of `STEP_SEQUENCES`, each in pieces of at most B."""
+        return steps_of(self.text, rows=STEP_SEQUENCES)
 
     @property
     def text_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,24 @@ from shearing.data.mixture.reference import measured_conditions, resolve_referen
 from shearing.errors import ShearingError, named
 from shearing.models.loading import skeleton
 from shearing.models.serving import BLOCK
-from shearing.models.shape import Shape, other_architecture, resolve_target
+from shearing.models.shape import Shape, config_for, other_architecture, resolve_target
 from shearing.models.stored.companions import folder_of
 from shearing.models.stored.kept_tokens import require_cuttable
+from shearing.objectives.objective import PARAMETER_PREFIX
 from shearing.pruning.rotation.basis import require_rotatable
 from shearing.pruning.rotation.tied import require_place_for_gain
 from shearing.pruning.structured.granularities import PRUNED_BY, require_granularities, smallest_shape
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import metric_of
 from shearing.pruning.structured.mask_settings import MaskSettings, doubts
+from shearing.runs.continuation.cascade import cascade_of, require_shrinking
 from shearing.runs.continuation.family import importance_of
 from shearing.runs.names import COMPONENT_NAMES
 from shearing.runs.planning.summary import written_as
 from shearing.runs.recipe import Pruning, Recipe
+from shearing.runs.run_directory import RunDirectory
+from shearing.training.checkpoints.checkpoints import checkpoints_in
+from shearing.training.checkpoints.pieces import ShardedState
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,6 +67,38 @@ def target_of(pruning: Pruning, *, config: PretrainedConfig) -> Shape | None:
             "target", value=target.sizes(), allowed="at least one size below the source's", mend="choose a smaller size"
         )
     return target
+
+
+def targets_of(recipe: Recipe, *, config: PretrainedConfig) -> list[Shape | None]:
+    """The target shapes of a recipe's runs in order, None for a budget; none where nothing is cut.
+
+    What follows a budget, whose sizes are learned, is checked against what that is cut from, which is larger.
+
+    Args:
+        recipe: of one run, or of a cascade.
+        config: of the first source, as masks and cutting see it.
+
+    Raises:
+        ShearingError: one cannot be reached; of a run on the way, it is named.
+    """
+    if recipe.prune is None:
+        return []
+    require_shrinking(recipe, source=config)
+    names = [] if recipe.cascade is None else list(recipe.cascade.targets)
+    found: list[Shape | None] = []
+    for each, name in zip_longest(cascade_of(recipe), names):
+        try:
+            target = target_of(each.pruning, config=config)
+        except ShearingError as error:
+            if name is None:
+                raise
+            raise ShearingError(
+                f"cascade.targets.{name} ({error.field})", value=error.value, allowed=error.allowed, mend=error.mend
+            ) from None
+        found.append(target)
+        if target is not None:
+            config = config_for(config, shape=target, attention_layers=range(target.num_hidden_layers))
+    return found
 
 
 @named(COMPONENT_NAMES)
@@ -110,6 +148,54 @@ def require_rotation(recipe: Recipe, *, source: Shape, target: Shape | None) -> 
         require_place_for_gain(source, prune=recipe.prune, target=target)
 
 
+def last_checkpoint(recipe: Recipe) -> Path | None:
+    """The end of the run that has trained the source, whose optimiser's state goes on; None: it starts from nothing.
+
+    Raises:
+        ShearingError: that run has not ended.
+    """
+    if recipe.prune is None or recipe.prune.moments_of is None:
+        return None
+    run = RunDirectory(recipe.prune.moments_of)
+    found = checkpoints_in(run.checkpoints("pretrain"))
+    if not found or not run.is_complete("pretrain"):
+        raise no_moments(str(recipe.prune.moments_of))
+    return found[max(found)]
+
+
+def no_moments(found: str) -> ShearingError:
+    """That there is no whole state of the optimiser which could go on."""
+    return ShearingError(
+        "prune.moments_of",
+        value=found,
+        allowed="the folder of a run whose pretrain is complete, with its last checkpoint",
+        mend="run that one to its end, or set prune.moments_of=null",
+    )
+
+
+def require_moments(recipe: Recipe, *, config: PretrainedConfig) -> None:
+    """The optimiser's state that goes on is of the source's weights, as far as their shapes say so."""
+    if RunDirectory(recipe.run_dir).is_complete("prune") or (last := last_checkpoint(recipe)) is None:
+        return
+    try:
+        saved = ShardedState(last).shapes
+    except ShearingError as error:
+        raise no_moments(f"{last}, which is damaged: {Path(error.field).name}: {error.value}") from None
+    own = {f"{PARAMETER_PREFIX}{name}": tuple(each.shape) for name, each in skeleton(config).named_parameters()}
+    if different := sorted(name for name in saved | own if saved.get(name) != own.get(name)):
+        first = different[0]
+        raise ShearingError(
+            "prune.moments_of",
+            value=f"{last}, in which {first.removeprefix(PARAMETER_PREFIX)} is {_in_words(saved.get(first))}",
+            allowed=f"the run that has trained all weights of the source, in which it is {_in_words(own.get(first))}",
+            mend="set prune.moments_of=null: the optimiser then starts anew",
+        )
+
+
+def _in_words(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else f"of shape {list(shape)}"
+
+
 def require_reference(recipe: Recipe, *, corpus: Corpus) -> list[str]:
     """Losses from a file are of this tokenizer, sequence length and labels; what else is doubtful, a sentence each."""
     reference, data = recipe.mixture.reference, recipe.data
@@ -147,9 +233,10 @@ def doubts_of(recipe: Recipe, *, source: Shape, target: Shape | None) -> Iterato
                 "prune.compensate refits what stays of the attention alone: experts and routers stay as they are, and "
                 "what goes of them is made up for in training"
             )
-        per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
-        settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
-        yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
+        if recipe.prune.masks == "learned":
+            per_step = recipe.prune.tokens_per_step(sequence_length=recipe.data.sequence_length)
+            settings = MaskSettings.of(recipe.prune, tokens_per_step=per_step, seed=recipe.seed)
+            yield from doubts(settings, opens=recipe.prune.initial_masks == "open")
 
 
 def odd_sizes(recipe: Recipe, *, source: Shape) -> Iterator[str]:

@@ -95,7 +95,7 @@ class StagePlan:
     Attributes:
         stage: which one.
         model: what computes a step.
-        sequences: of a step, over all processes.
+        sequences: of a step, over all processes; of a stage without steps, a micro-batch of each.
         micro_batch_size: the recipe's; a process with fewer sequences of a step has a smaller one.
         steps: optimiser steps.
         tokens: training tokens.

@@ -18,7 +18,7 @@ from shearing.files.states import states_of
 from shearing.models.attention import requested
 from shearing.models.recipe import ModelRecipe
 from shearing.models.shape import Shape
-from shearing.pruning.sparse.stored.manifest import read_manifest
+from shearing.pruning.sparse.stored.manifest import in_short, read_manifest
 from shearing.runs.context import RunContext
 from shearing.runs.continuation.cascade import runs_before
 from shearing.runs.continuation.family import family_shapes, sorting_cost
@@ -157,8 +157,7 @@ def rows_of(context: RunContext) -> list[Row]:
         ]
         rows.append(of_run("compact", ", ".join(made_by), "cut", run.compact))
     if recipe.sparsify is not None and run.is_complete("sparsify"):
-        manifest = read_manifest(run.sparse)
-        made_by.append(f"{manifest['criterion']} {manifest['pattern']}")
+        made_by.append(in_short(read_manifest(run.sparse)))
         rows.append(of_run("sparse", ", ".join(made_by), "sparse", run.sparse))
     if run.is_complete("pretrain"):
         spent += _spent_on_training(context, shape=shape)

@@ -27,6 +27,7 @@ from shearing.objectives.objective import PARAMETER_PREFIX, Losses
 from shearing.pruning.sparse.stored.masks import EARLIER_NAME, FILE_NAME, read_masks
 from shearing.pruning.sparse.stored.trained import groups_of, masks_beside
 from shearing.runs.context import RunContext
+from shearing.runs.continuation.cascade import first_source
 from shearing.runs.names import ADAPTER_NAMES
 from shearing.runs.stages.source_model import open_files
 from shearing.settings.quantities import Duration
@@ -436,8 +437,15 @@ def way_of(pretrain: PretrainRecipe) -> dict[str, Any]:
 
 
 def result_dtype(context: RunContext) -> torch.dtype:
-    """Of the final model's weights, from which nothing is trained on."""
+    """Of the final model's weights, from which nothing is trained on.
+
+    Raises:
+        ShearingError: it is that of a cascade's first source, which is no longer there.
+    """
     model = context.recipe.model
-    if model.save_dtype == "source":
+    if model.save_dtype != "source":
+        return DTYPES[model.save_dtype]
+    first = first_source(context.recipe)  # runs on the way hand over fp32, whatever that is stored in
+    if first == model:
         return dtype_of_weights(model.source, config=context.config)
-    return DTYPES[model.save_dtype]
+    return dtype_of_weights(first.source, config=load_config(first.source, revision=first.revision))

@@ -8,12 +8,15 @@ from typing import get_args
 import pytest
 import torch
 
-from shearing.data.documents import Inputs
+from shearing.data.documents import DocumentRules, Inputs
 from shearing.errors import ShearingError
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import unit_sizes
 from shearing.pruning.structured.importance.activations import Activations
 from shearing.pruning.structured.importance.chance import Chance
+from shearing.pruning.structured.importance.depth.shapley import ShapleyLike
+from shearing.pruning.structured.importance.learned.hard_budget import HardBudget
+from shearing.pruning.structured.importance.learned.policy_gradient import PolicyGradient
 from shearing.pruning.structured.importance.magnitude import Magnitude
 from shearing.pruning.structured.importance.metric import Evidence
 from shearing.pruning.structured.importance.registry import EVERYTHING, METRICS, complete_metrics, metric_of
@@ -46,6 +49,44 @@ def test_every_metric_scores_every_unit_of_every_family(name: str, family: str) 
     _, selection = select({**rest, **scores}, source=source, target=target)
     assert selection.shape(source) == target
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def batches(size: int) -> list[Inputs]:
+    """Six sequences, so many at a time, with more labels in one than in the other."""
+    tokens, positions = tiny_ids(sequences=6), torch.ones(6, 17, dtype=torch.int64)
+    for row in range(6):
+        positions[row, 1 : 1 + 2 * row] = 0
+    documents = DocumentRules(loss_across=False).documents(positions, device=torch.device("cpu"))
+    whole = Inputs(tokens, documents)
+    return [whole.part(first, min(first + size, 6)) for first in range(0, 6, size)]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_metric_minds_how_many_sequences_pass_through_at_a_time(name: str) -> None:
+    model = tiny_model()
+    source = Shape.of(model.config)
+    target = dataclasses.replace(source, num_hidden_layers=3, intermediate_size=20, hidden_size=24)
+    found, chosen = [], []
+    for size in (4, 1, 2, 3):
+        evidence = Evidence(text=batches(size) if METRICS[name].reads_text else [], target=target, seed=3)
+        calls: list[int] = []
+        found.append(metric_of(name).scores(model, evidence=evidence, advance=calls.append))
+        assert len(calls) == metric_of(name).units_of_work(source, evidence=evidence)
+        rest = {} if METRICS[name].gives == EVERYTHING else Magnitude().scores(model, evidence=evidence)
+        chosen.append(select({**rest, **found[-1]}, source=source, target=target)[1].digest)
+    assert len(set(chosen)) == 1
+    # AdamW makes whole steps out of gradients that are next to nothing.
+    rtol, atol = (1e-3, 1e-4) if name.startswith("hard_budget") else (1e-4, 1e-6)
+    for scores in found[1:]:
+        torch.testing.assert_close(scores, found[0], rtol=rtol, atol=atol)
+
+
+def test_steps_hold_no_more_than_a_batch_in_memory_at_a_time() -> None:
+    model, seen = tiny_model(), set[int]()
+    model.get_input_embeddings().register_forward_hook(lambda _module, _arguments, output: seen.add(output.shape[0]))
+    for metric in (PolicyGradient(epochs=1), HardBudget(epochs=1), ShapleyLike(pairs=1)):
+        metric.scores(model, evidence=Evidence(text=batches(1)))
+    assert seen == {1}
 
 
 @pytest.mark.parametrize("name", [name for name, facts in METRICS.items() if facts.reads_text])

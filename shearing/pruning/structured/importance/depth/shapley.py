@@ -5,16 +5,17 @@ Shapes: B sequences, S positions, D hidden size, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from shearing.data.documents import Inputs
 from shearing.models.anatomy import Head, head_of
 from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
-from shearing.pruning.calibration.shares import Share
+from shearing.pruning.calibration.shares import shares_of
 from shearing.pruning.structured.importance.depth.passage import (
     Passage,
     SubLayers,
@@ -22,7 +23,7 @@ from shearing.pruning.structured.importance.depth.passage import (
     cost_of,
     parts_of,
 )
-from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
+from shearing.pruning.structured.importance.metric import STEP_SEQUENCES, Cost, Evidence, Scores
 from shearing.pruning.structured.importance.text_loss import finite, number_of_labels, require_labels, sum_of_losses
 
 if TYPE_CHECKING:
@@ -32,22 +33,23 @@ if TYPE_CHECKING:
 class ShapleyLike:
     """Mean harm over subnetworks without a part minus that over subnetworks with it (arXiv 2407.16286); see `Metric`.
 
-    Subnetworks have half of the parts, drawn by the seed, new ones for every batch. They come in pairs: one, and what
-    it leaves out, so that every part is as often there as not, on the same text. (Published: independent draws.)
+    Subnetworks have half of the parts, drawn by the seed, new ones for every `STEP_SEQUENCES` sequences (4). They come
+    in pairs: one, and what it leaves out, so that every part is as often there as not, on the same text. (Published:
+    independent draws.)
 
     Args:
         parts: `layers`; or `sublayers`: attention and MLP apart, on one scale.
         harm: `loss`, in nats a token; or `logits`: mean over tokens of the Euclidean distance to the whole model's.
-        pairs: of subnetworks for each batch; each pair costs one pass over the batch.
+        pairs: of subnetworks for the same sequences; each pair costs one pass over them.
     """
 
     def __init__(self, *, parts: str = "layers", harm: str = "loss", pairs: int = 16) -> None:
         self._parts, self._harm, self._pairs = parts, harm, pairs
 
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
-        """One for each pair and batch."""
+        """One for each pair and piece of a step."""
         del source
-        return self._pairs * len(evidence.own)
+        return self._pairs * len(_own_pieces(evidence))
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """One pass for each pair; at most two where sub-layers go alone, as a layer without one of them is computed."""
@@ -70,53 +72,60 @@ class ShapleyLike:
         if head is not None and head.cap is None:
             with weights_here(head.weight):
                 gram = gram_of(head)
-        own = {share.batch: share for share in evidence.own}
+        own = _own_pieces(evidence)
         totals = torch.zeros(len(parts), dtype=torch.float64)
-        for number, batch in enumerate(evidence.text):
-            # Every process draws for every batch, so that what is drawn does not depend on who reads it.
+        for number, step in enumerate(evidence.steps):
+            # Every process draws for every step, so that what is drawn does not depend on who reads it.
             drawn = [torch.randperm(len(parts), generator=generator) for _ in range(self._pairs)]
-            if number not in own:
-                continue
-            harm = _Harm(model, own[number], labels=number_of_labels([batch]), head=head, gram=gram)
-            for of_pair in drawn:
-                first, second = of_pair[: len(parts) // 2], of_pair[len(parts) // 2 :]
-                without_first, without_second = (
-                    harm.without(frozenset().union(*(parts[part] for part in absent.tolist())))
-                    for absent in (first, second)
-                )
-                totals[first] += without_first - without_second
-                totals[second] += without_second - without_first
-                advance(1)
+            for piece in (piece for of_step, piece in own if of_step == number):
+                harm = _Harm(model, piece, step=step, head=head, gram=gram)
+                for of_pair in drawn:
+                    first, second = of_pair[: len(parts) // 2], of_pair[len(parts) // 2 :]
+                    without_first, without_second = (
+                        harm.without(frozenset().union(*(parts[part] for part in absent.tolist())))
+                        for absent in (first, second)
+                    )
+                    totals[first] += without_first - without_second
+                    totals[second] += without_second - without_first
+                    advance(1)
         totals = evidence.processes.sum(totals)
-        return as_scores(self._parts, totals / (self._pairs * max(1, len(evidence.text))))
+        return as_scores(self._parts, totals / (self._pairs * len(evidence.steps)))
+
+
+def _own_pieces(evidence: Evidence) -> list[tuple[int, Inputs]]:
+    """Rows of this process, equally many on each, and the number of the step that they are of."""
+    pieces = [piece for step in evidence.steps for piece in step]
+    shares = shares_of(pieces, processes=evidence.processes)
+    return [(share.numbers.start // STEP_SEQUENCES, share.inputs) for share in shares]
 
 
 class _Harm:
-    """What leaving parts out does to a batch, as far as one process's rows say; of all processes it is the sum.
+    """What leaving parts out does to a step, as far as some of its rows say; of all of them it is the sum.
 
     Args:
         model: plain model.
-        share: this process's rows.
-        labels: those of the whole batch.
+        piece: these rows.
+        step: all rows.
         head: of the model, where logits are compared; None: the loss counts.
         gram: see `logit_distances`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, share: Share, *, labels: int, head: Head | None, gram: Tensor | None
+        self, model: PreTrainedModel, piece: Inputs, *, step: Sequence[Inputs], head: Head | None, gram: Tensor | None
     ) -> None:
-        self._model, self._share, self._labels, self._head, self._gram = model, share, labels, head, gram
-        self._passage = Passage(model, share.inputs)
+        self._model, self._piece, self._head, self._gram = model, piece, head, gram
+        self._labels, self._tokens = max(1, number_of_labels(step)), sum(rows.tokens.numel() for rows in step)
+        self._passage = Passage(model, piece)
         self._whole = None if head is None else self._passage.to_end(self._passage.stream, gone=frozenset())
 
     def without(self, gone: SubLayers) -> float:
         hidden = self._passage.to_end(self._passage.stream, gone=gone)
         if self._whole is None or self._head is None:
-            total = float(sum_of_losses(self._model, hidden, self._share.inputs)) / max(1, self._labels)
+            total = float(sum_of_losses(self._model, hidden, self._piece)) / self._labels
         else:
             with weights_here(self._head.weight):
-                mean = float(logit_distances(self._whole, hidden, head=self._head, gram=self._gram).mean())
-            total = mean * self._share.of_batch
+                distances = logit_distances(self._whole, hidden, head=self._head, gram=self._gram)
+            total = float(distances.sum()) / self._tokens
         return finite(total, metric="shapley")
 
 

@@ -17,7 +17,7 @@ from shearing.models.shape import Shape
 from shearing.models.stored.paging.on_demand import weights_here
 from shearing.processes.processes import Processes
 from shearing.pruning.structured.granularities import Granularity
-from shearing.pruning.structured.importance.learned.masked_loss import frozen
+from shearing.pruning.structured.importance.learned.masked_loss import frozen, steps_for
 from shearing.pruning.structured.importance.learned.rows import ranks, searched
 from shearing.pruning.structured.importance.learned.start import Start
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
@@ -41,11 +41,12 @@ class HardBudget:
 
     p = sigmoid(g / 1.5), and a mask z = top-k(p) + p - sg(p): what is computed is the model at exactly the target
     shape, what is learned sees every unit. An expert that is closed is sent no token, so nothing would be learned of
-    it: models with experts are refused. AdamW, rate 0.01, betas 0.9 and 0.99, no weight decay; one step for each
-    batch. Published is one ranking of KV groups and MLP units over all layers, as the budget is one of parameters; here
-    each row keeps the target's number of units, and layers, query heads and hidden dimensions have gates too. The
-    scales that GRASPrune learns afterwards and folds into weights are left out: this chooses units and changes no
-    weight. Scores of what the target leaves whole, and of sub-layers, are those of `start`. See `Metric`.
+    it: models with experts are refused. AdamW, rate 0.01, betas 0.9 and 0.99, no weight decay; one step for every
+    `STEP_SEQUENCES` sequences (4). Published is one ranking of KV groups and MLP units over all layers, as the budget
+    is one of parameters; here each row keeps the target's number of units, and layers, query heads and hidden
+    dimensions have gates too. The scales that GRASPrune learns afterwards and folds into weights are left out: this
+    chooses units and changes no weight. Scores of what the target leaves whole, and of sub-layers, are those of
+    `start`. See `Metric`.
 
     Args:
         epochs: how often the text is gone through (published: 4, of 512 sequences of 512 tokens, one a step).
@@ -71,7 +72,7 @@ class HardBudget:
                 mend="choose another metric, as activations",
             )
         before = self._start.units_of_work(source, evidence=evidence)
-        return before + self._epochs * len(evidence.text)
+        return before + self._epochs * len(evidence.steps)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """The text forward and backward in each epoch, as in training, and what `start` costs."""
@@ -86,7 +87,8 @@ class HardBudget:
         start = self._start.scores(model, evidence=evidence, advance=advance)
         granularities = searched(Shape.of(model.config), target=evidence.target)
         device = head_weight(model).device
-        steps = self._epochs * len(evidence.text)
+        text, processes = steps_for(evidence), evidence.processes
+        steps = self._epochs * len(text)
         generator = torch.Generator().manual_seed(evidence.seed)
         gates = {}
         for g in granularities:
@@ -97,17 +99,18 @@ class HardBudget:
         # A target that takes nothing has no gates, and no optimiser wants none.
         groups = [{"params": list(gates.values())}]
         optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=_BETAS, weight_decay=0.0) if gates else None
-        processes = evidence.processes
         # A step goes back through all layers: their weights are there together.
-        with weights_here(model), frozen(model, processes=processes) as loss_of, torch.enable_grad():
+        with weights_here(model), frozen(model) as loss_of, torch.enable_grad():
             for step in range(steps):
-                batch = evidence.text[step % len(evidence.text)]
-                loss = loss_of({g.name: straight_through(gates[g.name], granularity=g) for g in granularities}, batch)
-                own = 0.0 if loss is None else float(loss.detach())
-                finite(float(processes.sum(torch.tensor(own, dtype=torch.float64))), metric="hard_budget")
-                if optimizer is not None:
-                    if loss is not None:
+                here, total = text[step % len(text)], torch.zeros((), dtype=torch.float64)
+                for piece in here.own:
+                    z = {g.name: straight_through(gates[g.name], granularity=g) for g in granularities}
+                    loss = loss_of(z, piece) / here.labels
+                    total += float(loss.detach())
+                    if optimizer is not None:
                         loss.backward()
+                finite(float(processes.sum(total)), metric="hard_budget")
+                if optimizer is not None:
                     _add_gradients(gates.values(), processes=processes)
                     optimizer.step()
                     optimizer.zero_grad()

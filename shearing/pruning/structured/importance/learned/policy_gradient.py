@@ -15,7 +15,7 @@ from torch import Tensor
 from shearing.models.anatomy import head_weight
 from shearing.models.shape import Shape
 from shearing.pruning.structured.granularities import Granularity
-from shearing.pruning.structured.importance.learned.masked_loss import frozen
+from shearing.pruning.structured.importance.learned.masked_loss import frozen, steps_for
 from shearing.pruning.structured.importance.learned.rows import at_most, ranks, searched, with_sum
 from shearing.pruning.structured.importance.learned.start import Start
 from shearing.pruning.structured.importance.metric import Cost, Evidence, Scores
@@ -31,15 +31,16 @@ _UNDECIDED = 0.02
 class PolicyGradient:
     """Chances of all units that the target takes from, by gradient estimates from forward passes (arXiv 2406.10576).
 
-    Each step draws two masks for one batch and moves s against (L_1 - L_2) (m_1 - m_2) / (2 s (1 - s)), which is
-    unbiased (leave one out of two); the published code has a moving average of losses in its place, and the root of
-    s (1 - s). Then rows that expect more units than the target's are shifted back. Published are 15,000 steps, for
-    KV groups and MLP units of all layers together. Ours are few: this estimate finds layers rather than MLP units, each
-    of which hardly shows in the loss of a mask. Scores are ranks, those of equal chances by the start. What the target
-    leaves whole, and sub-layers, have the scores of `start`. See `Metric`.
+    Each step draws two masks for `STEP_SEQUENCES` sequences (4) and moves s against
+    (L_1 - L_2) (m_1 - m_2) / (2 s (1 - s)), which is unbiased (leave one out of two); the published code has a moving
+    average of losses in its place, and the root of s (1 - s). Then rows that expect more units than the target's are
+    shifted back. Published are 15,000 steps, for KV groups and MLP units of all layers together. Ours are few: this
+    estimate finds layers rather than MLP units, each of which hardly shows in the loss of a mask. Scores are ranks,
+    those of equal chances by the start. What the target leaves whole, and sub-layers, have the scores of `start`. See
+    `Metric`.
 
     Args:
-        epochs: how often the text is gone through, one step for each batch.
+        epochs: how often the text is gone through, one step for every 4 sequences.
         rate: of the steps in s, falling to 0 as a cosine; published are 2e-3 for Llama-2 and 6e-3 for Llama-3.
         start: name of a metric: chances begin with its z-scores in a row through the logistic function, shifted to
             expect the target's units. Wanda's score summed over structures is the published one; what a metric does not
@@ -52,7 +53,7 @@ class PolicyGradient:
     def units_of_work(self, source: Shape, *, evidence: Evidence) -> int:
         """One for each step, and those of what it starts from."""
         before = self._start.units_of_work(source, evidence=evidence)
-        return before + self._epochs * len(evidence.text)
+        return before + self._epochs * len(evidence.steps)
 
     def cost(self, source: Shape, *, evidence: Evidence) -> Cost:
         """Two forward passes over the text in each epoch, and what the start costs."""
@@ -69,17 +70,18 @@ class PolicyGradient:
         chances = {g.name: initial_chances(start[g.name], granularity=g) for g in granularities}
         generator = torch.Generator().manual_seed(evidence.seed)
         device = head_weight(model).device
-        steps = self._epochs * len(evidence.text)
-        with frozen(model, processes=evidence.processes) as loss_of:
+        text = steps_for(evidence)
+        steps = self._epochs * len(text)
+        with frozen(model) as loss_of:
             for step in range(steps):
-                batch = evidence.text[step % len(evidence.text)]
+                here = text[step % len(text)]
                 draws = [
                     {name: torch.bernoulli(s, generator=generator) for name, s in chances.items()} for _ in range(2)
                 ]
                 parts = torch.zeros(2, dtype=torch.float64)
-                for index, z in enumerate(draws):
-                    own = loss_of({name: m.float().to(device) for name, m in z.items()}, batch)
-                    parts[index] = 0.0 if own is None else float(own)
+                for index, drawn in enumerate(draws):
+                    z = {name: m.float().to(device) for name, m in drawn.items()}
+                    parts[index] = sum(float(loss_of(z, piece) / here.labels) for piece in here.own)
                 losses = [finite(loss, metric="policy_gradient") for loss in evidence.processes.sum(parts).tolist()]
                 rate = self._rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 for g in granularities:

@@ -87,7 +87,7 @@ def test_it_finds_the_layer_that_matters_from_chance() -> None:
     text = [Inputs(counting(sequences=8, seed=2_000 + seed)) for seed in range(4)]
     for seed in range(3):
         evidence = Evidence(text=text, target=target, seed=seed)
-        scores = PolicyGradient(epochs=25, rate=0.1, start="random").scores(model, evidence=evidence)
+        scores = PolicyGradient(epochs=13, rate=0.1, start="random").scores(model, evidence=evidence)
         assert 0 in scores["layers"].topk(3).indices.tolist()
 
 

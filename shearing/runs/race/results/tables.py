@@ -27,7 +27,7 @@ _TITLES = {"equal_tokens": "equal tokens", "equal_flops": "equal FLOPs"}
 def rich_tables(results: Mapping[str, Any]) -> RenderableType:
     """All tables, for a terminal: figures over all text, then by domain."""
     parts: list[RenderableType] = []
-    for title, table in _tables(results):
+    for title, table in tables_of(results):
         parts.append(_rich(title, _overall(table)))
         parts.append(_rich("by domain", _by_domain(table)))
         parts += [*(Text(line) for line in _said(table)), ""]
@@ -39,7 +39,7 @@ def rich_tables(results: Mapping[str, Any]) -> RenderableType:
 def markdown_tables(results: Mapping[str, Any]) -> str:
     """All tables, as GitHub markdown."""
     parts = []
-    for title, table in _tables(results):
+    for title, table in tables_of(results):
         said = "\n".join(f"- {line}" for line in _said(table))
         parts += [f"## {title}", _markdown(_overall(table)), _markdown(_by_domain(table)), *filter(None, [said])]
     if results["own_forms"]:
@@ -159,7 +159,8 @@ def plan_table(plan: RacePlan, *, done: int, flops: float, seconds: float | None
     return Group(_rich("rows of each seed", cells), Text(said))
 
 
-def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def tables_of(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each table, with its title."""
     for budget in results["budgets"]:
         for kind, title in _TITLES.items():
             if kind in budget:

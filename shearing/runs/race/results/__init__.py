@@ -1,0 +1,1 @@
+"""What a race says: its figures, its tables and its picture."""
