@@ -174,7 +174,7 @@ def markdown_of_orderings(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [["better", "worse", "pattern", "six domains", "other text"], ["---", "---", "---", "---:", "---:"]]
     for each in found:
         names = (each[side].removesuffix(" + none") for side in ("better", "worse"))
-        lines.append([*names, each["pattern"], cell(each), cell(each["outside"])])
+        lines.append([*names, each["pattern"].replace("%", " %"), cell(each), cell(each["outside"])])
     return _markdown(lines)
 
 
@@ -224,7 +224,7 @@ def markdown_of(rows: Rows, *, pattern: str) -> str:
         of_ways = [[figure(row) for key, row in cells.items() if key[1] == way] for way in ways]
         return [name, *(f"{statistics.median(each):,.0f}" for each in of_ways)]
 
-    lines = [[pattern, *ways], ["---", *["---:"] * len(ways)]]
+    lines = [[pattern.replace("%", " %"), *ways], ["---", *["---:"] * len(ways)]]
     lines += [[name, *(cell(name, way) for way in ways)] for name in CRITERIA if any(key[0] == name for key in cells)]
     lines.append(last("seconds", lambda row: row["seconds"]))
     lines.append(last("of them pruning itself", lambda row: row["metric_seconds"]))

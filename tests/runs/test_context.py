@@ -51,7 +51,11 @@ def test_a_whole_run_opens_the_corpus_and_its_tokenizer_once(tiny_recipe: Path, 
 
 @pytest.mark.parametrize(
     ("keys", "opened"),
-    [([], 1), (["sparsify.calibration=[TEXT]"], 1), (["data.domains=[digits, letters]"], 2)],
+    [
+        ([], 1),
+        (["sparsify.calibration=[TEXT]"], 1),
+        (["data.domains=[digits, letters]"], 3),  # the whole corpus by the checks and by the stage
+    ],
     ids=["the run's corpus", "a file of text", "more than the run's domains"],
 )
 def test_one_shot_sparsity_reads_what_the_run_has_open(

@@ -171,7 +171,7 @@ def test_scores_are_measured_once_for_all_rows_of_a_seed(
     assert len([name for name in _rows(tmp_path) if name.startswith("counted")]) == 2 * 2 * 2
     # Nothing is left of what rows needed on their way.
     left = {path.name for path in tmp_path.iterdir()} - {".lock"}
-    assert left == {"race.json", "results.json", "results.md", "rows", "scores"}
+    assert left == {"race.json", "results.json", "results.md", "results.svg", "rows", "scores"}
 
 
 def test_a_row_that_fails_says_why_and_the_race_goes_on(
